@@ -1,0 +1,49 @@
+"""What a network accepts, said in one clear error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .models import Network
+
+
+def check_input(network: Network, x: Tensor, any_size: bool = False) -> None:
+    """Raises one clear error if `x` is not what `network` takes; sizes are free with `any_size`."""
+    topology = network.topology
+    dims, multiple = topology.spatial_dims, topology.multiple
+    axes = "N, C, H, W" if dims == 2 else "N, C, D, H, W"
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert with x.float() / 255 or alike")
+    if x.ndim != dims + 2:
+        raise ValueError(f"expected {dims + 2} axes [{axes}], got {x.ndim}: shape {tuple(x.shape)}")
+    if x.shape[1] != topology.in_channels:
+        raise ValueError(
+            f"expected {topology.in_channels} channels, got {x.shape[1]}: shape {tuple(x.shape)}, axes [{axes}]"
+        )
+    for size in x.shape[2:]:
+        if size == 0 or (size % multiple and not any_size):
+            raise ValueError(
+                f"size {'x'.join(map(str, x.shape[2:]))} does not fit: every axis must be a positive multiple of {multiple}"
+                f" (2^depth); predict() pads and crops any size"
+            )
+    check_statistics(network, x, any_size)
+
+
+def check_statistics(network: Network, x: Tensor, any_size: bool) -> None:
+    """Refuses maps with a single value for each statistic: normalised, they would be zero everywhere."""
+    norm = network.options["norm"]
+    name = norm if norm is None or isinstance(norm, str) else norm[0]
+    if name is None or any_size or (name == "batch" and not network.training):
+        return
+    values = x.shape[0] if name == "batch" else 1
+    for size in x.shape[2:]:
+        values = values * (size // network.topology.multiple)
+    if values == 1:
+        raise ValueError(
+            f"{name} norm needs more than one value a channel at the lowest level, where shape {tuple(x.shape)} leaves one"
+            f" pixel: use a larger size" + (", a larger batch" if name == "batch" else "") + " or fewer levels"
+        )

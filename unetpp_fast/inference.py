@@ -1,0 +1,67 @@
+"""Prediction on images of any size: padding, the accurate and the fast mode, probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checks import check_input
+
+if TYPE_CHECKING:
+    from .models import Network
+
+MODES = ("accurate", "fast")
+ACTIVATIONS = ("sigmoid", "softmax")
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """`x` `[N, C, *S]` with border pixels repeated at the end of each axis up to the next multiple."""
+    missing = [-size % multiple for size in x.shape[2:]]
+    if not any(missing):
+        return x
+    padding = [amount for size in reversed(missing) for amount in (0, size)]
+    return F.pad(x, padding, mode="replicate")
+
+
+def crop(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The leading `size` of the spatial axes of `x`."""
+    return x[(..., *(slice(0, axis) for axis in size))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards every module has the mode it had, frozen ones included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def predict(network: Network, x: Tensor, mode: str, level: int | None, activation: str) -> Tensor:
+    """See `Network.predict`."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
+    check_input(network, x, any_size=True)
+    if not torch.isfinite(x).all():
+        raise ValueError("the image holds NaN or infinite values: mend it first, e.g. x.nan_to_num()")
+    level = network.topology.heads[-1] if level is None else level
+    part = network.subnetwork(network.topology.pruned(level, keep_heads=mode == "accurate"), deep_supervision=True)
+    with evaluating(part):
+        outputs = part(pad_to_multiple(x, part.topology.multiple))
+        probabilities = torch.stack([_probabilities(logits, activation) for logits in outputs])
+        return crop(probabilities.mean(dim=0), x.shape[2:])
+
+
+def _probabilities(logits: Tensor, activation: str) -> Tensor:
+    return logits.sigmoid() if activation == "sigmoid" else logits.softmax(dim=1)

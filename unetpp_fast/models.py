@@ -1,0 +1,230 @@
+"""UNet++, its pruned forms and U-Net as ordinary `nn.Module`s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from . import backends, inference
+from .checks import check_input
+from .layers import UPSAMPLES, NodeModule, Option, initialise, make_conv, parse_option, reduces_channels
+from .topology import Topology, check_features
+
+PAPER_FEATURES = {
+    "unet": (32, 64, 128, 256, 512),
+    "wide_unet": (35, 70, 140, 280, 560),
+    "unet++": (32, 64, 128, 256, 512),
+}
+
+
+class Network(nn.Module):
+    """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and converters build.
+
+    Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
+    `[N, out_channels, *S]`, or a list of them, one a head, with `deep_supervision`.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        out_channels: int = 1,
+        *,
+        norm: Option | None = "batch",
+        act: Option = "relu",
+        upsample: Option = "deconv",
+        dropout: float = 0.0,
+        bias: bool = True,
+        deep_supervision: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if not isinstance(out_channels, int) or isinstance(out_channels, bool) or out_channels < 1:
+            raise ValueError(f"out_channels must be a positive integer, not {out_channels!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
+        self.topology = topology
+        self.out_channels = out_channels
+        self.deep_supervision = deep_supervision
+        self.options = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias}
+        self.backend = backends.check(backend)
+        dims = topology.spatial_dims
+        self.nodes = nn.ModuleDict()
+        for node in topology.nodes:
+            up = (topology.low_width(node), node.up_width) if node.column else None
+            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, **self.options)
+        self.heads = nn.ModuleDict()
+        for column in topology.heads:
+            head = topology[0, column]
+            self.heads[head.name] = make_conv(head.width, out_channels, dims, 1)
+        initialise(self, act)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first.
+
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: x has the wrong rank, channel count or size; the message names what is expected.
+        """
+        check_input(self, x)
+        logits = backends.forward(self, x)
+        return logits if self.deep_supervision else logits[0]
+
+    def prune(self, level: int) -> Network:
+        """The network of the nodes with i + j <= level and the head of X(0,level); it shares parameters and modules.
+
+        Moving or training the pruned model therefore moves or trains those nodes of this one too:
+        `copy.deepcopy(model.prune(2))` gives an independent model.
+
+        Raises:
+            ValueError: there is no head at `level`.
+        """
+        return self.subnetwork(self.topology.pruned(level), deep_supervision=False)
+
+    def subnetwork(self, topology: Topology, deep_supervision: bool) -> Network:
+        """A network over part of this one's nodes and heads, with the same modules and nothing allocated."""
+        part = Network.__new__(Network)
+        nn.Module.__init__(part)
+        part.topology, part.out_channels, part.deep_supervision = topology, self.out_channels, deep_supervision
+        part.options, part.backend, part.training = self.options, self.backend, self.training
+        part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes})
+        heads = [topology[0, column].name for column in topology.heads]
+        part.heads = nn.ModuleDict({name: self.heads[name] for name in heads})
+        return part
+
+    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
+        """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
+
+        Args:
+            x: `[N, in_channels, *S]`, floating point, finite.
+            mode: "accurate": the mean over the heads up to `level`; "fast": the head at `level` alone,
+                with nothing else computed (sec. 3 of the paper).
+            level: default the deepest head.
+            activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
+
+        Raises:
+            TypeError, ValueError: x has the wrong type, rank or channels, or holds NaN; an argument is unknown.
+        """
+        return inference.predict(self, x, mode, level, activation)
+
+    def gflop(self, size: Sequence[int]) -> float:
+        """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
+        deconv = parse_option(self.options["upsample"], "upsample", UPSAMPLES)[0] == "deconv"
+        return self.topology.gflop(size, out_channels=self.out_channels, deconv=deconv)
+
+    @property
+    def config(self) -> dict:
+        """Plain data that rebuilds this network through `from_config` (weights apart)."""
+        return {
+            "topology": self.topology.to_dict(),
+            "out_channels": self.out_channels,
+            "deep_supervision": self.deep_supervision,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping, backend: str = "auto") -> Network:
+        """The network, with fresh weights, that `config` describes."""
+        rest = {key: value for key, value in config.items() if key != "topology"}
+        return Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
+
+    def extra_repr(self) -> str:
+        heads = ", ".join(f"X(0,{column})" for column in self.topology.heads)
+        return f"spatial_dims={self.topology.spatial_dims}, depth={self.topology.depth}, heads: {heads}"
+
+
+class UNetPlusPlus(Network):
+    """UNet++ (Zhou et al., 2018): U-Net with nested, dense skip pathways.
+
+    Args:
+        in_channels, out_channels: channels of the image and classes of the mask.
+        spatial_dims: 2 or 3.
+        features: width of each level, finest first; depth is `len(features) - 1` (1 to 6).
+        norm: None (the paper), "batch" or "instance"; `("batch", {"eps": 1e-3})` sets keywords.
+        act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
+        upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear"
+            (all channels are passed on), `("linear", {"align_corners": True})`. `"project": True` puts a 1x1
+            convolution to the level's width before the interpolation.
+        dropout: probability, after each activation.
+        deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
+        backend: "auto" or the name of one (`unetpp_fast.backends`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        *,
+        spatial_dims: int = 2,
+        features: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Option | None = "batch",
+        act: Option = "relu",
+        upsample: Option = "deconv",
+        dropout: float = 0.0,
+        deep_supervision: bool = False,
+        backend: str = "auto",
+    ):
+        topology = Topology.nested(
+            in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision,
+            up_width=_up_width(features, upsample),
+        )  # fmt: skip
+        super().__init__(
+            topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout,
+            deep_supervision=deep_supervision, backend=backend,
+        )  # fmt: skip
+
+
+class UNet(Network):
+    """U-Net on the same grid: the first column and the last diagonal. Arguments as in `UNetPlusPlus`."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        *,
+        spatial_dims: int = 2,
+        features: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Option | None = "batch",
+        act: Option = "relu",
+        upsample: Option = "deconv",
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
+        topology = Topology.plain(in_channels, features, spatial_dims=spatial_dims, up_width=_up_width(features, upsample))
+        super().__init__(topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, backend=backend)
+
+
+def from_paper(
+    name: str,
+    in_channels: int = 1,
+    out_channels: int = 1,
+    spatial_dims: int = 2,
+    deep_supervision: bool = False,
+) -> Network:
+    """A network of the paper's comparison (table 2): no norm, ReLU, dropout 0.5, transposed convolutions.
+
+    Args:
+        name: "unet" (7,759,521 parameters with one channel and one class), "wide_unet" (9,282,246; the paper
+            prints 9.13 M) or "unet++" (9,041,601 with one head).
+        deep_supervision: heads on X(0,1)..X(0,4); "unet++" only.
+    """
+    if name not in PAPER_FEATURES:
+        raise ValueError(f"from_paper knows {sorted(PAPER_FEATURES)}, not {name!r}")
+    options = {"spatial_dims": spatial_dims, "features": PAPER_FEATURES[name], "norm": None, "dropout": 0.5}
+    if name == "unet++":
+        return UNetPlusPlus(in_channels, out_channels, deep_supervision=deep_supervision, **options)
+    if deep_supervision:
+        raise ValueError(f"deep_supervision needs the nested nodes of 'unet++'; {name!r} has one head")
+    return UNet(in_channels, out_channels, **options)
+
+
+def _up_width(features: Sequence[int], upsample: Option):
+    check_features(features)
+    if reduces_channels(upsample):
+        return lambda low_width, level: features[level]
+    return lambda low_width, level: low_width
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Trainable parameters of a module."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

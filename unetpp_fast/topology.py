@@ -1,0 +1,206 @@
+"""Which nodes a network has, what each of them reads, and how wide everything is.
+
+The nested skip pathways of UNet++ (Zhou et al., 2018, sec. 2.1, eq. 1)::
+
+    X(i,0) = H(pool(X(i-1,0)))                      the encoder
+    X(i,j) = H([X(i,0), ..., X(i,j-1), up(X(i+1,j-1))])      j > 0
+
+`Topology` describes this grid, its pruned forms (the nodes with i + j <= level) and U-Net, which is the same
+grid with only the first column and the last diagonal. Models, converters, kernels and pictures all read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_DEPTH = 6
+Position = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Node:
+    """X(level, column): two convolutions over the prefix and the up-sampled node one level below.
+
+    `prefix` are the columns of the same level it reads (for a nested node 0..column-1); `up_width` the channels
+    that arrive from X(level+1, column-1) after up-sampling, 0 in the encoder.
+    """
+
+    level: int
+    column: int
+    width: int
+    prefix: tuple[int, ...] = ()
+    up_width: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"x{self.level}_{self.column}"
+
+    @property
+    def position(self) -> Position:
+        return self.level, self.column
+
+    @property
+    def low(self) -> Position | None:
+        """The node this one up-samples, or None in the encoder."""
+        return (self.level + 1, self.column - 1) if self.column else None
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A grid of nodes in an order in which they can run, and the columns of level 0 that carry a head."""
+
+    in_channels: int
+    spatial_dims: int
+    nodes: tuple[Node, ...]
+    heads: tuple[int, ...]
+
+    @classmethod
+    def nested(
+        cls,
+        in_channels: int,
+        features: Sequence[int],
+        *,
+        spatial_dims: int = 2,
+        all_heads: bool = False,
+        widths: Mapping[Position, int] | None = None,
+        up_width: Callable[[int, int], int] | None = None,
+    ) -> Topology:
+        """UNet++: every node with i + j <= depth = len(features) - 1.
+
+        `widths` overrides the width of single nodes; `up_width(low_width, level)` gives the channels that the
+        up-sampling hands over (default: the level's own feature width).
+        """
+        depth = check_features(features) - 1
+        grid = [(d - j, j) for d in range(depth + 1) for j in range(d + 1)]
+        heads = tuple(range(1, depth + 1)) if all_heads else (depth,)
+        return cls._build(in_channels, features, spatial_dims, grid, heads, widths, up_width)
+
+    @classmethod
+    def plain(
+        cls,
+        in_channels: int,
+        features: Sequence[int],
+        *,
+        spatial_dims: int = 2,
+        up_width: Callable[[int, int], int] | None = None,
+    ) -> Topology:
+        """U-Net: the encoder X(i,0) and the last diagonal, each decoder node reading X(i,0)."""
+        depth = check_features(features) - 1
+        grid = [(i, 0) for i in range(depth + 1)] + [(depth - j, j) for j in range(1, depth + 1)]
+        return cls._build(in_channels, features, spatial_dims, grid, (depth,), None, up_width)
+
+    @classmethod
+    def _build(cls, in_channels, features, spatial_dims, grid, heads, widths, up_width) -> Topology:
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, not {spatial_dims!r}")
+        if not _is_count(in_channels):
+            raise ValueError(f"in_channels must be a positive integer, not {in_channels!r}")
+        width = {(i, j): int((widths or {}).get((i, j), features[i])) for i, j in grid}
+        up_width = up_width or (lambda low_width, level: features[level])
+        nodes = []
+        for i, j in grid:
+            prefix = tuple(column for column in range(j) if (i, column) in width)
+            up = int(up_width(width[i + 1, j - 1], i)) if j else 0
+            nodes.append(Node(i, j, width[i, j], prefix, up))
+        return cls(int(in_channels), spatial_dims, tuple(nodes), heads)
+
+    @property
+    def depth(self) -> int:
+        return max(node.level for node in self.nodes)
+
+    @property
+    def multiple(self) -> int:
+        """Every spatial axis must be a multiple of this: 2^depth."""
+        return 2**self.depth
+
+    def __getitem__(self, position: Position) -> Node:
+        for node in self.nodes:
+            if node.position == tuple(position):
+                return node
+        raise KeyError(f"this topology has no node X{tuple(position)}")
+
+    def low_width(self, node: Node) -> int:
+        """Channels of the node that `node` up-samples; 0 in the encoder."""
+        return self[node.low].width if node.low else 0
+
+    def in_width(self, node: Node) -> int:
+        """Input channels of a node's first convolution."""
+        if node.column:
+            return sum(self[node.level, column].width for column in node.prefix) + node.up_width
+        return self[node.level - 1, 0].width if node.level else self.in_channels
+
+    def pruned(self, level: int, keep_heads: bool = False) -> Topology:
+        """Only the nodes with i + j <= level and the head of X(0,level) (the paper's L1..L4, sec. 2.2).
+
+        `keep_heads` keeps the shallower heads too.
+
+        Raises:
+            ValueError: no head stands at `level`.
+        """
+        if level not in self.heads:
+            have = ", ".join(str(head) for head in self.heads)
+            raise ValueError(
+                f"cannot prune to level {level!r}: this network has heads at level {have}"
+                + ("; build it with deep_supervision=True to have one at every level" if len(self.heads) == 1 else "")
+            )
+        wanted = {(0, level)}
+        for node in reversed(self.nodes):
+            if node.position in wanted:
+                wanted |= {(node.level, column) for column in node.prefix}
+                wanted |= {node.low} if node.low else {(node.level - 1, 0)} if node.level else set()
+        kept = tuple(node for node in self.nodes if node.position in wanted)
+        heads = tuple(head for head in self.heads if head <= level) if keep_heads else (level,)
+        return Topology(self.in_channels, self.spatial_dims, kept, heads)
+
+    def convolutions(self, node: Node) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(in, out) channels of the two 3x3 convolutions of a node."""
+        return (self.in_width(node), node.width), (node.width, node.width)
+
+    def gflop(self, size: Sequence[int], *, out_channels: int = 1, deconv: bool = False) -> float:
+        """10^9 floating-point operations (2 per multiply-add) of one image's forward pass, all heads included.
+
+        Convolutions, transposed convolutions and heads are counted; norms, activations and interpolation are not.
+        """
+        if len(size) != self.spatial_dims:
+            raise ValueError(f"size {tuple(size)} does not have {self.spatial_dims} axes")
+        taps, multiply_adds = 3**self.spatial_dims, 0
+        for node in self.nodes:
+            pixels = math.prod(axis // 2**node.level for axis in size)
+            multiply_adds += pixels * sum(taps * cin * cout for cin, cout in self.convolutions(node))
+            if deconv and node.column:
+                multiply_adds += pixels * self.low_width(node) * node.up_width
+        pixels = math.prod(size)
+        multiply_adds += sum(pixels * self[0, head].width * out_channels for head in self.heads)
+        return 2e-9 * multiply_adds
+
+    def to_dict(self) -> dict:
+        """Plain lists and numbers, for checkpoints; `from_dict` reads them back."""
+        return {
+            "in_channels": self.in_channels,
+            "spatial_dims": self.spatial_dims,
+            "nodes": [[n.level, n.column, n.width, list(n.prefix), n.up_width] for n in self.nodes],
+            "heads": list(self.heads),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Topology:
+        nodes = tuple(Node(i, j, width, tuple(prefix), up) for i, j, width, prefix, up in data["nodes"])
+        return cls(data["in_channels"], data["spatial_dims"], nodes, tuple(data["heads"]))
+
+
+def check_features(features: Sequence[int]) -> int:
+    """The number of levels, after checking that `features` holds 2 to 7 positive integers."""
+    try:
+        levels = len(features)
+        good = all(_is_count(width) for width in features)
+    except TypeError:
+        levels, good = 0, False
+    if not good or not 2 <= levels <= MAX_DEPTH + 1:
+        raise ValueError(f"features must be 2 to {MAX_DEPTH + 1} positive integers, one width a level, not {features!r}")
+    return levels
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
