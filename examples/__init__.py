@@ -1,0 +1,1 @@
+"""Sample data of unetpp_fast, installed as `unetpp_fast.examples`."""
