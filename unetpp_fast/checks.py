@@ -30,20 +30,25 @@ def check_input(network: Network, x: Tensor, any_size: bool = False) -> None:
                 f"size {'x'.join(map(str, x.shape[2:]))} does not fit: every axis must be a positive multiple of {multiple}"
                 f" (2^depth); predict() pads and crops any size"
             )
-    check_statistics(network, x, any_size)
+    if not any_size and leaves_one_value(network, x):
+        norm = _norm_name(network)
+        raise ValueError(
+            f"{norm} norm needs more than one value a channel at the lowest level, where shape {tuple(x.shape)} leaves one"
+            f" pixel: use a larger size" + (", a larger batch" if norm == "batch" else "") + " or fewer levels"
+        )
 
 
-def check_statistics(network: Network, x: Tensor, any_size: bool) -> None:
-    """Refuses maps with a single value for each statistic: normalised, they would be zero everywhere."""
-    norm = network.options["norm"]
-    name = norm if norm is None or isinstance(norm, str) else norm[0]
-    if name is None or any_size or (name == "batch" and not network.training):
-        return
+def leaves_one_value(network: Network, x: Tensor) -> bool:
+    """Whether the lowest maps have a single value for each statistic: normalised, they would be zero everywhere."""
+    name = _norm_name(network)
+    if name is None or (name == "batch" and not network.training):
+        return False
     values = x.shape[0] if name == "batch" else 1
     for size in x.shape[2:]:
         values = values * (size // network.topology.multiple)
-    if values == 1:
-        raise ValueError(
-            f"{name} norm needs more than one value a channel at the lowest level, where shape {tuple(x.shape)} leaves one"
-            f" pixel: use a larger size" + (", a larger batch" if name == "batch" else "") + " or fewer levels"
-        )
+    return values == 1
+
+
+def _norm_name(network: Network) -> str | None:
+    norm = network.options["norm"]
+    return norm if norm is None or isinstance(norm, str) else norm[0]

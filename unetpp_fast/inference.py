@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import check_input
+from .checks import check_input, leaves_one_value
 
 if TYPE_CHECKING:
     from .models import Network
@@ -46,6 +46,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def outputs_of_any_size(network: Network, x: Tensor) -> list[Tensor]:
+    """Logits `[N, out_channels, *S]` of each head for any size: padded to what the network needs, cropped back."""
+    check_input(network, x, any_size=True)
+    multiple = network.topology.multiple
+    padded = pad_to_multiple(x, multiple)
+    if leaves_one_value(network, padded):  # instance norm has no statistics of one pixel: give it two
+        padded = F.pad(padded, (0, multiple) + (0, 0) * (x.ndim - 3), mode="replicate")
+    outputs = network(padded)
+    return [crop(logits, x.shape[2:]) for logits in (outputs if isinstance(outputs, list) else [outputs])]
+
+
 def predict(network: Network, x: Tensor, mode: str, level: int | None, activation: str) -> Tensor:
     """See `Network.predict`."""
     if mode not in MODES:
@@ -58,9 +69,8 @@ def predict(network: Network, x: Tensor, mode: str, level: int | None, activatio
     level = network.topology.heads[-1] if level is None else level
     part = network.subnetwork(network.topology.pruned(level, keep_heads=mode == "accurate"), deep_supervision=True)
     with evaluating(part):
-        outputs = part(pad_to_multiple(x, part.topology.multiple))
-        probabilities = torch.stack([_probabilities(logits, activation) for logits in outputs])
-        return crop(probabilities.mean(dim=0), x.shape[2:])
+        probabilities = [_probabilities(logits, activation) for logits in outputs_of_any_size(part, x)]
+        return torch.stack(probabilities).mean(dim=0)
 
 
 def _probabilities(logits: Tensor, activation: str) -> Tensor:

@@ -109,8 +109,9 @@ class Network(nn.Module):
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
-        deconv = parse_option(self.options["upsample"], "upsample", UPSAMPLES)[0] == "deconv"
-        return self.topology.gflop(size, out_channels=self.out_channels, deconv=deconv)
+        name, keywords = parse_option(self.options["upsample"], "upsample", UPSAMPLES)
+        learned = {"deconv": name == "deconv", "project": bool(keywords.get("project"))}
+        return self.topology.gflop(size, out_channels=self.out_channels, **learned)
 
     @property
     def config(self) -> dict:

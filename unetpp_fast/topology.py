@@ -158,10 +158,11 @@ class Topology:
         """(in, out) channels of the two 3x3 convolutions of a node."""
         return (self.in_width(node), node.width), (node.width, node.width)
 
-    def gflop(self, size: Sequence[int], *, out_channels: int = 1, deconv: bool = False) -> float:
+    def gflop(self, size: Sequence[int], *, out_channels: int = 1, deconv: bool = False, project: bool = False) -> float:
         """10^9 floating-point operations (2 per multiply-add) of one image's forward pass, all heads included.
 
-        Convolutions, transposed convolutions and heads are counted; norms, activations and interpolation are not.
+        Convolutions, transposed ones (`deconv`), 1x1 ones before an interpolation (`project`) and heads are counted;
+        norms, activations and interpolation are not.
         """
         if len(size) != self.spatial_dims:
             raise ValueError(f"size {tuple(size)} does not have {self.spatial_dims} axes")
@@ -169,8 +170,9 @@ class Topology:
         for node in self.nodes:
             pixels = math.prod(axis // 2**node.level for axis in size)
             multiply_adds += pixels * sum(taps * cin * cout for cin, cout in self.convolutions(node))
-            if deconv and node.column:
-                multiply_adds += pixels * self.low_width(node) * node.up_width
+            if node.column and (deconv or project):  # a deconv has one tap a pixel of this level, a 1x1 one a pixel below
+                places = pixels if deconv else math.prod(axis // 2 ** (node.level + 1) for axis in size)
+                multiply_adds += places * self.low_width(node) * node.up_width
         pixels = math.prod(size)
         multiply_adds += sum(pixels * self[0, head].width * out_channels for head in self.heads)
         return 2e-9 * multiply_adds

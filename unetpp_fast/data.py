@@ -1,0 +1,212 @@
+"""Images with masks in folders, and the random patches that training draws from them.
+
+The layout is the one of pytorch-nested-unet, which many people have::
+
+    images/<id>.png        grey or colour, 8 or 16 bit
+    masks/<class>/<id>.png one file a class and image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .files import InputError, read_image, read_mask
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+CACHE_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its masks, one file a class; read when asked for."""
+
+    name: str
+    image: Path
+    masks: tuple[Path, ...]
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Standardised image, float32 `[C, H, W]`, and mask, bool `[classes, H, W]`.
+
+        Raises:
+            InputError: a file cannot be read, or the sizes differ.
+        """
+        image = read_image(self.image)
+        masks = []
+        for path in self.masks:
+            mask = read_mask(path)
+            if mask.shape != image.shape[1:]:
+                have, want = _size(mask.shape), _size(image.shape[1:])
+                raise InputError(f"mask {path} is {have} but its image {self.image} is {want}: they must be of one size")
+            masks.append(mask)
+        return standardise(image), np.stack(masks)
+
+
+@dataclass(frozen=True)
+class ArraySample:
+    """As `Sample`, from arrays in memory: image float32 `[C, H, W]`, not standardised yet, mask `[classes, H, W]`."""
+
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        return standardise(self.image), self.mask
+
+
+def standardise(image: np.ndarray) -> np.ndarray:
+    """Each channel of `[C, *S]` to mean 0 and standard deviation 1 over its pixels; a constant one to 0."""
+    axes = tuple(range(1, image.ndim))
+    mean = image.mean(axis=axes, keepdims=True, dtype=np.float64)
+    std = image.std(axis=axes, keepdims=True, dtype=np.float64)
+    return ((image - mean) / np.maximum(std, 1e-6)).astype(np.float32)
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """Image files of a folder by id (the name without its ending), sorted.
+
+    Raises:
+        InputError: there is no such folder, it holds no image, or two files share an id.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: expected images/<id>.png and masks/<class>/<id>.png under the data folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.stem in found:
+                raise InputError(f"{found[path.stem]} and {path} have one id: keep one of them")
+            found[path.stem] = path
+    if not found:
+        raise InputError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    return found
+
+
+def find_samples(root: Path) -> tuple[list[Sample], list[str]]:
+    """Every image under `root` with its masks, sorted by id, and the names of the classes.
+
+    Raises:
+        InputError: a folder is missing or empty, or an image lacks a mask.
+    """
+    images = find_images(root / "images")
+    folder = root / "masks"
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not classes:
+        raise InputError(f"{folder} holds no folder of masks: expected {folder}/<class>/<id>.png, e.g. {folder}/0/")
+    masks = {name: find_images(folder / name) for name in classes}
+    for name in classes:
+        lacking = sorted(set(images) - set(masks[name]))
+        if lacking:
+            first = images[lacking[0]]
+            raise InputError(f"image {first} has no mask {folder / name / lacking[0]}.png ({len(lacking)} such image(s))")
+    samples = [Sample(key, path, tuple(masks[name][key] for name in classes)) for key, path in images.items()]
+    return samples, classes
+
+
+def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation samples: a seeded choice from the sorted ids, each side at least one image."""
+    if len(samples) < 2:
+        raise InputError("training needs at least 2 images, one of them for validation")
+    if not 0.0 < fraction < 1.0:
+        raise InputError(f"the validation fraction must lie between 0 and 1, not {fraction}")
+    ordered = sorted(samples, key=lambda sample: sample.name)
+    order = np.random.default_rng(seed).permutation(len(ordered))
+    count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)
+    chosen = set(order[:count].tolist())
+    train = [sample for index, sample in enumerate(ordered) if index not in chosen]
+    return train, [ordered[index] for index in sorted(chosen)]
+
+
+class Patches(torch.utils.data.Dataset):
+    """Random square patches with flips and 90-degree turns.
+
+    A patch is a function of (seed, epoch, draw) alone, so an interrupted training draws the same ones when it goes on,
+    with any number of workers. Images smaller than the patch are padded by repeating their border.
+
+    Args:
+        samples: images with masks.
+        patch: side in pixels.
+        per_image: draws from each image an epoch.
+        seed: of every random choice.
+        augment: flips and turns.
+    """
+
+    def __init__(self, samples: Sequence[Sample | ArraySample], patch: int, per_image: int, seed: int, augment: bool = True):
+        self.samples, self.patch, self.per_image, self.seed, self.augment = samples, patch, per_image, seed, augment
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        """Draws an epoch."""
+        return len(self.samples) * self.per_image
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample `index`, kept in memory up to 2 GiB over all samples."""
+        if index in self._cache:
+            return self._cache[index]
+        image, mask = self.samples[index].load()
+        if self._cached_bytes + image.nbytes + mask.nbytes <= CACHE_BYTES:
+            self._cache[index] = image, mask
+            self._cached_bytes += image.nbytes + mask.nbytes
+        return image, mask
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Image float32 `[C, patch, patch]` and mask float32 `[classes, patch, patch]` of (epoch, draw)."""
+        epoch, draw = item
+        random = np.random.default_rng((self.seed, epoch, draw))
+        image, mask = (self._enlarge(values) for values in self.load(draw % len(self.samples)))
+        top, left = (int(random.integers(size - self.patch + 1)) for size in image.shape[1:])
+        window = (slice(None), slice(top, top + self.patch), slice(left, left + self.patch))
+        image, mask = image[window], mask[window]
+        if self.augment:
+            turns, flip = int(random.integers(4)), bool(random.integers(2))
+            image, mask = (np.rot90(values, turns, axes=(-2, -1)) for values in (image, mask))
+            if flip:
+                image, mask = image[..., ::-1], mask[..., ::-1]
+        return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(mask, np.float32))
+
+    def _enlarge(self, values: np.ndarray) -> np.ndarray:
+        missing = [max(0, self.patch - size) for size in values.shape[1:]]
+        if not any(missing):
+            return values
+        return np.pad(values, [(0, 0)] + [(amount // 2, amount - amount // 2) for amount in missing], mode="edge")
+
+    def batches(self, epoch: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+        """The items of each batch of an epoch in its shuffled order, from batch `start` on."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self)).tolist()
+        every = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        return [[(epoch, draw) for draw in batch] for batch in every[start:]]
+
+
+def load_batches(patches: Patches, batches: list, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches as tensors `[N, C, H, W]` and `[N, classes, H, W]`, read ahead by `workers` processes."""
+    generator = torch.Generator()  # of its own: the loader would draw from the global one, which dropout uses
+    return iter(
+        torch.utils.data.DataLoader(
+            patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
+        )  # fmt: skip
+    )
+
+
+def check_samples(samples: Sequence[Sample]) -> int:
+    """Channels of the images, after looking at each of them once.
+
+    Raises:
+        InputError: an image or mask cannot be used, or grey and colour images are mixed.
+    """
+    channels: dict[int, str] = {}
+    for sample in samples:
+        image, _ = sample.load()
+        channels.setdefault(image.shape[0], str(sample.image))
+    if len(channels) > 1:
+        (first, one), (second, other) = list(channels.items())[:2]
+        raise InputError(f"{one} has {first} channel(s) but {other} has {second}: convert all images to one kind")
+    return next(iter(channels))
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

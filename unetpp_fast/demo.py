@@ -1,0 +1,122 @@
+"""The paper's comparison on one real image: train U-Net and UNet++ on its left half, judge them on the right one, prune."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import pictures
+from .data import ArraySample, Patches
+from .files import InputError, read_image, read_labels
+from .inference import evaluating, pad_to_multiple
+from .models import Network, UNet, UNetPlusPlus, parameter_count
+from .training import Recipe, Trainer, autocast, evaluate
+
+FEATURES = (16, 32, 64, 128, 256)
+PATCH = 96
+STEPS_AN_EPOCH = 20
+
+
+def example(name: str) -> Path:
+    """The path of a file of the shipped sample data, e.g. "nuclei/image.png"."""
+    try:
+        path = Path(str(resources.files("unetpp_fast.examples"))) / name
+    except ModuleNotFoundError:  # run from the repository without an installation
+        path = Path(__file__).parents[1] / "examples" / name
+    if not path.is_file():
+        raise InputError(f"the sample data is missing ({path}): install the package anew")
+    return path
+
+
+def halves() -> tuple[ArraySample, ArraySample]:
+    """The left and the right half, 512x256 pixels each, of the nuclei image with its mask."""
+    image = read_image(example("nuclei/image.png"))
+    mask = read_labels(example("nuclei/instances.png"))[None] > 0
+    middle = image.shape[-1] // 2
+    left, right = np.s_[..., :middle], np.s_[..., middle:]
+    return ArraySample("left", image[left], mask[left]), ArraySample("right", image[right], mask[right])
+
+
+def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> list[dict]:
+    """Trains, judges and prunes; prints the table, writes `qualitative.png` and `speed_accuracy.png` to `out`.
+
+    Returns:
+        The rows of the table, keys name, parameters, gflop, iou, dice, ms.
+    """
+    left, right = halves()
+    recipe = Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3)
+    unet = _train("U-Net", UNet, left, recipe, device)
+    nested = _train("UNet++", UNetPlusPlus, left, recipe, device, deep_supervision=True)
+    models = {"U-Net": unet, "UNet++ accurate": nested}
+    models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
+    times = milliseconds(list(models.values()), right, dtype)
+    rows = [_row(name, model, right, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
+    print("\n" + table(rows) + "\n")
+
+    shown = {"U-Net": rows[0], "UNet++": rows[1]}
+    masks = {name: (_mask(models[row["name"]], right), row["iou"]) for name, row in shown.items()}
+    pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
+    size = "x".join(map(str, right.mask.shape[1:]))
+    title = f"Pruning UNet++: {size} pixels, batch 1, {device}, {torch.get_num_threads()} threads, {dtype}"
+    pictures.speed_accuracy(out / "speed_accuracy.png", [row for row in rows if row["name"] != "UNet++ accurate"], title)
+    print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
+    return rows
+
+
+def _train(name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, **options) -> Network:
+    torch.manual_seed(recipe.seed)
+    network = build(1, 1, features=FEATURES, **options).to(device)
+    patches = Patches([sample], PATCH, per_image=recipe.batch_size * STEPS_AN_EPOCH, seed=recipe.seed)
+    print(f"training {name} on {len(patches) * recipe.epochs} patches of {PATCH}x{PATCH}")
+    began = time.perf_counter()
+    Trainer(network, patches, [], recipe).fit()
+    print(f"{name} trained in {time.perf_counter() - began:.0f} s")
+    return network.eval()
+
+
+def milliseconds(models: Sequence[Network], sample: ArraySample, dtype: str = "float32", rounds: int = 11) -> list[float]:
+    """Median time of each model's forward pass on one whole image, the models taking turns so that drift hits all."""
+    device = next(models[0].parameters()).device
+    image = torch.from_numpy(sample.load()[0])[None].to(device)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds + 2):
+        for model, mine in zip(models, times, strict=True):
+            x = pad_to_multiple(image, model.topology.multiple)
+            with evaluating(model), autocast(device, dtype):
+                _wait(device)
+                began = time.perf_counter()
+                model(x)
+                _wait(device)
+                mine.append(1e3 * (time.perf_counter() - began))
+    return [statistics.median(mine[2:]) for mine in times]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _row(name: str, model: Network, sample: ArraySample, ms: float, dtype: str) -> dict:
+    scores = evaluate(model, [sample], dtype=dtype)
+    gflop = model.gflop(sample.mask.shape[1:])
+    return {"name": name, "parameters": parameter_count(model), "gflop": gflop, "ms": ms, **scores}
+
+
+def _mask(model: Network, sample: ArraySample) -> np.ndarray:
+    image = torch.from_numpy(sample.load()[0])[None].to(next(model.parameters()).device)
+    return (model.predict(image)[0, 0] > 0.5).cpu().numpy()
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as aligned text."""
+    lines = [f"{'model':<16} {'parameters':>11} {'GFLOP':>7} {'IoU':>7} {'Dice':>7} {'ms/image':>9}"]
+    for row in rows:
+        numbers = f"{row['parameters']:>11,} {row['gflop']:>7.2f} {row['iou']:>7.4f} {row['dice']:>7.4f} {row['ms']:>9.1f}"
+        lines.append(f"{row['name']:<16} {numbers}")
+    return "\n".join(lines)

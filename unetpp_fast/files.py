@@ -1,0 +1,135 @@
+"""Reading and writing: images, masks, atomic files, checkpoints. What goes wrong is said as one `InputError`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+CHECKPOINT_FORMAT = 1
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and says what to do."""
+
+
+def need(module: str, extra: str) -> Any:
+    """Imports an optional dependency, or says which extra brings it."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise InputError(f"{module.split('.')[0]} is missing: pip install 'unetpp_fast[{extra}]'") from error
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as float32 `[C, H, W]`, C = 1 (grey) or 3 (colour; alpha is dropped), 8-bit values over 255,
+    16-bit values over 65535, floating-point values as they are.
+
+    Raises:
+        InputError: the file is missing, no image, or holds NaN or infinity.
+    """
+    picture = _open(path)
+    if picture.mode in ("1", "L", "LA"):
+        values = np.asarray(picture.convert("L"), np.float32)[None] / 255
+    elif picture.mode.startswith("I"):
+        values = np.asarray(picture, np.float32)[None] / 65535
+    elif picture.mode == "F":
+        values = np.asarray(picture, np.float32)[None]
+    else:
+        values = np.asarray(picture.convert("RGB"), np.float32).transpose(2, 0, 1) / 255
+    if not np.isfinite(values).all():
+        raise InputError(f"{path} holds NaN or infinite values: mend or remove this image")
+    return np.ascontiguousarray(values)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """The values of a mask or label file, `[H, W]`; of a colour file the largest of its channels."""
+    picture = _open(path)
+    values = np.asarray(picture if picture.mode != "LA" else picture.convert("L"))
+    return values[..., :3].max(axis=-1) if values.ndim == 3 else values
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask file as bool `[H, W]`: above half of the file's largest value, so that 0/1 and 0/255 both work."""
+    values = read_labels(path)
+    return values > values.max(initial=0) / 2
+
+
+def _open(path: Path):
+    image = need("PIL.Image", "commands")
+    try:
+        with image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+
+
+def write_png(path: Path, values: np.ndarray) -> None:
+    """Writes uint8 `[H, W]` (grey) or `[H, W, 3]` (colour), atomically."""
+    image = need("PIL.Image", "commands")
+    write_atomic(path, lambda stream: image.fromarray(values).save(stream, format="PNG"))
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file that is either the old or the new one at any moment: beside it first, then renamed over it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes plain data and tensors, atomically; `load_checkpoint` reads them."""
+    write_atomic(path, lambda stream: torch.save({"unetpp_fast": CHECKPOINT_FORMAT, **content}, stream))
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint of ours; no code in it can run (`weights_only`).
+
+    Raises:
+        InputError: the file is missing, truncated, or none of ours.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path} does not exist") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is no readable checkpoint (truncated or another format): {first}") from error
+    if not isinstance(content, dict) or content.get("unetpp_fast") != CHECKPOINT_FORMAT or "config" not in content:
+        raise InputError(f"{path} is no checkpoint of `unetpp-fast train` (format {CHECKPOINT_FORMAT})")
+    return content
+
+
+def load_model(path: Path, device: str | torch.device = "cpu"):
+    """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`."""
+    from .models import Network
+
+    content = load_checkpoint(path, device)
+    try:
+        network = Network.from_config(content["config"])
+        network.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} does not hold the weights of the network it describes: {first}") from error
+    return network.to(device).eval(), content
