@@ -185,11 +185,10 @@ class Patches(torch.utils.data.Dataset):
 def load_batches(patches: Patches, batches: list, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as tensors `[N, C, H, W]` and `[N, classes, H, W]`, read ahead by `workers` processes."""
     generator = torch.Generator()  # of its own: the loader would draw from the global one, which dropout uses
-    return iter(
-        torch.utils.data.DataLoader(
-            patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
-        )  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
     )
+    return iter(loader)
 
 
 def check_samples(samples: Sequence[Sample]) -> int:

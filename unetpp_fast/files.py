@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,13 +109,16 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     Raises:
         InputError: the file is missing, truncated, or none of ours.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a zip archive")
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} does not exist") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file can make the reader fail in any way
         first = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is no readable checkpoint (truncated or another format): {first}") from error
+        raise InputError(f"{path} is no readable checkpoint (truncated, or another format): {first}") from error
     if not isinstance(content, dict) or content.get("unetpp_fast") != CHECKPOINT_FORMAT or "config" not in content:
         raise InputError(f"{path} is no checkpoint of `unetpp-fast train` (format {CHECKPOINT_FORMAT})")
     return content

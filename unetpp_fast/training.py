@@ -257,11 +257,9 @@ class Trainer:
         then = {**content["recipe"], **content["about"], "model": content["config"]}
         changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
         if changed:
-            key = changed[0]
-            what = key if key == "model" else f"{key}={then.get(key)!r}, now {now[key]!r}"
-            raise InputError(
-                f"{path} was made with another {what}: resume with the same settings and data, or choose another folder"
-            )
+            key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
+            shown = f"{key}={values}" if len(values) < 80 else f"{key} set" if key in self.about else key
+            raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
         self.network.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
@@ -275,7 +273,7 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM let the running step finish, save and raise `Interrupted`; a second one does not wait."""
+        """Inside, SIGINT and SIGTERM let the running step finish, save and raise `Interrupted`; a second acts at once."""
         if threading.current_thread() is not threading.main_thread() or not self.out:
             yield
             return
