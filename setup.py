@@ -28,7 +28,7 @@ setup(
         "unetpp_fast.examples": "examples",
     },
     package_data={"unetpp_fast": ["py.typed"], "unetpp_fast.examples": ["nuclei/*"]},
-    install_requires=["torch>=2.10", "numpy>=1.24"],
+    install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.24"],
     extras_require={
         "commands": COMMANDS,
         "demo": DEMO,

@@ -1,0 +1,262 @@
+"""Every op of the engine in plain PyTorch: the contract that the kernels keep, and what they are tested against.
+
+Maps are channels-last, `[N, D, H, W, C]` with D = 1 in 2D and stride 1 along C; they may be slices of level buffers.
+`axes` is 2 or 3. A map is stored raw where its norm was not folded into weights: then `affine = (scale, shift)`, each
+`[1, C]` (batch norm) or `[N, C]` (instance norm), and a reader sees `act(scale x + shift)`. Without `affine` the map
+holds what its readers see. `act` is leaky ReLU with `slope`; 0 is ReLU. Results go into `out`, which the caller gives.
+Sums are in float32 for half-precision maps and in the map's own precision otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Affine = tuple[Tensor, Tensor]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The precision of sums over maps of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activate(x: Tensor, slope: float) -> Tensor:
+    return torch.where(x >= 0, x, x * slope)
+
+
+def per_image(values: Tensor) -> Tensor:
+    """`[1 or N, C]` as `[1 or N, 1, 1, 1, C]`."""
+    return values[:, None, None, None, :]
+
+
+def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
+    """What a reader of a map sees, rounded to the map's precision."""
+    if affine is None:
+        return x
+    scale, shift = (per_image(values) for values in affine)
+    return activate(x.to(accumulator(x.dtype)) * scale + shift, slope).to(x.dtype)
+
+
+def _axes(axes: int) -> tuple[bool, bool, bool]:
+    """Which of D, H, W are convolved."""
+    return axes == 3, True, True
+
+
+def phases(axes: int, phased: bool) -> list[tuple[int, int, int]]:
+    """(pz, py, px) in the order of the weights' first axis."""
+    return list(itertools.product(*((0, 1) if on and phased else (0,) for on in _axes(axes))))
+
+
+def sampled(x: Tensor, taps: int, stride: int, phase: tuple[int, int, int], units: tuple, axes: int) -> Iterator[Tensor]:
+    """For each tap, `[N, *units, C]`: x at stride * unit + phase - 1 + tap, zero outside; taps in row-major order."""
+    reach = taps + stride
+    pad = [0, 0]
+    for on in reversed(_axes(axes)):
+        pad += [reach, reach] if on else [0, 0]
+    x = F.pad(x, pad)
+    ranges = [range(taps) if on else (None,) for on in _axes(axes)]
+    for tap in itertools.product(*ranges):
+        window = [slice(None)]
+        for t, p, count in zip(tap, phase, units, strict=True):
+            first = 0 if t is None else reach + p - 1 + t
+            step = 1 if t is None else stride
+            window.append(slice(first, first + step * (count - 1) + 1, step))
+        yield x[tuple(window)]
+
+
+def placed(out: Tensor, phase: tuple[int, int, int], phased: bool, axes: int) -> Tensor:
+    """The pixels of `out` that belong to a phase."""
+    if not phased:
+        return out
+    return out[(slice(None), *(slice(p, None, 2) if on else slice(None) for p, on in zip(phase, _axes(axes), strict=True)))]
+
+
+def conv(
+    out: Tensor,
+    a: Tensor,
+    wa: Tensor,
+    *,
+    axes: int,
+    taps: int = 3,
+    stride: int = 1,
+    phased: bool = False,
+    affine_a: Affine | None = None,
+    b: Tensor | None = None,
+    wb: Tensor | None = None,
+    affine_b: Affine | None = None,
+    slope: float = 0.0,
+    bias: Tensor | None = None,
+    border: Tensor | None = None,
+    act: bool = False,
+    add: bool = False,
+    stats: bool = False,
+) -> Tensor | None:
+    """out = epilogue(conv(a) + conv(b)); see `conv.py` for the geometry of its uses.
+
+    Args:
+        out: `[N, *S, CO]`, written, or added to where `add`.
+        a: the first operand, `[N, *Sa, KA]`; wa: `[taps^axes, KA, CO]`.
+        stride: 2 where `a` has twice the axes of the unit grid; with `phased`, `out` does too.
+        b: the low source `[N, *S/2, KB]`, wb: `[2^axes phases, 2^axes taps, KB, CO]` with `phased`;
+            else an operand of the size of `out`, wb: `[1, 3^axes, KB, CO]`.
+        bias: `[CO]`; border: `[3^axes, CO]`, added by border class (0 first, 1 inner, 2 last pixel of each axis).
+        act: activate before storing. stats: return `[N, T, 3, CO]`, the count, mean and sum of squared deviations of
+            each of T parts of every image, of the values as stored.
+    """
+    acc_dtype = accumulator(a.dtype)
+    active = _axes(axes)
+    units = tuple(size // 2 if on and phased else size for size, on in zip(out.shape[1:4], active, strict=True))
+    a = read(a, affine_a, slope).to(acc_dtype)
+    b = None if b is None else read(b, affine_b, slope).to(acc_dtype)
+    for index, phase in enumerate(phases(axes, phased)):
+        total = torch.zeros(a.shape[0], *units, out.shape[-1], dtype=acc_dtype, device=a.device)
+        for tap, x in enumerate(sampled(a, taps, stride, phase, units, axes)):
+            total += x @ wa[tap].to(acc_dtype)
+        if b is not None:
+            for tap, x in enumerate(sampled(b, 2 if phased else 3, 1, phase, units, axes)):
+                total += x @ wb[index, tap].to(acc_dtype)
+        if bias is not None:
+            total += bias
+        if border is not None:
+            rows = placed(border_classes(out.shape[1:4], axes, out.device)[None], phase, phased, axes)[0]
+            total += border[rows]
+        if act:
+            total = activate(total, slope)
+        where = placed(out, phase, phased, axes)
+        where.copy_(where + total if add else total)
+    return statistics(out) if stats else None
+
+
+def border_classes(size: tuple[int, ...], axes: int, device: torch.device) -> Tensor:
+    """`[D, H, W]`: the row of a border table for each pixel."""
+    total = torch.zeros(tuple(size), dtype=torch.long, device=device)
+    for axis, on in enumerate(_axes(axes)):
+        if on:
+            place = torch.ones(size[axis], dtype=torch.long, device=device)
+            place[0], place[-1] = 0, 2
+            total = 3 * total + place.view([-1 if k == axis else 1 for k in range(3)])
+    return total
+
+
+def border_sums(dy: Tensor, axes: int) -> Tensor:
+    """`[3^axes, C]`: the gradient of a border table, the sums of dy over each class of pixels."""
+    total = dy.new_zeros(3**axes, dy.shape[-1], dtype=accumulator(dy.dtype))
+    rows = border_classes(dy.shape[1:4], axes, dy.device).flatten()
+    return total.index_add_(0, rows.repeat(dy.shape[0]), dy.reshape(-1, dy.shape[-1]).to(total.dtype))
+
+
+def conv_wgrad(
+    a: Tensor, dy: Tensor, *, axes: int, phased: bool = False, affine: Affine | None = None, slope: float = 0.0
+) -> Tensor:
+    """The gradient of a convolution's weights.
+
+    For an operand of the size of dy: `[1, 3^axes, K, CO]`. With `phased`, for the low source of half the size:
+    `[2^axes, 2^axes, K, CO]`. Sums run in a fixed order.
+    """
+    acc_dtype = accumulator(a.dtype)
+    a = read(a, affine, slope).to(acc_dtype)
+    taps = 2 if phased else 3
+    result = a.new_empty(len(phases(axes, phased)), taps**axes, a.shape[-1], dy.shape[-1])
+    for index, phase in enumerate(phases(axes, phased)):
+        part = placed(dy, phase, phased, axes).to(acc_dtype)
+        for tap, x in enumerate(sampled(a, taps, 1, phase, a.shape[1:4], axes)):
+            result[index, tap] = torch.einsum("ndhwk,ndhwc->kc", x, part)
+    return result
+
+
+def statistics(x: Tensor) -> Tensor:
+    """`[N, 1, 3, C]`: pixels, mean and sum of squared deviations of each image and channel."""
+    x = x.to(accumulator(x.dtype)).flatten(1, 3)
+    mean = x.mean(dim=1, keepdim=True)
+    return torch.stack([torch.full_like(mean, x.shape[1]), mean, (x - mean).square().sum(dim=1, keepdim=True)], dim=2)
+
+
+def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> tuple[Tensor, ...]:
+    """Combines the parts of `[N, T, 3, C]` in a fixed order.
+
+    Returns:
+        mean, biased variance, 1 / sqrt(variance + eps), scale, shift, each `[1, C]`, or `[N, C]` with `instance`.
+    """
+    parts = stats if instance else stats.flatten(0, 1)[None]
+    count, mean, squares = parts.unbind(dim=2)
+    total = count.sum(dim=1).clamp(min=1)
+    centre = (count * mean).sum(dim=1) / total
+    variance = (squares + count * (mean - centre[:, None]).square()).sum(dim=1) / total
+    inverse = (variance + eps).rsqrt()
+    scale = weight * inverse
+    return centre, variance, inverse, scale, bias - centre * scale
+
+
+def norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, affine: Affine, slope: float, frozen: bool
+) -> tuple[Tensor, Tensor]:
+    """Through activation and norm, in place: g becomes the gradient of the raw map x.
+
+    With h = g act'(scale x + shift) and z = (x - mean) inverse, over the pixels of a statistic::
+
+        g <- scale (h - mean(h) - z mean(h z))        or scale h where the statistics are `frozen`
+
+    Returns:
+        sum(h z) and sum(h), `[C]`: the gradients of the norm's weight and bias.
+    """
+    dtype = accumulator(x.dtype)
+    scale, shift = (per_image(values) for values in affine)
+    x, grad = x.to(dtype), g.to(dtype)
+    h = torch.where(x * scale + shift > 0, grad, grad * slope)
+    z = (x - per_image(mean)) * per_image(inverse)
+    if frozen:
+        g.copy_(scale * h)
+    else:
+        over = (1, 2, 3) if mean.shape[0] == x.shape[0] and mean.shape[0] > 1 else (0, 1, 2, 3)
+        g.copy_(scale * (h - h.mean(over, keepdim=True) - z * (h * z).mean(over, keepdim=True)))
+    return (h * z).sum((0, 1, 2, 3)), h.sum((0, 1, 2, 3))
+
+
+def act_backward(g: Tensor, out: Tensor, slope: float) -> Tensor:
+    """Through an activation whose output was stored, in place; returns the sums over pixels, `[C]`."""
+    g.copy_(torch.where(out > 0, g, g * slope))
+    return g.to(accumulator(g.dtype)).sum((0, 1, 2, 3))
+
+
+def _windows(x: Tensor, axes: int) -> Tensor:
+    """`[N, *S/2, 2^axes, C]`: the pixels of each pooling window in row-major order."""
+    return torch.stack([placed(x, phase, True, axes) for phase in phases(axes, True)], dim=-2)
+
+
+def pool(out: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0) -> None:
+    """2x2 (2x2x2) maximum of what readers of x see."""
+    out.copy_(_windows(read(x, affine, slope), axes).amax(dim=-2))
+
+
+def pool_backward(
+    gx: Tensor, g: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0, add: bool = False
+) -> None:
+    """The gradient goes to the first pixel of each window that holds the maximum; others get zero."""
+    first = _windows(read(x, affine, slope), axes).argmax(dim=-2)
+    for index, phase in enumerate(phases(axes, True)):
+        where = placed(gx, phase, True, axes)
+        part = torch.where(first == index, g, torch.zeros_like(g))
+        where.copy_(where + part if add else part)
+
+
+def head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, affine: Affine | None = None, slope: float = 0.0) -> None:
+    """1x1 convolution: out `[N, classes, D, H, W]` (channels first) from x `[N, D, H, W, K]`, weight `[classes, K]`."""
+    dtype = accumulator(x.dtype)
+    result = read(x, affine, slope).to(dtype) @ weight.to(dtype).T + bias
+    out.copy_(result.movedim(-1, 1))
+
+
+def head_backward(
+    gx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, *, affine: Affine | None = None, slope: float = 0.0, add: bool = False
+) -> tuple[Tensor, Tensor]:
+    """gx `[N, D, H, W, K]` from dy `[N, classes, D, H, W]`; returns the gradients of weight and bias."""
+    dtype = accumulator(x.dtype)
+    dy = dy.movedim(1, -1).to(dtype)
+    part = dy @ weight.to(dtype)
+    gx.copy_(gx + part if add else part)
+    values = read(x, affine, slope).to(dtype)
+    return torch.einsum("ndhwc,ndhwk->ck", dy, values), dy.sum((0, 1, 2, 3))
