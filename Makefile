@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Each makes .venv, installs what it needs there, and runs.
-# Another torch build: make test TORCH="torch==2.11.0"; another Python: make test PYTHON=python3.12
+# Another torch build: make clean test TORCH="torch==2.11.0"; another Python: make clean test PYTHON=python3.12
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

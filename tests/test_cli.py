@@ -13,7 +13,7 @@ from folders import SIDE, write_nuclei
 from PIL import Image
 
 import unetpp_fast as uf
-from unetpp_fast import cli, data, info
+from unetpp_fast import cli, data, demo, info
 from unetpp_fast.files import load_model, read_image, save_checkpoint
 
 SMALL = ("--features", "4,8", "--patch", "32", "--epochs", "2", "--batch-size", "4", "--device", "cpu")
@@ -101,9 +101,20 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("train", "--data", "DATA", "--out", "OUT", "--dropout", "1"), "dropout must be in"),
         (("train", "--data", "DATA", "--out", "OUT", "--val-fraction", "2"), "between 0 and 1"),
         (("train", "--data", "DATA", "--out", "OUT", "--device", "tpu9"), "device 'tpu9' cannot be used"),
+        (("train", "--data", "DATA", "--out", "OUT", "--device", "meta"), "device 'meta' cannot be used"),
+        (("train", "--data", "DATA", "--out", "OUT", "--workers", "-1"), "workers must be at least 0, not -1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--seed", "-1"), "seed must be at least 0 and below 2^63, not -1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--learning-rate", "inf"), "learning_rate must be positive and finite"),
+        (("train", "--data", "DATA", "--out", "GREY", *SMALL), "cannot write to the folder"),
+        (("train", "--data", "DATA", "--out", "OUT", *SMALL, "--patch", "2", "--batch-size", "11"), "shape (1, 3, 2, 2)"),
+        (("demo", "--seed", "-1"), "seed must be at least 0"),
+        (("demo", "--out", "GREY"), "cannot write to the folder"),
+        (("predict", "--checkpoint", "RUN", "--images", "DATA/images", "--out", "OUT"), "is a folder: name a file in it"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "1.1"), "between 0"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "nan"), "between 0"),
         (("predict", "--checkpoint", "none.pt", "--images", "DATA/images", "--out", "OUT"), "none.pt does not exist"),
         (("predict", "--checkpoint", "RUN/log.csv", "--images", "DATA/images", "--out", "OUT"), "no readable checkpoint"),
-        (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/none", "--out", "OUT"), "none is no folder"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/none", "--out", "OUT"), "none is no folder of images"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT"), "1 channel(s), the model takes 3"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/images", "--out", "OUT", "--level", "3"), "heads at"),
     ],
@@ -119,6 +130,15 @@ def test_a_mistake_is_one_line(folder, trained, tmp_path, capsys, arguments, say
         named += ["--device", "cpu"]
     assert says in fails(capsys, *named)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: x")])
+def test_a_lack_of_memory_is_one_line(monkeypatch, tmp_path, capsys, error):
+    monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert "out of memory: use a smaller batch" in fails(capsys, "demo", "--out", tmp_path)
+    monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run("demo", "--out", tmp_path)
 
 
 def test_a_model_without_class_names_still_predicts(tmp_path, folder):

@@ -39,6 +39,24 @@ def test_masks_may_be_zero_one_or_zero_255(tmp_path, foreground):
     assert np.array_equal(read_mask(tmp_path / "mask.png"), expected)
 
 
+@pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "CMYK"])
+def test_masks_of_every_kind_are_read_by_their_colours(tmp_path, mode):
+    expected = np.eye(4, dtype=bool)
+    Image.fromarray(expected.astype(np.uint8) * 255).convert(mode).save(tmp_path / "mask.tif")
+    assert np.array_equal(read_mask(tmp_path / "mask.tif"), expected)
+
+
+@pytest.mark.parametrize("colours", [(0, 0, 0, 128, 0, 0), (255, 255, 255, 0, 0, 0)], ids=["black_first", "white_first"])
+def test_a_palette_may_have_any_order(tmp_path, colours):
+    expected = np.eye(4, dtype=bool)
+    picture = Image.new("P", (4, 4))
+    picture.putdata((expected if colours[0] == 0 else ~expected).astype(np.uint8).ravel().tolist())
+    picture.putpalette(colours)
+    picture.save(tmp_path / "mask.png")
+    assert Image.open(tmp_path / "mask.png").mode == "P"
+    assert np.array_equal(read_mask(tmp_path / "mask.png"), expected)
+
+
 def test_an_empty_mask_has_no_foreground(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "mask.png")
     assert not read_mask(tmp_path / "mask.png").any()
@@ -48,6 +66,8 @@ def test_samples_are_sorted_and_classes_are_folders(tmp_path):
     samples, classes = data.find_samples(write_nuclei(tmp_path, count=3, classes=("b", "a")))
     assert [sample.name for sample in samples] == ["cell0", "cell1", "cell2"]
     assert classes == ["a", "b"]
+    (tmp_path / "masks/.ipynb_checkpoints").mkdir()
+    assert data.find_samples(tmp_path) == (samples, classes)
     image, mask = samples[0].load()
     assert image.shape == (1, SIDE, SIDE) and mask.shape == (2, SIDE, SIDE)
     assert abs(image.mean()) < 1e-5 and image.std() == pytest.approx(1, abs=1e-4)
@@ -84,6 +104,12 @@ def double_image(root: Path) -> None:
     Image.open(root / "images/cell1.png").save(root / "images/cell1.tif")
 
 
+def stack_images(root: Path) -> None:
+    page = Image.open(root / "images/cell1.png")
+    (root / "images/cell1.png").unlink()
+    page.save(root / "images/cell1.tif", save_all=True, append_images=[page, page])
+
+
 def drop_masks(root: Path) -> None:
     (root / "masks").rename(root / "labels")
 
@@ -103,6 +129,7 @@ def drop_images(root: Path) -> None:
         (put_nan, r"images/cell1\.tif holds NaN"),
         (mix_colours, r"has 1 channel.* but .*cell1\.png has 3"),
         (double_image, r"cell1\.png and .*cell1\.tif have one id"),
+        (stack_images, r"images/cell1\.tif holds 3 pages"),
         (drop_masks, r"holds no folder of masks"),
         (drop_images, r"images holds no image"),
     ],

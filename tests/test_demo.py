@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from unetpp_fast import cli, demo, pictures
+from unetpp_fast.files import InputError
 from unetpp_fast.training import evaluate
 
 
@@ -67,6 +69,26 @@ def test_pictures_can_be_looked_at(rows):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert picture.shape[0] > 300 and picture.shape[1] > 500
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+def test_the_picture_shows_the_masks_of_the_table(monkeypatch, tmp_path):
+    """In half precision too: what is drawn is what was scored."""
+    monkeypatch.setattr(demo, "FEATURES", (4, 6, 8))
+    monkeypatch.setattr(demo, "STEPS_AN_EPOCH", 2)
+    monkeypatch.setattr(demo, "milliseconds", lambda models, *_: [1.0] * len(models))
+    drawn = []
+    monkeypatch.setattr(pictures, "qualitative", lambda path, image, truth, masks: drawn.append((truth, masks)))
+    rows = demo.run(tmp_path, epochs=1, dtype="bfloat16")
+    ((truth, masks),) = drawn
+    for (mask, iou), row in zip(masks.values(), rows[:2], strict=True):
+        assert iou == row["iou"] == pytest.approx((mask & truth).sum() / (mask | truth).sum(), rel=1e-6)
+
+
+def test_without_matplotlib_it_stops_before_training(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(demo, "_train", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(InputError, match=r"matplotlib is missing: pip install 'unetpp_fast\[demo\]'"):
+        demo.run(tmp_path, epochs=1)
 
 
 def test_times_are_taken_in_turns():

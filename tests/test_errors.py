@@ -98,7 +98,7 @@ def test_types(model: uf.UNetPlusPlus, x: object, kind: str) -> None:
         ({"spatial_dims": 1}, r"spatial_dims must be 2 or 3, not 1"),
         ({"features": (4,)}, r"features must be 2 to 7 positive integers, one width a level, not \(4,\)"),
         ({"backend": "cuda"}, r"backend 'cuda' is planned but not in this version"),
-        ({"backend": "tpu"}, r"backend 'tpu' is not known: use one of \['auto', 'reference'\]"),
+        ({"backend": "tpu"}, r"backend 'tpu' is not known: use one of \['auto', 'reference', 'triton'\]"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

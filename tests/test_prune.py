@@ -196,6 +196,22 @@ def test_softmax_sums_to_one_and_sigmoid_does_not() -> None:
     assert not torch.allclose(model.predict(x).sum(1), ones)
 
 
+@pytest.mark.parametrize("mode", ["accurate", "fast"])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_probabilities_of_half_precision_are_float32(activation: str, mode: str) -> None:
+    """Three digits of a bfloat16 probability would decide which side of a threshold a pixel is on."""
+    model = deep_model().eval()
+    x = make_input(1, 2, 16, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        heads = [head.double() for head in model(x)][-1 if mode == "fast" else 0 :]
+        probabilities = model.predict(x, mode=mode, activation=activation)
+    each = [head.sigmoid() if activation == "sigmoid" else head.softmax(1) for head in heads]
+    assert probabilities.dtype == torch.float32
+    assert_close_relative(probabilities, sum(each) / len(each), FLOAT32)
+    assert model.to(torch.bfloat16).predict(x.bfloat16(), activation=activation).dtype == torch.float32
+    assert model.double().predict(x.double(), activation=activation).dtype == torch.float64
+
+
 def test_predict_leaves_the_model_as_it_was() -> None:
     """Modes, frozen submodules included, running statistics, gradients; with every image predicted in eval mode."""
     model = deep_model(dropout=0.5).train()

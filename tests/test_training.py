@@ -213,6 +213,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(f
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_a_step_that_breaks_the_weights_is_not_saved(folder, tmp_path):
+    """The last step of an epoch, whose effect no loss of that epoch shows."""
+    make_trainer(folder, tmp_path, epochs=1, batch_size=8).fit(progress=False)  # one step an epoch
+    before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
+    broken = make_trainer(folder, tmp_path, epochs=2, batch_size=8)
+    broken.resume()
+    for group in broken.optimizer.param_groups:
+        group["lr"] = float("inf")
+    with pytest.raises(InputError, match=r"a weight became infinite or NaN in epoch 2: lower the learning rate.*last\.pt"):
+        broken.fit(progress=False)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"config": {}, "value": 1})
     with pytest.raises(TypeError):
@@ -253,12 +266,23 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "boom").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"dtype": "int8"}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"dtype": "int8"}, {"seed": 2**63}]
+)
 def test_a_recipe_that_cannot_train_is_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Recipe(**wrong)
 
 
-def test_half_precision_trains(folder):
-    history = make_trainer(folder, None, validate=False, epochs=2, dtype="bfloat16").fit(progress=False)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_resumes(folder, tmp_path, dtype):
+    """With float16 the loss scale is part of what is resumed."""
+    history = make_trainer(folder, tmp_path / "whole", dtype=dtype).fit(progress=False)
     assert all(np.isfinite(row["train_loss"]) for row in history)
+    make_trainer(folder, tmp_path / "parts", epochs=1, dtype=dtype).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "parts", dtype=dtype)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    one, other = (load_checkpoint(tmp_path / name / "last.pt")["scaler"] for name in ("whole", "parts"))
+    assert one == other and bool(one) == (dtype == "float16")

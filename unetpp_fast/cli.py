@@ -31,12 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"unetpp-fast {options.command}: error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print(f"unetpp-fast {options.command}: error: out of GPU memory: use a smaller batch or patch", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        print(f"unetpp-fast {options.command}: error: out of memory: use a smaller batch, patch or network", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"unetpp-fast {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def build_parser() -> Parser:
@@ -117,9 +124,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().split("\n")[0]
+        first = str(error).strip().split("\n")[0].split(". ")[0]
         raise InputError(f"device {name!r} cannot be used: {first}; --device cpu always can") from error
     return device
 

@@ -74,7 +74,7 @@ def find_images(folder: Path) -> dict[str, Path]:
         InputError: there is no such folder, it holds no image, or two files share an id.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: expected images/<id>.png and masks/<class>/<id>.png under the data folder")
+        raise InputError(f"{folder} is no folder of images")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
@@ -92,9 +92,12 @@ def find_samples(root: Path) -> tuple[list[Sample], list[str]]:
     Raises:
         InputError: a folder is missing or empty, or an image lacks a mask.
     """
-    images = find_images(root / "images")
-    folder = root / "masks"
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    pictures, folder = root / "images", root / "masks"
+    if not pictures.is_dir():
+        raise InputError(f"{pictures} is no folder: expected {pictures}/<id>.png and {folder}/<class>/<id>.png")
+    images = find_images(pictures)
+    inside = folder.iterdir() if folder.is_dir() else []
+    classes = sorted(path.name for path in inside if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise InputError(f"{folder} holds no folder of masks: expected {folder}/<class>/<id>.png, e.g. {folder}/0/")
     masks = {name: find_images(folder / name) for name in classes}

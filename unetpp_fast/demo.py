@@ -13,7 +13,7 @@ import torch
 
 from . import pictures
 from .data import ArraySample, Patches
-from .files import InputError, read_image, read_labels
+from .files import InputError, check_folder, need, read_image, read_labels
 from .inference import evaluating, pad_to_multiple
 from .models import Network, UNet, UNetPlusPlus, parameter_count
 from .training import Recipe, Trainer, autocast, evaluate
@@ -49,8 +49,10 @@ def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtyp
     Returns:
         The rows of the table, keys name, parameters, gflop, iou, dice, ms.
     """
-    left, right = halves()
     recipe = Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3)
+    need("matplotlib.figure", "demo")  # now, not after minutes of training
+    check_folder(out)
+    left, right = halves()
     unet = _train("U-Net", UNet, left, recipe, device)
     nested = _train("UNet++", UNetPlusPlus, left, recipe, device, deep_supervision=True)
     models = {"U-Net": unet, "UNet++ accurate": nested}
@@ -60,7 +62,7 @@ def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtyp
     print("\n" + table(rows) + "\n")
 
     shown = {"U-Net": rows[0], "UNet++": rows[1]}
-    masks = {name: (_mask(models[row["name"]], right), row["iou"]) for name, row in shown.items()}
+    masks = {name: (_mask(models[row["name"]], right, dtype), row["iou"]) for name, row in shown.items()}
     pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
     size = "x".join(map(str, right.mask.shape[1:]))
     title = f"Pruning UNet++: {size} pixels, batch 1, {device}, {torch.get_num_threads()} threads, {dtype}"
@@ -108,9 +110,11 @@ def _row(name: str, model: Network, sample: ArraySample, ms: float, dtype: str) 
     return {"name": name, "parameters": parameter_count(model), "gflop": gflop, "ms": ms, **scores}
 
 
-def _mask(model: Network, sample: ArraySample) -> np.ndarray:
-    image = torch.from_numpy(sample.load()[0])[None].to(next(model.parameters()).device)
-    return (model.predict(image)[0, 0] > 0.5).cpu().numpy()
+def _mask(model: Network, sample: ArraySample, dtype: str) -> np.ndarray:
+    device = next(model.parameters()).device
+    with autocast(device, dtype):
+        probabilities = model.predict(torch.from_numpy(sample.load()[0])[None].to(device))
+    return (probabilities[0, 0] > 0.5).cpu().numpy()
 
 
 def table(rows: Sequence[dict]) -> str:

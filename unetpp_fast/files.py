@@ -49,10 +49,14 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """The values of a mask or label file, `[H, W]`; of a colour file the largest of its channels."""
+    """The values of a mask or label file, `[H, W]`; of a colour file the largest of its channels.
+
+    A palette counts by its colours: the order of its entries is the writing program's choice.
+    """
     picture = _open(path)
-    values = np.asarray(picture if picture.mode != "LA" else picture.convert("L"))
-    return values[..., :3].max(axis=-1) if values.ndim == 3 else values
+    if picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
+        return np.asarray(picture)
+    return np.asarray(picture.convert("RGB")).max(axis=-1)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -65,12 +69,28 @@ def _open(path: Path):
     image = need("PIL.Image", "commands")
     try:
         with image.open(path) as picture:
+            pages = getattr(picture, "n_frames", 1)
             picture.load()
-            return picture
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+    if pages > 1:
+        raise InputError(f"{path} holds {pages} pages: save each as a file of its own")
+    return picture
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder `folder` if there is none.
+
+    Raises:
+        InputError: that is not possible, or no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {folder} ({error.strerror}): choose another --out") from error
 
 
 def write_png(path: Path, values: np.ndarray) -> None:
@@ -110,6 +130,8 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
         InputError: the file is missing, truncated, or none of ours.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'best.pt'}")
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
     try:

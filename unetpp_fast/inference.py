@@ -69,9 +69,11 @@ def predict(network: Network, x: Tensor, mode: str, level: int | None, activatio
     level = network.topology.heads[-1] if level is None else level
     part = network.subnetwork(network.topology.pruned(level, keep_heads=mode == "accurate"), deep_supervision=True)
     with evaluating(part):
-        probabilities = [_probabilities(logits, activation) for logits in outputs_of_any_size(part, x)]
-        return torch.stack(probabilities).mean(dim=0)
+        return mean_probabilities(outputs_of_any_size(part, x), activation)
 
 
-def _probabilities(logits: Tensor, activation: str) -> Tensor:
-    return logits.sigmoid() if activation == "sigmoid" else logits.softmax(dim=1)
+def mean_probabilities(outputs: list[Tensor], activation: str = "sigmoid") -> Tensor:
+    """The mean over the heads of the probabilities of `[N, out_channels, *S]` logits, in float32 at least."""
+    wide = [logits if logits.dtype.itemsize >= 4 else logits.float() for logits in outputs]
+    each = [logits.sigmoid() if activation == "sigmoid" else logits.softmax(dim=1) for logits in wide]
+    return torch.stack(each).mean(dim=0)

@@ -58,6 +58,11 @@ class Network(nn.Module):
             head = topology[0, column]
             self.heads[head.name] = make_conv(head.width, out_channels, dims, 1)
         initialise(self, act)
+        self.handle = backends.register(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.handle = backends.register(self)  # a number of this process
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first.
@@ -90,13 +95,14 @@ class Network(nn.Module):
         part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes})
         heads = [topology[0, column].name for column in topology.heads]
         part.heads = nn.ModuleDict({name: self.heads[name] for name in heads})
+        part.handle = backends.register(part)
         return part
 
     def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
-            x: `[N, in_channels, *S]`, floating point, finite.
+            x: `[N, in_channels, *S]`, floating point, finite. From half precision the probabilities are float32.
             mode: "accurate": the mean over the heads up to `level`; "fast": the head at `level` alone,
                 with nothing else computed (sec. 3 of the paper).
             level: default the deepest head.

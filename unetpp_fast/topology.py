@@ -143,7 +143,7 @@ class Topology:
             have = ", ".join(str(head) for head in self.heads)
             raise ValueError(
                 f"cannot prune to level {level!r}: this network has heads at level {have}"
-                + ("; build it with deep_supervision=True to have one at every level" if len(self.heads) == 1 else "")
+                + ("; UNetPlusPlus(deep_supervision=True) has one at every level" if len(self.heads) < self.depth else "")
             )
         wanted = {(0, level)}
         for node in reversed(self.nodes):

@@ -1,13 +1,15 @@
 """The training recipe: Adam, the paper's loss, early stopping, checkpoints from which a run goes on exactly.
 
 Adam at 3e-4 and early stopping on the validation set are the paper's (sec. 3). An interrupted run, even a killed one,
-continues from `last.pt` with the same log and weights that an unbroken one has on the same machine.
+continues from `last.pt` with the same log and weights that an unbroken one has on the same CPU; a GPU may add in
+another order from run to run.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import signal
 import threading
 import time
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from .data import ArraySample, Patches, Sample, load_batches
 from .files import InputError, load_checkpoint, need, save_checkpoint, write_atomic
-from .inference import evaluating, outputs_of_any_size
+from .inference import evaluating, mean_probabilities, outputs_of_any_size
 from .losses import BCEDiceLoss
 from .metrics import dice_score, iou_score
 from .models import Network
@@ -54,8 +56,12 @@ class Recipe:
         for name in ("epochs", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be positive and finite, not {self.learning_rate}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be at least 0 and below 2^63, not {self.seed}")
+        if self.workers < 0:
+            raise InputError(f"workers must be at least 0, not {self.workers}")
         autocast_dtype(self.dtype)
 
 
@@ -88,7 +94,7 @@ def evaluate(
             image, mask = (torch.from_numpy(values)[None].to(device) for values in sample.load())
             with autocast(device, dtype):
                 outputs = outputs_of_any_size(network, image)
-            probabilities = torch.stack([logits.float().sigmoid() for logits in outputs]).mean(dim=0)
+            probabilities = mean_probabilities(outputs)
             sums["loss"] += float(loss(outputs, mask.float())) if loss else 0.0
             sums["iou"] += float(iou_score(probabilities, mask))
             sums["dice"] += float(dice_score(probabilities, mask))
@@ -137,7 +143,7 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
-            InputError: the loss became NaN or infinite.
+            InputError: the loss or a weight became NaN or infinite.
         """
         with self._signals():
             while self.epoch < self.recipe.epochs and self.stale < self.recipe.patience:
@@ -170,10 +176,16 @@ class Trainer:
                     bar.set_postfix(loss=f"{loss:.4f}", iou=f"{iou:.4f}")
                 if stopping or (due and self.out and time.monotonic() - saved > SAVE_SECONDS):
                     saved = time.monotonic()
+                    self._check_weights()
                     self._save("last.pt", resumable=True)
                 if stopping:
                     raise Interrupted
         return self._finish_epoch()
+
+    def _check_weights(self) -> None:
+        """Raises InputError if the last step, whose effect no loss has shown yet, left a weight that is not finite."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
+            raise self._diverged("a weight became infinite or NaN")
 
     def _train_step(self, image: Tensor, mask: Tensor) -> Tensor:
         """One optimizer step; returns (loss, IoU of the last head, 1), each times the number of images."""
@@ -192,17 +204,23 @@ class Trainer:
             return torch.stack([loss.detach(), iou, torch.ones_like(iou)]) * len(image)
 
     def _means(self) -> tuple[float, float]:
-        """Mean loss and IoU of the running epoch so far."""
+        """Mean loss and IoU of the running epoch so far.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
         loss, iou = (self.sums[:2] / self.sums[2]).tolist()
         if not torch.isfinite(self.sums).all():
-            kept = f"; {self.out / 'last.pt'} holds the last good state" if self.out and self.epoch else ""
-            raise InputError(
-                f"the loss became {loss} in epoch {self.epoch + 1}: lower the learning rate, or use float32{kept}"
-            )
+            raise self._diverged(f"the loss became {loss}")
         return loss, iou
+
+    def _diverged(self, what: str) -> InputError:
+        kept = f"; {self.out / 'last.pt'} holds the last good state" if self.out and (self.out / "last.pt").exists() else ""
+        return InputError(f"{what} in epoch {self.epoch + 1}: lower the learning rate, or use float32{kept}")
 
     def _finish_epoch(self) -> dict[str, float]:
         train_loss, train_iou = self._means()
+        self._check_weights()
         scores = evaluate(self.network, self.validation, dtype=self.recipe.dtype, loss=self.loss) if self.validation else {}
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)

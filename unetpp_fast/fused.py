@@ -1,0 +1,255 @@
+"""A whole forward pass, and a whole backward pass, as one operator each.
+
+`torch.ops.unetpp_fast.forward` takes the input and every parameter and buffer of a network, and returns its logits and
+what the backward pass needs; `torch.compile(fullgraph=True)` and autograd see one opaque call. Neither operator writes
+to its inputs: new running statistics come back as results.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import engine, engine_backward
+from .kernels import naive
+from .layers import InstanceNorm
+from .plan import Plan, make_plan, unsupported
+
+if TYPE_CHECKING:
+    from .models import Network
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Triton's interpreter, on the CPU
+_MODULES = {"naive": "naive", "triton": "triton_ops"}
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an operator knows of a network besides its tensors: the plan and the names, in the order they are passed."""
+
+    plan: Plan
+    out_channels: int
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    norms: tuple[str, ...]
+
+
+_entries: list[Entry] = []
+
+
+def load_ops(name: str) -> ModuleType:
+    """The module with the ops: "naive" (plain PyTorch, any device) or "triton"."""
+    return importlib.import_module(f"{__package__}.kernels.{_MODULES[name]}")
+
+
+def register(network: Network) -> int | None:
+    """A number that stands for the structure of `network` in this process; equal structures share one.
+
+    None where the engine cannot run it: a topology without a plan, or an activation whose sign does not tell its side.
+    """
+    if unsupported(network.topology):
+        return None
+    entry = Entry(
+        make_plan(network.topology, network.options),
+        network.out_channels,
+        tuple(name for name, _ in network.named_parameters()),
+        tuple(name for name, _ in network.named_buffers()),
+        tuple(name for name, module in network.nodes.named_modules() if isinstance(module, _NORMS)),
+    )
+    if entry not in _entries:
+        _entries.append(entry)
+    return _entries.index(entry)
+
+
+def modes_of(entry: Entry, training: str, keep: bool) -> dict[str, str]:
+    """How each norm of a pass gets its statistics; see `engine.Forward`.
+
+    training: a "1" for each norm that is in training, a "0" for each other. Batch norms are folded into the weights
+    only where no backward pass follows and none of them is in training.
+    """
+    if entry.plan.norm == "instance":
+        return dict.fromkeys(entry.norms, "instance")
+    still = "frozen" if keep or "1" in training else "folded"
+    return {name: "batch" if mine == "1" else still for name, mine in zip(entry.norms, training, strict=True)}
+
+
+def _pack(maps: engine.Maps) -> list[Tensor]:
+    """The tensors of the buffers, without the image, in a fixed order."""
+    tables = [table for table in (*maps.level_tables, *maps.mid_tables) if table is not None]
+    return [*maps.levels, *maps.mids, *tables, *maps.pools.values(), *maps.ups.values()]
+
+
+def _unpack(plan: Plan, image: Tensor, tensors: Sequence[Tensor], raw: bool) -> engine.Maps:
+    rest, count = iter(tensors), plan.topology.depth + 1
+    levels, mids, level_tables, mid_tables = (
+        [next(rest) if present else None for _ in range(count)] for present in (True, True, raw, raw)
+    )
+    pools = {step.node.level: next(rest) for step in plan.steps if step.source == "pool"}
+    ups = {step.node.name: next(rest) for step in plan.steps if step.form == "full"}
+    return engine.Maps(image, levels, mids, level_tables, mid_tables, pools, ups)
+
+
+def _statistics_shapes(entry: Entry, modes: dict[str, str], like: Tensor) -> list[Tensor]:
+    widths = {step.node.name: step.out.width for step in entry.plan.steps}
+    return [like.new_empty(widths[name.split(".")[0]]) for name in _in_batch_mode(entry, modes) for _ in range(2)]
+
+
+def _in_batch_mode(entry: Entry, modes: dict[str, str]) -> list[str]:
+    return [name for name in entry.norms if modes.get(name) == "batch"]
+
+
+def _named(entry: Entry, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in float32 at least: weights are composed before they are rounded."""
+    names = entry.parameters + entry.buffers
+    wide = [tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
+    return dict(zip(names[: len(tensors)], wide, strict=True))
+
+
+@torch.library.custom_op("unetpp_fast::forward", mutates_args=())
+def forward_op(
+    x: Tensor, tensors: Sequence[Tensor], handle: int, training: str, dtype: torch.dtype, keep: bool, ops: str
+) -> list[Tensor]:
+    """Logits of each head; with `keep`, what `_pack` gives; mean and unbiased variance of each norm in training."""
+    entry = _entries[handle]
+    modes = modes_of(entry, training, keep)
+    named = _named(entry, tensors)
+    run = engine.Forward(entry.plan, load_ops(ops), modes, named, dtype)
+    logits, maps = run.run(x, keep)
+    pixels = {level: buffer[..., 0].numel() for level, buffer in enumerate(maps.levels)}
+    statistics = []
+    for name in _in_batch_mode(entry, modes):
+        count = pixels[int(name[1 : name.index("_")])]
+        mean, variance = run.statistics[name]
+        statistics += [mean, variance * (count / max(count - 1, 1))]
+    return [*logits, *(_pack(maps) if keep else []), *statistics]
+
+
+@forward_op.register_fake
+def _(x, tensors, handle, training, dtype, keep, ops):
+    entry = _entries[handle]
+    plan, modes = entry.plan, modes_of(entry, training, keep)
+    logits = [x.new_empty((x.shape[0], entry.out_channels, *x.shape[2:]), dtype=dtype) for _ in plan.topology.heads]
+    kept = []
+    if keep:
+        maps = engine.allocate(plan, x, dtype, keep, raw=bool(modes))
+        for step in plan.steps:
+            level = maps.levels[step.node.level]
+            if step.source == "pool":
+                width = plan.topology[step.node.level - 1, 0].width
+                maps.pools[step.node.level] = level.new_empty((*level.shape[:4], width))
+            if step.form == "full":
+                maps.ups[step.node.name] = level.new_empty((*level.shape[:4], step.node.up_width))
+        kept = _pack(maps)
+    return [*logits, *kept, *_statistics_shapes(entry, modes, x.new_empty(0, dtype=naive.accumulator(dtype)))]
+
+
+def _reached(entry: Entry, heads: Sequence[bool]) -> list[str]:
+    """Names of the parameters that gradients of these heads reach."""
+    columns = [column for column, given in zip(entry.plan.topology.heads, heads, strict=True) if given]
+    nodes = {node.name for column in columns for node in entry.plan.topology.pruned(column).nodes}
+    ends = {entry.plan.topology[0, column].name for column in columns}
+    return [
+        name
+        for name in entry.parameters
+        if (name.startswith("nodes.") and name.split(".")[1] in nodes)
+        or (name.startswith("heads.") and name.split(".")[1] in ends)
+    ]
+
+
+@torch.library.custom_op("unetpp_fast::backward", mutates_args=())
+def backward_op(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    heads: Sequence[bool],
+    handle: int,
+    training: str,
+    dtype: torch.dtype,
+    needs_input: bool,
+    ops: str,
+) -> list[Tensor]:
+    """The gradients of the parameters that the given heads reach, then that of the input if it is needed."""
+    entry = _entries[handle]
+    modes = modes_of(entry, training, True)
+    named = _named(entry, parameters)
+    image = engine.to_maps(x, entry.plan.axes).to(dtype).contiguous()
+    maps = _unpack(entry.plan, image, kept, raw=bool(modes))
+    given = iter(gradients)
+    run = engine_backward.Backward(entry.plan, load_ops(ops), modes, named, dtype)
+    of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
+    dtypes = {name: tensor.dtype for name, tensor in zip(entry.parameters, parameters, strict=True)}
+    found = [run.gradients[name].to(dtypes[name]).contiguous() for name in _reached(entry, heads)]
+    return [*found, of_input.to(x.dtype).contiguous()] if needs_input else found
+
+
+@backward_op.register_fake
+def _(x, parameters, kept, gradients, heads, handle, training, dtype, needs_input, ops):
+    entry = _entries[handle]
+    named = dict(zip(entry.parameters, parameters, strict=True))
+    found = [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in _reached(entry, heads)]
+    return [*found, torch.empty_like(x, memory_format=torch.contiguous_format)] if needs_input else found
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, tensors, ctx.handle, ctx.training, ctx.dtype, _, ctx.ops = inputs
+    entry = _entries[ctx.handle]
+    ctx.heads = len(entry.plan.topology.heads)
+    ctx.count = len(entry.parameters)  # buffers are not saved: running statistics change before the backward pass
+    statistics = 2 * len(_in_batch_mode(entry, modes_of(entry, ctx.training, True)))
+    kept = output[ctx.heads : len(output) - statistics]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *tensors[: ctx.count], *kept)
+
+
+def _backward(ctx, gradients):
+    x, *rest = ctx.saved_tensors
+    parameters, kept = rest[: ctx.count], rest[ctx.count :]
+    heads = [gradient is not None for gradient in gradients[: ctx.heads]]
+    given = [gradient for gradient in gradients[: ctx.heads] if gradient is not None]
+    needs_input = ctx.needs_input_grad[0]
+    found = torch.ops.unetpp_fast.backward(
+        x, parameters, kept, given, heads, ctx.handle, ctx.training, ctx.dtype, needs_input, ctx.ops
+    )
+    entry = _entries[ctx.handle]
+    named = dict(zip(_reached(entry, heads), found, strict=False))
+    of_tensors = [named.get(name) for name in entry.parameters + entry.buffers]
+    return found[-1] if needs_input else None, of_tensors, None, None, None, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def forward(network: Network, x: Tensor, dtype: torch.dtype, ops: str) -> list[Tensor]:
+    """Logits of each head of `network` by the engine, in `dtype`; updates running statistics as the reference does."""
+    tensors = [*network.parameters(), *network.buffers()]
+    norms = [module for module in network.nodes.modules() if isinstance(module, _NORMS)]
+    training = "".join("1" if module.training else "0" for module in norms)
+    keep = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors))
+    results = torch.ops.unetpp_fast.forward(x, tensors, network.handle, training, dtype, keep, ops)
+    heads = len(network.topology.heads)
+    batch = [module for module in norms if module.training and not isinstance(module, InstanceNorm)]
+    if batch:
+        _update(batch, results[len(results) - 2 * len(batch) :], x.shape[0] > 0)
+    return list(results[:heads])
+
+
+@torch.no_grad()
+def _update(norms: list[nn.Module], statistics: list[Tensor], any_image: bool) -> None:
+    """Running statistics, with the norm's momentum or, where that is None, as the mean over all batches."""
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    if not any_image:
+        return
+    for norm, mean, variance in zip(norms, statistics[::2], statistics[1::2], strict=True):
+        batches = norm.num_batches_tracked.to(norm.running_mean.dtype)
+        weight = batches.reciprocal() if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+        norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)
