@@ -282,7 +282,6 @@ def test_a_plan_reads_as_text():
     ("options", "x", "reason"),
     [
         ({"backend": "reference"}, torch.zeros(1, 1, 4, 4), "asked for"),
-        ({"backend": "auto"}, torch.zeros(1, 1, 4, 4), "not been proven on a GPU"),
         ({"backend": "triton", "dropout": 0.5}, torch.zeros(1, 1, 4, 4), "dropout"),
         ({"backend": "triton"}, torch.zeros(1, 1, 4, 4, dtype=torch.float64), "weights are torch.float32"),
     ],

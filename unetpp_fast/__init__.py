@@ -6,6 +6,7 @@
 torch.Size([1, 1, 100, 130])
 """
 
+from .backends import explain, tune
 from .losses import BCEDiceLoss
 from .metrics import dice_score, iou_score
 from .models import Network, UNet, UNetPlusPlus, from_paper, parameter_count
@@ -21,7 +22,9 @@ __all__ = [
     "UNet",
     "UNetPlusPlus",
     "dice_score",
+    "explain",
     "from_paper",
     "iou_score",
     "parameter_count",
+    "tune",
 ]

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_input
+from .topology import Node
 
 try:
-    from . import fused
+    from . import fused, tuning
 except ModuleNotFoundError:  # kernels/ is a package only once installed
-    fused = None
+    fused = tuning = None
 
 if TYPE_CHECKING:
     from .models import Network
@@ -44,13 +46,62 @@ def register(network: Network) -> int | None:
 
 
 def choose(network: Network, x: Tensor) -> tuple[str, str]:
-    """The backend that computes `network(x)`, and the reason."""
+    """The backend that computes `network(x)`, and the reason.
+
+    "auto" takes the kernels where `unetpp_fast.tune` found them right and faster on this GPU, the reference elsewhere.
+    """
     if network.backend == "reference":
         return "reference", "asked for"
-    if network.backend == "auto":
-        return "reference", "the fused kernels have not been proven on a GPU yet; backend='triton' asks for them"
     runs, reason = can_run_triton(network, x)
-    return ("triton", "asked for") if runs else ("reference", reason)
+    if not runs:
+        return "reference", reason
+    if network.backend == "triton":
+        return "triton", "asked for"
+    return _measured(network, x)
+
+
+def _measured(network: Network, x: Tensor) -> tuple[str, str]:
+    found = tuning.verdict(network, x, compute_dtype(x), torch.is_grad_enabled() and network.training)
+    if found is None:
+        return "reference", "not measured on this GPU for this size: unetpp_fast.tune(model, x) does"
+    if not found["right"]:
+        return "reference", "the kernels gave a wrong result on this GPU when they were measured"
+    name = "triton" if found["ratio"] > 1 else "reference"
+    return name, f"measured: the kernels take {1 / found['ratio']:.2f} of the reference's time"
+
+
+def prepare(network: Network) -> None:
+    """Reads what earlier measurements found about the GPU that a network was just moved to."""
+    device = next(network.parameters()).device
+    if tuning and device.type == "cuda" and fused.HAS_TRITON:
+        tuning.load(device)
+
+
+def tune(network: Network, x: Tensor, *, training: bool = True, progress: bool = True) -> dict[str, dict]:
+    """Measures the kernels on this GPU for inputs like `x`, once; `backend="auto"` then uses them where they win.
+
+    Times the candidates of every convolution, checks the whole pass against float64 and times it against the reference.
+    Takes minutes, mostly of compiling; what was found is kept on disk for this GPU, torch, triton and version of the
+    kernels. Run it under `torch.autocast` to tune for half precision.
+
+    Args:
+        network: a model of this package, on a GPU; it is not changed.
+        x: an input it takes, `[N, in_channels, *S]`, of the size and batch to tune for.
+        training: measure forward and backward passes too.
+        progress: show a bar.
+
+    Returns:
+        For "inference" (and "training"): "right", whether the error of outputs (and gradients) against float64 is at
+        most twice the reference's; "ratio", the reference's time over the kernels'; "reference_ms", "fused_ms".
+
+    Raises:
+        RuntimeError: the kernels cannot run `network(x)` here; the message says why.
+    """
+    check_input(network, x)
+    runs, reason = can_run_triton(network, x)
+    if not runs:
+        raise RuntimeError(f"nothing to tune: {reason}")
+    return tuning.tune(network, x, compute_dtype(x), training, progress)
 
 
 def can_run_triton(network: Network, x: Tensor) -> tuple[bool, str]:
@@ -95,3 +146,35 @@ def forward(network: Network, x: Tensor) -> list[Tensor]:
     """Logits of every head of `network`, by the backend that `choose` picks."""
     name, _ = choose(network, x)
     return reference.forward(network, x) if name == "reference" else fused.forward(network, x, compute_dtype(x), name)
+
+
+def explain(network: Network, x: Tensor) -> str:
+    """Prints and returns, for each node of `network(x)`, the backend that runs it, what it reads and the reason.
+
+    Args:
+        network: a model of this package.
+        x: an input it takes, `[N, in_channels, *S]`; nothing is computed.
+
+    Raises:
+        TypeError, ValueError: the network does not take `x`.
+    """
+    check_input(network, x)
+    name, reason = choose(network, x)
+    size = "x".join(map(str, x.shape[2:]))
+    lines = [f"{x.shape[0]} image(s) of {size} pixels in {compute_dtype(x)} on {x.device}: {name} ({reason})"]
+    plan = fused.plan_of(network) if fused and name != "reference" else None
+    for index, node in enumerate(network.topology.nodes):
+        what = plan.describe(plan.steps[index]) if plan else _describe(network, node)
+        lines.append(f"{name:<10} {what}")
+    text = "\n".join(lines)
+    print(text)
+    return text
+
+
+def _describe(network: Network, node: Node) -> str:
+    """What the reference does for a node."""
+    i, j = node.position
+    if not j:
+        return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'the pooled X({i - 1},0)'}"
+    maps = ", ".join(f"X({i},{column})" for column in node.prefix)
+    return f"X({i},{j}) -> {node.width} channels from a concatenation of {maps} and the up-sampled X({i + 1},{j - 1})"

@@ -7,6 +7,7 @@ to its inputs: new running statistics come back as results.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class Entry:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     norms: tuple[str, ...]
+    key: str
 
 
 _entries: list[Entry] = []
@@ -57,16 +59,28 @@ def register(network: Network) -> int | None:
     """
     if unsupported(network.topology):
         return None
+    plan = make_plan(network.topology, network.options)
     entry = Entry(
-        make_plan(network.topology, network.options),
+        plan,
         network.out_channels,
         tuple(name for name, _ in network.named_parameters()),
         tuple(name for name, _ in network.named_buffers()),
         tuple(name for name, module in network.nodes.named_modules() if isinstance(module, _NORMS)),
+        hashlib.sha256(f"{plan!r} {network.out_channels}".encode()).hexdigest()[:16],
     )
     if entry not in _entries:
         _entries.append(entry)
     return _entries.index(entry)
+
+
+def plan_of(network: Network) -> Plan:
+    """The plan that the operators run for a registered network."""
+    return _entries[network.handle].plan
+
+
+def key_of(network: Network) -> str:
+    """A name for the structure of a registered network that is the same in every process."""
+    return _entries[network.handle].key
 
 
 def modes_of(entry: Entry, training: str, keep: bool) -> dict[str, str]:
@@ -151,6 +165,15 @@ def _(x, tensors, handle, training, dtype, keep, ops):
     return [*logits, *kept, *_statistics_shapes(entry, modes, x.new_empty(0, dtype=naive.accumulator(dtype)))]
 
 
+def _own(x: Tensor) -> Tensor:
+    """`x` in memory of its own: the results of an operator may not share any."""
+    return (
+        x
+        if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
 def _reached(entry: Entry, heads: Sequence[bool]) -> list[str]:
     """Names of the parameters that gradients of these heads reach."""
     columns = [column for column, given in zip(entry.plan.topology.heads, heads, strict=True) if given]
@@ -187,7 +210,7 @@ def backward_op(
     run = engine_backward.Backward(entry.plan, load_ops(ops), modes, named, dtype)
     of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
     dtypes = {name: tensor.dtype for name, tensor in zip(entry.parameters, parameters, strict=True)}
-    found = [run.gradients[name].to(dtypes[name]).contiguous() for name in _reached(entry, heads)]
+    found = [_own(run.gradients[name].to(dtypes[name])) for name in _reached(entry, heads)]
     return [*found, of_input.to(x.dtype).contiguous()] if needs_input else found
 
 

@@ -64,6 +64,11 @@ class Network(nn.Module):
         super().__setstate__(state)
         self.handle = backends.register(self)  # a number of this process
 
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)  # what .to(), .cuda() and .half() go through
+        backends.prepare(self)
+        return self
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first.
 

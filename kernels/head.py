@@ -1,0 +1,242 @@
+"""The 1x1 convolution that ends a network: a raw channels-last map in, channels-first class scores out, and back.
+
+Both are bound by memory. Few classes are summed without the tensor cores, whose tiles would be padded to 16 classes.
+With tensor cores, half-precision maps stay as they are, and single-precision weights are split into two float16 or
+three bfloat16 summands, so that nothing but the result is rounded to half; float32 maps take TF32 in three products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .norm import Affine, Tile, activate, affine_rows, check_same, guard, load_row, pixel_stride
+
+MOST_CLASSES = 64
+FEW_CLASSES, FEW_CHANNELS = 8, 512  # up to these, without tensor cores
+BACKWARD = Tile(elements=2048, programs=1024)
+
+
+@triton.jit
+def _load_map(x_ptr, mask, scale, shift, AFFINE: tl.constexpr, SLOPE: tl.constexpr):
+    """What a reader of the map sees, rounded to the map's precision."""
+    x = tl.load(x_ptr, mask=mask, other=0.0)
+    if AFFINE:
+        x = activate(x.to(tl.float32) * scale + shift, SLOPE).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _dot(a, b, acc, SUMMANDS: tl.constexpr):
+    """acc + a b: b as a sum of SUMMANDS in the precision of a, or in one product where 0."""
+    if SUMMANDS:
+        for _ in tl.static_range(SUMMANDS):
+            part = b.to(a.dtype)
+            acc = tl.dot(a, part, acc)
+            b -= part.to(tl.float32)
+    else:
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def _head_few_kernel(
+    out_ptr, x_ptr, stride_xn, stride_xp, weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift,
+    pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[n, m, p] = bias[m] + sum_k act(scale x[n, p, k] + shift) weight[m, k], with all of K in one tile."""
+    n, first = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
+    p = tl.arange(0, BLOCK_P)
+    k = tl.arange(0, BLOCK_K)
+    mask = (p < pixels - first)[:, None] & (k < K)[None, :]
+    scale, shift = 1.0, 0.0
+    if AFFINE:
+        scale, shift = load_row(scale_ptr, stride_scale, n, k, K), load_row(shift_ptr, stride_shift, n, k, K)
+    x_ptr += n * stride_xn + first * stride_xp + p[:, None] * stride_xp + k[None, :]
+    x = _load_map(x_ptr, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
+    for m in tl.static_range(CLASSES):
+        weight = tl.load(weight_ptr + m * K + k, mask=k < K, other=0.0).to(tl.float32)
+        value = tl.sum(x * weight[None, :], axis=1) + tl.load(bias_ptr + m).to(tl.float32)
+        where = out_ptr + (n * CLASSES + m) * pixels + first + p
+        tl.store(where, value.to(out_ptr.dtype.element_ty), mask=p < pixels - first)
+
+
+@triton.jit
+def _head_kernel(
+    out_ptr, x_ptr, stride_xn, stride_xp, weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift,
+    pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, SUMMANDS: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As _head_few_kernel, for more classes or channels: STEPS products [BLOCK_P, BLOCK_K] [BLOCK_K, BLOCK_M]."""
+    n, first = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
+    p = tl.arange(0, BLOCK_P)
+    m = tl.arange(0, BLOCK_M)
+    inside = p < pixels - first
+    acc = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    for step in range(STEPS):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (k < K)[None, :]
+        scale, shift = 1.0, 0.0
+        if AFFINE:
+            scale, shift = load_row(scale_ptr, stride_scale, n, k, K), load_row(shift_ptr, stride_shift, n, k, K)
+        where = x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + k[None, :]
+        x = _load_map(where, mask, scale, shift, AFFINE, SLOPE)
+        weight_mask = (k < K)[:, None] & (m < CLASSES)[None, :]
+        weight = tl.load(weight_ptr + m[None, :] * K + k[:, None], mask=weight_mask, other=0.0)
+        acc = _dot(x, weight, acc, SUMMANDS)
+    acc += tl.load(bias_ptr + m, mask=m < CLASSES, other=0.0).to(tl.float32)[None, :]
+    where = out_ptr + n * CLASSES * pixels + first + m.to(tl.int64)[None, :] * pixels + p[:, None]
+    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (m < CLASSES)[None, :])
+
+
+@triton.jit
+def _head_backward_kernel(
+    gx_ptr, stride_on, stride_op, dy_ptr, x_ptr, stride_xn, stride_xp, weight_ptr,
+    scale_ptr, stride_scale, shift_ptr, stride_shift, weight_sums_ptr, bias_sums_ptr, pixels, chunks, K,
+    CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, HALF: tl.constexpr,
+    SUMMANDS: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """gx[p, k] (+)= sum_m dy[m, p] weight[m, k], and over the pixels of a chunk
+
+        weight_sums[n, chunk, m, k] = sum_p dy[m, p] act(scale x[p, k] + shift)      bias_sums[n, chunk, m] = sum_p dy[m, p]
+
+    HALF: dy and x have one half precision, in which their products are taken; else in float32.
+    """
+    n, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    weight_mask = (m < CLASSES)[:, None] & (k < K)[None, :]
+    weight = tl.load(weight_ptr + m[:, None] * K + k[None, :], mask=weight_mask, other=0.0)
+    scale, shift = 1.0, 0.0
+    if AFFINE:
+        scale, shift = load_row(scale_ptr, stride_scale, n, k, K), load_row(shift_ptr, stride_shift, n, k, K)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    bias_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for step in range(STEPS):
+        first = (chunk * STEPS + step) * BLOCK_P
+        inside = p < pixels - first
+        dy_where = dy_ptr + n * CLASSES * pixels + first + m.to(tl.int64)[:, None] * pixels + p[None, :]
+        dy = tl.load(dy_where, mask=(m < CLASSES)[:, None] & inside[None, :], other=0.0)
+        bias_sum += tl.sum(dy.to(tl.float32), axis=1)
+        mask = inside[:, None] & (k < K)[None, :]
+        x_where = x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + k[None, :]
+        x = _load_map(x_where, mask, scale, shift, AFFINE, SLOPE)
+        if not HALF:
+            dy, x = dy.to(tl.float32), x.to(tl.float32)
+        weight_sum = _dot(dy, x, weight_sum, 0)
+        part = _dot(tl.trans(dy), weight, tl.zeros((BLOCK_P, BLOCK_K), tl.float32), SUMMANDS)
+        where = gx_ptr + n * stride_on + first * stride_op + p[:, None] * stride_op + k[None, :]
+        if ADD:
+            part += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(where, part.to(gx_ptr.dtype.element_ty), mask=mask)
+    row = tl.program_id(0).to(tl.int64) * CLASSES
+    tl.store(weight_sums_ptr + row * K + m[:, None] * K + k[None, :], weight_sum, mask=weight_mask)
+    if tl.program_id(1) == 0:
+        tl.store(bias_sums_ptr + row + m, bias_sum, mask=m < CLASSES)
+
+
+def _check(scores: Tensor, name: str, x: Tensor, weight: Tensor) -> None:
+    classes, channels = weight.shape
+    expected = (x.shape[0], classes, *x.shape[1:4])
+    if scores.shape != expected or scores.device != x.device or weight.device != x.device or channels != x.shape[4]:
+        raise ValueError(
+            f"x is {tuple(x.shape)} on {x.device} and weight {tuple(weight.shape)} on {weight.device}: "
+            f"expected {name} {expected} there, got {tuple(scores.shape)} on {scores.device}"
+        )
+    if not 1 <= classes <= MOST_CLASSES:
+        raise ValueError(f"{classes} classes; the kernels take 1 to {MOST_CLASSES}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"weight is {weight.dtype}, expected {x.dtype} or float32")
+
+
+def _summands(operand: torch.dtype, weight: torch.dtype) -> int:
+    """How many numbers of `operand` make up one weight."""
+    return 0 if operand == weight or operand == torch.float32 else 2 if operand == torch.float16 else 3
+
+
+def backward_blocks(classes: int, channels: int, half: bool, tile: Tile = BACKWARD) -> tuple[int, int, int, int]:
+    """Pixels, classes and channels of a tile, and warps: fewer, by more warps, for float32: its products take registers."""
+    block_m = max(16, triton.next_power_of_2(classes))
+    block_k = min(64 if half else 32, max(16, triton.next_power_of_2(channels)))
+    share = 1 if half else 2
+    block_p = min(64 // share, max(16, tile.elements // share // max(block_m, block_k)))
+    return block_p, block_m, block_k, tile.warps * share
+
+
+def head(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    config: Tile | None = None,
+) -> None:
+    """See `naive.head`. Reads x once and writes out once."""
+    tile = config or Tile()
+    _check(out, "out", x, weight)
+    (classes, channels), images, pixels = weight.shape, x.shape[0], x.shape[1:4].numel()
+    if bias.shape != (classes,) or not out.is_contiguous():
+        raise ValueError(f"bias is {tuple(bias.shape)}, out has strides {out.stride()}: expected [{classes}], contiguous")
+    if out.numel() == 0:
+        return
+    stride = pixel_stride(x, "x")
+    operands = (out, x, x.stride(0), stride, weight.contiguous(), bias.contiguous(), *affine_rows(affine, x))
+    few = classes <= FEW_CLASSES and channels <= FEW_CHANNELS
+    block_m, block_k = max(16, triton.next_power_of_2(classes)), triton.next_power_of_2(channels)
+    block_k = block_k if few else min(64, max(16, block_k))
+    block_p = max(16, tile.elements // (block_k if few else block_m))
+    tiles = triton.cdiv(pixels, block_p)
+    sizes = (pixels, tiles, channels, classes, affine is not None, slope)
+    with guard(x):
+        if few:
+            warps = tile.warps * (2 if block_p * block_k > 2 * tile.elements else 1)
+            _head_few_kernel[(images * tiles,)](*operands, *sizes, block_p, block_k, num_warps=warps)
+        else:
+            _head_kernel[(images * tiles,)](
+                *operands, *sizes, _summands(x.dtype, weight.dtype), triton.cdiv(channels, block_k),
+                block_p, block_m, block_k, num_warps=tile.warps,
+            )  # fmt: skip
+
+
+def head_backward(
+    gx: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    add: bool = False,
+    config: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `naive.head_backward`. Reads x once and writes gx once, reading it too where `add`; dy once per 64 channels."""
+    tile = config or BACKWARD
+    _check(dy, "dy", x, weight)
+    check_same(x, gx, "gx")
+    (classes, channels), images, pixels = weight.shape, x.shape[0], x.shape[1:4].numel()
+    if x.numel() == 0:
+        return x.new_zeros(classes, channels, dtype=torch.float32), x.new_zeros(classes, dtype=torch.float32)
+    half = x.dtype == dy.dtype != torch.float32
+    block_p, block_m, block_k, warps = backward_blocks(classes, channels, half, tile)
+    blocks = triton.cdiv(channels, block_k)
+    tiles = triton.cdiv(pixels, block_p)
+    aim = max(1, tile.programs // (images * blocks))
+    # At least 16 pixels per class: a chunk's sums are then small beside the pixels they are of.
+    steps = triton.next_power_of_2(max(triton.cdiv(tiles, aim), triton.cdiv(min(16 * classes, pixels), block_p)))
+    chunks = triton.cdiv(tiles, steps)
+    weight_sums = x.new_empty(images * chunks, classes, channels, dtype=torch.float32)
+    bias_sums = x.new_empty(images * chunks, classes, dtype=torch.float32)
+    with guard(x):
+        _head_backward_kernel[(images * chunks, blocks)](
+            gx, gx.stride(0), pixel_stride(gx, "gx"), dy.contiguous(), x, x.stride(0), pixel_stride(x, "x"),
+            weight.contiguous(), *affine_rows(affine, x), weight_sums, bias_sums, pixels, chunks, channels,
+            classes, affine is not None, slope, add, half, _summands(x.dtype if half else torch.float32, weight.dtype),
+            steps, block_p, block_m, block_k, num_warps=warps,
+        )  # fmt: skip
+        return weight_sums.sum(dim=0), bias_sums.sum(dim=0)

@@ -1,0 +1,378 @@
+"""Norm statistics and the backward passes of norm, activation and border table, and what the map kernels share.
+
+A map `[N, D, H, W, C]` is read as `[N, pixels, C]` with a constant distance between pixels, so one kernel serves 2D, 3D
+and any slice of a level buffer. Sums are taken per chunk of pixels in float32 and the chunks' sums added in a fixed
+order. How a map is cut depends on its shape alone, not on the GPU: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Affine = tuple[Tensor, Tensor]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GROUP = 512  # parts of a statistic that one program combines where there are more than twice as many
+
+
+class Tile(NamedTuple):
+    """How maps are cut: elements of a tile, programs to aim at where sums are taken, warps of a program."""
+
+    elements: int = 2048
+    programs: int = 2048
+    warps: int = 4
+
+    def blocks(self, pixels: int, channels: int) -> tuple[int, int]:
+        """Pixels and channels of a tile."""
+        block_c = min(triton.next_power_of_2(channels), 128)
+        return min(triton.next_power_of_2(pixels), max(1, self.elements // block_c), 1024), block_c
+
+    def chunks(self, images: int, pixels: int, channels: int) -> tuple[int, int]:
+        """How many chunks an image is cut into, and the tiles in each: a power of two, so that few kernels are compiled."""
+        block_p, block_c = self.blocks(pixels, channels)
+        tiles = triton.cdiv(pixels, block_p)
+        aim = max(1, self.programs // (images * triton.cdiv(channels, block_c)))
+        steps = triton.next_power_of_2(triton.cdiv(tiles, aim))
+        return triton.cdiv(tiles, steps), steps
+
+
+def guard(x: Tensor) -> AbstractContextManager:
+    """Launches go to the current device: makes it the one of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def pixel_stride(x: Tensor, name: str) -> int:
+    """The distance between neighbouring pixels of a channels-last map, checked to be the same everywhere."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; the kernels take float16, bfloat16 and float32")
+    if x.ndim != 5 or (x.shape[4] > 1 and x.stride(4) != 1):
+        raise ValueError(f"{name} is {tuple(x.shape)} with strides {x.stride()}, not a channels-last [N, D, H, W, C]")
+    stride, inner = x.shape[4], 1
+    for axis in (3, 2, 1):
+        if x.shape[axis] > 1:
+            stride = x.stride(axis) if inner == 1 else stride
+            if x.stride(axis) != stride * inner or stride < x.shape[4]:
+                raise ValueError(f"the pixels of {name} are not evenly spaced: {tuple(x.shape)}, strides {x.stride()}")
+            inner *= x.shape[axis]
+    return stride
+
+
+def check_same(x: Tensor, other: Tensor, name: str) -> None:
+    """Two maps of one shape on one device."""
+    if other.shape != x.shape or other.device != x.device:
+        raise ValueError(f"{name} is {tuple(other.shape)} on {other.device}, expected {tuple(x.shape)} on {x.device}")
+
+
+def per_image_rows(values: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Each of `[1 or N, C]` float32, made contiguous, and the distance from one image's row to the next's."""
+    images, channels = x.shape[0], x.shape[4]
+    shapes = (1, channels), (images, channels)
+    result: list = []
+    for value in values:
+        if value.dtype != torch.float32 or value.device != x.device or value.shape not in shapes:
+            raise ValueError(
+                f"expected float32 [1 or {images}, {channels}] on {x.device}, "
+                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+            )
+        result += [value.contiguous(), channels if value.shape[0] > 1 else 0]
+    return tuple(result)
+
+
+def affine_rows(affine: Affine | None, x: Tensor) -> tuple:
+    """scale, shift and their row strides as a kernel takes them; x stands in for pointers that are not read."""
+    return (x, 0, x, 0) if affine is None else per_image_rows(affine, x)
+
+
+@triton.jit
+def activate(x, SLOPE: tl.constexpr):
+    """Leaky ReLU; ReLU where SLOPE is 0."""
+    return tl.where(x >= 0, x, x * SLOPE)
+
+
+@triton.jit
+def load_row(ptr, stride_row, n, c, C):
+    """`[1, BLOCK_C]` of image n's row; zero past the last channel."""
+    return tl.load(ptr + n * stride_row + c, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit
+def _norm_finalise_kernel(
+    stats_ptr, weight_ptr, bias_ptr, out_ptr, parts, eps, C,
+    FINAL: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Chan's combination of parts A and B, with d = mean_B - mean_A and n = n_A + n_B:
+
+        mean = mean_A + d n_B / n          squares = squares_A + squares_B + d^2 n_A n_B / n
+
+    stats [rows, parts, 3, C]; a program takes one row, STEPS tiles of BLOCK_T parts and a block of channels: first each
+    lane of the tile over the steps, then the lanes. Writes [rows, groups, 3, C], or [5, rows, C] where FINAL.
+    """
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    t = tl.arange(0, BLOCK_T)
+    count = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        first = (group * STEPS + step) * BLOCK_T
+        where = stats_ptr + (row * parts + first) * 3 * C + t[:, None] * 3 * C + c[None, :]
+        mask = (t < parts - first)[:, None] & (c < C)[None, :]
+        part = tl.load(where, mask=mask, other=0.0)
+        delta = tl.load(where + C, mask=mask, other=0.0) - mean
+        total = count + part
+        share = part / tl.maximum(total, 1.0)
+        mean += delta * share
+        squares += tl.load(where + 2 * C, mask=mask, other=0.0) + delta * delta * count * share
+        count = total
+    total = tl.sum(count, axis=0)
+    divisor = tl.maximum(total, 1.0)
+    centre = tl.sum(count * mean, axis=0) / divisor
+    delta = mean - centre[None, :]
+    combined = tl.sum(squares + count * delta * delta, axis=0)
+    if FINAL:
+        variance = combined / divisor
+        inverse = tl.div_rn(tl.full((BLOCK_C,), 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+        scale = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32) * inverse
+        shift = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32) - centre * scale
+        step = tl.num_programs(0).to(tl.int64) * C
+        out_ptr += row * C + c
+        tl.store(out_ptr, centre, mask=c < C)
+        tl.store(out_ptr + step, variance, mask=c < C)
+        tl.store(out_ptr + 2 * step, inverse, mask=c < C)
+        tl.store(out_ptr + 3 * step, scale, mask=c < C)
+        tl.store(out_ptr + 4 * step, shift, mask=c < C)
+    else:
+        out_ptr += (row * tl.num_programs(1) + group) * 3 * C + c
+        tl.store(out_ptr, total, mask=c < C)
+        tl.store(out_ptr + C, centre, mask=c < C)
+        tl.store(out_ptr + 2 * C, combined, mask=c < C)
+
+
+def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> tuple[Tensor, ...]:
+    """See `naive.norm_finalise`; reads the statistics once. One launch up to 2 GROUP parts, else one more per GROUP-fold."""
+    if stats.dtype != torch.float32 or stats.ndim != 4 or stats.shape[2] != 3:
+        raise ValueError(f"expected float32 statistics [N, T, 3, C], got {stats.dtype} {tuple(stats.shape)}")
+    channels = stats.shape[3]
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(f"expected weight and bias [{channels}], got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    stats, weight, bias = stats.contiguous(), weight.contiguous(), bias.contiguous()
+    rows, parts = (stats.shape[0], stats.shape[1]) if instance else (1, stats.shape[0] * stats.shape[1])
+    result = stats.new_empty(5, rows, channels)
+    if result.numel() == 0:
+        return result.unbind()
+    block_c = min(triton.next_power_of_2(channels), 8)  # 32 bytes: few channels a program, so that there are many
+    blocks = triton.cdiv(channels, block_c)
+    with guard(stats):
+        while parts > 2 * GROUP:
+            groups = triton.cdiv(parts, GROUP)
+            combined = stats.new_empty(rows, groups, 3, channels)
+            _norm_finalise_kernel[(rows, groups, blocks)](
+                stats, weight, bias, combined, parts, eps, channels, False, 2, GROUP // 2, block_c
+            )
+            stats, parts = combined, groups
+        block_t = min(triton.next_power_of_2(max(parts, 1)), 256)
+        _norm_finalise_kernel[(rows, 1, blocks)](
+            stats, weight, bias, result, parts, eps, channels, True, triton.cdiv(parts, block_t), block_t, block_c
+        )
+    return result.unbind()
+
+
+@triton.jit
+def _through_norm(g, x, n, c, C, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
+                  scale_ptr, stride_scale, shift_ptr, stride_shift, SLOPE: tl.constexpr):  # fmt: skip
+    """h = g act'(scale x + shift), z = (x - mean) inverse, and scale; h is zero where g is, past the map's edges too."""
+    x = x.to(tl.float32)
+    g = g.to(tl.float32)
+    scale = load_row(scale_ptr, stride_scale, n, c, C)
+    h = tl.where(x * scale + load_row(shift_ptr, stride_shift, n, c, C) > 0, g, g * SLOPE)
+    z = (x - load_row(mean_ptr, stride_mean, n, c, C)) * load_row(inverse_ptr, stride_inverse, n, c, C)
+    return h, z, scale
+
+
+@triton.jit
+def _norm_sums_kernel(
+    g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
+    scale_ptr, stride_scale, shift_ptr, stride_shift, sums_ptr, pixels, chunks, C,
+    SLOPE: tl.constexpr, FROZEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sums[n, chunk] = (sum h, sum h z) over the chunk's pixels; g <- scale h where FROZEN. sums [N, chunks, 2, C]."""
+    n, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    sum_h = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_hz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        first = (chunk * STEPS + step) * BLOCK_P
+        mask = (p < pixels - first)[:, None] & (c < C)[None, :]
+        g_where = g_ptr + n * stride_gn + first * stride_gp + p[:, None] * stride_gp + c[None, :]
+        g = tl.load(g_where, mask=mask, other=0.0)
+        x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
+        h, z, scale = _through_norm(
+            g, x, n, c, C, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
+            scale_ptr, stride_scale, shift_ptr, stride_shift, SLOPE,
+        )  # fmt: skip
+        sum_h += h
+        sum_hz += h * z
+        if FROZEN:
+            tl.store(g_where, (scale * h).to(g_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2 * C + c
+    tl.store(sums_ptr, tl.sum(sum_h, axis=0), mask=c < C)
+    tl.store(sums_ptr + C, tl.sum(sum_hz, axis=0), mask=c < C)
+
+
+@triton.jit
+def _norm_apply_kernel(
+    g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
+    scale_ptr, stride_scale, shift_ptr, stride_shift, averages_ptr, stride_averages, pixels, tiles, C,
+    SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """g <- scale (h - mean(h) - z mean(h z)). averages [1 or N, 2, C]."""
+    n, first = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    mask = (p < pixels - first)[:, None] & (c < C)[None, :]
+    g_where = g_ptr + n * stride_gn + first * stride_gp + p[:, None] * stride_gp + c[None, :]
+    g = tl.load(g_where, mask=mask, other=0.0)
+    x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
+    h, z, scale = _through_norm(
+        g, x, n, c, C, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
+        scale_ptr, stride_scale, shift_ptr, stride_shift, SLOPE,
+    )  # fmt: skip
+    mean_h = load_row(averages_ptr, stride_averages, n, c, C)
+    mean_hz = load_row(averages_ptr + C, stride_averages, n, c, C)
+    tl.store(g_where, (scale * (h - mean_h - z * mean_hz)).to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    affine: Affine,
+    slope: float,
+    frozen: bool,
+    config: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `naive.norm_backward`. Reads g and x twice and writes g once; reads them once where `frozen`."""
+    tile = config or Tile()
+    check_same(g, x, "x")
+    images, pixels, channels = g.shape[0], g.shape[1:4].numel(), g.shape[4]
+    if g.numel() == 0:
+        zeros = g.new_zeros(2, channels, dtype=torch.float32)
+        return zeros[0], zeros[1]
+    maps = (g, g.stride(0), pixel_stride(g, "g"), x, x.stride(0), pixel_stride(x, "x"))
+    rows = per_image_rows((mean, inverse, *affine), x)
+    block_p, block_c = tile.blocks(pixels, channels)
+    blocks = triton.cdiv(channels, block_c)
+    chunks, steps = tile.chunks(images, pixels, channels)
+    sums = g.new_empty(images, chunks, 2, channels, dtype=torch.float32)
+    with guard(g):
+        _norm_sums_kernel[(images * chunks, blocks)](
+            *maps, *rows, sums, pixels, chunks, channels, slope, frozen, steps, block_p, block_c, num_warps=tile.warps
+        )
+        of_images = sums.sum(dim=1)
+        total = of_images.sum(dim=0)
+        if not frozen:
+            instance = mean.shape[0] > 1
+            averages = of_images / pixels if instance else total / (images * pixels)
+            tiles = triton.cdiv(pixels, block_p)
+            _norm_apply_kernel[(images * tiles, blocks)](
+                *maps, *rows, averages, 2 * channels if instance else 0, pixels, tiles, channels,
+                slope, block_p, block_c, num_warps=tile.warps,
+            )  # fmt: skip
+    return total[1], total[0]
+
+
+@triton.jit
+def _act_backward_kernel(
+    g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp, sums_ptr, pixels, chunks, C,
+    SLOPE: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """g <- g where x > 0, slope g elsewhere; sums[n, chunk] = sum of the g so stored. x: the activation's output."""
+    n, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        first = (chunk * STEPS + step) * BLOCK_P
+        mask = (p < pixels - first)[:, None] & (c < C)[None, :]
+        g_where = g_ptr + n * stride_gn + first * stride_gp + p[:, None] * stride_gp + c[None, :]
+        g = tl.load(g_where, mask=mask, other=0.0)
+        x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
+        g = tl.where(x > 0, g.to(tl.float32), g.to(tl.float32) * SLOPE).to(g_ptr.dtype.element_ty)
+        tl.store(g_where, g, mask=mask)
+        total += g.to(tl.float32)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c < C)
+
+
+def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = None) -> Tensor:
+    """See `naive.act_backward`. Reads g and out once, writes g once."""
+    tile = config or Tile()
+    check_same(g, out, "out")
+    images, pixels, channels = g.shape[0], g.shape[1:4].numel(), g.shape[4]
+    if g.numel() == 0:
+        return g.new_zeros(channels, dtype=torch.float32)
+    block_p, block_c = tile.blocks(pixels, channels)
+    chunks, steps = tile.chunks(images, pixels, channels)
+    sums = g.new_empty(images * chunks, channels, dtype=torch.float32)
+    with guard(g):
+        _act_backward_kernel[(images * chunks, triton.cdiv(channels, block_c))](
+            g, g.stride(0), pixel_stride(g, "g"), out, out.stride(0), pixel_stride(out, "out"), sums,
+            pixels, chunks, channels, slope, steps, block_p, block_c, num_warps=tile.warps,
+        )  # fmt: skip
+        return sums.sum(dim=0)
+
+
+@triton.jit
+def _border_lines_kernel(
+    dy_ptr, stride_n, stride_p, sums_ptr, lines, width, C,
+    STEPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sums[line] = (first, sum of inner, last) of a line of pixels along W; one pixel alone is the last.
+
+    Lines are numbered through [N, D, H], `lines` to an image; sums [N, D, H, 3, C].
+    """
+    line = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    dy_ptr += line // lines * stride_n + (line % lines) * width * stride_p + c
+    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        x = step * BLOCK_W + tl.arange(0, BLOCK_W)
+        mask = ((x > 0) & (x < width - 1))[:, None] & (c < C)[None, :]
+        total += tl.load(dy_ptr[None, :] + x.to(tl.int64)[:, None] * stride_p, mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(dy_ptr, mask=(c < C) & (width > 1), other=0.0)
+    last = tl.load(dy_ptr + (line * 0 + width - 1) * stride_p, mask=c < C, other=0.0)  # in int64
+    sums_ptr += line * 3 * C + c
+    tl.store(sums_ptr, first.to(tl.float32), mask=c < C)
+    tl.store(sums_ptr + C, tl.sum(total, axis=0), mask=c < C)
+    tl.store(sums_ptr + 2 * C, last.to(tl.float32), mask=c < C)
+
+
+def _class_sums(sums: Tensor) -> Tensor:
+    """`[size, ...]` as `[3, ...]`: the first, the sum of the inner ones, the last; one alone is the last."""
+    size = sums.shape[0]
+    return torch.stack([sums[: min(size - 1, 1)].sum(0), sums[1 : max(size - 1, 1)].sum(0), sums[-1]])
+
+
+def border_sums(dy: Tensor, axes: int, config: Tile | None = None) -> Tensor:
+    """See `naive.border_sums`. Reads dy once; sums per line along W and class first, then over N, H and D."""
+    tile = config or Tile()
+    images, depth, height, width, channels = dy.shape
+    if dy.numel() == 0:
+        return dy.new_zeros(3**axes, channels, dtype=torch.float32)
+    block_w, block_c = tile.blocks(width, channels)
+    steps = triton.next_power_of_2(triton.cdiv(width, block_w))
+    sums = dy.new_empty(images, depth, height, 3, channels, dtype=torch.float32)
+    with guard(dy):
+        _border_lines_kernel[(images * depth * height, triton.cdiv(channels, block_c))](
+            dy, dy.stride(0), pixel_stride(dy, "dy"), sums, depth * height, width, channels, steps, block_w, block_c,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        planes = _class_sums(sums.sum(0).movedim(1, 0))  # [3, D, 3, C]
+        return (_class_sums(planes.movedim(1, 0)) if axes == 3 else planes.sum(1)).reshape(3**axes, channels)

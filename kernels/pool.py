@@ -1,0 +1,142 @@
+"""2x2 (2x2x2) max pooling of what readers of a raw map see, and its gradient; no index map is stored."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .norm import Affine, Tile, activate, affine_rows, check_same, guard, load_row, pixel_stride
+
+
+@triton.jit
+def _read(x_ptr, mask, scale, shift, AFFINE: tl.constexpr, SLOPE: tl.constexpr):
+    """What a reader of the map sees, rounded to the map's precision: values that round to one value are a tie."""
+    x = tl.load(x_ptr, mask=mask, other=0.0)
+    if AFFINE:
+        x = activate(x.to(tl.float32) * scale + shift, SLOPE).to(x.dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _window_row(depth, height, AXES: tl.constexpr):
+    """Image, the pooled row's number in it, and the first pixel row of its windows, of this program; all int64."""
+    line = tl.program_id(0).to(tl.int64)
+    n, row = line // (depth * height), line % (depth * height)
+    FACTOR_Z: tl.constexpr = 2 if AXES == 3 else 1
+    return n, row, (row // height * FACTOR_Z * height + row % height) * 2
+
+
+@triton.jit
+def _pixel(q: tl.constexpr, height, width):
+    """How far pixel q of a window, in row-major order, is from its first; int64."""
+    return tl.cast((q // 4 * 2 * height + q // 2 % 2) * 2 * width + q % 2, tl.int64)
+
+
+@triton.jit
+def _pool_kernel(
+    out_ptr, stride_on, stride_op, x_ptr, stride_xn, stride_xp, scale_ptr, stride_scale, shift_ptr, stride_shift,
+    depth, height, width, C,
+    AXES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out[o] = max over q in {0,1}^AXES of act(scale x[2 o + q] + shift).
+
+    A program takes part of a row of out, BLOCK_W pixels and BLOCK_C channels; depth, height, width: of out.
+    """
+    n, row, first = _window_row(depth, height, AXES)
+    start = tl.program_id(1) * BLOCK_W
+    u = tl.arange(0, BLOCK_W)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (u < width - start)[:, None] & (c < C)[None, :]
+    scale, shift = 1.0, 0.0
+    if AFFINE:
+        scale, shift = load_row(scale_ptr, stride_scale, n, c, C), load_row(shift_ptr, stride_shift, n, c, C)
+    x_ptr += n * stride_xn + (first * width + start) * 2 * stride_xp + u[:, None] * 2 * stride_xp + c[None, :]
+    best = _read(x_ptr, mask, scale, shift, AFFINE, SLOPE)
+    for q in tl.static_range(1, 8 if AXES == 3 else 4):
+        value = _read(x_ptr + _pixel(q, height, width) * stride_xp, mask, scale, shift, AFFINE, SLOPE)
+        best = tl.where((value > best) | (value != value), value, best)  # NaN stays, as it does in PyTorch
+    out_ptr += n * stride_on + (row * width + start) * stride_op + u[:, None] * stride_op + c[None, :]
+    tl.store(out_ptr, best.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pool_backward_kernel(
+    gx_ptr, stride_on, stride_op, g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp,
+    scale_ptr, stride_scale, shift_ptr, stride_shift, depth, height, width, C,
+    AXES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """gx[2 o + q] (+)= g[o] where q is the first in row-major order to hold the maximum, else 0. As _pool_kernel."""
+    n, row, first = _window_row(depth, height, AXES)
+    start = tl.program_id(1) * BLOCK_W
+    u = tl.arange(0, BLOCK_W)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (u < width - start)[:, None] & (c < C)[None, :]
+    scale, shift = 1.0, 0.0
+    if AFFINE:
+        scale, shift = load_row(scale_ptr, stride_scale, n, c, C), load_row(shift_ptr, stride_shift, n, c, C)
+    x_ptr += n * stride_xn + (first * width + start) * 2 * stride_xp + u[:, None] * 2 * stride_xp + c[None, :]
+    best = _read(x_ptr, mask, scale, shift, AFFINE, SLOPE)
+    chosen = tl.zeros((BLOCK_W, BLOCK_C), tl.int32)
+    for q in tl.static_range(1, 8 if AXES == 3 else 4):
+        value = _read(x_ptr + _pixel(q, height, width) * stride_xp, mask, scale, shift, AFFINE, SLOPE)
+        above = (value > best) | ((value != value) & (best == best))
+        best = tl.where(above, value, best)
+        chosen = tl.where(above, q, chosen)
+    g_ptr += n * stride_gn + (row * width + start) * stride_gp + u[:, None] * stride_gp + c[None, :]
+    g = tl.load(g_ptr, mask=mask, other=0.0).to(tl.float32)
+    gx_ptr += n * stride_on + (first * width + start) * 2 * stride_op + u[:, None] * 2 * stride_op + c[None, :]
+    for q in tl.static_range(8 if AXES == 3 else 4):
+        where = gx_ptr + _pixel(q, height, width) * stride_op
+        part = tl.where(chosen == q, g, 0.0)
+        if ADD:
+            part += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(where, part.to(gx_ptr.dtype.element_ty), mask=mask)
+
+
+def _geometry(small: Tensor, x: Tensor, name: str, axes: int, tile: Tile) -> tuple[tuple, tuple, dict]:
+    """The grid, the kernel's sizes, and the blocks; checks that `small` has half the axes of x."""
+    images, depth, height, width, channels = small.shape
+    if (images, depth * (2 if axes == 3 else 1), height * 2, width * 2, channels) != x.shape:
+        raise ValueError(f"{name} is {tuple(small.shape)}, not half of {tuple(x.shape)} on {axes} axes")
+    if small.device != x.device:
+        raise ValueError(f"{name} is on {small.device}, x on {x.device}")
+    block_w, block_c = tile.blocks(width, channels)
+    grid = (images * depth * height, triton.cdiv(width, block_w), triton.cdiv(channels, block_c))
+    blocks = {"BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": tile.warps}
+    return grid, (depth, height, width, channels), blocks
+
+
+def pool(
+    out: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0, config: Tile | None = None
+) -> None:
+    """See `naive.pool`. Reads x once and writes out once."""
+    grid, sizes, blocks = _geometry(out, x, "out", axes, config or Tile())
+    if out.numel() == 0:
+        return
+    maps = (out, out.stride(0), pixel_stride(out, "out"), x, x.stride(0), pixel_stride(x, "x"))
+    with guard(x):
+        _pool_kernel[grid](*maps, *affine_rows(affine, x), *sizes, axes, affine is not None, slope, **blocks)
+
+
+def pool_backward(
+    gx: Tensor,
+    g: Tensor,
+    x: Tensor,
+    *,
+    axes: int,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    add: bool = False,
+    config: Tile | None = None,
+) -> None:
+    """See `naive.pool_backward`. Reads x and g once and writes gx once, reading it too where `add`."""
+    check_same(x, gx, "gx")
+    grid, sizes, blocks = _geometry(g, x, "g", axes, config or Tile(elements=1024))
+    if g.numel() == 0:
+        return
+    maps = (gx, gx.stride(0), pixel_stride(gx, "gx"), g, g.stride(0), pixel_stride(g, "g"))
+    maps += (x, x.stride(0), pixel_stride(x, "x"))
+    with guard(x):
+        _pool_backward_kernel[grid](*maps, *affine_rows(affine, x), *sizes, axes, affine is not None, slope, add, **blocks)

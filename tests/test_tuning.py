@@ -1,0 +1,154 @@
+"""Measuring kernels and passes: what is chosen, what is kept, and that a doubt goes to the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import make_input
+
+import unetpp_fast as uf
+from unetpp_fast import backends, fused, tuning
+from unetpp_fast.kernels import tuning as kernel_tuning
+
+pytestmark = pytest.mark.skipif(not (fused.HAS_TRITON and fused.INTERPRETED), reason="needs Triton and its interpreter")
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+
+
+def forget() -> None:
+    """As in a new process."""
+    for known in (tuning._verdicts, tuning._latest, tuning._loaded, kernel_tuning.table):
+        known.clear()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path / "cache"
+    forget()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Lets a test say how long the reference and the kernels take; nothing is timed."""
+    times = {"reference": 2.0, "kernels": 1.0}
+    order = []
+
+    def milliseconds(run, device, rounds=0):
+        order.append(run)
+        return times["reference"] if len(order) % 2 else times["kernels"]
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(kernel_tuning, "measuring", lambda measure: pytest.MonkeyPatch.context())
+    return times
+
+
+def small() -> tuple[uf.Network, torch.Tensor]:
+    torch.manual_seed(0)
+    return uf.UNet(1, 1, features=(3, 4)), make_input(2, 1, 4, 6)
+
+
+def test_the_fastest_candidate_is_used_and_remembered():
+    candidates = [Config(1), Config(2), Config(3), Config(4)]
+    times = {1: 3.0, 2: 1.0, 4: 2.0}
+    ran = []
+
+    def run(config):
+        ran.append(config.block)
+        if config.block == 3:
+            raise RuntimeError("out of resources")
+
+    def measure(launch):
+        launch()
+        return times[ran[-1]]
+
+    assert kernel_tuning.choose("op", candidates, run) == Config(1) and not ran
+    with kernel_tuning.measuring(measure):
+        assert kernel_tuning.choose("op", candidates, run) == Config(2)
+        assert ran == [1, 2, 3, 4]
+        assert kernel_tuning.choose("op", candidates, run) == Config(2)
+    assert kernel_tuning.choose("op", candidates, run) == Config(2) and ran == [1, 2, 3, 4]
+    assert kernel_tuning.choose("op", candidates[2:], run) == Config(3)  # what was measured is no longer offered
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
+def test_sizes_share_buckets(size, expected):
+    assert kernel_tuning.bucket(size) == expected
+
+
+def test_auto_uses_what_was_measured_in_this_process_and_the_next(clock, cache):
+    model, x = small()
+    assert "unetpp_fast.tune(model, x)" in backends.choose(model, x)[1]
+    found = uf.tune(model, x, progress=False)
+    assert found["inference"]["right"] and found["training"]["right"] and found["training"]["ratio"] == 2.0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for _ in range(2):
+        assert backends.choose(model, x) == ("triton", "measured: the kernels take 0.50 of the reference's time")
+        with torch.no_grad():
+            assert backends.choose(model, x)[0] == "triton"
+            assert backends.choose(model, make_input(2, 1, 4, 8))[0] == "triton"  # of one bucket with 4x6
+            assert backends.choose(model, make_input(2, 1, 4, 10))[0] == "reference"
+            assert backends.choose(uf.UNet(1, 1, features=(3, 5)), x)[0] == "reference"
+        forget()
+    (path,) = cache.iterdir()
+    assert tuning.source_hash() in path.name and set(json.loads(path.read_text())) == {"configurations", "verdicts"}
+
+
+def test_auto_stays_with_a_faster_reference(clock):
+    clock["reference"] = 0.5
+    model, x = small()
+    uf.tune(model, x, training=False, progress=False)
+    with torch.no_grad():
+        assert backends.choose(model, x) == ("reference", "measured: the kernels take 2.00 of the reference's time")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_auto_does_not_use_kernels_that_are_wrong(clock, monkeypatch, training):
+    from unetpp_fast.kernels import triton_ops
+
+    ops = {"conv_wgrad": "wrong gradients only"} if training else {"conv": "wrong outputs"}
+    for name in ops:
+        right = getattr(triton_ops, name)
+
+        def wrong(*args, right=right, **options):
+            result = right(*args, **options)
+            (args[0] if result is None else result).mul_(1.01)
+            return result
+
+        monkeypatch.setattr(triton_ops, name, wrong)
+    model, x = small()
+    found = uf.tune(model.eval() if not training else model, x, training=training, progress=False)
+    assert not found["training" if training else "inference"]["right"]
+    with torch.set_grad_enabled(training):
+        name, reason = backends.choose(model, x)
+    assert name == "reference" and "wrong result" in reason
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"configurations": {}}'])
+def test_a_file_that_cannot_be_read_counts_as_none(cache, content):
+    model, x = small()
+    path = tuning.cache_file(x.device)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert backends.choose(model, x)[0] == "reference"
+
+
+def test_what_cannot_run_cannot_be_tuned():
+    model, x = small()
+    with pytest.raises(RuntimeError, match=r"nothing to tune: .*torch\.float64"):
+        uf.tune(model.double(), x.double())
+    with pytest.raises(ValueError, match="does not fit"):
+        uf.tune(small()[0], make_input(2, 1, 3, 3))
+
+
+def test_the_clock_takes_the_median_after_a_warm_up():
+    calls = []
+    assert tuning.milliseconds(lambda: calls.append(1), torch.device("cpu"), rounds=5) >= 0
+    assert len(calls) == 7
