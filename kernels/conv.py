@@ -9,7 +9,7 @@ depend on the phase p alone. Every tensor is channels-last, `[N, D, H, W, C]` wi
 One kernel serves all uses. An operand is sampled at `stride * unit + base + t`, t = 0..taps-1 on each axis:
 
     use                           unit grid   a: taps, stride, base    b: taps, stride, base
-    convolution, no low source    output      3, 1, -1                 none
+    convolution, no low source    output      3, 1, -1                 none, or 3, 1, -1 (bilinear: up-sampled before)
     convolution with low source   low level   3, 2, p - 1              2, 1, p - 1
     data gradient of the prefix   output      3, 1, -1 (flipped W)     none
     data gradient of the low one  low level   4, 2, -1                 none
@@ -17,137 +17,380 @@ One kernel serves all uses. An operand is sampled at `stride * unit + base + t`,
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .maps import (
+    Affine,
+    activate,
+    affine_arguments,
+    check_affine,
+    check_map,
+    check_vector,
+    device_of,
+    dot_precision,
+    interpreted,
+    pixel_stride,
+    sum_dtype,
+    unit_grid,
+)
+
+PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
+NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a convolution is cut into programs: a tile of units, at most block_k channels a step, block_co channels out."""
+
+    block_d: int
+    block_h: int
+    block_w: int
+    block_k: int
+    block_co: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def pixels(self) -> int:
+        return self.block_d * self.block_h * self.block_w
 
 
 @triton.jit
-def _activate(x, SLOPE: tl.constexpr):
-    """Leaky ReLU; ReLU where SLOPE is 0."""
-    return tl.where(x >= 0, x, x * SLOPE)
+def _inside_bits(z, y, x, depth, height, width, TAPS: tl.constexpr, AXES: tl.constexpr):
+    """Bit t of [M] is set where the sample of tap t, at (z, y, x) + t, lies inside the map.
+
+    Made once, so that the loop spends one instruction a pixel on its padding instead of two compares an axis.
+    """
+    BITS: tl.constexpr = tl.int64 if AXES == 3 and TAPS > 3 else tl.int32
+    columns = tl.zeros_like(x).to(BITS)
+    for t in tl.static_range(TAPS):
+        columns |= ((x + t >= 0) & (x + t < width)).to(BITS) << t
+    bits = tl.zeros_like(columns)
+    for t in tl.static_range(TAPS):
+        bits |= tl.where((y + t >= 0) & (y + t < height), columns << (TAPS * t), 0)
+    if AXES == 3:
+        planes = bits
+        bits = tl.zeros_like(columns)
+        for t in tl.static_range(TAPS):
+            bits |= tl.where((z + t >= 0) & (z + t < depth), planes << (TAPS * TAPS * t), 0)
+    return bits
 
 
 @triton.jit
 def _accumulate(
-    acc, x_ptr, scale_ptr, shift_ptr, w_ptr,
-    stride_pixel, depth, height, width, z0, y0, x0, co, CO,
-    K: tl.constexpr, TAPS: tl.constexpr, AXES: tl.constexpr, BLOCK_K: tl.constexpr,
-    AFFINE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
+    acc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_pixel, depth, height, width,
+    tile_z, tile_y, tile_x, unit_z, unit_y, unit_x, co,
+    K: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """acc [M, CO] += sum over taps t and channels k of act(x[z0 + tz, y0 + ty, x0 + tx, k] scale + shift) w[t, k, co].
+    """acc [M, CO] += sum over taps t and channels k of act(x[tile + STRIDE unit + t, k] scale + shift) w[t, k, co].
 
-    x_ptr, scale_ptr and shift_ptr stand at the image's first element; w: [TAPS^AXES, K, CO]. The padding is zero after
-    norm and activation, so the mask is applied after them.
+    x_ptr, scale_ptr and shift_ptr stand at the image's first element; w: [TAPS^AXES, K, CO]; tile: scalars, the sample of
+    the tile's first unit; unit: [M]. What depends on the pixel stays as it is from step to step (an offset and the bits);
+    a step adds scalars alone. The padding is zero after norm and activation, so the mask is applied after them.
     """
     K_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = (TAPS * TAPS * TAPS if AXES == 3 else TAPS * TAPS) * K_STEPS
+    STEPS: tl.constexpr = TAPS * TAPS * TAPS * K_STEPS if AXES == 3 else TAPS * TAPS * K_STEPS
+    lanes = tl.arange(0, BLOCK_K)
+    rows = unit_y * STRIDE * width + unit_x * STRIDE
+    first = (tile_y.to(tl.int64) * width + tile_x) * stride_pixel
+    if AXES == 3:
+        rows += unit_z * STRIDE * height * width
+        first += tile_z.to(tl.int64) * height * width * stride_pixel
+    if WIDE:
+        rows = rows.to(tl.int64)
+    offsets = (rows * stride_pixel)[:, None] + lanes[None, :]
+    weights = lanes[:, None] * CO + co[None, :]
+    bits = _inside_bits(
+        tile_z + unit_z * STRIDE, tile_y + unit_y * STRIDE, tile_x + unit_x * STRIDE, depth, height, width, TAPS, AXES
+    )
     for step in range(STEPS):
         tap = step // K_STEPS
-        k = (step % K_STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = x0 + tap % TAPS
-        y = y0 + (tap // TAPS) % TAPS
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        pixel = y * width + x
+        k = (step % K_STEPS) * BLOCK_K
+        moved = (tap // TAPS % TAPS) * width + tap % TAPS
         if AXES == 3:
-            z = z0 + tap // (TAPS * TAPS)
-            inside = inside & (z >= 0) & (z < depth)
-            pixel = z * height * width + pixel
-        mask = inside[:, None] & (k < K)[None, :] if K % BLOCK_K else inside[:, None]
-        value = tl.load(x_ptr + pixel.to(tl.int64)[:, None] * stride_pixel + k[None, :], mask=mask, other=0.0)
-        if AFFINE:
-            scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)[None, :]
-            shift = tl.load(shift_ptr + k, mask=k < K, other=0.0)[None, :]
-            raw = value.to(tl.float32) * scale + shift
-            value = tl.where(mask, _activate(raw, SLOPE), 0.0).to(value.dtype)
-        weight_mask = (k < K)[:, None] & (co < CO)[None, :]
-        weight = tl.load(w_ptr + (tap * K + k)[:, None] * CO + co[None, :], mask=weight_mask, other=0.0)
-        acc = tl.dot(value, weight, acc, input_precision=PRECISION)
+            moved += tap // (TAPS * TAPS) * height * width
+        inside = (((bits >> tap) & 1) != 0)[:, None]
+        mask = inside
+        if K % BLOCK_K:
+            mask = inside & (k + lanes < K)[None, :]
+        value = tl.load(x_ptr + (first + moved.to(tl.int64) * stride_pixel + k) + offsets, mask=mask, other=0.0)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
+            shift = tl.load(shift_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
+            value = tl.where(inside, activate(value.to(acc.dtype) * scale + shift, SLOPE), 0.0).to(value.dtype)
+        from_ptr = w_ptr + (tap * K + k) * CO + weights
+        if K % BLOCK_K or CO % co.shape[0]:
+            weight = tl.load(from_ptr, mask=(k + lanes < K)[:, None] & (co < CO)[None, :], other=0.0)
+        else:
+            weight = tl.load(from_ptr)
+        acc = tl.dot(value, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
 @triton.jit
-def _conv_kernel(
-    a_ptr, a_scale_ptr, a_shift_ptr, wa_ptr, stride_an, stride_ap,
-    b_ptr, b_scale_ptr, b_shift_ptr, wb_ptr, stride_bn, stride_bp,
-    bias_ptr, border_ptr, out_ptr, stride_on, stride_op, stats_ptr,
-    depth, height, width, tiles_y, tiles_x, CO, affine_an, affine_bn,
-    KA: tl.constexpr, KB: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr,
-    AXES: tl.constexpr, AFFINE_A: tl.constexpr, AFFINE_B: tl.constexpr, SLOPE: tl.constexpr,
-    BIAS: tl.constexpr, BORDER: tl.constexpr, ACTIVATE: tl.constexpr, STATS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of units, one phase, one block of output channels. depth, height, width: of the unit grid."""
-    PHASES: tl.constexpr = (8 if AXES == 3 else 4) if PHASED else 1
-    tile, phase = tl.program_id(0) // PHASES, tl.program_id(0) % PHASES
-    n = tl.program_id(2).to(tl.int64)
-    co = tl.program_id(1) * BLOCK_CO + tl.arange(0, BLOCK_CO)
-    px, py, pz = phase % 2, (phase // 2) % 2, phase // 4
-
-    m = tl.arange(0, BLOCK_D * BLOCK_H * BLOCK_W)
-    x = (tile % tiles_x) * BLOCK_W + m % BLOCK_W
-    y = ((tile // tiles_x) % tiles_y) * BLOCK_H + (m // BLOCK_W) % BLOCK_H
-    z = (tile // (tiles_x * tiles_y)) * BLOCK_D + m // (BLOCK_W * BLOCK_H)
-    inside = (x < width) & (y < height) & (z < depth)
-
-    # The unit grid is `a`'s own where STRIDE is 1, and has half its axes where STRIDE is 2. In 2D, depth stays 1.
-    STRIDE_Z: tl.constexpr = STRIDE if AXES == 3 else 1
-    acc = tl.zeros((BLOCK_D * BLOCK_H * BLOCK_W, BLOCK_CO), tl.float32)
-    acc = _accumulate(
-        acc, a_ptr + n * stride_an, a_scale_ptr + n * affine_an, a_shift_ptr + n * affine_an, wa_ptr,
-        stride_ap, depth * STRIDE_Z, height * STRIDE, width * STRIDE,
-        z * STRIDE_Z + pz - 1, y * STRIDE + py - 1, x * STRIDE + px - 1, co, CO,
-        KA, TAPS, AXES, BLOCK_K, AFFINE_A, SLOPE, PRECISION,
-    )  # fmt: skip
-    if KB:
-        TAPS_B: tl.constexpr = 8 if AXES == 3 else 4
-        acc = _accumulate(
-            acc, b_ptr + n * stride_bn, b_scale_ptr + n * affine_bn, b_shift_ptr + n * affine_bn,
-            wb_ptr + phase * TAPS_B * KB * CO,
-            stride_bp, depth, height, width, z + pz - 1, y + py - 1, x + px - 1, co, CO,
-            KB, 2, AXES, BLOCK_K, AFFINE_B, SLOPE, PRECISION,
-        )  # fmt: skip
-
-    OUT: tl.constexpr = 2 if PHASED else 1
-    OUT_Z: tl.constexpr = OUT if AXES == 3 else 1
-    ox, oy, oz = x * OUT + px, y * OUT + py, z * OUT_Z + pz
-    if BIAS:
-        acc += tl.load(bias_ptr + co, mask=co < CO, other=0.0)[None, :]
-    if BORDER:
-        row = _border_class(oy, height * OUT) * 3 + _border_class(ox, width * OUT)
-        if AXES == 3:
-            row += _border_class(oz, depth * OUT_Z) * 9
-        acc += tl.load(border_ptr + row[:, None] * CO + co[None, :], mask=(co < CO)[None, :], other=0.0)
-    if ACTIVATE:
-        acc = _activate(acc, SLOPE)
-    pixel = ((oz * height * OUT + oy) * width * OUT + ox).to(tl.int64)
-    where = out_ptr + n * stride_on + pixel[:, None] * stride_op + co[None, :]
-    mask = inside[:, None] & (co < CO)[None, :]
-    if ADD:
-        acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    result = acc.to(out_ptr.dtype.element_ty)
-    tl.store(where, result, mask=mask)
-    if STATS:
-        _store_statistics(
-            result.to(tl.float32), inside, stats_ptr + (n * tl.num_programs(0) + tl.program_id(0)) * 3 * CO, co, CO
-        )
-
-
-@triton.jit
 def _border_class(position, size):
-    """0 at the first pixel of an axis, 2 at the last, 1 between."""
-    return tl.where(position == 0, 0, tl.where(position == size - 1, 2, 1))
+    """2 at the last pixel of an axis, 0 at the first, 1 between."""
+    return tl.where(position == size - 1, 2, tl.where(position == 0, 0, 1))
 
 
 @triton.jit
-def _store_statistics(value, inside, stats_ptr, co, CO):
+def _store_statistics(value, inside, stats_ptr, co, CO: tl.constexpr):
     """Count, mean and sum of squared deviations of a tile's pixels for each channel, at stats_ptr [3, CO].
 
     Around the tile's own mean, so that nothing cancels; tiles are combined later in a fixed order.
     """
-    count = tl.sum(inside.to(tl.float32), axis=0)
+    count = tl.sum(inside.to(value.dtype), axis=0)
     mean = tl.sum(tl.where(inside[:, None], value, 0.0), axis=0) / tl.maximum(count, 1.0)
     deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
     tl.store(stats_ptr + co, tl.zeros_like(mean) + count, mask=co < CO)
     tl.store(stats_ptr + CO + co, mean, mask=co < CO)
     tl.store(stats_ptr + 2 * CO + co, tl.sum(deviation * deviation, axis=0), mask=co < CO)
+
+
+@triton.jit
+def _conv_kernel(
+    a_ptr, a_scale_ptr, a_shift_ptr, wa_ptr, stride_an, stride_ap, affine_an,
+    b_ptr, b_scale_ptr, b_shift_ptr, wb_ptr, stride_bn, stride_bp, affine_bn,
+    bias_ptr, border_ptr, out_ptr, stride_on, stride_op, stats_ptr,
+    depth, height, width, tiles_z, tiles_y, tiles_x,
+    KA: tl.constexpr, KB: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
+    PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_KA: tl.constexpr, BLOCK_KB: tl.constexpr,
+    BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One tile of units, one phase, one block of output channels. depth, height, width: of the unit grid.
+
+    Programs run block of channels by block, phase by phase, tile by tile: neighbours in time share a tile of `a` and `b`.
+    """
+    PHASES: tl.constexpr = (8 if AXES == 3 else 4) if PHASED else 1
+    CO_BLOCKS: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
+    part = tl.program_id(0) // CO_BLOCKS
+    co = (tl.program_id(0) % CO_BLOCKS) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    tile, phase = part // PHASES, part % PHASES
+    pz, py, px = phase // 4, phase // 2 % 2, phase % 2
+    tile_x = tile % tiles_x * BLOCK_W
+    tile_y = tile // tiles_x % tiles_y * BLOCK_H
+    tile_z = tile // (tiles_x * tiles_y) % tiles_z * BLOCK_D
+    n = (tile // (tiles_x * tiles_y) // tiles_z).to(tl.int64)
+    m = tl.arange(0, BLOCK_D * BLOCK_H * BLOCK_W)
+    unit_z, unit_y, unit_x = m // (BLOCK_W * BLOCK_H), m // BLOCK_W % BLOCK_H, m % BLOCK_W
+
+    # Sums over float64 maps are in float64. In 2D, depth stays 1.
+    SUM: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
+    STRIDE_Z: tl.constexpr = STRIDE if AXES == 3 else 1
+    acc = tl.zeros((BLOCK_D * BLOCK_H * BLOCK_W, BLOCK_CO), SUM)
+    acc = _accumulate(
+        acc, a_ptr + n * stride_an, None if a_scale_ptr is None else a_scale_ptr + n * affine_an,
+        None if a_shift_ptr is None else a_shift_ptr + n * affine_an, wa_ptr,
+        stride_ap, depth * STRIDE_Z, height * STRIDE, width * STRIDE,
+        tile_z * STRIDE_Z + pz - 1, tile_y * STRIDE + py - 1, tile_x * STRIDE + px - 1, unit_z, unit_y, unit_x, co,
+        KA, CO, TAPS, STRIDE, AXES, BLOCK_KA, SLOPE, PRECISION, WIDE,
+    )  # fmt: skip
+    if KB:
+        TAPS_B: tl.constexpr = 2 if PHASED else 3
+        WEIGHTS: tl.constexpr = (TAPS_B * TAPS_B * TAPS_B if AXES == 3 else TAPS_B * TAPS_B) * KB * CO
+        acc = _accumulate(
+            acc, b_ptr + n * stride_bn, None if b_scale_ptr is None else b_scale_ptr + n * affine_bn,
+            None if b_shift_ptr is None else b_shift_ptr + n * affine_bn, wb_ptr + phase * WEIGHTS,
+            stride_bp, depth, height, width,
+            tile_z + pz - 1, tile_y + py - 1, tile_x + px - 1, unit_z, unit_y, unit_x, co,
+            KB, CO, TAPS_B, 1, AXES, BLOCK_KB, SLOPE, PRECISION, WIDE,
+        )  # fmt: skip
+
+    OUT: tl.constexpr = 2 if PHASED else 1
+    OUT_Z: tl.constexpr = OUT if AXES == 3 else 1
+    x, y, z = tile_x + unit_x, tile_y + unit_y, tile_z + unit_z
+    inside = (x < width) & (y < height) & (z < depth)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + co, mask=co < CO, other=0.0)[None, :]
+    if border_ptr is not None:
+        row = _border_class(y * OUT + py, height * OUT) * 3 + _border_class(x * OUT + px, width * OUT)
+        if AXES == 3:
+            row += _border_class(z * OUT_Z + pz, depth * OUT_Z) * 9
+        acc += tl.load(border_ptr + row[:, None] * CO + co[None, :], mask=(co < CO)[None, :], other=0.0)
+    if ACTIVATE:
+        acc = activate(acc, SLOPE)
+    first = ((tile_z.to(tl.int64) * OUT_Z + pz) * height * OUT + tile_y * OUT + py) * width * OUT + tile_x * OUT + px
+    rows = ((unit_z * OUT_Z * height * OUT + unit_y * OUT) * width + unit_x) * OUT
+    if WIDE:
+        rows = rows.to(tl.int64)
+    where = out_ptr + (n * stride_on + first * stride_op) + ((rows * stride_op)[:, None] + co[None, :])
+    mask = inside[:, None] & (co < CO)[None, :]
+    if ADD:
+        acc += tl.load(where, mask=mask, other=0.0).to(SUM)
+    result = acc.to(out_ptr.dtype.element_ty)
+    tl.store(where, result, mask=mask)
+    if stats_ptr is not None:
+        _store_statistics(result.to(SUM), inside, stats_ptr + part.to(tl.int64) * 3 * CO, co, CO)
+
+
+def conv(
+    out: Tensor,
+    a: Tensor,
+    wa: Tensor,
+    *,
+    axes: int,
+    taps: int = 3,
+    stride: int = 1,
+    phased: bool = False,
+    affine_a: Affine | None = None,
+    b: Tensor | None = None,
+    wb: Tensor | None = None,
+    affine_b: Affine | None = None,
+    slope: float = 0.0,
+    bias: Tensor | None = None,
+    border: Tensor | None = None,
+    act: bool = False,
+    add: bool = False,
+    stats: bool = False,
+    config: Config | None = None,
+) -> Tensor | None:
+    """`naive.conv` in one kernel. Statistics come as `[N, T, 3, CO]`, one of T parts a tile and phase."""
+    _check(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
+    ka, co, kb = a.shape[-1], out.shape[-1], 0 if b is None else b.shape[-1]
+    units = unit_grid(out, axes, phased)
+    scale_a, shift_a, image_a = affine_arguments(affine_a)
+    scale_b, shift_b, image_b = affine_arguments(affine_b)
+    maps = (out, a) if b is None else (out, a, b)
+    reach = (2 if stride == 2 or phased else 1) ** axes
+
+    def launch(config: Config, out: Tensor) -> Tensor | None:
+        tiles = tile_counts(units, config)
+        parts = math.prod(tiles) * (2**axes if phased else 1)
+        partial = out.new_empty(out.shape[0], parts, 3, co, dtype=sum_dtype(out.dtype)) if stats else None
+        if out.numel() == 0:
+            return partial
+        span = config.block_d * units[1] * units[2]
+        with device_of(out):
+            _conv_kernel[(out.shape[0] * parts * triton.cdiv(co, config.block_co),)](
+                a, scale_a, shift_a, wa, a.stride(0), pixel_stride(a), image_a,
+                b, scale_b, shift_b, wb, 0 if b is None else b.stride(0), 0 if b is None else pixel_stride(b), image_b,
+                bias, border, out, out.stride(0), pixel_stride(out), partial,
+                *units, *tiles,
+                KA=ka, KB=kb, CO=co, TAPS=taps, STRIDE=stride, PHASED=phased, AXES=axes, SLOPE=float(slope),
+                ACTIVATE=act, ADD=add, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+                BLOCK_KA=block_of_channels(ka, config.block_k), BLOCK_KB=block_of_channels(kb, config.block_k),
+                BLOCK_CO=config.block_co, PRECISION=dot_precision(out.dtype),
+                WIDE=span * reach * max(pixel_stride(x) for x in maps) >= NARROW_OFFSETS,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        return partial
+
+    if config is None and interpreted(out):
+        config = default_config(units, out.shape[0], co, axes, phased, a.dtype, True)
+    elif config is None:
+        form = f"{axes}d taps{taps} stride{stride} {'phased ' * phased}{'affine ' * (affine_a is not None)}{'stats' * stats}"
+        key = tuning.key("conv", a.dtype, form, (ka, kb, co), (out.shape[0], *units))
+        found = configs(units, out.shape[0], co, axes, phased, a.dtype)
+        config = tuning.choose(key, found, lambda candidate: launch(candidate, torch.empty_like(out)))
+    return launch(config, out)
+
+
+def _check(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border) -> None:
+    if axes not in (2, 3):
+        raise ValueError(f"axes is 2 or 3, not {axes}")
+    if taps not in (2, 3, 4) or stride not in (1, 2):
+        raise ValueError(f"taps is 2, 3 or 4 and stride 1 or 2, not {taps} and {stride}")
+    co, units = out.shape[-1], unit_grid(out, axes, phased)
+    check_map("out", out, out)
+    check_map("a", a, out, tuple(u * stride if k + axes >= 3 else u for k, u in enumerate(units)))
+    check_vector("wa", wa, (taps**axes, a.shape[-1], co), out, out.dtype)
+    check_affine("affine_a", affine_a, a)
+    if (b is None) != (wb is None):
+        raise ValueError("b and wb come together")
+    if b is not None:
+        check_map("b", b, out, units)
+        count, taps_b = (2**axes, 2) if phased else (1, 3)
+        check_vector("wb", wb, (count, taps_b**axes, b.shape[-1], co), out, out.dtype)
+        check_affine("affine_b", affine_b, b)
+    if bias is not None:
+        check_vector("bias", bias, (co,), out)
+    if border is not None:
+        check_vector("border", border, (3**axes, co), out)
+
+
+def tile_counts(units: tuple[int, int, int], config) -> list[int]:
+    blocks = config.block_d, config.block_h, config.block_w
+    return [triton.cdiv(unit, block) for unit, block in zip(units, blocks, strict=True)]
+
+
+def block_of_channels(channels: int, limit: int) -> int:
+    """The largest power of two from 16 (tensor cores take no fewer) to `limit` that pads `channels` least."""
+    sizes = [size for size in (256, 128, 64, 32, 16) if size <= max(limit, 16)]
+    return min(sizes, key=lambda size: -(-channels // size) * size)
+
+
+def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tuple[int, int, int]:
+    """The tile of `pixels` units that pads the grid least; of those the one with the fewest samples around it."""
+    powers = [2**k for k in range(pixels.bit_length())]
+    depths = powers if axes == 3 else [1]
+    tiles = [(d, h, pixels // (d * h)) for d, h in itertools.product(depths, powers) if d * h <= pixels]
+
+    def cost(tile: tuple[int, int, int]) -> tuple[int, int, int]:
+        covered, halo = 1, 1
+        for unit, block, on in zip(units, tile, (axes == 3, True, True), strict=True):
+            covered *= -(-unit // block) * block
+            halo *= block + 2 * on
+        return covered, halo, -tile[2]
+
+    return min(tiles, key=cost)
+
+
+def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[Config]:
+    """The configurations worth timing, the one used without timing first.
+
+    A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flop a byte of bf16 at 128 x 32,
+    43 at 128 x 64, 64 at 128 x 128. Narrow maps are therefore bound by loads, and pipelined ones (cp.async) go round L1,
+    where eight of nine taps would hit: one stage, with plain loads, is a candidate there. All of CO up to 128 is one
+    block, so that pixels are loaded once.
+    """
+    block_co = block_of_outputs(co)
+    if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
+        shapes = [(64, 16, min(block_co, 32), 4, 2)]  # no tensor cores for float32: registers hold operands too
+    else:
+        shapes = {
+            32: [(128, 32, 32, 4, 3), (128, 32, 32, 4, 1), (256, 32, 32, 8, 3), (128, 64, 32, 4, 3)],
+            64: [(128, 32, 64, 4, 4), (128, 32, 64, 4, 1), (256, 32, 64, 8, 3), (128, 32, 64, 8, 4)],
+            128: [(128, 32, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3)],
+        }[max(block_co, 32)]
+        if block_co < 32:
+            shapes = [(pixels, k, block_co, warps, stages) for pixels, k, _, warps, stages in shapes]
+    found = []
+    for pixels, block_k, block, warps, stages in shapes:
+        tile = block_of_pixels(units, pixels, axes)
+        # A row of float32 channels fills the same bytes with half as many.
+        block_k = max(16, block_k // 2) if dtype.itemsize > 2 else block_k
+        found.append(Config(*tile, block_k, block, warps, stages))
+    small = [config for config in found if config.pixels == 64]
+    first = found[0]
+    tiles = tile_counts(units, first)
+    programs = images * math.prod(tiles) * (2**axes if phased else 1) * triton.cdiv(co, first.block_co)
+    if small and programs < PROGRAMS:
+        found.sort(key=lambda config: config not in small)
+    return found
+
+
+def default_config(
+    units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype, interpreted: bool
+) -> Config:
+    if not interpreted:
+        return configs(units, images, co, axes, phased, dtype)[0]
+    depth, height, width = (triton.next_power_of_2(max(unit, 1)) for unit in units)
+    tile = min(depth, 8), min(height, 64), min(width, 64)
+    return Config(*tile, 256, min(128, triton.next_power_of_2(max(co, 16))), 4, 1)
+
+
+def block_of_outputs(co: int) -> int:
+    """All of up to 128 output channels; of more, the block that spends least, loads of pixels counted as 64 columns."""
+    if co <= 128:
+        return max(16, triton.next_power_of_2(co))
+    return min((128, 64), key=lambda block: -(-co // block) * (block + 64))

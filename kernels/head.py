@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norm import Affine, Tile, activate, affine_rows, check_same, guard, load_row, pixel_stride
+from .maps import Affine, activate, device_of
+from .norm import Tile, affine_rows, check_same, load_row, pixel_stride
 
 MOST_CLASSES = 64
 FEW_CLASSES, FEW_CHANNELS = 8, 512  # up to these, without tensor cores
@@ -193,7 +194,7 @@ def head(
     block_p = max(16, tile.elements // (block_k if few else block_m))
     tiles = triton.cdiv(pixels, block_p)
     sizes = (pixels, tiles, channels, classes, affine is not None, slope)
-    with guard(x):
+    with device_of(x):
         if few:
             warps = tile.warps * (2 if block_p * block_k > 2 * tile.elements else 1)
             _head_few_kernel[(images * tiles,)](*operands, *sizes, block_p, block_k, num_warps=warps)
@@ -232,7 +233,7 @@ def head_backward(
     chunks = triton.cdiv(tiles, steps)
     weight_sums = x.new_empty(images * chunks, classes, channels, dtype=torch.float32)
     bias_sums = x.new_empty(images * chunks, classes, dtype=torch.float32)
-    with guard(x):
+    with device_of(x):
         _head_backward_kernel[(images * chunks, blocks)](
             gx, gx.stride(0), pixel_stride(gx, "gx"), dy.contiguous(), x, x.stride(0), pixel_stride(x, "x"),
             weight.contiguous(), *affine_rows(affine, x), weight_sums, bias_sums, pixels, chunks, channels,

@@ -7,7 +7,6 @@ order. How a map is cut depends on its shape alone, not on the GPU: equal inputs
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Affine = tuple[Tensor, Tensor]
+from .maps import Affine, device_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 GROUP = 512  # parts of a statistic that one program combines where there are more than twice as many
@@ -42,11 +41,6 @@ class Tile(NamedTuple):
         return triton.cdiv(tiles, steps), steps
 
 
-def guard(x: Tensor) -> AbstractContextManager:
-    """Launches go to the current device: makes it the one of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def pixel_stride(x: Tensor, name: str) -> int:
     """The distance between neighbouring pixels of a channels-last map, checked to be the same everywhere."""
     if x.dtype not in DTYPES:
@@ -70,7 +64,7 @@ def check_same(x: Tensor, other: Tensor, name: str) -> None:
 
 
 def per_image_rows(values: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Each of `[1 or N, C]` float32, made contiguous, and the distance from one image's row to the next's."""
+    """Each of `[1 or N, C]` float32, with its channels side by side, and the distance from one image's row to the next's."""
     images, channels = x.shape[0], x.shape[4]
     shapes = (1, channels), (images, channels)
     result: list = []
@@ -80,19 +74,14 @@ def per_image_rows(values: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
                 f"expected float32 [1 or {images}, {channels}] on {x.device}, "
                 f"got {value.dtype} {tuple(value.shape)} on {value.device}"
             )
-        result += [value.contiguous(), channels if value.shape[0] > 1 else 0]
+        value = value if channels == 1 or value.stride(1) == 1 else value.contiguous()
+        result += [value, value.stride(0) if value.shape[0] > 1 else 0]
     return tuple(result)
 
 
 def affine_rows(affine: Affine | None, x: Tensor) -> tuple:
     """scale, shift and their row strides as a kernel takes them; x stands in for pointers that are not read."""
     return (x, 0, x, 0) if affine is None else per_image_rows(affine, x)
-
-
-@triton.jit
-def activate(x, SLOPE: tl.constexpr):
-    """Leaky ReLU; ReLU where SLOPE is 0."""
-    return tl.where(x >= 0, x, x * SLOPE)
 
 
 @triton.jit
@@ -168,7 +157,7 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
         return result.unbind()
     block_c = min(triton.next_power_of_2(channels), 8)  # 32 bytes: few channels a program, so that there are many
     blocks = triton.cdiv(channels, block_c)
-    with guard(stats):
+    with device_of(stats):
         while parts > 2 * GROUP:
             groups = triton.cdiv(parts, GROUP)
             combined = stats.new_empty(rows, groups, 3, channels)
@@ -272,7 +261,7 @@ def norm_backward(
     blocks = triton.cdiv(channels, block_c)
     chunks, steps = tile.chunks(images, pixels, channels)
     sums = g.new_empty(images, chunks, 2, channels, dtype=torch.float32)
-    with guard(g):
+    with device_of(g):
         _norm_sums_kernel[(images * chunks, blocks)](
             *maps, *rows, sums, pixels, chunks, channels, slope, frozen, steps, block_p, block_c, num_warps=tile.warps
         )
@@ -321,7 +310,7 @@ def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = Non
     block_p, block_c = tile.blocks(pixels, channels)
     chunks, steps = tile.chunks(images, pixels, channels)
     sums = g.new_empty(images * chunks, channels, dtype=torch.float32)
-    with guard(g):
+    with device_of(g):
         _act_backward_kernel[(images * chunks, triton.cdiv(channels, block_c))](
             g, g.stride(0), pixel_stride(g, "g"), out, out.stride(0), pixel_stride(out, "out"), sums,
             pixels, chunks, channels, slope, steps, block_p, block_c, num_warps=tile.warps,
@@ -369,7 +358,7 @@ def border_sums(dy: Tensor, axes: int, config: Tile | None = None) -> Tensor:
     block_w, block_c = tile.blocks(width, channels)
     steps = triton.next_power_of_2(triton.cdiv(width, block_w))
     sums = dy.new_empty(images, depth, height, 3, channels, dtype=torch.float32)
-    with guard(dy):
+    with device_of(dy):
         _border_lines_kernel[(images * depth * height, triton.cdiv(channels, block_c))](
             dy, dy.stride(0), pixel_stride(dy, "dy"), sums, depth * height, width, channels, steps, block_w, block_c,
             num_warps=tile.warps,

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norm import Affine, Tile, activate, affine_rows, check_same, guard, load_row, pixel_stride
+from .maps import Affine, activate, device_of
+from .norm import Tile, affine_rows, check_same, load_row, pixel_stride
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def pool(
     if out.numel() == 0:
         return
     maps = (out, out.stride(0), pixel_stride(out, "out"), x, x.stride(0), pixel_stride(x, "x"))
-    with guard(x):
+    with device_of(x):
         _pool_kernel[grid](*maps, *affine_rows(affine, x), *sizes, axes, affine is not None, slope, **blocks)
 
 
@@ -138,5 +139,5 @@ def pool_backward(
         return
     maps = (gx, gx.stride(0), pixel_stride(gx, "gx"), g, g.stride(0), pixel_stride(g, "g"))
     maps += (x, x.stride(0), pixel_stride(x, "x"))
-    with guard(x):
+    with device_of(x):
         _pool_backward_kernel[grid](*maps, *affine_rows(affine, x), *sizes, axes, affine is not None, slope, add, **blocks)

@@ -12,7 +12,7 @@ from dataclasses import astuple
 from typing import TypeVar
 
 Config = TypeVar("Config")
-Measure = Callable[[Callable[[], None]], float]
+Measure = Callable[[Callable[[], object]], float]
 
 table: dict[str, list[int]] = {}
 _measure: Measure | None = None
@@ -23,7 +23,13 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def choose(key: str, candidates: Sequence[Config], run: Callable[[Config], None]) -> Config:
+def key(op: str, dtype: object, form: str, channels: Sequence[int], sizes: Sequence[int]) -> str:
+    """The name of a measurement: channels count exactly, batch and sizes by their bucket."""
+    exact, rough = "-".join(map(str, channels)), "x".join(str(bucket(size)) for size in sizes)
+    return f"{op} {dtype} {form.strip()} channels {exact} of {rough}"
+
+
+def choose(key: str, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:
     """The candidate to use for `key`; inside `measuring`, after timing each once.
 
     run: launches the op with a configuration and leaves no trace. A candidate that fails to launch is passed over.

@@ -1,0 +1,229 @@
+"""The gradient of a convolution's weights.
+
+    dW[p, t, k, c] = sum over images and units u of act(a[u + base + t, k]) dy[o(u), c]
+
+    operand                             taps     base     o(u)
+    of dy's own size                    3 a axis -1       u
+    the low source, of half the size    2 a axis p - 1    2u + p
+
+An implicit GEMM: rows are (tap, channel) pairs, columns output channels, and the sum runs over pixels. Taking rows over
+taps lets 32 channels fill a tile of 128 rows, four taps of which share each load of dy. Pixels are split over programs;
+each writes its sum to a buffer of its own, and those are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .conv import NARROW_OFFSETS, block_of_outputs, block_of_pixels, tile_counts
+from .maps import (
+    Affine,
+    activate,
+    affine_arguments,
+    check_affine,
+    check_map,
+    device_of,
+    dot_precision,
+    interpreted,
+    pixel_stride,
+    sum_dtype,
+    unit_grid,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WgradConfig:
+    """A tile of units a step, block_m (tap, channel) rows by block_co channels a program, and how many programs at most.
+
+    `programs` bounds the memory of the partial sums, 4 block_m block_co bytes each: 64 MiB for 1024 of 128 x 128.
+    """
+
+    block_d: int
+    block_h: int
+    block_w: int
+    block_m: int
+    block_co: int
+    num_warps: int
+    num_stages: int
+    programs: int = 512
+
+
+@triton.jit
+def _conv_wgrad_kernel(
+    a_ptr, scale_ptr, shift_ptr, stride_an, stride_ap, affine_an, dy_ptr, stride_yn, stride_yp, partial_ptr,
+    depth, height, width, tiles_z, tiles_y, tiles_x, images,
+    STEPS: tl.constexpr, K: tl.constexpr, CO: tl.constexpr, PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr,
+    PER_IMAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """partial [splits, phases, TAPS^AXES K, CO]: one block of rows and columns, over STEPS tiles in the images' order.
+
+    The tile's place is carried from step to step: dividing its number by the sizes would cost more than the loads.
+    """
+    TAPS: tl.constexpr = 2 if PHASED else 3
+    ROWS: tl.constexpr = (TAPS * TAPS * TAPS if AXES == 3 else TAPS * TAPS) * K
+    PHASES: tl.constexpr = (8 if AXES == 3 else 4) if PHASED else 1
+    OUT: tl.constexpr = 2 if PHASED else 1
+    OUT_Z: tl.constexpr = OUT if AXES == 3 else 1
+    CO_BLOCKS: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
+    ROW_BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    part = tl.program_id(0) // (CO_BLOCKS * ROW_BLOCKS)
+    co = tl.program_id(0) % CO_BLOCKS * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    row = tl.program_id(0) // CO_BLOCKS % ROW_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, phase = part // PHASES, part % PHASES
+    pz, py, px = phase // 4, phase // 2 % 2, phase % 2
+
+    m = tl.arange(0, BLOCK_D * BLOCK_H * BLOCK_W)
+    unit_z, unit_y, unit_x = m // (BLOCK_W * BLOCK_H), m // BLOCK_W % BLOCK_H, m % BLOCK_W
+    tap, k = row // K, row % K
+    # Rows past the end are sampled far outside every map, so that one comparison masks them too.
+    sample_x = unit_x[None, :] + (tl.where(row < ROWS, tap % TAPS, 1 << 30) + px - 1)[:, None]
+    sample_y = unit_y[None, :] + (tap // TAPS % TAPS + py - 1)[:, None]
+    from_a = (tap // TAPS % TAPS + py - 1) * width + tap % TAPS + px - 1
+    rows_a = unit_y * width + unit_x
+    rows_y = (unit_y * OUT * width + unit_x) * OUT
+    if AXES == 3:
+        sample_z = unit_z[None, :] + (tap // (TAPS * TAPS) + pz - 1)[:, None]
+        from_a += (tap // (TAPS * TAPS) + pz - 1) * height * width
+        rows_a += unit_z * height * width
+        rows_y += unit_z * OUT_Z * height * OUT * width * OUT
+    if WIDE:
+        from_a, rows_a, rows_y = from_a.to(tl.int64), rows_a.to(tl.int64), rows_y.to(tl.int64)
+    offsets_a = (from_a * stride_ap + k)[:, None] + (rows_a * stride_ap)[None, :]
+    offsets_y = (rows_y * stride_yp)[:, None] + co[None, :]
+
+    SUM: tl.constexpr = partial_ptr.dtype.element_ty
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + k)
+        shift = tl.load(shift_ptr + k)
+    first = split * STEPS
+    x = first % tiles_x * BLOCK_W
+    y = first // tiles_x % tiles_y * BLOCK_H
+    z = first // (tiles_x * tiles_y) % tiles_z * BLOCK_D
+    n = first // (tiles_x * tiles_y) // tiles_z
+    acc = tl.zeros((BLOCK_M, BLOCK_CO), SUM)
+    for _ in range(STEPS):
+        image, plane = n.to(tl.int64), z.to(tl.int64) * height
+        inside = (x + sample_x >= 0) & (x + sample_x < width) & (y + sample_y >= 0) & (y + sample_y < height)
+        inside = inside & (n < images)
+        inside_y = (x + unit_x < width) & (y + unit_y < height) & (n < images)
+        if AXES == 3:
+            inside = inside & (z + sample_z >= 0) & (z + sample_z < depth)
+            inside_y = inside_y & (z + unit_z < depth)
+        start = image * stride_an + ((plane + y) * width + x) * stride_ap
+        value = tl.load(a_ptr + start + offsets_a, mask=inside, other=0.0)
+        if scale_ptr is not None:
+            if PER_IMAGE:
+                scale = tl.load(scale_ptr + n * affine_an + k)
+                shift = tl.load(shift_ptr + n * affine_an + k)
+            raw = value.to(SUM) * scale[:, None] + shift[:, None]
+            value = tl.where(inside, activate(raw, SLOPE), 0.0).to(value.dtype)
+        start = (((plane * OUT_Z + pz * height) * OUT + y * OUT + py) * (width * OUT) + x * OUT + px) * stride_yp
+        mask = inside_y[:, None]
+        if CO % BLOCK_CO:
+            mask = mask & (co < CO)[None, :]
+        gradient = tl.load(dy_ptr + (image * stride_yn + start) + offsets_y, mask=mask, other=0.0)
+        acc = tl.dot(value, gradient, acc, input_precision=PRECISION, out_dtype=SUM)
+        x += BLOCK_W
+        y += tl.where(x >= width, BLOCK_H, 0)
+        x = tl.where(x >= width, 0, x)
+        z += tl.where(y >= height, BLOCK_D, 0)
+        y = tl.where(y >= height, 0, y)
+        n += tl.where(z >= depth, 1, 0)
+        z = tl.where(z >= depth, 0, z)
+
+    where = partial_ptr + part.to(tl.int64) * (ROWS * CO) + (row[:, None] * CO + co[None, :])
+    tl.store(where, acc, mask=(row < ROWS)[:, None] & (co < CO)[None, :])
+
+
+def conv_wgrad(
+    a: Tensor,
+    dy: Tensor,
+    *,
+    axes: int,
+    phased: bool = False,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    config: WgradConfig | None = None,
+) -> Tensor:
+    """`naive.conv_wgrad`: `[1, 3^axes, K, CO]`, or `[2^axes, 2^axes, K, CO]` for the low source with `phased`."""
+    if axes not in (2, 3):
+        raise ValueError(f"axes is 2 or 3, not {axes}")
+    units = unit_grid(dy, axes, phased)
+    check_map("dy", dy, dy)
+    check_map("a", a, dy, units)
+    check_affine("affine", affine, a)
+    k, co = a.shape[-1], dy.shape[-1]
+    count, taps = (2**axes, 2**axes) if phased else (1, 3**axes)
+    if dy.numel() == 0:
+        return a.new_zeros(count, taps, k, co, dtype=sum_dtype(a.dtype))
+    scale, shift, image = affine_arguments(affine)
+    reach = 2**axes if phased else 1
+
+    def launch(config: WgradConfig) -> Tensor:
+        counts = tile_counts(units, config)
+        tiles = a.shape[0] * math.prod(counts)
+        programs = count * triton.cdiv(taps * k, config.block_m) * triton.cdiv(co, config.block_co)
+        # A constant of the kernel, so one of few values.
+        steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
+        splits = triton.cdiv(tiles, steps)
+        partial = a.new_empty(splits, count, taps, k, co, dtype=sum_dtype(a.dtype))
+        span = (config.block_d + 2) * units[1] * units[2] * max(pixel_stride(a), reach * pixel_stride(dy))
+        with device_of(a):
+            _conv_wgrad_kernel[(programs * splits,)](
+                a, scale, shift, a.stride(0), pixel_stride(a), image, dy, dy.stride(0), pixel_stride(dy), partial,
+                *units, *counts, a.shape[0], STEPS=steps, K=k, CO=co, PHASED=phased, AXES=axes, SLOPE=float(slope),
+                PER_IMAGE=image != 0, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+                BLOCK_M=config.block_m, BLOCK_CO=config.block_co, PRECISION=dot_precision(a.dtype),
+                WIDE=span >= NARROW_OFFSETS, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        return partial[0] if splits == 1 else partial.sum(0)
+
+    if config is None and interpreted(a):
+        config = default_config(units, k, co, axes, phased, a.dtype, True)
+    elif config is None:
+        form = f"{axes}d {'phased ' * phased}{'affine' * (affine is not None)}"
+        key = tuning.key("conv_wgrad", a.dtype, form, (k, co), (a.shape[0], *units))
+        config = tuning.choose(key, configs(units, k, co, axes, phased, a.dtype), launch)
+    return launch(config)
+
+
+def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[WgradConfig]:
+    """The configurations worth timing, the one used without timing first.
+
+    A step loads (block_m + block_co) pixels values for 2 block_m block_co pixels flops, as the forward kernel's does.
+    """
+    rows = (2 if phased else 3) ** axes * k
+    block_co = block_of_outputs(co)
+    if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
+        shapes = [(64, min(block_co, 32), 16, 4, 2)]
+    else:
+        shapes = {
+            32: [(128, 32, 64, 4, 3), (128, 32, 64, 8, 3), (64, 32, 64, 4, 3), (128, 32, 32, 4, 1)],
+            64: [(128, 64, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3)],
+            128: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (64, 128, 32, 4, 3)],
+        }[max(block_co, 32)]
+    found = []
+    for block_m, block, pixels, warps, stages in shapes:
+        # A column of float32 pixels fills the same bytes with half as many.
+        tile = block_of_pixels(units, max(16, pixels // 2) if dtype.itemsize > 2 else pixels, axes)
+        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
+        found.append(WgradConfig(*tile, block_m, min(block, block_co), warps, stages))
+    return list(dict.fromkeys(found))
+
+
+def default_config(
+    units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype, interpreted: bool
+) -> WgradConfig:
+    if not interpreted:
+        return configs(units, k, co, axes, phased, dtype)[0]
+    depth, height, width = (min(triton.next_power_of_2(unit), limit) for unit, limit in zip(units, (8, 32, 32), strict=True))
+    block_m = min(512, triton.next_power_of_2((2 if phased else 3) ** axes * k))
+    return WgradConfig(depth, height, width, block_m, min(128, triton.next_power_of_2(co)), 4, 1, programs=8)
