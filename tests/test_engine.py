@@ -159,6 +159,27 @@ def test_autocast_keeps_the_two_times_rule(norm, dtype):
     assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in model.parameters())
 
 
+def test_weights_are_composed_in_full_precision_under_autocast(monkeypatch):
+    model = build(uf.UNet, 1, 1, features=(3, 4), norm=None)
+    seen = []
+    compose = engine.compose.first_operands
+
+    def spy(*args):
+        seen.append(compose(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(engine.compose, "first_operands", spy)
+    x = make_input(1, 1, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        weighted_sum(run_fused("naive")(model, x)).backward()
+    expected = compose(*[model.get_parameter(f"nodes.x0_1.conv1.{key}") for key in ("weight", "bias")], 3, "phases",
+                       *[model.get_parameter(f"nodes.x0_1.up.{key}") for key in ("weight", "bias")])  # fmt: skip
+    composed = [operands for operands in seen if operands.wb is not None]
+    assert len(composed) == 2  # forward and backward
+    for operands in composed:
+        assert torch.equal(operands.wb, expected.wb) and torch.equal(operands.border, expected.border)
+
+
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_torch_compile_sees_one_call_each_way(norm):
     model = build(uf.UNetPlusPlus, 2, 3, features=(3, 4), deep_supervision=True, norm=norm)

@@ -136,7 +136,8 @@ def forward_op(
     modes = modes_of(entry, training, keep)
     named = _named(entry, tensors)
     run = engine.Forward(entry.plan, load_ops(ops), modes, named, dtype)
-    logits, maps = run.run(x, keep)
+    with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here, sums and weights kept wide
+        logits, maps = run.run(x, keep)
     pixels = {level: buffer[..., 0].numel() for level, buffer in enumerate(maps.levels)}
     statistics = []
     for name in _in_batch_mode(entry, modes):
@@ -208,7 +209,8 @@ def backward_op(
     maps = _unpack(entry.plan, image, kept, raw=bool(modes))
     given = iter(gradients)
     run = engine_backward.Backward(entry.plan, load_ops(ops), modes, named, dtype)
-    of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
+    with torch.autocast(x.device.type, enabled=False):
+        of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
     dtypes = {name: tensor.dtype for name, tensor in zip(entry.parameters, parameters, strict=True)}
     found = [_own(run.gradients[name].to(dtypes[name])) for name in _reached(entry, heads)]
     return [*found, of_input.to(x.dtype).contiguous()] if needs_input else found
