@@ -4,14 +4,15 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+OLDEST_TRITON := 3.6.0
 
 .PHONY: demo test lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
-test: .venv/test
-	$(BIN)/python -m pytest
+test: .venv/test .venv/triton-$(OLDEST_TRITON)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -33,3 +34,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
 	touch $@
+
+# Beside the newest Triton, which pip picks: the kernels are compiled by both.
+.venv/triton-$(OLDEST_TRITON): | .venv/base
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLDEST_TRITON)

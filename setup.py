@@ -33,7 +33,7 @@ setup(
         "commands": COMMANDS,
         "demo": DEMO,
         "onnx": EXPORT,
-        "test": [*DEMO, *EXPORT, "monai>=1.4", "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9"],
+        "test": [*DEMO, *EXPORT, "monai>=1.4", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["unetpp-fast = unetpp_fast.cli:main"]},
     classifiers=[

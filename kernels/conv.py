@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -329,6 +330,7 @@ def block_of_channels(channels: int, limit: int) -> int:
     return min(sizes, key=lambda size: -(-channels // size) * size)
 
 
+@lru_cache(maxsize=1024)  # every launch asks
 def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tuple[int, int, int]:
     """The tile of `pixels` units that pads the grid least; of those the one with the fewest samples around it."""
     powers = [2**k for k in range(pixels.bit_length())]
@@ -358,8 +360,8 @@ def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased
         shapes = [(64, 16, min(block_co, 32), 4, 2)]  # no tensor cores for float32: registers hold operands too
     else:
         shapes = {
-            32: [(128, 32, 32, 4, 3), (128, 32, 32, 4, 1), (256, 32, 32, 8, 3), (128, 64, 32, 4, 3)],
-            64: [(128, 32, 64, 4, 4), (128, 32, 64, 4, 1), (256, 32, 64, 8, 3), (128, 32, 64, 8, 4)],
+            32: [(128, 32, 32, 4, 3), (128, 32, 32, 4, 1), (256, 32, 32, 8, 2), (128, 64, 32, 4, 3)],
+            64: [(128, 32, 64, 8, 4), (128, 32, 64, 4, 1), (256, 32, 64, 8, 3), (128, 64, 64, 8, 3)],
             128: [(128, 32, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3)],
         }[max(block_co, 32)]
         if block_co < 32:

@@ -56,6 +56,18 @@ class WgradConfig:
 
 
 @triton.jit
+def _next_tile(x, y, z, n, depth, height, width, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The tile after the one at (x, y, z) of image n: along W first, then H, D and the images."""
+    x += BLOCK_W
+    y += tl.where(x >= width, BLOCK_H, 0)
+    x = tl.where(x >= width, 0, x)
+    z += tl.where(y >= height, BLOCK_D, 0)
+    y = tl.where(y >= height, 0, y)
+    n += tl.where(z >= depth, 1, 0)
+    return x, y, tl.where(z >= depth, 0, z), n
+
+
+@triton.jit
 def _conv_wgrad_kernel(
     a_ptr, scale_ptr, shift_ptr, stride_an, stride_ap, affine_an, dy_ptr, stride_yn, stride_yp, partial_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x, images,
@@ -111,9 +123,9 @@ def _conv_wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_CO), SUM)
     for _ in range(STEPS):
         image, plane = n.to(tl.int64), z.to(tl.int64) * height
-        inside = (x + sample_x >= 0) & (x + sample_x < width) & (y + sample_y >= 0) & (y + sample_y < height)
-        inside = inside & (n < images)
-        inside_y = (x + unit_x < width) & (y + unit_y < height) & (n < images)
+        end = tl.where(n < images, width, 0)  # past the last image nothing is inside
+        inside = (x + sample_x >= 0) & (x + sample_x < end) & (y + sample_y >= 0) & (y + sample_y < height)
+        inside_y = (x + unit_x < end) & (y + unit_y < height)
         if AXES == 3:
             inside = inside & (z + sample_z >= 0) & (z + sample_z < depth)
             inside_y = inside_y & (z + unit_z < depth)
@@ -131,13 +143,7 @@ def _conv_wgrad_kernel(
             mask = mask & (co < CO)[None, :]
         gradient = tl.load(dy_ptr + (image * stride_yn + start) + offsets_y, mask=mask, other=0.0)
         acc = tl.dot(value, gradient, acc, input_precision=PRECISION, out_dtype=SUM)
-        x += BLOCK_W
-        y += tl.where(x >= width, BLOCK_H, 0)
-        x = tl.where(x >= width, 0, x)
-        z += tl.where(y >= height, BLOCK_D, 0)
-        y = tl.where(y >= height, 0, y)
-        n += tl.where(z >= depth, 1, 0)
-        z = tl.where(z >= depth, 0, z)
+        x, y, z, n = _next_tile(x, y, z, n, depth, height, width, BLOCK_D, BLOCK_H, BLOCK_W)
 
     where = partial_ptr + part.to(tl.int64) * (ROWS * CO) + (row[:, None] * CO + co[None, :])
     tl.store(where, acc, mask=(row < ROWS)[:, None] & (co < CO)[None, :])
@@ -206,9 +212,9 @@ def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: boo
         shapes = [(64, min(block_co, 32), 16, 4, 2)]
     else:
         shapes = {
-            32: [(128, 32, 64, 4, 3), (128, 32, 64, 8, 3), (64, 32, 64, 4, 3), (128, 32, 32, 4, 1)],
-            64: [(128, 64, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3)],
-            128: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (64, 128, 32, 4, 3)],
+            32: [(128, 32, 64, 4, 3), (128, 32, 64, 8, 3), (128, 32, 32, 4, 1)],
+            64: [(128, 64, 64, 8, 3), (128, 64, 32, 4, 3)],
+            128: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3)],
         }[max(block_co, 32)]
     found = []
     for block_m, block, pixels, warps, stages in shapes:

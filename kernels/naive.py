@@ -175,11 +175,11 @@ def statistics(x: Tensor) -> Tensor:
     return torch.stack([torch.full_like(mean, x.shape[1]), mean, (x - mean).square().sum(dim=1, keepdim=True)], dim=2)
 
 
-def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> tuple[Tensor, ...]:
+def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> Tensor:
     """Combines the parts of `[N, T, 3, C]` in a fixed order.
 
     Returns:
-        mean, biased variance, 1 / sqrt(variance + eps), scale, shift, each `[1, C]`, or `[N, C]` with `instance`.
+        `[5, 1, C]`, or `[5, N, C]` with `instance`: mean, 1 / sqrt(variance + eps), scale, shift, biased variance.
     """
     parts = stats if instance else stats.flatten(0, 1)[None]
     count, mean, squares = parts.unbind(dim=2)
@@ -188,7 +188,7 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
     variance = (squares + count * (mean - centre[:, None]).square()).sum(dim=1) / total
     inverse = (variance + eps).rsqrt()
     scale = weight * inverse
-    return centre, variance, inverse, scale, bias - centre * scale
+    return torch.stack((centre, inverse, scale, bias - centre * scale, variance))
 
 
 def norm_backward(

@@ -132,10 +132,10 @@ def _norm_finalise_kernel(
         step = tl.num_programs(0).to(tl.int64) * C
         out_ptr += row * C + c
         tl.store(out_ptr, centre, mask=c < C)
-        tl.store(out_ptr + step, variance, mask=c < C)
-        tl.store(out_ptr + 2 * step, inverse, mask=c < C)
-        tl.store(out_ptr + 3 * step, scale, mask=c < C)
-        tl.store(out_ptr + 4 * step, shift, mask=c < C)
+        tl.store(out_ptr + step, inverse, mask=c < C)
+        tl.store(out_ptr + 2 * step, scale, mask=c < C)
+        tl.store(out_ptr + 3 * step, shift, mask=c < C)
+        tl.store(out_ptr + 4 * step, variance, mask=c < C)
     else:
         out_ptr += (row * tl.num_programs(1) + group) * 3 * C + c
         tl.store(out_ptr, total, mask=c < C)
@@ -143,7 +143,7 @@ def _norm_finalise_kernel(
         tl.store(out_ptr + 2 * C, combined, mask=c < C)
 
 
-def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> tuple[Tensor, ...]:
+def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> Tensor:
     """See `naive.norm_finalise`; reads the statistics once. One launch up to 2 GROUP parts, else one more per GROUP-fold."""
     if stats.dtype != torch.float32 or stats.ndim != 4 or stats.shape[2] != 3:
         raise ValueError(f"expected float32 statistics [N, T, 3, C], got {stats.dtype} {tuple(stats.shape)}")
@@ -154,7 +154,7 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
     rows, parts = (stats.shape[0], stats.shape[1]) if instance else (1, stats.shape[0] * stats.shape[1])
     result = stats.new_empty(5, rows, channels)
     if result.numel() == 0:
-        return result.unbind()
+        return result
     block_c = min(triton.next_power_of_2(channels), 8)  # 32 bytes: few channels a program, so that there are many
     blocks = triton.cdiv(channels, block_c)
     with device_of(stats):
@@ -169,7 +169,7 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
         _norm_finalise_kernel[(rows, 1, blocks)](
             stats, weight, bias, result, parts, eps, channels, True, triton.cdiv(parts, block_t), block_t, block_c
         )
-    return result.unbind()
+    return result
 
 
 @triton.jit
@@ -335,7 +335,7 @@ def _border_lines_kernel(
         x = step * BLOCK_W + tl.arange(0, BLOCK_W)
         mask = ((x > 0) & (x < width - 1))[:, None] & (c < C)[None, :]
         total += tl.load(dy_ptr[None, :] + x.to(tl.int64)[:, None] * stride_p, mask=mask, other=0.0).to(tl.float32)
-    first = tl.load(dy_ptr, mask=(c < C) & (width > 1), other=0.0)
+    first = tl.load(dy_ptr, mask=c < tl.where(width > 1, C, 0), other=0.0)
     last = tl.load(dy_ptr + (line * 0 + width - 1) * stride_p, mask=c < C, other=0.0)  # in int64
     sums_ptr += line * 3 * C + c
     tl.store(sums_ptr, first.to(tl.float32), mask=c < C)

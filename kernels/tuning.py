@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import TypeVar
 
 Config = TypeVar("Config")
@@ -42,9 +41,11 @@ def choose(key: str, candidates: Sequence[Config], run: Callable[[Config], objec
             except RuntimeError:  # out of shared memory or registers on this GPU
                 continue
         if times:
-            table[key] = list(astuple(candidates[min(times, key=times.get)]))
+            table[key] = list(vars(candidates[min(times, key=times.get)]).values())
     known = table.get(key)
-    return next((candidate for candidate in candidates if list(astuple(candidate)) == known), candidates[0])
+    if known is None:
+        return candidates[0]
+    return next((candidate for candidate in candidates if list(vars(candidate).values()) == known), candidates[0])
 
 
 @contextmanager

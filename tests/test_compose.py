@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import FLOAT64, assert_close_relative
+from helpers import FLOAT64, Recorder, assert_close_relative
 from torch.nn import functional as F
 
 from unetpp_fast import compose
@@ -105,3 +105,38 @@ def test_folding_keeps_the_exact_eps():
     for start in (bias, None):
         folded = F.conv2d(x, *compose.fold(weight, start, parts, norm.eps), padding=1)
         assert_close_relative(folded, norm(F.conv2d(x, weight, start, padding=1)), FLOAT64)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("kernel", [None, 1, 2])
+def test_no_constant_is_copied_to_the_device(axes, kernel):
+    """A CUDA graph captures kernels only: no tensor is made from numbers of the host, and none is written by element."""
+    weight, up_bias = torch.ones(6, 8, *[3] * axes), torch.ones(5)
+    up = None if kernel is None else torch.ones(4, 5, *[kernel] * axes)
+    with Recorder() as recorder:
+        parts = compose.first_operands(weight, None, 3, "phases", up, None if up is None else up_bias)
+        compose.first_operands_backward(parts, weight, 3, "phases", up, None if up is None else up_bias)
+        compose.gathered(parts.wb, axes)
+    assert not {"lift_fresh", "fill_", "index", "new_zeros", "_local_scalar_dense"} & set(recorder.operations)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("kernel", [None, 1, 2])
+def test_gradients_of_the_composition_are_those_of_autograd(axes, kernel):
+    """`first_operands_backward` against autograd through `first_operands`, with no kernel between."""
+    weight = maps(axes, 8, (3,) * axes, 2).repeat(3, *[1] * (axes + 1)).requires_grad_()
+    up = up_bias = None
+    if kernel:
+        up = maps(axes, 5, (kernel,) * axes, 5).repeat(2, *[1] * (axes + 1)).requires_grad_()
+        up_bias = maps(axes, 5, (1,) * axes, 4)[0].flatten().requires_grad_()
+    parts = compose.first_operands(weight, None, 3, "phases", up, up_bias)
+    generator = torch.Generator().manual_seed(3)
+    outputs = [part for part in (parts.wa, parts.wb, parts.border) if part is not None]
+    g = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in outputs]
+    inputs = [tensor for tensor in (weight, up, up_bias) if tensor is not None]
+    expected = torch.autograd.grad(outputs, inputs, g)
+    with torch.no_grad():
+        found = compose.first_operands_backward(
+            compose.Operands(g[0], g[1], None, g[2] if kernel else None), weight, 3, "phases", up, up_bias
+        )
+    assert_close_relative([part for part in found if part is not None], expected, FLOAT64)

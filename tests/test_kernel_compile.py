@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_versions import VERSIONS, start
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 HALF = (torch.float16, torch.bfloat16)
@@ -168,27 +169,19 @@ def main(capability: int) -> int:
     return broken
 
 
-@pytest.fixture(scope="module")
-def runs() -> Iterator[dict[int, subprocess.Popen]]:
-    """A process for each GPU generation, all at once."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    started = {
-        capability: subprocess.Popen([sys.executable, __file__, str(capability)], env=environment, **options)
-        for capability in SHARED_MEMORY
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_compiles_without_spills(capability: int, runs: dict[int, subprocess.Popen]):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_without_spills(version: str):
     """One line a kernel: registers, spilled bytes, shared memory, tensor-core instructions."""
-    table, errors = runs[capability].communicate()
-    print(table)
-    assert runs[capability].returncode == 0, f"{table}\n{errors[-3000:]}"
+    runs = [start(version, __file__, str(capability)) for capability in SHARED_MEMORY]
+    try:
+        results = [(process.communicate(), process) for process in runs]
+    finally:
+        for process in runs:
+            process.kill()
+    print("".join(table for (table, _), _ in results))
+    for (table, errors), process in results:
+        assert process.returncode == 0, f"{table}\n{errors[-3000:]}"
+        assert table.count("\nsm_") > 50
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ In processes of their own, because compiling needs kernels that were not importe
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from triton_versions import VERSIONS, start
 
 TARGETS = [80, 90, 120]
 SINGLE = ("stats_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "inverse_ptr", "scale_ptr", "shift_ptr", "averages_ptr")
@@ -113,12 +113,13 @@ def compile_one(module: str, name: str, constants: dict, types: dict, map_type: 
     return line
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(target, tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, __file__, str(target)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) >= len(variants())
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_without_spills(version, tmp_path):
+    runs = [start(version, __file__, str(target), TRITON_CACHE_DIR=str(tmp_path)) for target in TARGETS]
+    for process in runs:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        assert len(out.splitlines()) >= len(variants())
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_conv_over_prefix_and_low_source(axes, size, up):
         out, a.detach(), wa.detach(), axes=axes, stride=2, phased=True, b=b.detach(), wb=composed.detach(), stats=True
     )
     assert_close_relative(out, expected, FLOAT64)
-    mean, variance, *_ = naive.norm_finalise(stats, torch.ones(6), torch.zeros(6), 1e-5, False)
+    mean, *_, variance = naive.norm_finalise(stats, torch.ones(6), torch.zeros(6), 1e-5, False)
     assert_close_relative(mean[0], expected.mean((0, 1, 2, 3)), FLOAT64)
     assert_close_relative(variance[0], expected.var((0, 1, 2, 3), correction=0), FLOAT64)
 
@@ -190,7 +190,7 @@ def test_norm_and_activation(axes, size, kind, slope):
         affine = weight * inverse, bias - mean * weight * inverse
     else:
         halves = [naive.statistics(part) for part in (x[:, :, :, :2], x[:, :, :, 2:])]
-        mean, _, inverse, *affine = naive.norm_finalise(torch.cat(halves, 1), weight, bias, 1e-3, kind == "instance")
+        mean, inverse, *affine, _ = naive.norm_finalise(torch.cat(halves, 1), weight, bias, 1e-3, kind == "instance")
     assert_close_relative(naive.read(x, tuple(affine), slope), y, FLOAT64)
     sums = naive.norm_backward(g, x, mean, inverse, tuple(affine), slope, kind == "frozen")
     for actual, one in zip((g, *sums), expected, strict=True):

@@ -88,7 +88,7 @@ def test_pruned(depth: int) -> None:
 
 @pytest.mark.parametrize("level", [0, 1, 4, -1, None, "2"])
 def test_pruned_needs_a_head(level: object) -> None:
-    with pytest.raises(ValueError, match=r"heads at level 3; build it with deep_supervision=True"):
+    with pytest.raises(ValueError, match=r"heads at level 3; UNetPlusPlus\(deep_supervision=True\) has one at every level"):
         Topology.nested(1, (2, 3, 4, 5)).pruned(level)
 
 

@@ -124,6 +124,8 @@ def can_run_fused(network: Network, x: Tensor) -> tuple[bool, str]:
         return False, "unetpp_fast.kernels is not installed: pip install -e ."
     if network.handle is None:
         return False, "the topology has nodes that do not read the leading nodes of their level"
+    if not fused.is_as_registered(network):
+        return False, "a layer was replaced, changed or given hooks, or this is a replica of nn.DataParallel"
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False, "an export needs plain PyTorch operators"
     if network.training and network.options["dropout"] > 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,25 @@ def taps_last(wa: Tensor, axes: int) -> Tensor:
 
 def flipped(wa: Tensor) -> Tensor:
     """The weights `[taps, CO, K]` with which a unit-stride convolution of dy gives the data gradient."""
-    return wa.flip(0).transpose(1, 2).contiguous()
+    return wa.flip(0).transpose(1, 2)
+
+
+# What follows pads, slices and adds where a small matrix of zeros and ones would do: nothing is made on or copied to the
+# weights' device, so that a CUDA graph can capture it.
+
+
+def _by_place(wb: Tensor, axes: int) -> Tensor:
+    """Phase weights `[2^axes, 2^axes, K, CO]` as `[4.., K, CO]`, by 2 tap + phase on each axis."""
+    order = [axis + offset for axis in range(axes) for offset in (axes, 0)]
+    wb = wb.reshape(*[2] * (2 * axes), *wb.shape[-2:])
+    return wb.permute(*order, -2, -1).reshape(*[4] * axes, *wb.shape[-2:])
+
+
+def _by_phase(places: Tensor, axes: int) -> Tensor:
+    """The inverse of `_by_place`."""
+    order = [2 * axis + offset for offset in (1, 0) for axis in range(axes)]
+    pairs = places.reshape(*[2] * (2 * axes), *places.shape[-2:])
+    return pairs.permute(*order, -2, -1).reshape(2**axes, 2**axes, *places.shape[-2:])
 
 
 def gathered(wb: Tensor, axes: int) -> Tensor:
@@ -50,87 +69,71 @@ def gathered(wb: Tensor, axes: int) -> Tensor:
 
     Low pixel u meets dy at 2u - 1 + q, q = 0..3 on each axis, through (phase, tap) with q = 3 - 2 tap - phase.
     """
-    pair = torch.tensor([[1, 1], [0, 1], [1, 0], [0, 0]], device=wb.device)
-    phase = tap = torch.zeros((1,) * axes, dtype=torch.long, device=wb.device)
-    for axis in range(axes):
-        shape = [4 if k == axis else 1 for k in range(axes)]
-        phase = 2 * phase + pair[:, 0].view(shape)
-        tap = 2 * tap + pair[:, 1].view(shape)
-    return wb[phase.flatten(), tap.flatten()].transpose(1, 2).contiguous()
+    return _by_place(wb, axes).flip(*range(axes)).flatten(0, axes - 1).transpose(1, 2)
 
 
-def _incidence(like: Tensor) -> Tensor:
-    """`[p, t, r, q]`: 1 where phase p meets tap r of the 3-tap kernel at element q of low tap t."""
-    table = like.new_zeros(2, 2, 3, 2)
-    for p in (0, 1):
-        for r in range(3):
-            table[p, (p + r - 1) // 2 - p + 1, r, (p + r - 1) % 2] = 1
-    return table
+def _project(weight: Tensor, up: Tensor | None) -> Tensor:
+    """`[CO, C, 3..]` before a 1x1 convolution `[K, C, 1..]` as `[CO, K, 3..]`."""
+    return weight if up is None else torch.einsum("oc...,kc->ok...", weight, up.flatten(1))
 
 
 def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
     """`[2^axes, 2^axes, K, CO]` from the part `[CO, C, 3..]` of a convolution's weight that reads the up-sampled map.
 
     up: None (nearest neighbour), a transposed convolution's weight `[K, C, 2..]`, or a 1x1 convolution's before a
-    nearest-neighbour up-sampling, as `[K, C, 1..]`.
+    nearest-neighbour up-sampling, as `[K, C, 1..]`. Place 2t + p meets tap 2t + p - 1 + q at element q, on each axis.
     """
     axes = weight.ndim - 2
-    table = _incidence(weight)
+    border = [0, 0, 0, 0] + [1, 1] * axes
     if up is None or up.shape[-1] == 1:
-        low = weight if up is None else torch.einsum("oc...,kc->ok...", weight, up.flatten(1).view(up.shape[0], up.shape[1]))
-        table = table.sum(dim=3)
-        expression = "atr,bus,okrs->abtuko" if axes == 2 else "atr,bus,cvx,okrsx->abctuvko"
-        result = torch.einsum(expression, *[table] * axes, low)
-    elif axes == 2:
-        pairs = torch.einsum("ocrs,kcqh->rsqhko", weight, up)
-        result = torch.einsum("atrq,bush,rsqhko->abtuko", table, table, pairs)
+        pairs = F.pad(_project(weight, up).permute(*range(2, 2 + axes), 1, 0), border)
+        pairs = pairs.expand(*[2] * axes, *pairs.shape)
     else:
-        pairs = torch.einsum("ocrsx,kcqhg->rsxqhgko", weight, up)
-        result = torch.einsum("atrq,bush,cvxg,rsxqhgko->abctuvko", table, table, table, pairs)
-    return result.reshape(2**axes, 2**axes, *result.shape[-2:])
+        expression = "ocrs,kcqh->qhrsko" if axes == 2 else "ocrsx,kcqhg->qhgrsxko"
+        pairs = F.pad(torch.einsum(expression, weight, up), border)
+    for _ in range(axes):
+        first, second = pairs.unbind()
+        pairs = first.narrow(axes - 1, 0, 4) + second.narrow(axes - 1, 1, 4)
+    return _by_phase(pairs, axes)
 
 
 def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """From the gradient of `phase_weights(weight, up)` to those of weight and up."""
     axes = weight.ndim - 2
-    table = _incidence(weight)
-    g = g.reshape(*[2] * (2 * axes), *g.shape[-2:])
+    pairs = _by_place(g, axes)
+    for axis in range(axes):
+        pairs = pairs.unfold(axis, 3, 1)  # by 1 - q and, behind K and CO, by tap
     if up is None or up.shape[-1] == 1:
-        table = table.sum(dim=3)
-        expression = "atr,bus,abtuko->okrs" if axes == 2 else "atr,bus,cvx,abctuvko->okrsx"
-        g = torch.einsum(expression, *[table] * axes, g)
+        g = pairs.sum(dim=tuple(range(axes))).transpose(0, 1)
         if up is None:
             return g, None
-        flat = up.flatten(1).view(up.shape[0], up.shape[1])
-        return torch.einsum("ok...,kc->oc...", g, flat), torch.einsum(
-            "okz,ocz->kc", g.flatten(2), weight.flatten(2)
-        ).view_as(up)
-    if axes == 2:
-        pairs = torch.einsum("atrq,bush,abtuko->rsqhko", table, table, g)
-        return torch.einsum("rsqhko,kcqh->ocrs", pairs, up), torch.einsum("rsqhko,ocrs->kcqh", pairs, weight)
-    pairs = torch.einsum("atrq,bush,cvxg,abctuvko->rsxqhgko", table, table, table, g)
-    return torch.einsum("rsxqhgko,kcqhg->ocrsx", pairs, up), torch.einsum("rsxqhgko,ocrsx->kcqhg", pairs, weight)
+        g_up = torch.einsum("okz,ocz->kc", g.flatten(2), weight.flatten(2))
+        return torch.einsum("ok...,kc->oc...", g, up.flatten(1)), g_up.view_as(up)
+    pairs = pairs.flip(*range(axes))
+    expressions = ("qhkors,kcqh->ocrs", "qhkors,ocrs->kcqh") if axes == 2 else (
+        "qhgkorsx,kcqhg->ocrsx", "qhgkorsx,ocrsx->kcqhg")  # fmt: skip
+    return torch.einsum(expressions[0], pairs, up), torch.einsum(expressions[1], pairs, weight)
 
 
-def _inside(like: Tensor) -> Tensor:
-    """`[class, r]`: whether tap r lies inside the map at a first, inner or last pixel."""
-    return like.new_tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])
+def _over_neighbours(x: Tensor, axes: int) -> Tensor:
+    """Of `[3.., CO]`, by border class, the sums over the taps inside the map; of sums by class, those by tap: the matrix
+    [[0, 1, 1], [1, 1, 1], [1, 1, 0]] on each axis is symmetric."""
+    x = F.pad(x, [0, 0] + [1, 1] * axes)
+    for axis in range(axes):
+        x = x.unfold(axis, 3, 1)
+    return x.sum(dim=tuple(range(-axes, 0))).flip(*range(axes))
 
 
 def border_table(weight: Tensor, up_bias: Tensor) -> Tensor:
     """`[3^axes, CO]`: what the bias of an up-sampling adds, by border class; taps outside the map carry none."""
     axes = weight.ndim - 2
-    summed = torch.einsum("oc...,c->o...", weight, up_bias)
-    expression = "ar,bs,ors->abo" if axes == 2 else "ar,bs,cx,orsx->abco"
-    return torch.einsum(expression, *[_inside(weight)] * axes, summed).flatten(0, axes - 1)
+    return _over_neighbours(torch.einsum("oc...,c->...o", weight, up_bias), axes).flatten(0, axes - 1)
 
 
 def border_table_backward(g: Tensor, weight: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of `border_table(weight, up_bias)` to those of its arguments."""
     axes = weight.ndim - 2
-    g = g.reshape(*[3] * axes, -1)
-    expression = "ar,bs,abo->ors" if axes == 2 else "ar,bs,cx,abco->orsx"
-    summed = torch.einsum(expression, *[_inside(weight)] * axes, g)
+    summed = _over_neighbours(g.reshape(*[3] * axes, -1), axes).movedim(-1, 0)
     return torch.einsum("o...,c->oc...", summed, up_bias), torch.einsum("oz,ocz->c", summed.flatten(1), weight.flatten(2))
 
 

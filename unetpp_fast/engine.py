@@ -19,7 +19,7 @@ from . import compose
 from .kernels import naive
 from .plan import Plan, Slot, Step
 
-MEAN, INVERSE, SCALE, SHIFT = range(4)
+MEAN, INVERSE, SCALE, SHIFT, VARIANCE = range(5)  # the first four are the rows of a table
 Modes = Mapping[str, str]
 
 
@@ -159,7 +159,7 @@ class Forward:
         self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out)
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:
-        return None if weight is None else weight.to(self.dtype).contiguous()
+        return None if weight is None else cast(weight, self.dtype)
 
     def _epilogue(self, norm: str, operands: compose.Operands) -> dict:
         acc, mode = naive.accumulator(self.dtype), self.modes.get(norm)
@@ -190,16 +190,12 @@ class Forward:
             mean, variance = (self.parameters[f"nodes.{name}.running_{key}"].to(acc)[None] for key in ("mean", "var"))
             inverse = (variance + self.plan.eps).rsqrt()
             scale = weight * inverse
-            rows = (mean, inverse, scale, bias - mean * scale)
+            found = torch.stack((mean, inverse, scale, bias - mean * scale))
         else:
-            mean, variance, inverse, scale, shift = self.ops.norm_finalise(
-                stats, weight, bias, self.plan.eps, mode == "instance"
-            )
-            rows = (mean, inverse, scale, shift)
+            found = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, mode == "instance")
             if mode == "batch":
-                self.statistics[name] = (mean[0], variance[0])
-        for row, value in enumerate(rows):
-            table[row, :, slot.offset : slot.end] = value
+                self.statistics[name] = (found[MEAN, 0], found[VARIANCE, 0])
+        table[:, :, slot.offset : slot.end] = found[:VARIANCE]
 
     def _head(self, maps: Maps, column: int) -> Tensor:
         plan = self.plan
@@ -210,6 +206,11 @@ class Forward:
         acc = naive.accumulator(self.dtype)
         self.ops.head(out, x, weight.flatten(1).to(self.dtype), bias.to(acc), affine=affine_x, slope=plan.slope)
         return out.squeeze(2) if plan.axes == 2 else out
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as the ops take it, rounded and laid out in one copy where both are needed."""
+    return weight.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def head_step(plan: Plan, column: int) -> Step:

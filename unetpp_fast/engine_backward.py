@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import compose
-from .engine import Maps, Modes, first_operands, from_maps, prefix_width, to_maps, upsampling, view
+from .engine import Maps, Modes, cast, from_maps, prefix_width, to_maps, upsampling, view
 from .plan import Plan, Slot, Step
 
 
@@ -99,7 +99,9 @@ class Backward:
         mid, _ = maps.mid(step)
         total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], maps.mid_slot(step))
         self._first_parameters(maps, step, g, total)
-        operands = first_operands(plan, step, self.parameters, self.modes)
+        weight = self.parameters[f"nodes.{node.name}.conv1.weight"]
+        up, _ = upsampling(plan, step, self.parameters)
+        operands = compose.first_operands(weight, None, prefix_width(step, weight), step.form, up)
         gradient = self._into_prefix(maps, step, g, self._cast(compose.flipped(operands.wa)), needs_input)
         if step.form:
             self._into_low(maps, step, g, operands.wb)
@@ -206,4 +208,4 @@ class Backward:
         return gx
 
     def _cast(self, weight: Tensor) -> Tensor:
-        return weight.to(self.dtype).contiguous()
+        return cast(weight, self.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import engine, engine_backward
 from .kernels import naive
-from .layers import InstanceNorm
+from .layers import InstanceNorm, Interpolate, NodeModule
 from .plan import Plan, make_plan, unsupported
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Triton's interpreter, on the CPU
 _MODULES = {"naive": "naive", "triton": "triton_ops"}
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
+_LAYERS = {
+    *_NORMS, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, Interpolate, NodeModule, nn.ModuleDict,
+    nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU,
+}  # fmt: skip
+_SETTINGS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps",
+    "negative_slope", "mode", "align_corners",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Entry:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     norms: tuple[str, ...]
+    layers: list[tuple] | None
     key: str
 
 
@@ -66,11 +75,37 @@ def register(network: Network) -> int | None:
         tuple(name for name, _ in network.named_parameters()),
         tuple(name for name, _ in network.named_buffers()),
         tuple(name for name, module in network.nodes.named_modules() if isinstance(module, _NORMS)),
+        _layers(network, plan),
         hashlib.sha256(f"{plan!r} {network.out_channels}".encode()).hexdigest()[:16],
     )
     if entry not in _entries:
         _entries.append(entry)
     return _entries.index(entry)
+
+
+def _layers(network: Network, plan: Plan) -> list[tuple] | None:
+    """What each layer computes: its type, settings and number of parameters; None where one does not fit the plan."""
+    found = []
+    for module in network.modules():
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        if module is network:
+            continue
+        if type(module) not in _LAYERS or any(hooks) or (isinstance(module, _NORMS) and module.eps != plan.eps):
+            return None
+        count = sum(value is not None for value in module._parameters.values())
+        found.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
+    return found if all(head.out_channels == network.out_channels for head in network.heads.values()) else None
+
+
+def is_as_registered(network: Network) -> bool:
+    """Whether the layers of a registered network are still those that it was built with.
+
+    Layers may be replaced, parametrised, hooked or, in a replica of `nn.DataParallel`, without parameters: then only
+    calling them gives what they compute.
+    """
+    entry = _entries[network.handle]
+    layers = _layers(network, entry.plan)
+    return layers is not None and layers == entry.layers
 
 
 def plan_of(network: Network) -> Plan:
@@ -255,10 +290,12 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def forward(network: Network, x: Tensor, dtype: torch.dtype, ops: str) -> list[Tensor]:
     """Logits of each head of `network` by the engine, in `dtype`; updates running statistics as the reference does."""
-    tensors = [*network.parameters(), *network.buffers()]
-    norms = [module for module in network.nodes.modules() if isinstance(module, _NORMS)]
-    training = "".join("1" if module.training else "0" for module in norms)
+    modules = list(network.modules())  # once: a walk takes as long as launching twenty kernels
+    tensors = [value for module in modules for value in module._parameters.values() if value is not None]
     keep = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors))
+    tensors += [value for module in modules for value in module._buffers.values()]
+    norms = [module for module in modules if isinstance(module, _NORMS)]
+    training = "".join("1" if module.training else "0" for module in norms)
     results = torch.ops.unetpp_fast.forward(x, tensors, network.handle, training, dtype, keep, ops)
     heads = len(network.topology.heads)
     batch = [module for module in norms if module.training and not isinstance(module, InstanceNorm)]
@@ -273,8 +310,13 @@ def _update(norms: list[nn.Module], statistics: list[Tensor], any_image: bool) -
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     if not any_image:
         return
-    for norm, mean, variance in zip(norms, statistics[::2], statistics[1::2], strict=True):
-        batches = norm.num_batches_tracked.to(norm.running_mean.dtype)
-        weight = batches.reciprocal() if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
-        norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)
+    for momentum in {norm.momentum for norm in norms}:
+        mine = [index for index, norm in enumerate(norms) if norm.momentum == momentum]
+        for key, first in (("running_mean", 0), ("running_var", 1)):
+            running = [getattr(norms[index], key) for index in mine]
+            found = [statistics[2 * index + first].to(old.dtype) for index, old in zip(mine, running, strict=True)]
+            if momentum is None:
+                for index, old, new in zip(mine, running, found, strict=True):
+                    old.lerp_(new, norms[index].num_batches_tracked.to(old.dtype).reciprocal())
+            else:
+                torch._foreach_lerp_(running, found, momentum)

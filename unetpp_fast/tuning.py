@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from .models import Network
 
 ROUNDS = 15
-_verdicts: dict[str, dict] = {}  # by file name and key
+_verdicts: dict[str, dict] = {}  # by setting and key
 _latest: dict[str, dict] = {}  # by the key without device and size, for graphs that are being compiled
-_loaded: set[Path] = set()
+_loaded: set[str] = set()
 
 
 @lru_cache
@@ -47,26 +47,31 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
+@lru_cache
+def setting(device: torch.device) -> str:
+    """A name for all that a measurement depends on besides the model and its input; every call of a model asks for it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    triton = importlib.metadata.version("triton")
+    parts = f"{name}-torch{torch.__version__}-triton{triton}-{source_hash()}"
+    return re.sub(r"[^\w.+-]+", "_", parts)
+
+
 def cache_file(device: torch.device) -> Path:
     """Where what was measured on a device is kept: under `UNETPP_FAST_CACHE`, else the user's cache folder."""
     root = (
         os.environ.get("UNETPP_FAST_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetpp_fast"
     )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    triton = importlib.metadata.version("triton")
-    parts = f"{name}-torch{torch.__version__}-triton{triton}-{source_hash()}"
-    return Path(root) / (re.sub(r"[^\w.+-]+", "_", parts) + ".json")
+    return Path(root) / f"{setting(device)}.json"
 
 
 def load(device: torch.device) -> None:
     """Reads what is known of a device, once a process; a file that cannot be read counts as none."""
-    path = cache_file(device)
-    if path in _loaded:
+    if setting(device) in _loaded:
         return
-    _loaded.add(path)
+    _loaded.add(setting(device))
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(cache_file(device).read_text())
         table, verdicts = dict(content["configurations"]), dict(content["verdicts"])
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -78,14 +83,14 @@ def load(device: torch.device) -> None:
 def save(device: torch.device) -> Path:
     """Writes what is known of a device, atomically."""
     path = cache_file(device)
-    verdicts = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{path.name}|")}
+    verdicts = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
     text = json.dumps({"configurations": kernel_tuning.table, "verdicts": verdicts}, indent=1, sort_keys=True)
     write_atomic(path, lambda stream: stream.write(text.encode()))
     return path
 
 
 def _keep(device: torch.device, key: str, found: dict) -> None:
-    _verdicts[f"{cache_file(device).name}|{key}"] = found
+    _verdicts[f"{setting(device)}|{key}"] = found
     _latest[key.rpartition(" ")[0]] = found
 
 
@@ -97,7 +102,7 @@ def verdict(network: Network, x: Tensor, dtype: torch.dtype, training: bool) -> 
     if torch.compiler.is_compiling():
         return _latest.get(_structure(network, dtype, training))
     load(x.device)
-    return _verdicts.get(f"{cache_file(x.device).name}|{_key(network, x, dtype, training)}")
+    return _verdicts.get(f"{setting(x.device)}|{_key(network, x, dtype, training)}")
 
 
 def _structure(network: Network, dtype: torch.dtype, training: bool) -> str:
