@@ -12,7 +12,9 @@ from unetpp_fast import backends, fused, reference
 from unetpp_fast.models import Network
 
 
-def both(network: Network, x: Tensor, ops: str = "naive", heads: slice = slice(None), bound: float = 1e-9) -> None:
+def assert_same_passes(
+    network: Network, x: Tensor, ops: str = "naive", heads: slice = slice(None), bound: float = 1e-9
+) -> None:
     """Outputs, gradients of input and parameters (absent ones too) and running statistics of the engine against the
     reference's, after a forward and a backward pass from some of the heads."""
     other = copy.deepcopy(network)
@@ -36,8 +38,8 @@ def run_fused(ops: str):
     return lambda network, x: fused.forward(network, x, backends.compute_dtype(x), ops)
 
 
-def same_inference(network: Network, x: Tensor, ops: str = "naive", bound: float = 1e-9) -> None:
-    """As `both`, without gradients."""
+def assert_same_inference(network: Network, x: Tensor, ops: str = "naive", bound: float = 1e-9) -> None:
+    """As `assert_same_passes`, without gradients."""
     with torch.no_grad():
         expected = reference.forward(network, x)
         assert_close_relative(run_fused(ops)(network, x), expected, bound)

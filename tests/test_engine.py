@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from fused_cases import both, run_fused, same_inference
+from fused_cases import assert_same_inference, assert_same_passes, run_fused
 from helpers import Recorder, assert_close_relative, build, gradients, make_input, weighted_sum
 
 import unetpp_fast as uf
@@ -44,40 +44,40 @@ def image(axes: int, depth: int, batch: int = 2, layout: str = "contiguous", sma
 @pytest.mark.parametrize("axes", [2, 3])
 def test_every_norm_and_upsampling(axes, norm, upsample, train):
     model = network(axes=axes, norm=norm, upsample=upsample, act=LEAKY).train(train)
-    both(model, image(axes, 2), bound=BOUND)
-    same_inference(model, image(axes, 2), bound=BOUND)
+    assert_same_passes(model, image(axes, 2), bound=BOUND)
+    assert_same_inference(model, image(axes, 2), bound=BOUND)
 
 
 @pytest.mark.parametrize("kind", ["unet++", "unet"])
 @pytest.mark.parametrize(("axes", "depth"), [(2, 1), (2, 3), (2, 4), (3, 1), (3, 3)])
 def test_every_depth(kind, axes, depth):
     model = network(kind, axes, depth)
-    both(model, image(axes, depth), bound=BOUND)
-    same_inference(model.eval(), image(axes, depth), bound=BOUND)
+    assert_same_passes(model, image(axes, depth), bound=BOUND)
+    assert_same_inference(model.eval(), image(axes, depth), bound=BOUND)
 
 
 @pytest.mark.parametrize("norm", [None, "batch", "instance"])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_every_batch(batch, norm):
     model = network(norm=norm)
-    both(model, image(2, 2, batch), bound=BOUND)
-    same_inference(model.eval(), image(2, 2, batch), bound=BOUND)
+    assert_same_passes(model, image(2, 2, batch), bound=BOUND)
+    assert_same_inference(model.eval(), image(2, 2, batch), bound=BOUND)
 
 
 @pytest.mark.parametrize("layout", ["offset", "strided", "transposed", "channels_last", "expanded"])
 def test_every_layout_of_the_input(layout):
-    both(network(), image(2, 2, layout=layout), bound=BOUND)
+    assert_same_passes(network(), image(2, 2, layout=layout), bound=BOUND)
 
 
 @pytest.mark.parametrize("heads", [slice(0, 1), slice(1, 2), slice(0, 2), slice(2, 3)])
 def test_gradients_from_some_heads_reach_what_they_reach(heads):
     """Parameters behind unused heads have no gradient, as in the reference, rather than one of zeros."""
-    both(network(depth=3), image(2, 3), heads=heads, bound=BOUND)
+    assert_same_passes(network(depth=3), image(2, 3), heads=heads, bound=BOUND)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_pruned_networks(level):
-    both(network(depth=3).prune(level), image(2, 3), bound=BOUND)
+    assert_same_passes(network(depth=3).prune(level), image(2, 3), bound=BOUND)
 
 
 def test_widths_that_differ_by_node():
@@ -85,16 +85,18 @@ def test_widths_that_differ_by_node():
         2, (3, 4, 5), all_heads=True, widths={(0, 2): 7, (1, 1): 2}, up_width=lambda low, level: low // 2 + 1
     )
     model = build(uf.Network, topology, 2, norm="batch", deep_supervision=True).double()
-    both(model, image(2, 2), bound=BOUND)
-    both(build(uf.Network, topology, 2, norm="batch", bias=False, deep_supervision=True).double(), image(2, 2), bound=BOUND)
+    assert_same_passes(model, image(2, 2), bound=BOUND)
+    assert_same_passes(
+        build(uf.Network, topology, 2, norm="batch", bias=False, deep_supervision=True).double(), image(2, 2), bound=BOUND
+    )
 
 
 def test_some_norms_frozen_in_training():
     model = network()
     model.nodes["x1_0"].norm1.eval()
     model.nodes["x0_1"].norm2.eval()
-    both(model, image(2, 2), bound=BOUND)
-    same_inference(model, image(2, 2), bound=BOUND)
+    assert_same_passes(model, image(2, 2), bound=BOUND)
+    assert_same_inference(model, image(2, 2), bound=BOUND)
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])

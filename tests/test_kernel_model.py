@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from fused_cases import both, same_inference
+from fused_cases import assert_same_inference, assert_same_passes
 from helpers import FLOAT32, assert_close_relative, build, make_input
 
 import unetpp_fast as uf
@@ -35,8 +35,8 @@ def test_outputs_and_every_gradient(axes, depth, options):
     model = network(axes, depth, **options)
     x = make_input(2, 1, *(size * 2**depth for size in (1, 3, 2)[:axes]))
     assert backends.choose(model, x)[0] == "triton"
-    both(model, x, "triton", bound=BOUND)
-    same_inference(model.eval(), x, "triton", bound=FLOAT32)
+    assert_same_passes(model, x, "triton", bound=BOUND)
+    assert_same_inference(model.eval(), x, "triton", bound=FLOAT32)
 
 
 def test_half_precision_keeps_the_two_times_rule():
