@@ -366,3 +366,11 @@ def test_a_topology_without_a_plan_runs_on_the_reference():
     alone = uf.Topology(1, 2, (*nodes.nodes[:-1], uf.Node(0, 1, last.width, (), last.up_width)), (1,))
     model = uf.Network(alone, backend="triton")
     assert model.handle is None and "leading nodes" in backends.choose(model, torch.zeros(1, 1, 4, 4))[1]
+
+
+def test_a_negative_slope_without_a_norm_runs_on_the_reference():
+    """The sign of a stored output does not tell that of its input then; with a norm it is not asked."""
+    act = ("leaky_relu", {"negative_slope": -0.1})
+    model = uf.UNet(1, 1, features=(3, 4), norm=None, act=act, backend="triton")
+    assert model.handle is None and "slope" in backends.choose(model, torch.zeros(1, 1, 4, 4))[1]
+    assert_same_passes(network(act=act), image(2, 2), bound=BOUND)

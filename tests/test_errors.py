@@ -165,3 +165,14 @@ def test_predict_refuses_what_is_not_finite(model: uf.UNetPlusPlus, value: float
     x[1, 2, 8, 0] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         model.predict(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_another_precision_than_the_models(dtype):
+    model = uf.UNet(1, 1, features=(3, 4))
+    with pytest.raises(
+        TypeError, match=rf"the input is {dtype} but the model is torch\.float32: use x\.to\(torch\.float32\)"
+    ):
+        model(torch.zeros(1, 1, 4, 4, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16

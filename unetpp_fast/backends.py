@@ -106,6 +106,8 @@ def tune(network: Network, x: Tensor, *, training: bool = True, progress: bool =
 
 def can_run_triton(network: Network, x: Tensor) -> tuple[bool, str]:
     """Whether the Triton kernels can compute `network(x)`, and if not, why."""
+    if fused and x.device.type != "cuda" and not fused.INTERPRETED:  # first: it costs nothing on a CPU
+        return False, f"the kernels need a CUDA device, the input is on {x.device}"
     runs, reason = can_run_fused(network, x)
     if not runs:
         return runs, reason
@@ -113,8 +115,6 @@ def can_run_triton(network: Network, x: Tensor) -> tuple[bool, str]:
         return False, "triton is not installed"
     if compute_dtype(x) not in KERNEL_DTYPES:
         return False, f"the kernels compute in float32, float16 and bfloat16, not {compute_dtype(x)}"
-    if x.device.type != "cuda" and not fused.INTERPRETED:
-        return False, f"the kernels need a CUDA device, the input is on {x.device}"
     return True, ""
 
 
@@ -123,7 +123,7 @@ def can_run_fused(network: Network, x: Tensor) -> tuple[bool, str]:
     if fused is None:
         return False, "unetpp_fast.kernels is not installed: pip install -e ."
     if network.handle is None:
-        return False, "the topology has nodes that do not read the leading nodes of their level"
+        return False, "the engine needs nodes that read the leading nodes of their level, and without a norm a slope >= 0"
     if not fused.is_as_registered(network):
         return False, "a layer was replaced, changed or given hooks, or this is a replica of nn.DataParallel"
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():

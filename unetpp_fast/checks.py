@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ def check_input(network: Network, x: Tensor, any_size: bool = False) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert with x.float() / 255 or alike")
+    weight = next(network.parameters(), None)  # a replica of nn.DataParallel has none
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"the input is {x.dtype} but the model is {weight.dtype}: use x.to({weight.dtype}) or torch.autocast"
+        )
     if x.ndim != dims + 2:
         raise ValueError(f"expected {dims + 2} axes [{axes}], got {x.ndim}: shape {tuple(x.shape)}")
     if x.shape[1] != topology.in_channels:

@@ -64,11 +64,13 @@ def load_ops(name: str) -> ModuleType:
 def register(network: Network) -> int | None:
     """A number that stands for the structure of `network` in this process; equal structures share one.
 
-    None where the engine cannot run it: a topology without a plan, or an activation whose sign does not tell its side.
+    None where the engine cannot run it: a topology without a plan, or outputs whose sign does not tell the input's.
     """
     if unsupported(network.topology):
         return None
     plan = make_plan(network.topology, network.options)
+    if plan.norm is None and plan.slope < 0:  # its gradient is taken from the sign of what was stored
+        return None
     entry = Entry(
         plan,
         network.out_channels,

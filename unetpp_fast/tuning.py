@@ -2,8 +2,7 @@
 
 `tune(model, x)` times the candidates of every convolution of a pass, checks the fused result against float64 and times
 the whole pass against the reference. `backend="auto"` uses the kernels where such a measurement says that they are
-right and faster, so the model is never slower than the reference. What was found is kept in a file for each GPU, torch,
-triton and state of the kernels' sources.
+right and faster there. What was found is kept in a file for each GPU, torch, triton and state of the kernels' sources.
 """
 
 from __future__ import annotations
