@@ -17,21 +17,19 @@ One kernel serves all uses. An operand is sampled at `stride * unit + base + t`,
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tuning
+from .conv_configs import Config, block_of_channels, default_config, tile_counts
 from .maps import (
     Affine,
     activate,
     affine_arguments,
+    border_class,
     check_affine,
     check_map,
     check_vector,
@@ -39,29 +37,12 @@ from .maps import (
     dot_precision,
     interpreted,
     pixel_stride,
+    store_statistics,
     sum_dtype,
     unit_grid,
 )
 
-PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
 NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a convolution is cut into programs: a tile of units, at most block_k channels a step, block_co channels out."""
-
-    block_d: int
-    block_h: int
-    block_w: int
-    block_k: int
-    block_co: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def pixels(self) -> int:
-        return self.block_d * self.block_h * self.block_w
 
 
 @triton.jit
@@ -87,7 +68,7 @@ def _inside_bits(z, y, x, depth, height, width, TAPS: tl.constexpr, AXES: tl.con
 
 @triton.jit
 def _accumulate(
-    acc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_pixel, depth, height, width,
+    acc, x_desc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_pixel, n, depth, height, width,
     tile_z, tile_y, tile_x, unit_z, unit_y, unit_x, co,
     K: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
     BLOCK_K: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -96,7 +77,8 @@ def _accumulate(
 
     x_ptr, scale_ptr and shift_ptr stand at the image's first element; w: [TAPS^AXES, K, CO]; tile: scalars, the sample of
     the tile's first unit; unit: [M]. What depends on the pixel stays as it is from step to step (an offset and the bits);
-    a step adds scalars alone. The padding is zero after norm and activation, so the mask is applied after them.
+    a step adds scalars alone. The padding is zero after norm and activation, so the mask is applied after them. With a
+    descriptor of x, image `n` is fetched from it a box at a time, zero outside the map, and no offsets are made.
     """
     K_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = TAPS * TAPS * TAPS * K_STEPS if AXES == 3 else TAPS * TAPS * K_STEPS
@@ -123,7 +105,13 @@ def _accumulate(
         mask = inside
         if K % BLOCK_K:
             mask = inside & (k + lanes < K)[None, :]
-        value = tl.load(x_ptr + (first + moved.to(tl.int64) * stride_pixel + k) + offsets, mask=mask, other=0.0)
+        if x_desc is None:
+            value = tl.load(x_ptr + (first + moved.to(tl.int64) * stride_pixel + k) + offsets, mask=mask, other=0.0)
+        elif AXES == 3:
+            box = x_desc.load([n, tile_z + tap // (TAPS * TAPS), tile_y + tap // TAPS % TAPS, tile_x + tap % TAPS, k])
+            value = box.reshape(acc.shape[0], BLOCK_K)
+        else:
+            value = x_desc.load([n, tile_y + tap // TAPS, tile_x + tap % TAPS, k]).reshape(acc.shape[0], BLOCK_K)
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
             shift = tl.load(shift_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
@@ -138,29 +126,9 @@ def _accumulate(
 
 
 @triton.jit
-def _border_class(position, size):
-    """2 at the last pixel of an axis, 0 at the first, 1 between."""
-    return tl.where(position == size - 1, 2, tl.where(position == 0, 0, 1))
-
-
-@triton.jit
-def _store_statistics(value, inside, stats_ptr, co, CO: tl.constexpr):
-    """Count, mean and sum of squared deviations of a tile's pixels for each channel, at stats_ptr [3, CO].
-
-    Around the tile's own mean, so that nothing cancels; tiles are combined later in a fixed order.
-    """
-    count = tl.sum(inside.to(value.dtype), axis=0)
-    mean = tl.sum(tl.where(inside[:, None], value, 0.0), axis=0) / tl.maximum(count, 1.0)
-    deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
-    tl.store(stats_ptr + co, tl.zeros_like(mean) + count, mask=co < CO)
-    tl.store(stats_ptr + CO + co, mean, mask=co < CO)
-    tl.store(stats_ptr + 2 * CO + co, tl.sum(deviation * deviation, axis=0), mask=co < CO)
-
-
-@triton.jit
 def _conv_kernel(
-    a_ptr, a_scale_ptr, a_shift_ptr, wa_ptr, stride_an, stride_ap, affine_an,
-    b_ptr, b_scale_ptr, b_shift_ptr, wb_ptr, stride_bn, stride_bp, affine_bn,
+    a_desc, a_ptr, a_scale_ptr, a_shift_ptr, wa_ptr, stride_an, stride_ap, affine_an,
+    b_desc, b_ptr, b_scale_ptr, b_shift_ptr, wb_ptr, stride_bn, stride_bp, affine_bn,
     bias_ptr, border_ptr, out_ptr, stride_on, stride_op, stats_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x,
     KA: tl.constexpr, KB: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
@@ -190,9 +158,9 @@ def _conv_kernel(
     STRIDE_Z: tl.constexpr = STRIDE if AXES == 3 else 1
     acc = tl.zeros((BLOCK_D * BLOCK_H * BLOCK_W, BLOCK_CO), SUM)
     acc = _accumulate(
-        acc, a_ptr + n * stride_an, None if a_scale_ptr is None else a_scale_ptr + n * affine_an,
+        acc, a_desc, a_ptr + n * stride_an, None if a_scale_ptr is None else a_scale_ptr + n * affine_an,
         None if a_shift_ptr is None else a_shift_ptr + n * affine_an, wa_ptr,
-        stride_ap, depth * STRIDE_Z, height * STRIDE, width * STRIDE,
+        stride_ap, n.to(tl.int32), depth * STRIDE_Z, height * STRIDE, width * STRIDE,
         tile_z * STRIDE_Z + pz - 1, tile_y * STRIDE + py - 1, tile_x * STRIDE + px - 1, unit_z, unit_y, unit_x, co,
         KA, CO, TAPS, STRIDE, AXES, BLOCK_KA, SLOPE, PRECISION, WIDE,
     )  # fmt: skip
@@ -200,9 +168,9 @@ def _conv_kernel(
         TAPS_B: tl.constexpr = 2 if PHASED else 3
         WEIGHTS: tl.constexpr = (TAPS_B * TAPS_B * TAPS_B if AXES == 3 else TAPS_B * TAPS_B) * KB * CO
         acc = _accumulate(
-            acc, b_ptr + n * stride_bn, None if b_scale_ptr is None else b_scale_ptr + n * affine_bn,
+            acc, b_desc, b_ptr + n * stride_bn, None if b_scale_ptr is None else b_scale_ptr + n * affine_bn,
             None if b_shift_ptr is None else b_shift_ptr + n * affine_bn, wb_ptr + phase * WEIGHTS,
-            stride_bp, depth, height, width,
+            stride_bp, n.to(tl.int32), depth, height, width,
             tile_z + pz - 1, tile_y + py - 1, tile_x + px - 1, unit_z, unit_y, unit_x, co,
             KB, CO, TAPS_B, 1, AXES, BLOCK_KB, SLOPE, PRECISION, WIDE,
         )  # fmt: skip
@@ -214,9 +182,9 @@ def _conv_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + co, mask=co < CO, other=0.0)[None, :]
     if border_ptr is not None:
-        row = _border_class(y * OUT + py, height * OUT) * 3 + _border_class(x * OUT + px, width * OUT)
+        row = border_class(y * OUT + py, height * OUT) * 3 + border_class(x * OUT + px, width * OUT)
         if AXES == 3:
-            row += _border_class(z * OUT_Z + pz, depth * OUT_Z) * 9
+            row += border_class(z * OUT_Z + pz, depth * OUT_Z) * 9
         acc += tl.load(border_ptr + row[:, None] * CO + co[None, :], mask=(co < CO)[None, :], other=0.0)
     if ACTIVATE:
         acc = activate(acc, SLOPE)
@@ -231,7 +199,7 @@ def _conv_kernel(
     result = acc.to(out_ptr.dtype.element_ty)
     tl.store(where, result, mask=mask)
     if stats_ptr is not None:
-        _store_statistics(result.to(SUM), inside, stats_ptr + part.to(tl.int64) * 3 * CO, co, CO)
+        store_statistics(result.to(SUM), inside, stats_ptr + part.to(tl.int64) * 3 * CO, co, CO)
 
 
 def conv(
@@ -261,39 +229,48 @@ def conv(
     units = unit_grid(out, axes, phased)
     scale_a, shift_a, image_a = affine_arguments(affine_a)
     scale_b, shift_b, image_b = affine_arguments(affine_b)
-    maps = (out, a) if b is None else (out, a, b)
-    reach = (2 if stride == 2 or phased else 1) ** axes
-
-    def launch(config: Config, out: Tensor) -> Tensor | None:
-        tiles = tile_counts(units, config)
-        parts = math.prod(tiles) * (2**axes if phased else 1)
-        partial = out.new_empty(out.shape[0], parts, 3, co, dtype=sum_dtype(out.dtype)) if stats else None
-        if out.numel() == 0:
-            return partial
-        span = config.block_d * units[1] * units[2]
-        with device_of(out):
-            _conv_kernel[(out.shape[0] * parts * triton.cdiv(co, config.block_co),)](
-                a, scale_a, shift_a, wa, a.stride(0), pixel_stride(a), image_a,
-                b, scale_b, shift_b, wb, 0 if b is None else b.stride(0), 0 if b is None else pixel_stride(b), image_b,
-                bias, border, out, out.stride(0), pixel_stride(out), partial,
-                *units, *tiles,
-                KA=ka, KB=kb, CO=co, TAPS=taps, STRIDE=stride, PHASED=phased, AXES=axes, SLOPE=float(slope),
-                ACTIVATE=act, ADD=add, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-                BLOCK_KA=block_of_channels(ka, config.block_k), BLOCK_KB=block_of_channels(kb, config.block_k),
-                BLOCK_CO=config.block_co, PRECISION=dot_precision(out.dtype),
-                WIDE=span * reach * max(pixel_stride(x) for x in maps) >= NARROW_OFFSETS,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+    if config is None:
+        config = default_config(units, out.shape[0], co, axes, phased, a.dtype, interpreted(out))
+    tiles = tile_counts(units, config)
+    parts = math.prod(tiles) * (2**axes if phased else 1)
+    partial = out.new_empty(out.shape[0], parts, 3, co, dtype=sum_dtype(out.dtype)) if stats else None
+    if out.numel() == 0:
         return partial
+    block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka, kb))
+    a_desc, b_desc = (
+        descriptor(x, axes, config, block) if config.descriptors and unit_stride and can_describe(x) else None
+        for x, block, unit_stride in ((a, block_ka, stride == 1), (b, block_kb, kb > 0))
+    )
+    reach = (2 if stride == 2 or phased else 1) ** axes
+    farthest = config.block_d * units[1] * units[2] * reach * max(pixel_stride(x) for x in (out, a, b) if x is not None)
+    with device_of(out):
+        _conv_kernel[(out.shape[0] * parts * triton.cdiv(co, config.block_co),)](
+            a_desc, a, scale_a, shift_a, wa, a.stride(0), pixel_stride(a), image_a,
+            b_desc, b, scale_b, shift_b, wb, 0 if b is None else b.stride(0), 0 if b is None else pixel_stride(b), image_b,
+            bias, border, out, out.stride(0), pixel_stride(out), partial,
+            *units, *tiles,
+            KA=ka, KB=kb, CO=co, TAPS=taps, STRIDE=stride, PHASED=phased, AXES=axes, SLOPE=float(slope),
+            ACTIVATE=act, ADD=add, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+            BLOCK_KA=block_ka, BLOCK_KB=block_kb, BLOCK_CO=config.block_co, PRECISION=dot_precision(out.dtype),
+            WIDE=farthest >= NARROW_OFFSETS, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return partial
 
-    if config is None and interpreted(out):
-        config = default_config(units, out.shape[0], co, axes, phased, a.dtype, True)
-    elif config is None:
-        form = f"{axes}d taps{taps} stride{stride} {'phased ' * phased}{'affine ' * (affine_a is not None)}{'stats' * stats}"
-        key = tuning.key("conv", a.dtype, form, (ka, kb, co), (out.shape[0], *units))
-        found = configs(units, out.shape[0], co, axes, phased, a.dtype)
-        config = tuning.choose(key, found, lambda candidate: launch(candidate, torch.empty_like(out)))
-    return launch(config, out)
+
+def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDescriptor:
+    """A map as the tensor memory accelerator takes it, in boxes of a tile and `block_k` channels."""
+    step, (images, depth, height, width, channels) = pixel_stride(x), x.shape
+    shape = [images, depth, height, width, channels]
+    strides = [x.stride(0), height * width * step, width * step, step, 1]
+    block = [1, config.block_d, config.block_h, config.block_w, block_k]
+    if axes == 2:
+        del shape[1], strides[1], block[1]
+    return TensorDescriptor(x, shape, strides, block)
+
+
+def can_describe(x: Tensor) -> bool:
+    """Whether `descriptor` takes a map: its address and steps are multiples of 16 bytes."""
+    return all(offset * x.itemsize % 16 == 0 for offset in (x.stride(0), pixel_stride(x))) and x.data_ptr() % 16 == 0
 
 
 def _check(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border) -> None:
@@ -317,82 +294,3 @@ def _check(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bi
         check_vector("bias", bias, (co,), out)
     if border is not None:
         check_vector("border", border, (3**axes, co), out)
-
-
-def tile_counts(units: tuple[int, int, int], config) -> list[int]:
-    blocks = config.block_d, config.block_h, config.block_w
-    return [triton.cdiv(unit, block) for unit, block in zip(units, blocks, strict=True)]
-
-
-def block_of_channels(channels: int, limit: int) -> int:
-    """The largest power of two from 16 (tensor cores take no fewer) to `limit` that pads `channels` least."""
-    sizes = [size for size in (256, 128, 64, 32, 16) if size <= max(limit, 16)]
-    return min(sizes, key=lambda size: -(-channels // size) * size)
-
-
-@lru_cache(maxsize=1024)  # every launch asks
-def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tuple[int, int, int]:
-    """The tile of `pixels` units that pads the grid least; of those the one with the fewest samples around it."""
-    powers = [2**k for k in range(pixels.bit_length())]
-    depths = powers if axes == 3 else [1]
-    tiles = [(d, h, pixels // (d * h)) for d, h in itertools.product(depths, powers) if d * h <= pixels]
-
-    def cost(tile: tuple[int, int, int]) -> tuple[int, int, int]:
-        covered, halo = 1, 1
-        for unit, block, on in zip(units, tile, (axes == 3, True, True), strict=True):
-            covered *= -(-unit // block) * block
-            halo *= block + 2 * on
-        return covered, halo, -tile[2]
-
-    return min(tiles, key=cost)
-
-
-def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[Config]:
-    """The configurations worth timing, the one used without timing first.
-
-    A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flop a byte of bf16 at 128 x 32,
-    43 at 128 x 64, 64 at 128 x 128. Narrow maps are therefore bound by loads, and pipelined ones (cp.async) go round L1,
-    where eight of nine taps would hit: one stage, with plain loads, is a candidate there. All of CO up to 128 is one
-    block, so that pixels are loaded once.
-    """
-    block_co = block_of_outputs(co)
-    if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
-        shapes = [(64, 16, min(block_co, 32), 4, 2)]  # no tensor cores for float32: registers hold operands too
-    else:
-        shapes = {
-            32: [(128, 32, 32, 4, 3), (128, 32, 32, 4, 1), (256, 32, 32, 8, 2), (128, 64, 32, 4, 3)],
-            64: [(128, 32, 64, 8, 4), (128, 32, 64, 4, 1), (256, 32, 64, 8, 3), (128, 64, 64, 8, 3)],
-            128: [(128, 32, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3)],
-        }[max(block_co, 32)]
-        if block_co < 32:
-            shapes = [(pixels, k, block_co, warps, stages) for pixels, k, _, warps, stages in shapes]
-    found = []
-    for pixels, block_k, block, warps, stages in shapes:
-        tile = block_of_pixels(units, pixels, axes)
-        # A row of float32 channels fills the same bytes with half as many.
-        block_k = max(16, block_k // 2) if dtype.itemsize > 2 else block_k
-        found.append(Config(*tile, block_k, block, warps, stages))
-    small = [config for config in found if config.pixels == 64]
-    first = found[0]
-    tiles = tile_counts(units, first)
-    programs = images * math.prod(tiles) * (2**axes if phased else 1) * triton.cdiv(co, first.block_co)
-    if small and programs < PROGRAMS:
-        found.sort(key=lambda config: config not in small)
-    return found
-
-
-def default_config(
-    units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype, interpreted: bool
-) -> Config:
-    if not interpreted:
-        return configs(units, images, co, axes, phased, dtype)[0]
-    depth, height, width = (triton.next_power_of_2(max(unit, 1)) for unit in units)
-    tile = min(depth, 8), min(height, 64), min(width, 64)
-    return Config(*tile, 256, min(128, triton.next_power_of_2(max(co, 16))), 4, 1)
-
-
-def block_of_outputs(co: int) -> int:
-    """All of up to 128 output channels; of more, the block that spends least, loads of pixels counted as 64 columns."""
-    if co <= 128:
-        return max(16, triton.next_power_of_2(co))
-    return min((128, 64), key=lambda block: -(-co // block) * (block + 64))

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .conv import NARROW_OFFSETS, block_of_outputs, block_of_pixels, tile_counts
+from .conv import NARROW_OFFSETS
+from .conv_configs import block_of_outputs, block_of_pixels, tile_counts
 from .maps import (
     Affine,
     activate,
@@ -53,6 +53,10 @@ class WgradConfig:
     num_warps: int
     num_stages: int
     programs: int = 512
+
+    @property
+    def pixels(self) -> int:
+        return self.block_d * self.block_h * self.block_w
 
 
 @triton.jit
@@ -173,32 +177,25 @@ def conv_wgrad(
     scale, shift, image = affine_arguments(affine)
     reach = 2**axes if phased else 1
 
-    def launch(config: WgradConfig) -> Tensor:
-        counts = tile_counts(units, config)
-        tiles = a.shape[0] * math.prod(counts)
-        programs = count * triton.cdiv(taps * k, config.block_m) * triton.cdiv(co, config.block_co)
-        # A constant of the kernel, so one of few values.
-        steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
-        splits = triton.cdiv(tiles, steps)
-        partial = a.new_empty(splits, count, taps, k, co, dtype=sum_dtype(a.dtype))
-        span = (config.block_d + 2) * units[1] * units[2] * max(pixel_stride(a), reach * pixel_stride(dy))
-        with device_of(a):
-            _conv_wgrad_kernel[(programs * splits,)](
-                a, scale, shift, a.stride(0), pixel_stride(a), image, dy, dy.stride(0), pixel_stride(dy), partial,
-                *units, *counts, a.shape[0], STEPS=steps, K=k, CO=co, PHASED=phased, AXES=axes, SLOPE=float(slope),
-                PER_IMAGE=image != 0, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-                BLOCK_M=config.block_m, BLOCK_CO=config.block_co, PRECISION=dot_precision(a.dtype),
-                WIDE=span >= NARROW_OFFSETS, num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
-        return partial[0] if splits == 1 else partial.sum(0)
-
-    if config is None and interpreted(a):
-        config = default_config(units, k, co, axes, phased, a.dtype, True)
-    elif config is None:
-        form = f"{axes}d {'phased ' * phased}{'affine' * (affine is not None)}"
-        key = tuning.key("conv_wgrad", a.dtype, form, (k, co), (a.shape[0], *units))
-        config = tuning.choose(key, configs(units, k, co, axes, phased, a.dtype), launch)
-    return launch(config)
+    if config is None:
+        config = default_config(units, k, co, axes, phased, a.dtype, interpreted(a))
+    counts = tile_counts(units, config)
+    tiles = a.shape[0] * math.prod(counts)
+    programs = count * triton.cdiv(taps * k, config.block_m) * triton.cdiv(co, config.block_co)
+    # A constant of the kernel, so one of few values.
+    steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
+    splits = triton.cdiv(tiles, steps)
+    partial = a.new_empty(splits, count, taps, k, co, dtype=sum_dtype(a.dtype))
+    span = (config.block_d + 2) * units[1] * units[2] * max(pixel_stride(a), reach * pixel_stride(dy))
+    with device_of(a):
+        _conv_wgrad_kernel[(programs * splits,)](
+            a, scale, shift, a.stride(0), pixel_stride(a), image, dy, dy.stride(0), pixel_stride(dy), partial,
+            *units, *counts, a.shape[0], STEPS=steps, K=k, CO=co, PHASED=phased, AXES=axes, SLOPE=float(slope),
+            PER_IMAGE=image != 0, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+            BLOCK_M=config.block_m, BLOCK_CO=config.block_co, PRECISION=dot_precision(a.dtype),
+            WIDE=span >= NARROW_OFFSETS, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return partial[0] if splits == 1 else partial.sum(0)
 
 
 def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[WgradConfig]:

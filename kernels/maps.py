@@ -21,6 +21,26 @@ def activate(x, SLOPE: tl.constexpr):
     return tl.where(x >= 0, x, x * SLOPE)
 
 
+@triton.jit
+def border_class(position, size):
+    """2 at the last pixel of an axis, 0 at the first, 1 between."""
+    return tl.where(position == size - 1, 2, tl.where(position == 0, 0, 1))
+
+
+@triton.jit
+def store_statistics(value, inside, stats_ptr, co, CO: tl.constexpr):
+    """Count, mean and sum of squared deviations of a tile's pixels for each channel, at stats_ptr [3, CO].
+
+    Around the tile's own mean, so that nothing cancels; tiles are combined later in a fixed order.
+    """
+    count = tl.sum(inside.to(value.dtype), axis=0)
+    mean = tl.sum(tl.where(inside[:, None], value, 0.0), axis=0) / tl.maximum(count, 1.0)
+    deviation = tl.where(inside[:, None], value - mean[None, :], 0.0)
+    tl.store(stats_ptr + co, tl.zeros_like(mean) + count, mask=co < CO)
+    tl.store(stats_ptr + CO + co, mean, mask=co < CO)
+    tl.store(stats_ptr + 2 * CO + co, tl.sum(deviation * deviation, axis=0), mask=co < CO)
+
+
 def unit_grid(out: Tensor, axes: int, phased: bool) -> tuple[int, int, int]:
     """The sizes of `out`, half of them along each axis where an output pixel is 2 unit + phase."""
     depth, height, width = out.shape[1:4]

@@ -10,13 +10,14 @@ Sums are in float32 for half-precision maps and in the map's own precision other
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Affine = tuple[Tensor, Tensor]
+Averages = Callable[[Tensor, int], Tensor]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -192,13 +193,23 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
 
 
 def norm_backward(
-    g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, affine: Affine, slope: float, frozen: bool
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    affine: Affine,
+    slope: float,
+    frozen: bool,
+    averages: Averages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Through activation and norm, in place: g becomes the gradient of the raw map x.
 
     With h = g act'(scale x + shift) and z = (x - mean) inverse, over the pixels of a statistic::
 
         g <- scale (h - mean(h) - z mean(h z))        or scale h where the statistics are `frozen`
+
+    averages: gives (mean(h), mean(h z)) `[2, C]` from their sums over these pixels, where the statistics are those of
+    several processes.
 
     Returns:
         sum(h z) and sum(h), `[C]`: the gradients of the norm's weight and bias.
@@ -210,6 +221,10 @@ def norm_backward(
     z = (x - per_image(mean)) * per_image(inverse)
     if frozen:
         g.copy_(scale * h)
+    elif averages is not None:
+        sums = torch.stack((h.sum((0, 1, 2, 3)), (h * z).sum((0, 1, 2, 3))))
+        mean_h, mean_hz = averages(sums, g[..., 0].numel())
+        g.copy_(scale * (h - mean_h - z * mean_hz))
     else:
         over = (1, 2, 3) if mean.shape[0] == x.shape[0] and mean.shape[0] > 1 else (0, 1, 2, 3)
         g.copy_(scale * (h - h.mean(over, keepdim=True) - z * (h * z).mean(over, keepdim=True)))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .maps import Affine, device_of
+from .naive import Averages
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 GROUP = 512  # parts of a statistic that one program combines where there are more than twice as many
@@ -246,6 +247,7 @@ def norm_backward(
     affine: Affine,
     slope: float,
     frozen: bool,
+    averages: Averages | None = None,
     config: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `naive.norm_backward`. Reads g and x twice and writes g once; reads them once where `frozen`."""
@@ -254,6 +256,8 @@ def norm_backward(
     images, pixels, channels = g.shape[0], g.shape[1:4].numel(), g.shape[4]
     if g.numel() == 0:
         zeros = g.new_zeros(2, channels, dtype=torch.float32)
+        if averages is not None and not frozen:
+            averages(zeros, 0)  # the other processes wait for this one
         return zeros[0], zeros[1]
     maps = (g, g.stride(0), pixel_stride(g, "g"), x, x.stride(0), pixel_stride(x, "x"))
     rows = per_image_rows((mean, inverse, *affine), x)
@@ -269,10 +273,13 @@ def norm_backward(
         total = of_images.sum(dim=0)
         if not frozen:
             instance = mean.shape[0] > 1
-            averages = of_images / pixels if instance else total / (images * pixels)
+            if averages is not None:
+                means = averages(total, images * pixels)
+            else:
+                means = of_images / pixels if instance else total / (images * pixels)
             tiles = triton.cdiv(pixels, block_p)
             _norm_apply_kernel[(images * tiles, blocks)](
-                *maps, *rows, averages, 2 * channels if instance else 0, pixels, tiles, channels,
+                *maps, *rows, means, 2 * channels if instance else 0, pixels, tiles, channels,
                 slope, block_p, block_c, num_warps=tile.warps,
             )  # fmt: skip
     return total[1], total[0]

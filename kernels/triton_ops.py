@@ -1,10 +1,34 @@
-"""The ops of `naive.py` by Triton kernels, under the same names."""
+"""The ops of `naive.py` on a GPU, under the same names: Triton kernels and, where measured faster, PyTorch's convolutions.
 
-from .conv import conv
-from .conv_wgrad import conv_wgrad
+A convolution can be done in several ways, and which is fastest depends on the GPU and the shape:
+
+    fused       one kernel, norm and activation applied to an operand each time it is loaded
+    finalise    norm and activation applied once, in a pass of their own, then the kernel without them
+    boxes       fused or finalised, operands fetched by the tensor memory accelerator (`Config.descriptors`)
+    library     PyTorch's convolution (cuDNN) on dense, activated copies of the operands (`library.py`)
+
+`tuning.choose` takes the one that was measured fastest, and the first of the list where nothing was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import conv as fused
+from . import conv_wgrad as fused_wgrad
+from . import library, tuning
+from .conv_configs import Config, configs
+from .conv_wgrad import WgradConfig
 from .head import head, head_backward
+from .maps import interpreted, unit_grid
 from .norm import act_backward, border_sums, norm_backward, norm_finalise
 from .pool import pool, pool_backward
+from .read import read
 
 __all__ = [
     "act_backward",
@@ -18,3 +42,118 @@ __all__ = [
     "pool",
     "pool_backward",
 ]
+# Compute capabilities, by their major number, of GPUs whose tensor memory accelerator is used. Those of 12 have one too, but
+# Triton 3.6 compiles boxes for them with a stack frame in every kernel.
+BOX_CAPABILITIES = (9, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """The kernel's configuration, None for the library; whether operands are finalised before the kernel."""
+
+    config: Config | WgradConfig | None
+    finalise: bool = False
+
+    def __str__(self) -> str:
+        """Without the tile's shape, which depends on the map's."""
+        if self.config is None:
+            return "library"
+        rest = {name: value for name, value in vars(self.config).items() if name not in ("block_d", "block_h", "block_w")}
+        shape = f"pixels {self.config.pixels} " + " ".join(f"{name} {value}" for name, value in rest.items())
+        return f"finalise, {shape}" if self.finalise else shape
+
+
+def conv(out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
+    """See `naive.conv`."""
+    if interpreted(out) or out.numel() == 0:
+        return fused.conv(out, a, wa, **options)
+    way = way_of_conv(out, a, lambda way: conv_by(way, torch.empty_like(out), a, wa, **options), **options)[0]
+    return conv_by(way, out, a, wa, **options)
+
+
+def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options) -> tuple[Way, bool]:
+    """The way of a call of `conv`, by `run` where it is to be measured; and whether a measurement found it."""
+    axes, b = options["axes"], options.get("b")
+    units = unit_grid(out, axes, options.get("phased", False))
+    flags = [name for name in ("phased", "affine_a", "affine_b", "add", "stats") if options.get(name)]
+    flags += ["boxes"] * fits_boxes(a, **options)
+    form = f"{axes}d taps{options.get('taps', 3)} stride{options.get('stride', 1)} {' '.join(flags)}"
+    channels = (a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1])
+    key = tuning.key("conv", a.dtype, form, channels, (out.shape[0], *units))
+    found = tuning.choose(key, (out.shape[0], *units), lambda: ways_of_conv(out, a, **options), run)
+    return found, key in tuning.table
+
+
+def ways_of_conv(out: Tensor, a: Tensor, **options) -> list[Way]:
+    """The ways worth timing for a call of `conv`, the one used without timing first."""
+    phased = options.get("phased", False)
+    units = unit_grid(out, options["axes"], phased)
+    found = configs(units, out.shape[0], out.shape[-1], options["axes"], phased, a.dtype)
+    ways = [Way(config) for config in found]
+    if fits_boxes(a, **options):
+        ways += [Way(dataclasses.replace(config, descriptors=True)) for config in found]
+    if options.get("affine_a") is not None or options.get("affine_b") is not None:
+        ways += [dataclasses.replace(way, finalise=True) for way in ways]
+    return [*ways, Way(None)]
+
+
+def conv_by(way: Way, out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
+    """`conv` in one of its ways."""
+    if way.config is None:
+        return library.conv(out, a, wa, **options)
+    if way.finalise:
+        slope = options.get("slope", 0.0)
+        a = read(a, options.pop("affine_a", None), slope)
+        if options.get("b") is not None:
+            options["b"] = read(options["b"], options.pop("affine_b", None), slope)
+    return fused.conv(out, a, wa, config=way.config, **options)
+
+
+def conv_wgrad(a: Tensor, dy: Tensor, **options) -> Tensor:
+    """See `naive.conv_wgrad`."""
+    if interpreted(a) or dy.numel() == 0:
+        return fused_wgrad.conv_wgrad(a, dy, **options)
+    form = f"{options['axes']}d {' '.join(name for name in ('phased', 'affine') if options.get(name))}"
+    units = unit_grid(dy, options["axes"], options.get("phased", False))
+    key = tuning.key("conv_wgrad", a.dtype, form, (a.shape[-1], dy.shape[-1]), (a.shape[0], *units))
+    found = tuning.choose(
+        key,
+        (a.shape[0], *units),
+        lambda: ways_of_wgrad(a, dy, **options),
+        lambda way: conv_wgrad_by(way, a, dy, **options),
+    )
+    return conv_wgrad_by(found, a, dy, **options)
+
+
+def ways_of_wgrad(a: Tensor, dy: Tensor, **options) -> list[Way]:
+    """As `ways_of_conv`."""
+    axes, phased = options["axes"], options.get("phased", False)
+    units = unit_grid(dy, axes, phased)
+    ways = [Way(config) for config in fused_wgrad.configs(units, a.shape[-1], dy.shape[-1], axes, phased, a.dtype)]
+    if options.get("affine") is not None:
+        ways += [dataclasses.replace(way, finalise=True) for way in ways]
+    return [*ways, Way(None)]
+
+
+def conv_wgrad_by(way: Way, a: Tensor, dy: Tensor, **options) -> Tensor:
+    """`conv_wgrad` in one of its ways."""
+    if way.config is None:
+        return library.conv_wgrad(a, dy, **options)
+    if way.finalise:
+        a = read(a, options.pop("affine", None), options.get("slope", 0.0))
+    return fused_wgrad.conv_wgrad(a, dy, config=way.config, **options)
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    """The major number of a GPU's compute capability; maps without memory stand for those on the current GPU."""
+    if device.type == "meta":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def fits_boxes(a: Tensor, **options) -> bool:
+    """Whether the GPU fetches boxes by itself, and can those of the operands that are sampled with unit stride."""
+    dense = [a] if options.get("stride", 1) == 1 else []
+    dense += [options["b"]] if options.get("b") is not None else []
+    return _capability(a.device) in BOX_CAPABILITIES and bool(dense) and all(map(fused.can_describe, dense))

@@ -1,6 +1,6 @@
-"""Which configuration a launcher uses: the measured one where a measurement is known, the first candidate elsewhere.
+"""Which of its candidates an op uses: the measured one where a measurement is known, the first candidate elsewhere.
 
-A launcher describes its call by a key of op, dtype and bucketed shape, and offers candidates. Measuring happens only
+An op describes its call by a key of op, dtype and bucketed shape, and offers candidates. Measuring happens only
 inside `measuring`, on scratch outputs; what was found is kept in `table`, which `unetpp_fast.tuning` saves and loads.
 """
 
@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-Config = TypeVar("Config")
+Candidate = TypeVar("Candidate")
 Measure = Callable[[Callable[[], object]], float]
 
-table: dict[str, list[int]] = {}
+table: dict[str, str] = {}  # what was measured: how the fastest candidate prints, by key
+_chosen: dict[tuple, tuple] = {}  # by key and exact sizes: what stood in the table, and the candidate it means
 _measure: Measure | None = None
 
 
@@ -28,24 +29,34 @@ def key(op: str, dtype: object, form: str, channels: Sequence[int], sizes: Seque
     return f"{op} {dtype} {form.strip()} channels {exact} of {rough}"
 
 
-def choose(key: str, candidates: Sequence[Config], run: Callable[[Config], object]) -> Config:
+def choose(
+    key: str,
+    sizes: Sequence[int],
+    candidates: Callable[[], Sequence[Candidate]],
+    run: Callable[[Candidate], object],
+) -> Candidate:
     """The candidate to use for `key`; inside `measuring`, after timing each once.
 
-    run: launches the op with a configuration and leaves no trace. A candidate that fails to launch is passed over.
+    Candidates are known by how they print, which must not depend on sizes that share a bucket.
+
+    sizes: exactly. candidates: makes the list for them, which is asked for once a process and after every measurement.
+    run: launches the op by a candidate and leaves no trace. A candidate that fails to launch is passed over.
     """
     if _measure is not None and key not in table:
         times = {}
-        for index, candidate in enumerate(candidates):
+        for candidate in candidates():
             try:
-                times[index] = _measure(lambda candidate=candidate: run(candidate))
-            except RuntimeError:  # out of shared memory or registers on this GPU
+                times[str(candidate)] = _measure(lambda candidate=candidate: run(candidate))
+            except RuntimeError:  # out of memory, shared memory or registers on this GPU
                 continue
         if times:
-            table[key] = list(vars(candidates[min(times, key=times.get)]).values())
-    known = table.get(key)
-    if known is None:
-        return candidates[0]
-    return next((candidate for candidate in candidates if list(vars(candidate).values()) == known), candidates[0])
+            table[key] = min(times, key=times.get)
+    best, place = table.get(key), (key, *sizes)
+    if place not in _chosen or _chosen[place][0] != best:
+        offered = candidates()
+        found = next((candidate for candidate in offered if str(candidate) == best), offered[0])
+        _chosen[place] = best, found
+    return _chosen[place][1]
 
 
 @contextmanager

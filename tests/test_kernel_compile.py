@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def conv_case(axes: int, width: int, dtype: torch.dtype, form: str) -> Iterator[tuple]:
-    """Launches of every configuration of `kernels/conv.py` for one node of 2 or 3 axes."""
-    from unetpp_fast.kernels import conv
+def conv_case(axes: int, width: int, dtype: torch.dtype, form: str, boxes: bool = False) -> Iterator[tuple]:
+    """Launches of every configuration of `kernels/conv.py` for one node of 2 or 3 axes, with descriptors if `boxes`."""
+    from unetpp_fast.kernels import conv, conv_configs
 
     side = 16384 // width if axes == 2 else 2048 // width
     size = (1, side, side) if axes == 2 else (side, side, side)
@@ -80,7 +81,8 @@ def conv_case(axes: int, width: int, dtype: torch.dtype, form: str) -> Iterator[
     weights = empty(options.get("taps", 3) ** axes, width, width, dtype=dtype)
     out = empty(4, *size, width * 5, dtype=dtype)[..., :width]
     units = conv.unit_grid(out, axes, phased)
-    for config in conv.configs(units, 4, width, axes, phased, dtype):
+    found = conv_configs.configs(units, 4, width, axes, phased, dtype)
+    for config in [replace(config, descriptors=True) for config in found] if boxes else found:
         yield config, *record(conv, "_conv_kernel", conv.conv, out, a, weights, config=config, **options)
 
 
@@ -99,8 +101,11 @@ def wgrad_case(axes: int, width: int, dtype: torch.dtype, form: str) -> Iterator
         yield config, *record(conv_wgrad, "_conv_wgrad_kernel", conv_wgrad.conv_wgrad, a, dy, **call)
 
 
-def cases() -> Iterator[tuple]:
-    """(name, launches): two axes in half precision everywhere; three axes and tf32 where they need most registers."""
+def cases(capability: int) -> Iterator[tuple]:
+    """(name, launches): two axes in half precision everywhere; three axes and tf32 where they need most registers.
+
+    Boxes of the tensor memory accelerator on the GPU where they are used.
+    """
     forms = [(conv_case, form) for form in ("norm", "node", "dprefix", "dlow")]
     forms += [(wgrad_case, form) for form in ("plain", "image", "low")]
     for (case, form), axes, width in itertools.product(forms, (2, 3), WIDTHS):
@@ -111,7 +116,14 @@ def cases() -> Iterator[tuple]:
             else:
                 half = dtype == torch.bfloat16 and form == "node" and width in (32, 128)
             if ALL or half or (dtype == torch.float32 and axes == 2 and heavy and width == 64):
-                yield f"{case.__name__[:-5]} {form} {axes}D {width} {str(dtype)[6:]}", case(axes, width, dtype, form)
+                name = f"{case.__name__[:-5]} {form} {axes}D {width} {str(dtype)[6:]}"
+                yield name, case(axes, width, dtype, form)
+                if (
+                    capability == 90
+                    and form in ("norm", "node", "dprefix")
+                    and (ALL or width == 32 or (width, axes) == (128, 2))
+                ):
+                    yield f"{name} boxes", case(axes, width, dtype, form, boxes=True)
 
 
 def source_of(kernel, args: tuple, kwargs: dict):
@@ -126,6 +138,10 @@ def source_of(kernel, args: tuple, kwargs: dict):
         if name in kwargs or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants.setdefault(name, value)
+            continue
+        if hasattr(value, "block_shape"):  # a descriptor
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{types[value.base.dtype][1:]}[{box}]>"
             continue
         tensor = isinstance(value, torch.Tensor)
         signature[name] = types[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
@@ -158,14 +174,14 @@ def main(capability: int) -> int:
     """Prints the table; the number of kernels that break a rule."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     broken = 0
-    for name, launches in cases():
+    for name, launches in cases(capability):
         for config, kernel, args, kwargs in launches:
             row = compiled(kernel, args, kwargs, capability)
             wrong = row["spilled"] > 0 or row["shared"] > SHARED_MEMORY[capability] or row["tensor-core"] == 0
             broken += wrong
-            shape = "x".join(str(part) for part in vars(config).values())
+            shape = "x".join(str(int(part)) for part in vars(config).values())
             figures = " ".join(f"{value:>7}" for value in row.values())
-            print(f"sm_{capability} {name:<30} {shape:<24} {figures}{'  BROKEN' if wrong else ''}", flush=True)
+            print(f"sm_{capability} {name:<34} {shape:<26} {figures}{'  BROKEN' if wrong else ''}", flush=True)
     return broken
 
 

@@ -51,7 +51,13 @@ def variants() -> list[tuple[str, str, dict, dict]]:
         for classes, channels in ((1, 32), (20, 16), (64, 512)):
             sizes = {"HALF": True, "STEPS": 16, "CLASSES": classes, "channels": channels}
             head += [("_head_backward_kernel", {**MAP, "ADD": True, **split, **sizes}, weight)]
-    return [(m, *entry) for m, entries in (("norm", norm), ("pool", pool), ("head", head)) for entry in entries]
+    read = []
+    for channels in (1, 32, 512):
+        blocks = {"SLOPE": 0.1, **dict(zip(("BLOCK_P", "BLOCK_C"), Tile().blocks(512 * 512, channels), strict=True))}
+        finish = {"AXES": 2 + (channels == 32), "ACTIVATE": True, "ADD": channels == 1}
+        read += [("_read_kernel", blocks, {}), ("_finish_kernel", {**finish, **blocks}, {"border_ptr": "*fp32"})]
+    groups = (("norm", norm), ("pool", pool), ("head", head), ("read", read))
+    return [(m, *entry) for m, entries in groups for entry in entries]
 
 
 def resources(cubin: bytes) -> dict[str, int]:

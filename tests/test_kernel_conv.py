@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from unetpp_fast.kernels import conv as kernels
-from unetpp_fast.kernels import naive
+from unetpp_fast.kernels import conv_configs, naive
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -33,6 +35,8 @@ def assert_judged(actual: Tensor, exact: Tensor, twin: Tensor, dtype: torch.dtyp
 class Inputs:
     """Seeded tensors; maps are slices of buffers that hold NaN elsewhere, vectors are whole."""
 
+    start = 5  # of a buffer in its storage: no address is a round number
+
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
 
@@ -44,8 +48,8 @@ class Inputs:
         """`[N, D, H, W, C]` inside a buffer with `before` and `after` more channels, itself inside a larger storage."""
         images, *size, channels = shape
         width = before + channels + after
-        storage = torch.full([images * math.prod(size) * width + 5], math.nan, dtype=self.dtype, device=DEVICE)
-        buffer = storage[5:].view(images, *size, width)
+        storage = torch.full([images * math.prod(size) * width + self.start], math.nan, dtype=self.dtype, device=DEVICE)
+        buffer = storage[self.start :].view(images, *size, width)
         view = buffer[..., before : before + channels]
         view.copy_(self.values(*shape))
         return view
@@ -73,10 +77,10 @@ def double(value):
 def make_case(
     dtype: torch.dtype, axes: int, size: tuple[int, ...], n: int = 2, ka: int = 5, kb: int = 0, co: int = 17,
     taps: int = 3, phased: bool = False, affine: str = "", bias: bool = False, border: bool = False, seed: int = 0,
-    **options,
+    inputs: type[Inputs] = Inputs, **options,
 ) -> tuple[Tensor, Tensor, Tensor, dict]:  # fmt: skip
     """out, a, wa and the options of a call; `size` is that of out. `affine`: "shared" or "image", of a and then of b."""
-    make = Inputs(dtype, seed)
+    make = inputs(dtype, seed)
     size = (1, *size) if axes == 2 else size
     stride = 2 if phased or taps == 4 else 1
     on = (axes == 3, True, True)
@@ -100,8 +104,8 @@ def make_case(
     return make.map(n, *size, co), a, wa, options
 
 
-def check(dtype: torch.dtype, *args, config: kernels.Config | None = None, **kwargs) -> None:
-    """One call against the twin: values, statistics, what lies beside them, and the same bits a second time."""
+def check(dtype: torch.dtype, *args, run: Callable = kernels.conv, **kwargs) -> None:
+    """One call of `run` against the twin: values, statistics, what lies beside them, and the same bits a second time."""
     out, a, wa, options = make_case(dtype, *args, **kwargs)
     given = [x for value in (a, wa, *options.values()) for x in (value if isinstance(value, tuple) else (value,))]
     given = [x for x in given if isinstance(x, Tensor)]
@@ -109,11 +113,11 @@ def check(dtype: torch.dtype, *args, config: kernels.Config | None = None, **kwa
     exact, twin, again = out.clone().double(), out.clone(), out.clone()
     naive.conv(exact, double(a), double(wa), **{name: double(value) for name, value in options.items()})
     naive.conv(twin, a, wa, **options)
-    parts = kernels.conv(out, a, wa, config=config, **options)
+    parts = run(out, a, wa, **options)
     assert_judged(out, exact, twin, dtype)
     assert all(torch.equal(bits(x), old) for x, old in zip(given, before, strict=True)), "an input was written"
     assert_untouched_beside(out)
-    parts_again = kernels.conv(again, a, wa, config=config, **options)
+    parts_again = run(again, a, wa, **options)
     assert torch.equal(out, again)
     assert (parts is not None) == bool(options.get("stats"))
     if parts is not None:
@@ -204,10 +208,10 @@ def test_many_tiles(wide: bool, monkeypatch: pytest.MonkeyPatch):
     """Tiles smaller than the map and hanging over its end; several blocks of channels; offsets of 64 bits."""
     if wide:
         monkeypatch.setattr(kernels, "NARROW_OFFSETS", 0)
-    config = kernels.Config(1, 2, 8, 16, 16, 4, 1)
-    check(torch.float32, 2, (3, 10), n=2, ka=17, co=17, affine="image", stats=True, config=config)
-    config = kernels.Config(2, 2, 4, 16, 32, 4, 1)
-    check(torch.float32, 3, (4, 2, 10), n=1, taps=4, border=True, stats=True, config=config)
+    config = conv_configs.Config(1, 2, 8, 16, 16, 4, 1)
+    check(torch.float32, 2, (3, 10), n=2, ka=17, co=17, affine="image", stats=True, run=partial(kernels.conv, config=config))
+    config = conv_configs.Config(2, 2, 4, 16, 32, 4, 1)
+    check(torch.float32, 3, (4, 2, 10), n=1, taps=4, border=True, stats=True, run=partial(kernels.conv, config=config))
 
 
 def test_reads_a_buffer_that_it_writes():
@@ -261,8 +265,8 @@ def test_says_what_is_wrong(change: dict, message: str):
 def test_configurations():
     """Blocks are powers of two that cover the map and its channels; the first is the default."""
     for units, co, axes in [((1, 512, 512), 32, 2), ((1, 6, 6), 512, 2), ((24, 24, 24), 96, 3), ((1, 3, 100), 5, 2)]:
-        found = kernels.configs(units, 2, co, axes, True, torch.float16)
-        assert found[0] == kernels.default_config(units, 2, co, axes, True, torch.float16, False)
+        found = conv_configs.configs(units, 2, co, axes, True, torch.float16)
+        assert found[0] == conv_configs.default_config(units, 2, co, axes, True, torch.float16, False)
         assert len(set(found)) == len(found)
         for config in found:
             assert config.pixels in (64, 128, 256) and config.block_co in (16, 32, 64, 128)

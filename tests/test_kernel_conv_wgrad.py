@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -27,17 +29,17 @@ def make_case(
     return make.map(n, *units, k, before=0), make.map(n, *size, co), options
 
 
-def check(dtype: torch.dtype, *args, config: kernels.WgradConfig | None = None, **kwargs) -> None:
-    """One call against the twin; the inputs keep their bits, and a second call gives the same ones."""
+def check(dtype: torch.dtype, *args, run: Callable = kernels.conv_wgrad, **kwargs) -> None:
+    """One call of `run` against the twin; the inputs keep their bits, and a second call gives the same ones."""
     a, dy, options = make_case(dtype, *args, **kwargs)
     before = bits(a), bits(dy)
     exact = naive.conv_wgrad(double(a), double(dy), **{name: double(value) for name, value in options.items()})
     twin = naive.conv_wgrad(a, dy, **options)
-    found = kernels.conv_wgrad(a, dy, config=config, **options)
+    found = run(a, dy, **options)
     assert found.dtype == twin.dtype
     assert_judged(found, exact, twin, dtype)
     assert torch.equal(bits(a), before[0]) and torch.equal(bits(dy), before[1]), "an input was written"
-    assert torch.equal(found, kernels.conv_wgrad(a, dy, config=config, **options))
+    assert torch.equal(found, run(a, dy, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,7 +71,8 @@ def test_one_pixel_axes_3d(size: tuple[int, int, int], phased: bool):
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_batches(n: int):
     """Three images by one split more than there are: the last one has tiles past the end."""
-    check(torch.float32, 2, (4, 6), n=n, affine=0, config=kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=3))
+    config = kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=3)
+    check(torch.float32, 2, (4, 6), n=n, affine=0, run=partial(kernels.conv_wgrad, config=config))
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -79,9 +82,9 @@ def test_splits(programs: int, wide: bool, monkeypatch: pytest.MonkeyPatch):
     if wide:
         monkeypatch.setattr(kernels, "NARROW_OFFSETS", 0)
     config = kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=programs)
-    check(torch.float32, 2, (3, 10), n=2, k=3, config=config)
+    check(torch.float32, 2, (3, 10), n=2, k=3, run=partial(kernels.conv_wgrad, config=config))
     config = kernels.WgradConfig(2, 2, 4, 128, 32, 4, 1, programs=programs)
-    check(torch.float32, 3, (3, 2, 5), n=1, k=3, co=4, config=config)
+    check(torch.float32, 3, (3, 2, 5), n=1, k=3, co=4, run=partial(kernels.conv_wgrad, config=config))
 
 
 def test_nan_of_the_map_reaches_its_taps_alone():

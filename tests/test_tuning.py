@@ -10,7 +10,7 @@ import torch
 from helpers import make_input
 
 import unetpp_fast as uf
-from unetpp_fast import backends, fused, tuning
+from unetpp_fast import backends, explaining, fused, tuning
 from unetpp_fast.kernels import tuning as kernel_tuning
 
 pytestmark = pytest.mark.skipif(not (fused.HAS_TRITON and fused.INTERPRETED), reason="needs Triton and its interpreter")
@@ -23,7 +23,7 @@ class Config:
 
 def forget() -> None:
     """As in a new process."""
-    for known in (tuning._verdicts, tuning._latest, tuning._loaded, kernel_tuning.table):
+    for known in (tuning._verdicts, tuning._latest, tuning._loaded, kernel_tuning.table, kernel_tuning._chosen):
         known.clear()
 
 
@@ -69,13 +69,13 @@ def test_the_fastest_candidate_is_used_and_remembered():
         launch()
         return times[ran[-1]]
 
-    assert kernel_tuning.choose("op", candidates, run) == Config(1) and not ran
+    assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(1) and not ran
     with kernel_tuning.measuring(measure):
-        assert kernel_tuning.choose("op", candidates, run) == Config(2)
+        assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(2)
         assert ran == [1, 2, 3, 4]
-        assert kernel_tuning.choose("op", candidates, run) == Config(2)
-    assert kernel_tuning.choose("op", candidates, run) == Config(2) and ran == [1, 2, 3, 4]
-    assert kernel_tuning.choose("op", candidates[2:], run) == Config(3)  # what was measured is no longer offered
+        assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(2)
+    assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(2) and ran == [1, 2, 3, 4]
+    assert kernel_tuning.choose("op", (3,), lambda: candidates[2:], run) == Config(3)  # it is not offered
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
@@ -107,6 +107,100 @@ def test_auto_stays_with_a_faster_reference(clock):
     uf.tune(model, x, training=False, progress=False)
     with torch.no_grad():
         assert backends.choose(model, x) == ("reference", "measured: the kernels take 2.00 of the reference's time")
+
+
+@pytest.fixture
+def at_first_call(monkeypatch):
+    """As on a GPU, where the first call of a size may stop to measure."""
+    monkeypatch.setattr(tuning, "may_measure", lambda x: True)
+
+
+def test_auto_compares_at_the_first_call_of_a_size(clock, cache, at_first_call, capsys):
+    model, x = small()
+    for said in (1, 0, 0):
+        assert backends.choose(model, x) == ("triton", "measured: the kernels take 0.50 of the reference's time")
+        assert capsys.readouterr().err.count("once on this GPU") == said
+        forget()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.nodes["x0_0"].norm1.num_batches_tracked == 0
+    (path,) = cache.iterdir()
+    assert len(json.loads(path.read_text())["verdicts"]) == 1
+
+
+def test_auto_stays_with_the_reference_where_kernels_fail(clock, cache, at_first_call, monkeypatch, capsys):
+    from unetpp_fast.kernels import triton_ops
+
+    def fails(*args, **options):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(triton_ops, "pool", fails)
+    model, x = small()
+    for said in (1, 0):
+        name, reason = backends.choose(model, x)
+        assert (name, reason) == ("reference", "the kernels failed when they were tried: RuntimeError: no compiler")
+        assert capsys.readouterr().err.count("once on this GPU") == said
+    assert model(x).shape == (2, 1, 4, 6)
+    (path,) = cache.iterdir()
+    assert not json.loads(path.read_text())["verdicts"]  # what failed may work in the next process
+
+
+def test_nothing_is_measured_without_a_gpu_or_against_the_users_will(monkeypatch):
+    x = make_input(2, 1, 4, 6)
+    assert not tuning.may_measure(x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.may_measure(x) and not tuning.may_measure(x[:0])
+    monkeypatch.setenv("UNETPP_FAST_MEASURE", "0")
+    assert not tuning.may_measure(x)
+
+
+def test_a_frozen_encoder_can_be_measured(clock):
+    model, x = small()
+    model.nodes["x0_0"].requires_grad_(False)
+    assert uf.tune(model, x, progress=False)["training"]["right"]
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_way_of_every_convolution_is_told(norm, training):
+    model = uf.UNetPlusPlus(1, 1, features=(8, 16, 32), norm=norm, upsample="linear").train(training)
+    x = make_input(2, 1, 16, 24)
+    with torch.set_grad_enabled(training):
+        ways = explaining._ways(model, x, torch.float32, "triton")
+    assert list(ways) == [node.name for node in model.topology.nodes]
+    assert all("not measured" in way for pair in ways.values() for way in pair) and len(ways["x0_0"]) == 2
+    kernel_tuning.table.update(dict.fromkeys(_keys_asked_for(model, x), "library"))
+    assert set(sum(explaining._ways(model, x, torch.float32, "triton").values(), ())) == {"library (measured)"}
+
+
+def test_the_cuda_kernels_are_named_where_they_serve():
+    model = uf.UNetPlusPlus(1, 1, features=(8, 16, 256), norm="batch").half()
+    ways = explaining._ways(model, make_input(2, 1, 16, 24).half(), torch.float16, "cuda")
+    assert all("CUDA" in way for name in ("x0_0", "x0_2", "x1_1") for way in ways[name])
+    assert "CUDA" in ways["x2_0"][0] and "not measured" in ways["x2_0"][1]  # 16 to 256 channels, 256 to 256
+
+
+@pytest.mark.parametrize("faster", ["triton", "cuda"])
+def test_the_faster_of_both_kernels_is_taken(cache, at_first_call, monkeypatch, faster):
+    """Here the kernels of csrc/ are those of Triton under another name."""
+    monkeypatch.setitem(fused._MODULES, "cuda", "triton_ops")
+    monkeypatch.setattr(backends, "can_run_cuda", lambda *_: (True, ""))
+    loaded = [True]
+    monkeypatch.setattr(backends.extension, "load", lambda: (loaded[0], ""))
+    times = iter([4.0, 2.0 if faster == "triton" else 3.0, 4.0, 2.0 if faster == "cuda" else 3.0])
+    monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
+    model, x = small()
+    assert backends.choose(model, x) == (faster, "measured: the kernels take 0.50 of the reference's time")
+    assert model(x).shape == (2, 1, 4, 6)
+    monkeypatch.setattr(tuning, "may_measure", lambda x: False)
+    loaded[0] = False
+    assert backends.choose(model, x)[0] == ("triton" if faster == "triton" else "reference")
+
+
+def _keys_asked_for(model: uf.Network, x: torch.Tensor) -> list[str]:
+    kernel_tuning._chosen.clear()
+    explaining._ways(model, x, torch.float32, "triton")
+    return [key for key, *_ in kernel_tuning._chosen]
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -7,15 +7,17 @@ right and faster there. What was found is kept in a file for each GPU, torch, tr
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +26,10 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
-from .files import need, write_atomic
+from .distributed import alone
+from .files import write_atomic
 from .kernels import tuning as kernel_tuning
+from .sources import source_hash
 
 if TYPE_CHECKING:
     from .models import Network
@@ -34,16 +38,6 @@ ROUNDS = 15
 _verdicts: dict[str, dict] = {}  # by setting and key
 _latest: dict[str, dict] = {}  # by the key without device and size, for graphs that are being compiled
 _loaded: set[str] = set()
-
-
-@lru_cache
-def source_hash() -> str:
-    """Of the kernels and the engine: a measurement of other sources does not count."""
-    here, kernels = Path(__file__).parent, Path(kernel_tuning.__file__).parent
-    files = sorted(kernels.glob("*.py")) + [
-        here / name for name in ("compose.py", "engine.py", "engine_backward.py", "fused.py")
-    ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @lru_cache
@@ -82,7 +76,8 @@ def load(device: torch.device) -> None:
 def save(device: torch.device) -> Path:
     """Writes what is known of a device, atomically."""
     path = cache_file(device)
-    verdicts = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
+    mine = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
+    verdicts = {key: value for key, value in mine.items() if "error" not in value}  # which may pass
     text = json.dumps({"configurations": kernel_tuning.table, "verdicts": verdicts}, indent=1, sort_keys=True)
     write_atomic(path, lambda stream: stream.write(text.encode()))
     return path
@@ -131,34 +126,82 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tune(network: Network, x: Tensor, dtype: torch.dtype, training: bool, progress: bool) -> dict[str, dict]:
-    """See `backends.tune`."""
+def tune(
+    network: Network, x: Tensor, dtype: torch.dtype, training: bool, progress: bool, kernels: Sequence[str] = ("triton",)
+) -> dict[str, dict]:
+    """See `backends.tune`; `kernels`: the backends to compare with the reference."""
     load(x.device)
     found = {}
     for name in ("inference", "training")[: 1 + training]:
-        found[name] = _tune_pass(copy.deepcopy(network).train(name == "training"), x.detach(), dtype, name, progress)
+        model = copy.deepcopy(network).train(name == "training")
+        for backend in kernels:
+            _time_candidates(model, x.detach(), dtype, backend, name, progress)
+        found[name] = _judge(model, x.detach(), dtype, name == "training", kernels)
         _keep(x.device, _key(network, x, dtype, name == "training"), found[name])
     save(x.device)
     return found
 
 
-def _tune_pass(network: Network, x: Tensor, dtype: torch.dtype, name: str, progress: bool) -> dict:
-    training = name == "training"
+def may_measure(x: Tensor) -> bool:
+    """Whether a call may stop to measure: on a GPU, outside a graph, unless `UNETPP_FAST_MEASURE` is 0."""
+    return (
+        x.is_cuda
+        and x.numel() > 0
+        and os.environ.get("UNETPP_FAST_MEASURE") != "0"
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
-    def kernels(network: Network, x: Tensor) -> list[Tensor]:
-        return fused.forward(network, x, dtype, "triton")
 
-    with need("tqdm", "commands").tqdm(desc=f"tuning {name}", unit="candidate", disable=None if progress else True) as bar:
+def judge(network: Network, x: Tensor, dtype: torch.dtype, training: bool, kernels: Sequence[str] = ("triton",)) -> dict:
+    """Checks and times the pass that is about to run, once for this GPU and size; what fails counts against the kernels."""
+    size = "x".join(map(str, x.shape[2:]))
+    print(
+        f"unetpp_fast: comparing its kernels with the reference for {x.shape[0]} image(s) of {size} pixels in {dtype},"
+        " once on this GPU (UNETPP_FAST_MEASURE=0 leaves it out)",
+        file=sys.stderr,
+    )
+    try:
+        found = _judge(copy.deepcopy(network).train(training), x.detach(), dtype, training, kernels, rounds=5)
+    except Exception as error:  # whatever it is, the reference takes over
+        found = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+    _keep(x.device, _key(network, x, dtype, training), found)
+    with contextlib.suppress(OSError):
+        save(x.device)
+    return found
+
+
+def _by(backend: str, dtype: torch.dtype) -> Callable[[Network, Tensor], list[Tensor]]:
+    return lambda network, x: fused.forward(network, x, dtype, backend)
+
+
+def _time_candidates(network: Network, x: Tensor, dtype: torch.dtype, backend: str, name: str, progress: bool) -> None:
+    network = alone(network)
+    tqdm = importlib.import_module("tqdm").tqdm if progress and importlib.util.find_spec("tqdm") else None
+    with tqdm(desc=f"tuning {name}, {backend}", unit="candidate", disable=None) if tqdm else contextlib.nullcontext() as bar:
 
         def measure(launch: Callable[[], None]) -> float:
-            bar.update()
+            if bar is not None:
+                bar.update()
             return milliseconds(launch, x.device)
 
         with kernel_tuning.measuring(measure):
-            _run(kernels, network, x, training)
-    times = [milliseconds(lambda f=f: _run(f, network, x, training), x.device) for f in (reference.forward, kernels)]
-    right = _is_right(network, x[:2], dtype, training, kernels)
-    return {"right": right, "ratio": times[0] / times[1], "reference_ms": times[0], "fused_ms": times[1]}
+            _run(_by(backend, dtype), network, x, name == "training")
+
+
+def _judge(
+    network: Network, x: Tensor, dtype: torch.dtype, training: bool, kernels: Sequence[str], rounds: int = ROUNDS
+) -> dict:
+    """The fastest of the backends that are right; the first one where none is."""
+    network = alone(network)  # other processes are not asked
+    found = []
+    for backend in kernels:
+        passes = reference.forward, _by(backend, dtype)
+        right = _is_right(network, x[:2], dtype, training, passes[1])
+        times = [milliseconds(lambda f=f: _run(f, network, x, training), x.device, rounds) for f in passes]
+        row = {"backend": backend, "right": right, "ratio": times[0] / times[1]}
+        found.append({**row, "reference_ms": times[0], "fused_ms": times[1]})
+    return max(found, key=lambda row: row["ratio"] if row["right"] else -1.0)
 
 
 def _run(forward: Callable, network: Network, x: Tensor, training: bool) -> list[Tensor]:
@@ -168,7 +211,8 @@ def _run(forward: Callable, network: Network, x: Tensor, training: bool) -> list
         results = [outputs]
         if training:
             loss = sum(output.to(torch.promote_types(output.dtype, torch.float32)).square().mean() for output in outputs)
-            results.append(torch.autograd.grad(loss, list(network.parameters())))
+            learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            results += [torch.autograd.grad(loss, learned)] if learned else []
     return [torch.cat([value.detach().flatten().double() for value in values]) for values in results]
 
 

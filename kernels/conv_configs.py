@@ -1,0 +1,116 @@
+"""How a convolution is cut into programs: the configurations worth timing, and the one that is used untimed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from functools import lru_cache
+
+import torch
+import triton
+
+from .maps import dot_precision
+
+PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a convolution is cut into programs: a tile of units, at most block_k channels a step, block_co channels out.
+
+    descriptors: operands sampled with unit stride are fetched in boxes by the tensor memory accelerator, where the GPU
+    has one, instead of through an address for each pixel.
+    """
+
+    block_d: int
+    block_h: int
+    block_w: int
+    block_k: int
+    block_co: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.block_d * self.block_h * self.block_w
+
+
+def tile_counts(units: tuple[int, int, int], config) -> list[int]:
+    blocks = config.block_d, config.block_h, config.block_w
+    return [triton.cdiv(unit, block) for unit, block in zip(units, blocks, strict=True)]
+
+
+def block_of_channels(channels: int, limit: int) -> int:
+    """The largest power of two from 16 (tensor cores take no fewer) to `limit` that pads `channels` least."""
+    sizes = [size for size in (256, 128, 64, 32, 16) if size <= max(limit, 16)]
+    return min(sizes, key=lambda size: -(-channels // size) * size)
+
+
+@lru_cache(maxsize=1024)  # every launch asks
+def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tuple[int, int, int]:
+    """The tile of `pixels` units that pads the grid least; of those the one with the fewest samples around it."""
+    powers = [2**k for k in range(pixels.bit_length())]
+    depths = powers if axes == 3 else [1]
+    tiles = [(d, h, pixels // (d * h)) for d, h in itertools.product(depths, powers) if d * h <= pixels]
+
+    def cost(tile: tuple[int, int, int]) -> tuple[int, int, int]:
+        covered, halo = 1, 1
+        for unit, block, on in zip(units, tile, (axes == 3, True, True), strict=True):
+            covered *= -(-unit // block) * block
+            halo *= block + 2 * on
+        return covered, halo, -tile[2]
+
+    return min(tiles, key=cost)
+
+
+def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[Config]:
+    """The configurations worth timing, the one used without timing first.
+
+    A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flop a byte of bf16 at 128 x 32,
+    43 at 128 x 64, 64 at 128 x 128. Narrow maps are therefore bound by loads, and pipelined ones (cp.async) go round L1,
+    where eight of nine taps would hit: one stage, with plain loads, is a candidate there. All of CO up to 128 is one
+    block, so that pixels are loaded once.
+    """
+    block_co = block_of_outputs(co)
+    if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
+        shapes = [(64, 16, min(block_co, 32), 4, 2)]  # no tensor cores for float32: registers hold operands too
+    else:
+        shapes = {
+            32: [(128, 32, 32, 4, 3), (128, 32, 32, 4, 1), (256, 32, 32, 8, 2), (128, 64, 32, 4, 3)],
+            64: [(128, 32, 64, 8, 4), (128, 32, 64, 4, 1), (256, 32, 64, 8, 3), (128, 64, 64, 8, 3)],
+            128: [(128, 32, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3)],
+        }[max(block_co, 32)]
+        if block_co < 32:
+            shapes = [(pixels, k, block_co, warps, stages) for pixels, k, _, warps, stages in shapes]
+    found = []
+    for pixels, block_k, block, warps, stages in shapes:
+        tile = block_of_pixels(units, pixels, axes)
+        # A row of float32 channels fills the same bytes with half as many.
+        block_k = max(16, block_k // 2) if dtype.itemsize > 2 else block_k
+        found.append(Config(*tile, block_k, block, warps, stages))
+    small = [config for config in found if config.pixels == 64]
+    first = found[0]
+    tiles = tile_counts(units, first)
+    programs = images * math.prod(tiles) * (2**axes if phased else 1) * triton.cdiv(co, first.block_co)
+    if small and programs < PROGRAMS:
+        found.sort(key=lambda config: config not in small)
+    return found
+
+
+def default_config(
+    units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype, interpreted: bool
+) -> Config:
+    if not interpreted:
+        return configs(units, images, co, axes, phased, dtype)[0]
+    depth, height, width = (triton.next_power_of_2(max(unit, 1)) for unit in units)
+    tile = min(depth, 8), min(height, 64), min(width, 64)
+    return Config(*tile, 256, min(128, triton.next_power_of_2(max(co, 16))), 4, 1)
+
+
+def block_of_outputs(co: int) -> int:
+    """All of up to 128 output channels; of more, the block that spends least, loads of pixels counted as 64 columns."""
+    if co <= 128:
+        return max(16, triton.next_power_of_2(co))
+    return min((128, 64), key=lambda block: -(-co // block) * (block + 64))
