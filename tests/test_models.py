@@ -57,7 +57,8 @@ def test_from_paper_options() -> None:
     assert isinstance(model, uf.UNetPlusPlus)
     assert model.topology.spatial_dims == 3 and model.topology.in_channels == 2 and model.out_channels == 3
     assert model.topology.heads == (1, 2, 3, 4)
-    assert model.options == {"norm": None, "act": "relu", "upsample": "deconv", "dropout": 0.5, "bias": True}
+    expected = {"norm": None, "act": "relu", "upsample": "deconv", "dropout": 0.5, "bias": True, "head_bias": True}
+    assert model.options == {**expected, "downsample": "pool", "odd_sizes": False}
     assert isinstance(on_meta(uf.from_paper, "wide_unet"), uf.UNet)
     with pytest.raises(ValueError, match=r"from_paper knows \['unet', 'unet\+\+', 'wide_unet'\], not 'vnet'"):
         uf.from_paper("vnet")

@@ -12,9 +12,15 @@ from torch.nn import functional as F
 
 Option = str | tuple[str, Mapping[str, Any]]
 
-NORMS = {"batch": {"eps", "momentum"}, "instance": {"eps"}}
+NORMS = {"batch": {"eps", "momentum"}, "instance": {"eps", "affine"}}
 ACTIVATIONS = {"relu": set(), "leaky_relu": {"negative_slope"}}
-UPSAMPLES = {"deconv": set(), "nearest": {"project"}, "linear": {"align_corners", "project"}}
+UPSAMPLES = {
+    "deconv": {"bias"},
+    "nearest": {"project"},
+    "linear": {"align_corners", "project"},
+    "pixelshuffle": set(),
+}
+DOWNSAMPLES = ("pool", "stride")
 
 
 def parse_option(value: Option | None, what: str, allowed: Mapping[str, set[str]]) -> tuple[str, dict[str, Any]]:
@@ -32,22 +38,24 @@ def parse_option(value: Option | None, what: str, allowed: Mapping[str, set[str]
 
 
 class InstanceNorm(nn.Module):
-    """Instance norm over [N, C, *S] with a learned scale and shift, defined for an empty batch too."""
+    """Instance norm over [N, C, *S], with a learned scale and shift if `affine`, defined for an empty batch too."""
 
-    def __init__(self, channels: int, eps: float = 1e-5):
+    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.channels, self.eps = channels, eps
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # F.instance_norm fails on it
+            if self.weight is None:
+                return x
             shape = (1, -1) + (1,) * (x.ndim - 2)
             return x * self.weight.view(shape) + self.bias.view(shape)
         return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{self.channels}, eps={self.eps}" + ("" if self.weight is not None else ", affine=False")
 
 
 def make_norm(option: Option | None, channels: int, spatial_dims: int) -> nn.Module:
@@ -65,9 +73,9 @@ def make_activation(option: Option) -> nn.Module:
     return nn.ReLU() if name == "relu" else nn.LeakyReLU(**keywords)
 
 
-def make_conv(cin: int, cout: int, spatial_dims: int, kernel: int, bias: bool = True) -> nn.Module:
+def make_conv(cin: int, cout: int, spatial_dims: int, kernel: int, bias: bool = True, stride: int = 1) -> nn.Module:
     conv = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
-    return conv(cin, cout, kernel, padding=kernel // 2, bias=bias)
+    return conv(cin, cout, kernel, stride=stride, padding=kernel // 2, bias=bias)
 
 
 class Interpolate(nn.Module):
@@ -89,25 +97,46 @@ class Interpolate(nn.Module):
         return f"mode={self.mode}, align_corners={self.align_corners}"
 
 
+class PixelShuffle(nn.Module):
+    """Doubles every axis by a 3x3 convolution to 2^d times the channels, whose values become the new pixels, and a mean
+    over 2x2 of them against checkerboards (Aitken et al., 2017), with zeros before the first pixel."""
+
+    def __init__(self, cin: int, cout: int, spatial_dims: int):
+        super().__init__()
+        self.conv = make_conv(cin, cout * 2**spatial_dims, spatial_dims, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, dims = self.conv(x), x.ndim - 2
+        factors = x.unflatten(1, (-1, *[2] * dims))  # [N, cout, 2.., *S]
+        interleaved = [axis for i in range(dims) for axis in (2 + dims + i, 2 + i)]
+        doubled = [2 * size for size in x.shape[2:]]
+        x = factors.permute(0, 1, *interleaved).reshape(*factors.shape[:2], *doubled)
+        pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
+        return pool(F.pad(x, (1, 0) * dims), 2, stride=1)
+
+
 def reduces_channels(option: Option) -> bool:
     """Whether an up-sampling chooses how many channels it hands over, or passes all of them on."""
     name, keywords = parse_option(option, "upsample", UPSAMPLES)
-    return name == "deconv" or bool(keywords.get("project"))
+    return name in ("deconv", "pixelshuffle") or bool(keywords.get("project"))
 
 
 def make_upsample(option: Option, cin: int, cout: int, spatial_dims: int) -> nn.Module:
-    """[N, cin, *S] -> [N, cout, *2S]: 2x2 transposed convolution, nearest-neighbour or linear."""
+    """[N, cin, *S] -> [N, cout, *2S]: 2x2 transposed convolution, nearest-neighbour, linear or shuffled channels."""
     name, keywords = parse_option(option, "upsample", UPSAMPLES)
     if name == "deconv":
         deconv = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
-        return deconv(cin, cout, kernel_size=2, stride=2)
+        return deconv(cin, cout, kernel_size=2, stride=2, **keywords)
+    if name == "pixelshuffle":
+        return PixelShuffle(cin, cout, spatial_dims)
     return Interpolate(name, cin, cout, spatial_dims, **keywords)
 
 
 class NodeModule(nn.Module):
     """X(i,j): [conv 3x3, norm, activation, dropout] twice, over the prefix and the up-sampled node below.
 
-    Shapes: prefix maps `[N, C_k, *S]`, low source `[N, C, *S/2]`, result `[N, width, *S]`.
+    Shapes: prefix maps `[N, C_k, *S]`, low source `[N, C, *S/2]`, result `[N, width, *S]`. With `stride` 2 the first
+    convolution halves every axis; with `odd_sizes` the up-sampled map repeats its last pixel where S is odd.
     """
 
     def __init__(
@@ -120,12 +149,15 @@ class NodeModule(nn.Module):
         upsample: Option,
         dropout: float,
         bias: bool,
+        stride: int = 1,
+        odd_sizes: bool = False,
     ):
         super().__init__()
+        self.odd_sizes = odd_sizes
         if up:
             self.up = make_upsample(upsample, *up, spatial_dims)
         (in1, out1), (in2, out2) = convolutions
-        self.conv1 = make_conv(in1, out1, spatial_dims, 3, bias)
+        self.conv1 = make_conv(in1, out1, spatial_dims, 3, bias, stride)
         self.norm1 = make_norm(norm, out1, spatial_dims)
         self.conv2 = make_conv(in2, out2, spatial_dims, 3, bias)
         self.norm2 = make_norm(norm, out2, spatial_dims)
@@ -133,8 +165,21 @@ class NodeModule(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, prefix: list[Tensor], low: Tensor | None = None) -> Tensor:
-        operands = prefix if low is None else [*prefix, self.up(low)]
-        x = operands[0] if len(operands) == 1 else torch.cat(operands, dim=1)
+        return self.convolve(self.join(prefix, low))
+
+    def join(self, prefix: list[Tensor], low: Tensor | None) -> Tensor:
+        """What the first convolution reads: the prefix, then the up-sampled low source, in one tensor."""
+        operands = list(prefix)
+        if low is not None:
+            up = self.up(low)
+            if self.odd_sizes and up.shape[2:] != prefix[0].shape[2:]:
+                missing = [have - got for have, got in zip(prefix[0].shape[2:], up.shape[2:], strict=True)]
+                up = F.pad(up, [amount for axis in reversed(missing) for amount in (0, axis)], mode="replicate")
+            operands.append(up)
+        return operands[0] if len(operands) == 1 else torch.cat(operands, dim=1)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Both convolutions, each with norm, activation and dropout."""
         x = self.dropout(self.act(self.norm1(self.conv1(x))))
         return self.dropout(self.act(self.norm2(self.conv2(x))))
 
@@ -155,3 +200,7 @@ def initialise(module: nn.Module, act: Option) -> None:
             continue
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, PixelShuffle):  # equal filters for the pixels of a group: no checkerboard at the start
+            group = 2 ** (layer.conv.weight.ndim - 2)
+            layer.conv.weight.copy_(layer.conv.weight[::group].repeat_interleave(group, dim=0))

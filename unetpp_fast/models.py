@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from . import backends, inference
 from .checks import check_input
-from .layers import UPSAMPLES, NodeModule, Option, initialise, make_conv, parse_option, reduces_channels
+from .forms import FORMS, Outputs, check_form
+from .layers import DOWNSAMPLES, UPSAMPLES, NodeModule, Option, initialise, make_conv, parse_option, reduces_channels
 from .topology import Topology, check_features
 
 PAPER_FEATURES = {
@@ -19,11 +20,22 @@ PAPER_FEATURES = {
 
 
 class Network(nn.Module):
-    """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and converters build.
+    """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and `convert` build.
 
     Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
     `[N, out_channels, *S]`, or a list of them, one a head, with `deep_supervision`.
+
+    Args, beyond those of `UNetPlusPlus` (what other implementations of UNet++ need):
+        bias, head_bias: whether the 3x3 convolutions, and the heads, add one.
+        downsample: "pool" (2x2 maxima) or "stride" (the first convolution of a level halves the map).
+        odd_sizes: also take sizes that are no multiple of 2^depth: the pooling drops the last pixel of an odd axis, an
+            up-sampled map repeats its last one. Such sizes run on the reference.
+        form: how `forward` hands over the logits, a name in `unetpp_fast.forms`.
+        spare_heads: columns of level 0 whose head is kept, frozen, and never run.
     """
+
+    sync_group = ""  # the name of the processes over which batch norms take statistics; `sync_batch_norm` sets it
+    recompute = False  # backward passes compute the inside of nodes again instead of keeping it: less memory, more time
 
     def __init__(
         self,
@@ -37,6 +49,11 @@ class Network(nn.Module):
         bias: bool = True,
         deep_supervision: bool = False,
         backend: str = "auto",
+        downsample: str = "pool",
+        head_bias: bool = True,
+        odd_sizes: bool = False,
+        form: str = "plain",
+        spare_heads: Sequence[int] = (),
     ):
         super().__init__()
         if not isinstance(out_channels, int) or isinstance(out_channels, bool) or out_channels < 1:
@@ -46,17 +63,24 @@ class Network(nn.Module):
         self.topology = topology
         self.out_channels = out_channels
         self.deep_supervision = deep_supervision
-        self.options = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias}
+        if downsample not in DOWNSAMPLES:
+            raise ValueError(f"downsample must be one of {DOWNSAMPLES}, not {downsample!r}")
+        self.form = check_form(form)
+        shared = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias, "odd_sizes": odd_sizes}
+        self.options = {**shared, "downsample": downsample, "head_bias": head_bias}
         self.backend = backends.check(backend)
         dims = topology.spatial_dims
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             up = (topology.low_width(node), node.up_width) if node.column else None
-            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, **self.options)
+            stride = 2 if downsample == "stride" and node.level and not node.column else 1
+            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, stride=stride, **shared)
         self.heads = nn.ModuleDict()
-        for column in topology.heads:
+        for column in sorted({*topology.heads, *spare_heads}):
             head = topology[0, column]
-            self.heads[head.name] = make_conv(head.width, out_channels, dims, 1)
+            self.heads[head.name] = make_conv(head.width, out_channels, dims, 1, head_bias)
+        for column in spare_heads:
+            self.heads[topology[0, column].name].requires_grad_(False)
         initialise(self, act)
         self.handle = backends.register(self)
 
@@ -69,16 +93,20 @@ class Network(nn.Module):
         backends.prepare(self)
         return self
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first.
+    def forward(self, x: Tensor) -> Outputs:
+        """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first; after `convert` what the
+        original returns (`unetpp_fast.forms`).
 
         Raises:
             TypeError: x is not a floating-point tensor.
             ValueError: x has the wrong rank, channel count or size; the message names what is expected.
         """
-        check_input(self, x)
-        logits = backends.forward(self, x)
-        return logits if self.deep_supervision else logits[0]
+        check_input(self, x, any_size=self.options["odd_sizes"])
+        return self.shaped(backends.forward(self, x))
+
+    def shaped(self, logits: Sequence[Tensor]) -> Outputs:
+        """What `forward` returns for the logits of each head, X(0,1) first."""
+        return FORMS[self.form](logits, self.deep_supervision)
 
     def prune(self, level: int) -> Network:
         """The network of the nodes with i + j <= level and the head of X(0,level); it shares parameters and modules.
@@ -89,17 +117,18 @@ class Network(nn.Module):
         Raises:
             ValueError: there is no head at `level`.
         """
-        return self.subnetwork(self.topology.pruned(level), deep_supervision=False)
+        return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
 
-    def subnetwork(self, topology: Topology, deep_supervision: bool) -> Network:
+    def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> Network:
         """A network over part of this one's nodes and heads, with the same modules and nothing allocated."""
         part = Network.__new__(Network)
         nn.Module.__init__(part)
         part.topology, part.out_channels, part.deep_supervision = topology, self.out_channels, deep_supervision
-        part.options, part.backend, part.training = self.options, self.backend, self.training
+        part.options, part.form, part.backend, part.training = self.options, form, self.backend, self.training
         part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes})
         heads = [topology[0, column].name for column in topology.heads]
         part.heads = nn.ModuleDict({name: self.heads[name] for name in heads})
+        part.sync_group, part.recompute = self.sync_group, self.recompute
         part.handle = backends.register(part)
         return part
 
@@ -121,8 +150,15 @@ class Network(nn.Module):
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
         name, keywords = parse_option(self.options["upsample"], "upsample", UPSAMPLES)
-        learned = {"deconv": name == "deconv", "project": bool(keywords.get("project"))}
+        learned = {"deconv": name == "deconv", "pixelshuffle": name == "pixelshuffle"}
+        learned["project"] = bool(keywords.get("project"))
         return self.topology.gflop(size, out_channels=self.out_channels, **learned)
+
+    @property
+    def spare_heads(self) -> list[int]:
+        """Columns of level 0 whose head is kept and never run."""
+        nodes = self.topology.nodes
+        return [node.column for node in nodes if node.name in self.heads and node.column not in self.topology.heads]
 
     @property
     def config(self) -> dict:
@@ -131,6 +167,8 @@ class Network(nn.Module):
             "topology": self.topology.to_dict(),
             "out_channels": self.out_channels,
             "deep_supervision": self.deep_supervision,
+            "form": self.form,
+            "spare_heads": self.spare_heads,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()},
         }
 
@@ -156,7 +194,8 @@ class UNetPlusPlus(Network):
         act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
         upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear"
             (all channels are passed on), `("linear", {"align_corners": True})`. `"project": True` puts a 1x1
-            convolution to the level's width before the interpolation.
+            convolution to the level's width before the interpolation. "pixelshuffle" and `("deconv", {"bias": False})`
+            run on the reference alone.
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
         backend: "auto" or the name of one (`unetpp_fast.backends`).

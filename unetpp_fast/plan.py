@@ -15,6 +15,8 @@ from functools import lru_cache
 from .layers import ACTIVATIONS, NORMS, UPSAMPLES, Option, parse_option
 from .topology import Node, Topology
 
+Options = Mapping[str, Option | float | bool | None]
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -89,8 +91,12 @@ class Plan:
         return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
 
 
-def unsupported(topology: Topology) -> str | None:
-    """Why a topology has no plan, or None: its prefixes must be the leading channels of their level."""
+def unsupported(topology: Topology, options: Options | None = None) -> str | None:
+    """Why a network has no plan, or None: its prefixes must be the leading channels of their level, and a few options
+    (`Network.options`) are the reference's alone."""
+    reason = _unsupported_option(options or {})
+    if reason:
+        return reason
     for node in topology.nodes:
         columns = sorted(other.column for other in topology.nodes if other.level == node.level)
         if node.column and (not node.prefix or node.prefix != tuple(columns[: len(node.prefix)])):
@@ -98,12 +104,29 @@ def unsupported(topology: Topology) -> str | None:
     return None
 
 
-def make_plan(topology: Topology, options: Mapping[str, Option | float | bool | None]) -> Plan:
+def _unsupported_option(options: Options) -> str | None:
+    if options.get("downsample", "pool") != "pool":
+        return "strided convolutions between the levels run on the reference"
+    upsample, keywords = parse_option(options.get("upsample", "deconv"), "upsample", UPSAMPLES)
+    if upsample == "pixelshuffle":
+        return "pixelshuffle up-sampling runs on the reference"
+    if not keywords.get("bias", True) or not options.get("head_bias", True):
+        return "transposed convolutions and heads without a bias run on the reference"
+    norm = options.get("norm")
+    if norm is not None and not parse_option(norm, "norm", NORMS)[1].get("affine", True):
+        return "norms without scale and shift run on the reference"
+    return None
+
+
+def make_plan(topology: Topology, options: Options) -> Plan:
     """The plan of a network with these options (`Network.options`).
 
     Raises:
         ValueError: the topology has none; `unsupported` says why.
     """
+    reason = unsupported(topology, options)
+    if reason:
+        raise ValueError(reason)
     frozen = {key: (value[0], tuple(sorted(value[1].items()))) if isinstance(value, (tuple, list)) else value
               for key, value in options.items()}  # fmt: skip
     return _make_plan(topology, tuple(sorted(frozen.items(), key=lambda item: item[0])))
@@ -111,9 +134,6 @@ def make_plan(topology: Topology, options: Mapping[str, Option | float | bool | 
 
 @lru_cache(maxsize=64)
 def _make_plan(topology: Topology, options: tuple) -> Plan:
-    reason = unsupported(topology)
-    if reason:
-        raise ValueError(reason)
     given = {key: (value[0], dict(value[1])) if isinstance(value, tuple) else value for key, value in options}
     norm, norm_keywords = (None, {}) if given["norm"] is None else parse_option(given["norm"], "norm", NORMS)
     _, act_keywords = parse_option(given["act"], "act", ACTIVATIONS)

@@ -158,11 +158,19 @@ class Topology:
         """(in, out) channels of the two 3x3 convolutions of a node."""
         return (self.in_width(node), node.width), (node.width, node.width)
 
-    def gflop(self, size: Sequence[int], *, out_channels: int = 1, deconv: bool = False, project: bool = False) -> float:
+    def gflop(
+        self,
+        size: Sequence[int],
+        *,
+        out_channels: int = 1,
+        deconv: bool = False,
+        project: bool = False,
+        pixelshuffle: bool = False,
+    ) -> float:
         """10^9 floating-point operations (2 per multiply-add) of one image's forward pass, all heads included.
 
-        Convolutions, transposed ones (`deconv`), 1x1 ones before an interpolation (`project`) and heads are counted;
-        norms, activations and interpolation are not.
+        Convolutions, transposed ones (`deconv`), 1x1 ones before an interpolation (`project`), 3x3 ones before a
+        `pixelshuffle` and heads are counted; norms, activations and interpolation are not.
         """
         if len(size) != self.spatial_dims:
             raise ValueError(f"size {tuple(size)} does not have {self.spatial_dims} axes")
@@ -170,8 +178,10 @@ class Topology:
         for node in self.nodes:
             pixels = math.prod(axis // 2**node.level for axis in size)
             multiply_adds += pixels * sum(taps * cin * cout for cin, cout in self.convolutions(node))
-            if node.column and (deconv or project):  # a deconv has one tap a pixel of this level, a 1x1 one a pixel below
-                places = pixels if deconv else math.prod(axis // 2 ** (node.level + 1) for axis in size)
+            if node.column and (deconv or project or pixelshuffle):
+                # A deconv has one tap a pixel of this level, a 1x1 one a pixel below, a shuffled 3x3 one all its taps.
+                below = math.prod(axis // 2 ** (node.level + 1) for axis in size)
+                places = pixels if deconv else taps * 2**self.spatial_dims * below if pixelshuffle else below
                 multiply_adds += places * self.low_width(node) * node.up_width
         pixels = math.prod(size)
         multiply_adds += sum(pixels * self[0, head].width * out_channels for head in self.heads)
