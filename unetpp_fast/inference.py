@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -46,14 +46,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def outputs_of_any_size(network: Network, x: Tensor) -> list[Tensor]:
-    """Logits `[N, out_channels, *S]` of each head for any size: padded to what the network needs, cropped back."""
+def outputs_of_any_size(network: Network, x: Tensor, run: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
+    """Logits `[N, out_channels, *S]` of each head for any size: padded to what the network needs, cropped back.
+
+    run: computes them in place of the network itself.
+    """
     check_input(network, x, any_size=True)
     multiple = network.topology.multiple
     padded = pad_to_multiple(x, multiple)
     if leaves_one_value(network, padded):  # instance norm has no statistics of one pixel: give it two
         padded = F.pad(padded, (0, multiple) + (0, 0) * (x.ndim - 3), mode="replicate")
-    outputs = network(padded)
+    outputs = (run or network)(padded)
     return [crop(logits, x.shape[2:]) for logits in (outputs if isinstance(outputs, list) else [outputs])]
 
 

@@ -1,0 +1,72 @@
+"""A pass on a GPU as the replay of a CUDA graph: one launch in place of hundreds."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KEPT_GRAPHS = 4
+Run = Callable[[Tensor], list[Tensor]]
+
+
+class Graph:
+    """One pass for inputs of one size, captured with an input and outputs of its own; calls wait for one another."""
+
+    def __init__(self, run: Run, x: Tensor):
+        self.x = x.clone(memory_format=torch.contiguous_format)
+        self.done = torch.cuda.Event()
+        self.lock = threading.Lock()
+        stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels and chooses between them
+                run(self.x)
+        current.wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = run(self.x)
+
+    def replay(self, x: Tensor) -> list[Tensor]:
+        """The outputs for `x`, in memory of their own."""
+        with self.lock:
+            stream = torch.cuda.current_stream(x.device)
+            stream.wait_event(self.done)  # a replay on another stream may still read what the next line writes
+            self.x.copy_(x)
+            self.graph.replay()
+            outputs = [output.clone() for output in self.outputs]
+            self.done.record(stream)
+        return outputs
+
+
+class Graphs:
+    """The graphs of the latest sizes. Where capturing fails, `reason` says why, and passes are launched one by one."""
+
+    def __init__(self, kept: int = KEPT_GRAPHS):
+        self.kept, self.reason = kept, ""
+        self._graphs: OrderedDict[tuple, Graph] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def run(self, run: Run, x: Tensor, key: tuple) -> list[Tensor]:
+        """`run(x)`; `key` tells passes apart that differ in more than the input's size."""
+        if self.reason or x.numel() == 0 or torch.cuda.is_current_stream_capturing():
+            return run(x)
+        with torch.cuda.device(x.device):
+            try:
+                graph = self._find(run, x, (*key, x.dtype, x.device, tuple(x.shape)))
+            except RuntimeError as error:
+                self.reason = f"not captured: {str(error).strip().splitlines()[0]}"
+                return run(x)
+            return graph.replay(x)
+
+    def _find(self, run: Run, x: Tensor, key: tuple) -> Graph:
+        with self._lock:
+            if key not in self._graphs:
+                while len(self._graphs) >= self.kept:
+                    self._graphs.popitem(last=False)[1].done.synchronize()  # its memory may be in use until then
+                self._graphs[key] = Graph(run, x)
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
