@@ -1,0 +1,265 @@
+// The gradient of a convolution's weights from shared-memory halo tiles: `conv_wgrad` of kernels/naive.py.
+//
+//   dW[t, k, c] = sum over pixels o of act(a[o + t - 1, k]) dy[o, c]          and, for the low source of half the size,
+//   dW[p, t, k, c] = sum over u of act(b[u + p + t - 1, k]) dy[2u + p, c]
+//
+// A block takes 64 bytes of channels on both sides (32 x 32, in TF32 16 x 16) and a range of 8 x 32 tiles of dy; pixels are
+// the long side of the product, so both factors are read transposed. A warp holds all taps of 16 x 16 channels (72
+// accumulators a thread, 64 by phases) and sums over one column parity: 16 pixels of a row are one product deep. Rows of dy
+// stay in registers while the rows of `a` that meet them pass: 3 ldmatrix of pixels and one of dy for 18 mma.
+//
+// Bytes of a stage: tile 10 x 34 x 80 = 27,200 (by phases 6 x 18 x 80 = 8,640) and dy 8 x 32 x 80 = 20,480; two stages.
+//
+// Every block and parity writes sums of its own, and a second kernel adds those in a fixed order: no atomics, the same
+// bits every time.
+//
+// In 3D a block takes one plane of taps, of one phase.
+#pragma once
+
+#include "halo_tile.h"
+
+// ---- Traits: row `r` of the tile and slot `s` of taps meet in row(r, s) of dy, where slot s - 1 was at row r - 1,
+// unless s is a multiple of PERIOD. In 3D, slab d of PLANES: plane(z, d) meets gradient_plane(z, d) of dy, in the taps from
+// plane_tap(d) on, the next group of four GROUP further. ----
+
+template <typename T>
+struct SameWgrad {
+  using TILE = Tile<T, 10, 34, true>;
+  static constexpr int TAPS = 9, COLUMNS = 3, SLOTS = 3, PERIOD = 3, UNIT = 1;  // UNIT: rows of dy for each row of the tile
+  static constexpr int PLANES = 3, GROUP = 4, ALL_TAPS = 27;
+  HW_FUNCTION static constexpr int plane(int z, int d) { return z + d - 1; }
+  HW_FUNCTION static constexpr int gradient_plane(int z, int) { return z; }
+  HW_FUNCTION static constexpr int plane_tap(int d) { return d * 9; }
+  HW_FUNCTION static constexpr int row(int r, int slot) { return r - slot; }
+  HW_FUNCTION static constexpr int tap(int x, int slot) { return slot * 3 + x; }
+  HW_FUNCTION static constexpr int origin(int place) { return place - 1; }
+};
+
+template <typename T>
+struct PhasedWgrad {  // slot 2 py + t
+  using TILE = Tile<T, 6, 18, false>;
+  static constexpr int TAPS = 16, COLUMNS = 2, SLOTS = 4, PERIOD = 2, UNIT = 2;
+  static constexpr int PLANES = 4, GROUP = 8, ALL_TAPS = 64;  // slab 2 pz + t
+  HW_FUNCTION static constexpr int plane(int z, int d) { return z + d / 2 - 1 + d % 2; }
+  HW_FUNCTION static constexpr int gradient_plane(int z, int d) { return 2 * z + d / 2; }
+  HW_FUNCTION static constexpr int plane_tap(int d) { return d / 2 * 32 + d % 2 * 4; }
+  HW_FUNCTION static constexpr int row(int r, int slot) { return 2 * (r - slot / 2 - slot % 2) + slot / 2; }
+  HW_FUNCTION static constexpr int tap(int x, int slot) { return slot / 2 * 8 + slot % 2 * 2 + x; }
+  HW_FUNCTION static constexpr int origin(int place) { return place / 2 - 1; }
+};
+
+template <typename T_, bool PHASED_>
+struct WgradTraits {
+  using T = T_;
+  using KIND = std::conditional_t<PHASED_, PhasedWgrad<T>, SameWgrad<T>>;
+  using GRADIENT = Tile<T, 8, 32, true>;
+  static constexpr bool PHASED = PHASED_;
+  static constexpr int WARPS = 8, THREADS = WARPS * 32;
+  static constexpr int SIDE = Format<T>::CHUNK / 16;          // warps along K, and along CO
+  static constexpr int BANDS = WARPS / (SIDE * SIDE * 2);     // of rows, where the channels leave warps over
+  static constexpr int ROWS = GRADIENT::ROWS / BANDS;         // of dy a warp
+  static constexpr int FRAMES = ROWS / KIND::UNIT + 2;
+  static constexpr int STEPS = Format<T>::TF32 ? 2 : 1;       // products for 16 pixels
+  static constexpr int PARTS = PHASED ? BANDS : 2 * BANDS;    // sums a block
+  static constexpr int BLOCKS = Format<T>::TF32 ? 1 : 2;      // 128 registers a thread suffice for 16 bits
+  static constexpr int STAGE = KIND::TILE::BYTES + GRADIENT::BYTES, SHARED = 2 * STAGE;
+  static_assert(SIDE * SIDE * 2 * BANDS == WARPS && ROWS % KIND::UNIT == 0);
+  static_assert(SHARED <= 99 * 1024, "no GPU since sm_80 has less");
+};
+
+// ---- Kernels ----
+
+// Which channels a block takes; which of them, and which pixels, a warp.
+template <typename TRAITS>
+struct WgradPlace {
+  int slab, k, co, k_part, co_part, parity, band;
+
+  HW_FUNCTION WgradPlace(const WgradArguments& p, int block_row, int thread) {
+    constexpr int CHUNK = Format<typename TRAITS::T>::CHUNK, SIDE = TRAITS::SIDE;
+    slab = block_row % p.slabs;
+    k = block_row / p.slabs / p.co_blocks * CHUNK;
+    co = block_row / p.slabs % p.co_blocks * CHUNK;
+    const int warp = thread / 32;
+    k_part = warp % SIDE;
+    co_part = warp / SIDE % SIDE;
+    parity = warp / (SIDE * SIDE) % 2;
+    band = warp / (SIDE * SIDE * 2);
+  }
+};
+
+// 16 pixels side by side from `offset` on, by the 16 channels there, transposed: as the first factor.
+template <typename T, int STEPS>
+HW_FUNCTION void load_rows(uint32_t (&a)[STEPS][4], uint32_t offset) {
+  if constexpr (Format<T>::TF32) {
+    HW_UNROLL
+    for (int k = 0; k < STEPS * 4; ++k) {
+      const int pixel = k / 4 * 8 + k / 2 % 2 * 4 + lane() % 4;
+      a[k / 4][k % 4] = hw::load_shared<uint32_t>(offset + pixel * PITCH + (lane() / 4 + k % 2 * 8) * 4);
+    }
+  } else {
+    hw::load_matrices_transposed(a[0], offset + (lane() % 8 + lane() / 16 * 8) * PITCH + lane() / 8 % 2 * 16);
+  }
+}
+
+// The same as the second factor, two times eight columns.
+template <typename T, int STEPS>
+HW_FUNCTION void load_gradient(uint32_t (&b)[STEPS][2][2], uint32_t offset) {
+  if constexpr (Format<T>::TF32) {
+    HW_UNROLL
+    for (int k = 0; k < STEPS * 4; ++k) {
+      const int pixel = k / 4 * 8 + k % 2 * 4 + lane() % 4;
+      b[k / 4][k / 2 % 2][k % 2] = hw::load_shared<uint32_t>(offset + pixel * PITCH + (k / 2 % 2 * 8 + lane() / 4) * 4);
+    }
+  } else {
+    uint32_t r[4];
+    hw::load_matrices_transposed(r, offset + lane() % 16 * PITCH + lane() / 16 * 16);
+    HW_UNROLL
+    for (int k = 0; k < 4; ++k) b[0][k / 2][k % 2] = r[k];
+  }
+}
+
+template <typename TRAITS>
+HW_FUNCTION void add_gradients(float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::COLUMNS][2][4], uint32_t stage,
+                               const WgradPlace<TRAITS>& place) {
+  using T = typename TRAITS::T;
+  using KIND = typename TRAITS::KIND;
+  using TILE = typename KIND::TILE;
+  using GRADIENT = typename TRAITS::GRADIENT;
+  const uint32_t pixels = stage + TILE::at(place.band * TRAITS::ROWS / KIND::UNIT, 0) + place.k_part * 32;
+  const uint32_t gradient = stage + TILE::BYTES + GRADIENT::at(place.band * TRAITS::ROWS, place.parity) + place.co_part * 32;
+  uint32_t b[KIND::SLOTS][TRAITS::STEPS][2][2];
+  HW_NO_UNROLL
+  for (int r = 0; r < TRAITS::FRAMES; ++r) {
+    HW_UNROLL
+    for (int slot = KIND::SLOTS - 1; slot >= 0; --slot) {
+      const int y = KIND::row(r, slot);
+      if (slot % KIND::PERIOD) {
+        HW_UNROLL
+        for (int k = 0; k < TRAITS::STEPS * 4; ++k) b[slot][k / 4][k / 2 % 2][k % 2] = b[slot - 1][k / 4][k / 2 % 2][k % 2];
+      } else if (y >= 0 && y < TRAITS::ROWS) {
+        load_gradient<T, TRAITS::STEPS>(b[slot], gradient + y * (GRADIENT::COLUMNS * PITCH));
+      }
+    }
+    uint32_t a[KIND::COLUMNS][TRAITS::STEPS][4];
+    HW_UNROLL
+    for (int x = 0; x < KIND::COLUMNS; ++x)
+      load_rows<T, TRAITS::STEPS>(a[x], pixels + r * (TILE::COLUMNS * PITCH) + TILE::column(place.parity + x) * PITCH);
+    HW_UNROLL
+    for (int slot = 0; slot < KIND::SLOTS; ++slot) {
+      const int y = KIND::row(r, slot);
+      if (y < 0 || y >= TRAITS::ROWS) continue;
+      HW_UNROLL
+      for (int x = 0; x < KIND::COLUMNS; ++x)
+        HW_UNROLL
+        for (int k = 0; k < TRAITS::STEPS * 2; ++k) hw::multiply<T>(acc[slot][x][k % 2], a[x][k / 2], b[slot][k / 2][k % 2]);
+    }
+  }
+}
+
+template <typename TRAITS>
+HW_FUNCTION void store_gradients(const float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::COLUMNS][2][4],
+                                 const WgradArguments& p, const WgradPlace<TRAITS>& place) {
+  using KIND = typename TRAITS::KIND;
+  const int part = hw::block() * TRAITS::PARTS + (TRAITS::PHASED ? 0 : place.parity * TRAITS::BANDS) + place.band;
+  const int phase = TRAITS::PHASED && !hw::fault(hw::Fault::phase) ? place.parity * 4 : 0;
+  const int64_t taps = static_cast<int64_t>(part) * (p.deep ? KIND::ALL_TAPS : KIND::TAPS);
+  const int first_tap = p.deep ? KIND::plane_tap(place.slab) : 0, group = p.deep ? KIND::GROUP : 4;
+  const int first_k = place.k + place.k_part * 16 + lane() / 4, first_co = place.co + place.co_part * 16 + lane() % 4 * 2;
+  HW_UNROLL
+  for (int slot = 0; slot < KIND::SLOTS; ++slot)
+    HW_UNROLL
+    for (int x = 0; x < KIND::COLUMNS; ++x) {
+      const int tap = phase + KIND::tap(x, slot);
+      float* to = p.partial + (taps + first_tap + tap / 4 * group + tap % 4) * p.a.channels * p.dy.channels;
+      HW_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        const int row = first_k + e / 2 % 2 * 8, column = first_co + e / 4 * 8 + e % 2;
+        if (row < p.a.channels && column < p.dy.channels)
+          to[static_cast<int64_t>(row) * p.dy.channels + column] = acc[slot][x][e / 4][e % 4];
+      }
+    }
+}
+
+template <typename TRAITS>
+HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_wgrad_kernel(HW_CONSTANT WgradArguments p) {
+  using KIND = typename TRAITS::KIND;
+  using TILE = typename KIND::TILE;
+  using GRADIENT = typename TRAITS::GRADIENT;
+  const WgradPlace<TRAITS> place(p, hw::block_row(), hw::thread());
+  const auto row = [&](int tile) { return tile % p.tiles / p.tiles_x * GRADIENT::ROWS; };
+  const auto column = [&](int tile) { return tile % p.tiles_x * GRADIENT::COLUMNS; };
+  const auto plane = [&](int tile) {
+    return p.deep ? KIND::plane(tile / p.tiles % p.planes, place.slab) + hw::fault(hw::Fault::plane) : 0;
+  };
+  const auto plane_of_dy = [&](int tile) {
+    return p.deep ? KIND::gradient_plane(tile / p.tiles % p.planes, place.slab) : 0;
+  };
+  const auto load = [&](int tile, uint32_t stage) {
+    const int y = row(tile), x = column(tile), image = tile / p.tiles / p.planes;
+    load_tile<TILE, TRAITS::THREADS>(stage, p.a, image, plane(tile), KIND::origin(y), KIND::origin(x), place.k);
+    load_tile<GRADIENT, TRAITS::THREADS>(stage + TILE::BYTES, p.dy, image, plane_of_dy(tile), y, x, place.co);
+  };
+  const auto transform = [&](int tile, uint32_t stage) {
+    const int y = row(tile), x = column(tile), image = tile / p.tiles / p.planes;
+    transform_tile<TILE, TRAITS::THREADS>(stage, p.a, image, plane(tile), KIND::origin(y), KIND::origin(x), place.k,
+                                          p.slope);
+    transform_tile<GRADIENT, TRAITS::THREADS>(stage + TILE::BYTES, p.dy, image, plane_of_dy(tile), y, x, place.co,
+                                              p.slope);
+  };
+  float acc[KIND::SLOTS][KIND::COLUMNS][2][4] = {};
+  int tile = hw::block() * p.tiles_each, left = clamp(p.images * p.planes * p.tiles - tile, 0, p.tiles_each);
+  uint32_t stage = 0;
+  if (left) load(tile, stage);
+  HW_NO_UNROLL
+  for (; left; --left, ++tile, stage = TRAITS::STAGE - stage) {
+    hw::wait_copies();
+    transform(tile, stage);
+    if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // all have written this stage, and read the one before
+    if (left > 1) load(tile + 1, TRAITS::STAGE - stage);
+    add_gradients<TRAITS>(acc, stage, place);
+  }
+  store_gradients<TRAITS>(acc, p, WgradPlace<TRAITS>(p, hw::forgotten(hw::block_row()), hw::forgotten(hw::thread())));
+}
+
+template <int THREADS>
+HW_KERNEL void HW_BOUNDS(THREADS, 1) add_parts_kernel(HW_CONSTANT WgradArguments p) {
+  const int64_t size = int64_t{1} * p.taps * p.a.channels * p.dy.channels;
+  const int64_t place = int64_t{1} * hw::block() * THREADS + hw::thread();
+  if (place >= size) return;
+  float sum = 0;
+  for (int part = 0; part < p.parts - hw::fault(hw::Fault::reduction); ++part) sum += p.partial[part * size + place];
+  p.result[place] = sum;
+}
+
+// ---- Launch ----
+
+template <typename TRAITS>
+const char* launch_wgrad(WgradArguments p, Stream stream) {
+  using T = typename TRAITS::T;
+  constexpr int CHUNK = Format<T>::CHUNK;
+  for (Map* map : {&p.a, &p.dy}) map->set_vector(sizeof(T));
+  if (p.parts % TRAITS::PARTS) return "the partial sums are no whole number of blocks";
+  const int splits = p.parts / TRAITS::PARTS;
+  p.tiles_x = (p.dy.width + TRAITS::GRADIENT::COLUMNS - 1) / TRAITS::GRADIENT::COLUMNS;
+  p.tiles = (p.dy.height + TRAITS::GRADIENT::ROWS - 1) / TRAITS::GRADIENT::ROWS * p.tiles_x;
+  p.planes = p.a.depth;
+  p.slabs = p.deep ? TRAITS::KIND::PLANES : 1;
+  const int64_t tiles = int64_t{1} * p.images * p.planes * p.tiles;
+  if (tiles >= int64_t{1} << 31) return "more than 2^31 tiles";
+  p.tiles_each = static_cast<int>((tiles + splits - 1) / splits);
+  p.co_blocks = (p.dy.channels + CHUNK - 1) / CHUNK;
+  const int rows = (p.a.channels + CHUNK - 1) / CHUNK * p.co_blocks * p.slabs;
+  p.taps = p.deep ? TRAITS::KIND::ALL_TAPS : TRAITS::KIND::TAPS;
+  const char* error = hw::launch<conv_wgrad_kernel<TRAITS>>(splits, rows, TRAITS::THREADS, TRAITS::SHARED, stream, p);
+  if (error) return error;
+  constexpr int THREADS = 256;
+  const int64_t size = int64_t{1} * p.taps * p.a.channels * p.dy.channels;
+  return hw::launch<add_parts_kernel<THREADS>>(static_cast<int>((size + THREADS - 1) / THREADS), 1, THREADS, 0, stream, p);
+}
+
+// ---- Dispatch ----
+
+template <typename T>
+const char* dispatch_wgrad(const WgradArguments& p, Stream stream) {
+  return p.phased ? launch_wgrad<WgradTraits<T, true>>(p, stream) : launch_wgrad<WgradTraits<T, false>>(p, stream);
+}

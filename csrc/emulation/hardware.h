@@ -1,0 +1,164 @@
+// What hardware.h promises, on a CPU. Included by hardware.h only.
+#pragma once
+
+#include <cstring>
+
+#include "fibers.h"
+
+#define HW_FUNCTION inline
+#define HW_KERNEL
+#define HW_BOUNDS(threads, blocks)
+#define HW_CONSTANT const
+#define HW_UNROLL
+#define HW_NO_UNROLL
+
+namespace emulation {
+
+// Where `bytes` of shared memory lie, after a check of alignment and end.
+inline char* at(uint32_t offset, uint32_t bytes) {
+  if (offset % bytes) fail("shared memory: %u bytes at offset %u are not aligned", bytes, offset);
+  if (offset + bytes > shared_bytes)
+    fail("shared memory: %u bytes at offset %u, past its end %u", bytes, offset, shared_bytes);
+  return shared + offset;
+}
+
+struct Matrices {
+  uint32_t* result;
+  uint32_t offset;
+};
+struct Product {
+  float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+struct Exchange {
+  uint32_t value, result;
+  int mask;
+};
+
+void execute_load(Collective& warp);
+void execute_load_transposed(Collective& warp);
+void execute_shuffle(Collective& warp);
+template <typename T>
+void execute_multiply(Collective& warp);
+
+uint16_t to_half(float value);
+float from_half(uint16_t bits);
+uint16_t to_bfloat16(float value);
+
+template <typename T>
+T bits_as(auto value) {
+  static_assert(sizeof(T) == sizeof(value));
+  T result;
+  memcpy(&result, &value, sizeof(T));
+  return result;
+}
+
+inline float from_bfloat16(uint16_t bits) { return bits_as<float>(uint32_t{bits} << 16); }
+
+}  // namespace emulation
+
+namespace hw {
+
+inline int thread() { return emulation::current().index; }
+inline int block() { return emulation::block_x; }
+inline int block_row() { return emulation::block_y; }
+inline void barrier() { emulation::barrier(); }
+inline int forgotten(int value) { return value; }
+inline bool fault(Fault which) { return emulation::fault == static_cast<int>(which); }
+
+template <typename V>
+V load_shared(uint32_t offset) {
+  V value;
+  memcpy(&value, emulation::at(offset, sizeof(V)), sizeof(V));
+  return value;
+}
+
+template <typename V>
+void store_shared(uint32_t offset, V value) {
+  memcpy(emulation::at(offset, sizeof(V)), &value, sizeof(V));
+}
+
+// On a GPU the bytes may land at any time until they are waited for: until then nobody can rely on the old or the new.
+inline void copy_async(uint32_t offset, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("copies from %p, which is not aligned to 16 bytes", from);
+  if (bytes < 0 || bytes > 16) emulation::fail("copies %d bytes", bytes);
+  memset(emulation::at(offset, 16), 0xff, 16);
+  emulation::current().copies.push_back({offset, from, bytes});
+}
+
+inline void wait_copies() {
+  if (fault(Fault::wait)) return;
+  auto& copies = emulation::current().copies;
+  for (const emulation::Copy& copy : copies) {
+    char* to = emulation::at(copy.offset, 16);
+    memcpy(to, copy.from, copy.bytes);
+    memset(to + copy.bytes, 0, 16 - copy.bytes);
+  }
+  copies.clear();
+}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t offset) {
+  emulation::Matrices mine{r, offset};
+  emulation::collective("ldmatrix", &mine, emulation::execute_load);
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
+  emulation::Matrices mine{r, offset};
+  emulation::collective("ldmatrix.trans", &mine, emulation::execute_load_transposed);
+}
+
+template <typename T>
+void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulation::Product mine{d, a, b};
+  emulation::collective("mma", &mine, emulation::execute_multiply<T>);
+}
+
+template <typename V>
+V shuffle_xor(V value, int mask) {
+  emulation::Exchange mine{emulation::bits_as<uint32_t>(value), 0, mask};
+  emulation::collective("shfl", &mine, emulation::execute_shuffle);
+  return emulation::bits_as<V>(mine.result);
+}
+
+template <typename T>
+uint32_t pack(float first, float second);
+template <>
+inline uint32_t pack<Half>(float first, float second) {
+  return emulation::to_half(first) | uint32_t{emulation::to_half(second)} << 16;
+}
+template <>
+inline uint32_t pack<BFloat16>(float first, float second) {
+  return emulation::to_bfloat16(first) | uint32_t{emulation::to_bfloat16(second)} << 16;
+}
+
+template <typename T>
+Pair unpack(uint32_t word);
+template <>
+inline Pair unpack<Half>(uint32_t word) {
+  return {emulation::from_half(word & 0xffff), emulation::from_half(word >> 16)};
+}
+template <>
+inline Pair unpack<BFloat16>(uint32_t word) {
+  return {emulation::from_bfloat16(word & 0xffff), emulation::from_bfloat16(word >> 16)};
+}
+
+inline float as_float(uint32_t bits) { return emulation::bits_as<float>(bits); }
+inline uint32_t as_bits(float value) { return emulation::bits_as<uint32_t>(value); }
+
+inline uint32_t tf32(float value) {
+  const uint32_t bits = as_bits(value);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+
+template <auto KERNEL, typename Arguments>
+const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream, const Arguments& arguments) {
+  for (emulation::block_y = 0; emulation::block_y < rows; ++emulation::block_y)
+    for (emulation::block_x = 0; emulation::block_x < blocks; ++emulation::block_x)
+      emulation::run_block(
+          threads, shared_bytes, [](const void* given) { KERNEL(*static_cast<const Arguments*>(given)); }, &arguments,
+          emulation::order);
+  return nullptr;
+}
+
+}  // namespace hw

@@ -1,0 +1,176 @@
+// Everything the kernels ask of a GPU, and nothing else. A kernel that includes only this header also compiles as plain
+// C++ with -DUNETPP_EMULATE, where emulation/hardware.h gives every name here another meaning (see README.md).
+//
+// Shared memory is addressed by byte offsets into the block's dynamic shared memory. Tags name how 16 bytes are read:
+// Half and BFloat16 hold eight values, float four (multiplied as TF32).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "stream.h"
+
+namespace hw {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+struct alignas(16) Vec {
+  uint32_t word[4];
+};
+struct alignas(8) Pair {
+  float first, second;
+};
+
+// Faults that the emulation can be told to commit, to see that its tests notice. On a GPU there are none.
+enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, phase, reduction };
+
+}  // namespace hw
+
+#ifdef UNETPP_EMULATE
+#include "emulation/hardware.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define HW_FUNCTION __device__ __forceinline__
+#define HW_KERNEL __global__
+#define HW_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define HW_CONSTANT const __grid_constant__
+#define HW_UNROLL _Pragma("unroll")
+#define HW_NO_UNROLL _Pragma("unroll 1")
+
+namespace hw {
+
+HW_FUNCTION int thread() { return threadIdx.x; }
+HW_FUNCTION int block() { return blockIdx.x; }
+HW_FUNCTION int block_row() { return blockIdx.y; }
+HW_FUNCTION void barrier() { __syncthreads(); }
+HW_FUNCTION constexpr bool fault(Fault) { return false; }
+
+// The same value, which the compiler computes anew instead of holding it in a register until here.
+HW_FUNCTION int forgotten(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+HW_FUNCTION char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+HW_FUNCTION uint32_t shared_address(uint32_t offset) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset;
+}
+
+template <typename V>
+HW_FUNCTION V load_shared(uint32_t offset) {
+  return *reinterpret_cast<const V*>(shared_memory() + offset);
+}
+
+template <typename V>
+HW_FUNCTION void store_shared(uint32_t offset, V value) {
+  *reinterpret_cast<V*>(shared_memory() + offset) = value;
+}
+
+// Copies `bytes` (0 to 16) to shared memory and fills up with zeros to 16; done after wait_copies by the same thread.
+HW_FUNCTION void copy_async(uint32_t offset, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+HW_FUNCTION void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+HW_FUNCTION void load_matrices(uint32_t (&r)[4], uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(offset)));
+}
+
+HW_FUNCTION void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(offset)));
+}
+
+// d += a b, for a of 16 rows and 32 bytes, b of 32 bytes and 8 columns.
+template <typename T>
+HW_FUNCTION void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#define HW_MULTIPLY(T, INSTRUCTION)                                                                     \
+  template <>                                                                                           \
+  HW_FUNCTION void multiply<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {         \
+    asm volatile(INSTRUCTION " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+  }
+HW_MULTIPLY(Half, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+HW_MULTIPLY(BFloat16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+HW_MULTIPLY(float, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef HW_MULTIPLY
+
+template <typename V>
+HW_FUNCTION V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Two values as one word, rounded to nearest, and back.
+template <typename T>
+HW_FUNCTION uint32_t pack(float first, float second);
+template <>
+HW_FUNCTION uint32_t pack<Half>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+template <>
+HW_FUNCTION uint32_t pack<BFloat16>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+template <typename T>
+HW_FUNCTION Pair unpack(uint32_t word);
+template <>
+HW_FUNCTION Pair unpack<Half>(uint32_t word) {
+  Pair pair;
+  asm("{ .reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(pair.first), "=f"(pair.second)
+      : "r"(word));
+  return pair;
+}
+template <>
+HW_FUNCTION Pair unpack<BFloat16>(uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+// The bits of a float rounded to TF32's ten bits of mantissa.
+HW_FUNCTION uint32_t tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+HW_FUNCTION float as_float(uint32_t bits) { return __uint_as_float(bits); }
+HW_FUNCTION uint32_t as_bits(float value) { return __float_as_uint(value); }
+
+// nullptr, or what went wrong.
+template <auto KERNEL, typename Arguments>
+const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
+  cudaError_t error = cudaSetDevice(stream.device);  // this library has a CUDA runtime of its own
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess)
+    KERNEL<<<dim3(blocks, rows), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);
+  const cudaError_t last = cudaGetLastError();  // asked for in any case: nobody else is to find an error of ours
+  if (error == cudaSuccess) error = last;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace hw
+
+#endif

@@ -1,0 +1,60 @@
+// What the kernels offer to whoever runs them: the binding to PyTorch, and the emulation's server.
+// Pointers to maps and weights are to bytes; the precision comes beside them. All other values are float32.
+#pragma once
+
+#include <cstdint>
+
+#include "stream.h"
+
+// A channels-last map of one precision; strides in values. `vector`: every pixel starts at a multiple of 16 bytes.
+struct Map {
+  const char* data = nullptr;
+  int64_t image_stride = 0;
+  int pixel_stride = 0, depth = 1, height = 0, width = 0, channels = 0;
+  const float* scale = nullptr;  // [1 or N, channels], null: read as it is
+  const float* shift = nullptr;
+  int affine_stride = 0;  // from image to image
+  bool vector = false;
+
+  void set_vector(int value_bytes) {
+    vector = reinterpret_cast<uintptr_t>(data) % 16 == 0 && pixel_stride * value_bytes % 16 == 0 &&
+             image_stride * value_bytes % 16 == 0;
+  }
+};
+
+struct ConvArguments {
+  Map a, b;  // b.data null: one operand
+  const char* weights_a = nullptr;
+  const char* weights_b = nullptr;
+  bool phased = false;  // b is of half the size, with weights for each phase; else of the size of `out`
+  char* out = nullptr;
+  int64_t out_image_stride = 0;
+  int out_pixel_stride = 0, images = 0, depth = 1, height = 0, width = 0, channels = 0;
+  const float* bias = nullptr;    // [CO]
+  const float* border = nullptr;  // [9, CO], [27, CO] in 3D
+  float* stats = nullptr;         // [N, tiles, 3, CO]
+  float slope = 0;
+  bool deep = false;  // 3D
+  bool act = false, add = false;
+  // Of the launch.
+  int tiles_y = 0, tiles_x = 0, co_blocks = 0;
+  int planes_a = 1, planes_b = 1, stages_a = 0, stages = 0;
+  bool vector_weights = false, vector_out = false;
+};
+
+struct WgradArguments {
+  Map a, dy;  // phased: a is of half the size
+  float* partial = nullptr;  // [parts, taps, K, CO]
+  float* result = nullptr;   // [taps, K, CO]
+  int images = 0, parts = 0;
+  bool phased = false, deep = false;
+  float slope = 0;
+  // Of the launch.
+  int tiles = 0, tiles_x = 0, tiles_each = 0, co_blocks = 0;  // tiles: of a plane
+  int planes = 0, slabs = 0, taps = 0;
+};
+
+// Each returns nullptr, or what went wrong. `precision`: 0 float16, 1 bfloat16, 2 float32 multiplied as TF32. `config`: the
+// number of a configuration in dispatch_conv.
+const char* run_conv(int precision, int config, const ConvArguments& arguments, Stream stream);
+const char* run_wgrad(int precision, const WgradArguments& arguments, Stream stream);
