@@ -1,0 +1,42 @@
+"""A checkpoint compiled ahead of time: one file that PyTorch loads and runs, from C++ too, without this package.
+
+python -m unetpp_fast.examples.export_aoti RUN/best.pt model.pt2           # needs a C++ compiler; minutes for a large model
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unetpp_fast.files import load_model
+
+
+def export(network: nn.Module, path: Path, level: int | None = None, largest: int = 4096, **options):
+    """Compiles probabilities `[N, classes, *S]` of the head at `level` (default the deepest) for images `[N, C, *S]` on the
+    network's device, every axis of S a multiple of 2^depth up to `largest`, and returns the loaded package.
+
+    options: of Inductor, as in `torch._inductor.config`.
+    """
+    topology, device = network.topology, next(network.parameters()).device
+    small = network.prune(topology.heads[-1] if level is None else level).eval()
+    multiple, axes = small.topology.multiple, range(2, 2 + topology.spatial_dims)
+    free = {0: torch.export.Dim("batch", max=1024)}
+    free |= {axis: multiple * torch.export.Dim(f"size{axis}", max=largest // multiple) for axis in axes}
+    sizes = [(axis + 1) * multiple for axis in axes]
+    example = torch.rand(2, topology.in_channels, *sizes, device=device)
+    wrapped = nn.Sequential(small, nn.Sigmoid()).eval()
+    with torch.no_grad():
+        program = torch.export.export(wrapped, (example,), dynamic_shapes=({**free},))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        loaded = torch._inductor.aoti_load_package(str(path))
+        image = torch.rand(1, topology.in_channels, *sizes[::-1], device=device)
+        torch.testing.assert_close(loaded(image), wrapped(image), rtol=1e-3, atol=1e-4)
+    return loaded
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    export(load_model(Path(sys.argv[1]))[0], Path(sys.argv[2]))
+    print(f"{sys.argv[2]}: load it with torch._inductor.aoti_load_package")

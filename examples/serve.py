@@ -1,0 +1,66 @@
+"""A small HTTP server: POST a PNG, get the mask of the first class as a PNG. For one machine; put a proxy before it.
+
+python -m unetpp_fast.examples.serve RUN/best.pt 8080
+curl --data-binary @image.png http://127.0.0.1:8080/ > mask.png
+"""
+
+import io
+import struct
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unetpp_fast import data, files
+
+MAX_BYTES, MAX_PIXELS = 2**24, 2**24
+
+
+def predict(network: torch.nn.Module, body: bytes) -> bytes:
+    """PNG to PNG; a ValueError says what is wrong with the image."""
+    if body[:8] != b"\x89PNG\r\n\x1a\n" or len(body) < 33:
+        raise ValueError("the body is no PNG")
+    width, height = struct.unpack(">II", body[16:24])  # before anything is unpacked
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+    image = files.read_image(io.BytesIO(body))
+    probabilities = network.predict(torch.from_numpy(data.standardise(image))[None])
+    mask = (probabilities[0, 0] > 0.5).numpy() * np.uint8(255)
+    Image.fromarray(mask).save(stream := io.BytesIO(), format="PNG")
+    return stream.getvalue()
+
+
+def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
+    """A server on this machine's own address; the checkpoint is read without running code in it."""
+    network, lock = files.load_model(checkpoint)[0], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 30  # seconds without a byte
+
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            if not length.isascii() or not length.isdigit():
+                return self.send_error(411, "Content-Length is missing")
+            if int(length) > MAX_BYTES:
+                return self.send_error(413, f"more than {MAX_BYTES} bytes")
+            try:
+                with lock:
+                    answer = predict(network, self.rfile.read(int(length)))
+            except ValueError as error:
+                return self.send_error(400, str(error).split("\n")[0])
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            self.wfile.write(answer)
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    make_server(Path(sys.argv[1]), int(sys.argv[2])).serve_forever()
