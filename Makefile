@@ -6,13 +6,26 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OLDEST_TRITON := 3.6.0
 
-.PHONY: demo test lint format clean
+# What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
+ARGS ?= --quick
+
+.PHONY: demo test bench figures gpu-check lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
 test: .venv/test .venv/triton-$(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: .venv/bench
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+figures: .venv/bench
+	$(BIN)/python benchmarks/figures.py
+
+# On a machine with a GPU; with the Python that has its torch: make gpu-check OUT=folder PYTHON=python3
+gpu-check:
+	$(if $(wildcard .venv/base),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py --out "$(OUT)"
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -26,7 +39,7 @@ clean:
 	rm -rf .venv build dist *.egg-info demo
 
 # What is installed is remembered as an empty file, made anew when setup.py changes.
-.venv/demo .venv/test: .venv/%: setup.py pyproject.toml | .venv/base
+.venv/demo .venv/test .venv/bench: .venv/%: setup.py pyproject.toml | .venv/base
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 

@@ -7,7 +7,9 @@ import platform
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, extension, records
+from .files import InputError
+from .sources import source_hash
 
 
 def lines() -> list[str]:
@@ -27,10 +29,34 @@ def lines() -> list[str]:
         "threads": torch.get_num_threads(),
         "GPUs": ", ".join(_gpus()) or "none that torch can use",
         "backends": ", ".join(backends.BACKENDS),
-        "extension": "none in this version",
-        "kernels proven on a GPU": "no run on a GPU is recorded: backend='auto' is the plain-PyTorch reference",
+        "extension": extension.state(),
+        "kernels proven on a GPU": _proven(),
+        "sources": source_hash(),
+        "records": _recorded(),
     }
     return [f"{name:<24} {value}" for name, value in facts.items()]
+
+
+def _proven() -> str:
+    """On which GPUs the kernels as they are now gave right results, by the records in this tree."""
+    found = [row for rows in _records().values() for row in rows if row["cuda"] and records.is_current(row)]
+    if not found:
+        return "no run of these sources on a GPU is recorded"
+    return "; ".join(sorted({f"{row['device']}, commit {row['commit']}, {row['date'][:10]}" for row in found}))
+
+
+def _recorded() -> str:
+    try:
+        return records.summary()
+    except InputError as error:
+        return str(error)
+
+
+def _records() -> dict[str, list[dict]]:
+    try:
+        return records.read_all()
+    except InputError:  # `_recorded` says so
+        return {}
 
 
 def _gpus() -> list[str]:

@@ -1,0 +1,182 @@
+"""Options, selection, records and the closing table of `pytest benchmarks`.
+
+Each test is one implementation of one case. The first test of a case measures all of its selected implementations in
+turns; each then shows its own times, or why it has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import cases
+import implementations
+import op_cases
+import op_makers
+import pytest
+import torch
+
+import unetpp_fast as uf
+from unetpp_fast import bench, records
+from unetpp_fast.training import autocast
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("unetpp_fast")
+    group.addoption("--quick", action="store_true", help="the part that takes two minutes on two cores")
+    group.addoption(
+        "--results", type=Path, default=Path(os.environ.get("UNETPP_FAST_RESULTS") or records.RESULTS),
+        help="folder of the records (or UNETPP_FAST_RESULTS)",
+    )  # fmt: skip
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    group.addoption("--seconds", type=float, help="time for the rounds of a case, at least 7; 5, or 2 with --quick")
+    group.addoption("--tune", action="store_true", help="unetpp_fast.tune before the fused implementations, on a GPU")
+    group.addoption("--dry-run", action="store_true", help="tiny sizes, the reference in place of the kernels: proves paths")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "benchmark_columns"):  # of pytest-benchmark: what times that were taken in turns can tell
+        config.option.benchmark_columns = ["median", "min", "max", "rounds"]
+    config.addinivalue_line("markers", "benchmark: read by pytest-benchmark where it is installed")
+    config.suite = Suite(config)
+
+
+def pytest_generate_tests(metafunc):
+    suite = metafunc.config.suite
+    if metafunc.function.__name__ == "test_kernel":
+        pairs = op_cases.quick() if suite.quick else op_cases.matrix()
+    elif metafunc.function.__name__ == "test_model":
+        pairs = cases.quick() if suite.quick else cases.matrix()
+    else:
+        return
+    metafunc.parametrize(("case", "name"), pairs, ids=[f"{case}-{name}" for case, name in pairs])
+
+
+def pytest_collection_finish(session):
+    chosen = session.config.suite.chosen
+    for item in session.items:
+        if hasattr(item, "callspec") and "case" in item.callspec.params:
+            case, name = item.callspec.params["case"], item.callspec.params["name"]
+            chosen[case].append(name)
+
+
+class Suite:
+    """The selected implementations of each case, and what was found."""
+
+    def __init__(self, config) -> None:
+        self.quick, self.dry_run = config.getoption("quick"), config.getoption("dry_run")
+        self.folder, self.seconds = config.getoption("results"), config.getoption("seconds") or (2.0 if self.quick else 5.0)
+        self.device, self.tune = torch.device(config.getoption("device")), config.getoption("tune")
+        self.rounds = 3 if self.dry_run else None
+        if self.dry_run:
+            cases.WIDTHS = op_makers.WIDTHS = (4, 4, 8, 8, 8)
+            torch.set_num_threads(1)  # tiny maps only wait for a second one
+        self.chosen: dict[bench.Case, list[str]] = defaultdict(list)
+        self.found: dict[bench.Case, bench.Outcome] = {}
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{records.machine(self.device)}.json"
+
+    def outcome(self, case: bench.Case) -> bench.Outcome:
+        """What measuring the selected implementations of a case gave; measured once, its rows kept at once."""
+        if case not in self.found:
+            names = list(dict.fromkeys(["eager", *self.chosen[case]]))
+            self.found[case] = self._kernel(case, names) if case.bench == "kernel" else self._model(case, names)
+            if self.found[case].rows:
+                records.merge(self.path, self.found[case].rows)
+        return self.found[case]
+
+    def _model(self, case: bench.Case, names: list[str]) -> bench.Outcome:
+        chosen = {name: implementations.get(name) for name in names}
+        if self.dry_run:
+            case = tiny(case)
+            chosen = {name: bench.eager if name.startswith("fused") else build for name, build in chosen.items()}
+        try:
+            network = cases.network(case)
+        except bench.Unavailable as reason:
+            return bench.Outcome(skipped=dict.fromkeys(names, str(reason)))
+        if self.tune and self.device.type == "cuda" and any(name.startswith("fused") for name in names):
+            network = network.to(self.device)
+            x, _ = bench.make_input(network, case, self.device)
+            # Where tuning cannot be done, the kernels run as they are, and the case says what could not run.
+            with autocast(self.device, case.dtype), contextlib.suppress(RuntimeError):
+                uf.tune(network, x, training=case.training, progress=False)
+        return bench.measure(case, network, chosen, self.device, seconds=self.seconds, rounds=self.rounds)
+
+    def _kernel(self, case: bench.Case, names: list[str]) -> bench.Outcome:
+        return op_cases.measure(
+            tiny(case) if self.dry_run else case, names, self.device, seconds=self.seconds, rounds=self.rounds,
+            stand_in=self.dry_run, tune=self.tune,
+        )  # fmt: skip
+
+
+def tiny(case: bench.Case) -> bench.Case:
+    """A case of the same kind that takes a moment."""
+    return dataclasses.replace(case, size=(32,) * len(case.size), batch=min(case.batch, 2))
+
+
+@pytest.fixture
+def suite(request) -> Suite:
+    return request.config.suite
+
+
+class Replay:
+    """A clock that tells times which were measured already, for pytest-benchmark's own tables and files."""
+
+    def __init__(self) -> None:
+        self.now, self.steps = 0.0, iter(())
+
+    def load(self, milliseconds: list[float]) -> None:
+        self.steps = iter([step for time in milliseconds for step in (0.0, time / 1e3)])
+
+    def __call__(self) -> float:
+        self.now += next(self.steps, 0.0)
+        return self.now
+
+
+replay = Replay()
+
+
+@pytest.fixture
+def show(request):
+    """Gives an implementation's times to pytest-benchmark where it is installed."""
+
+    def give(case: bench.Case, times: list[float]) -> None:
+        if request.config.pluginmanager.hasplugin("benchmark"):
+            request.node.add_marker(pytest.mark.benchmark(timer=replay))
+            benchmark = request.getfixturevalue("benchmark")
+            benchmark.group = str(case)
+            replay.load(times)
+            benchmark.pedantic(lambda: None, rounds=len(times), iterations=1)
+
+    return give
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    suite = config.suite
+    if not suite.found:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section(f"ratios on {records.device_name(suite.device)}")
+    write("ratios of times: another's over the row's, above 1 the row is faster; of memory: the row's over the other's")
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for case, outcome in suite.found.items():
+        if not outcome.rows and not outcome.wrong:
+            left_out["; ".join(dict.fromkeys(outcome.skipped.values()))].append(str(case))
+            continue
+        write(str(case))
+        for row in outcome.rows:
+            figure = f"{row['peak_mb']:>9.1f} MB" if case.memory_of else f"{row['median_ms']:>9.2f} ms"
+            given = row["peak_ratio_to"] if case.memory_of else row["ratio_to"]
+            write(f"  {row['impl']:<22}{figure}  " + "  ".join(f"{name} {ratio:.2f}" for name, ratio in given.items()))
+        for name, reason in outcome.wrong.items():
+            write(f"  {name:<22}WRONG: {reason}", red=True)
+        for name, reason in outcome.skipped.items():
+            write(f"  {name:<22}skipped: {reason}")
+    for reason, names in left_out.items():
+        write(f"{len(names)} case(s) skipped, {names[0]}{' to ' + names[-1] if len(names) > 1 else ''}: {reason}")
+    write(f"records: {suite.path}")

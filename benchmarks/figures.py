@@ -1,0 +1,221 @@
+"""The README's tables and the pictures, from the records alone: `make figures`.
+
+    python benchmarks/figures.py            writes figures/*.png and the part of README.md between the markers
+    python benchmarks/figures.py --check    fails where either is not what the records give
+    python benchmarks/figures.py --train    trains the demo's networks first, minutes long, for the IoU of each level
+
+A picture holds, as "Rows" in its metadata, the hash of the rows that it was drawn from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import drawings
+
+from unetpp_fast import demo, records
+from unetpp_fast.files import need, write_atomic
+
+HERE = Path(__file__).parent
+README, PICTURES, TRAINED = HERE.parent / "README.md", HERE / "figures", HERE / "demo.json"
+BEGIN, END = "<!-- measured: from here on written by `make figures` -->", "<!-- measured: up to here -->"
+NO_GPU = "**No GPU figure has been recorded yet.** `make gpu-check OUT=folder`, on a machine with a GPU, records them."
+KINDS: dict[str, tuple[Callable, str]] = {
+    "speedup": (drawings.speedup, "Each implementation's speed over eager PyTorch's"),
+    "batch": (drawings.against_batch, "Time and memory against the batch"),
+    "levels": (drawings.levels, "Time against IoU over the pruned levels, as in the paper's Fig. 3"),
+    "roofline": (drawings.roofline, "Every op under the measured ceilings"),
+}
+Rows = Sequence[Mapping]
+
+
+def text(folder: Path = records.RESULTS, trained: Path = TRAINED) -> str:
+    """What stands between the markers: for each machine where, when and of what, its tables and its pictures."""
+    machines = records.read_all(folder)
+    parts = [] if any(row["cuda"] for rows in machines.values() for row in rows) else [NO_GPU]
+    for machine, rows in machines.items():
+        parts += [f"### {rows[0]['device']}", _origin(rows)]
+        parts += [table for table in (models_table(rows), kernels_table(rows)) if table]
+        parts += [f"![{KINDS[name][1]}, {rows[0]['device']}](benchmarks/figures/{name}-{machine}.png)"
+                  for name in pictures_of(rows, iou_by_level(trained))]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _origin(rows: Rows) -> str:
+    """Which software, commits, days and sources the rows are of."""
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({str(row[key]) for row in rows if row[key]}))
+
+    software = [f"{name} {all_of(name)}" for name in ("torch", "triton", "cuda", "cudnn", "driver") if all_of(name)]
+    days = ", ".join(sorted({row["date"][:10] for row in rows}))
+    return (
+        f"{'; '.join(software)}; commit {all_of('commit')}; {days}; sources `{newest(rows)}`. A row is current as long as "
+        "`python -m unetpp_fast.info` prints this hash of the sources; a row with † is of older ones. Milliseconds are "
+        "medians, behind them the ratio to eager, taken round by round, and the peak memory."
+    )
+
+
+def newest(rows: Rows) -> str:
+    """The hash of the sources that the last row is of."""
+    return max(rows, key=lambda row: row["date"])["source_hash"]
+
+
+def models_table(rows: Rows) -> str:
+    """A line a case, a column an implementation: median ms, peak MB; then ours against eager."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    last = newest(rows)
+    for row in rows:
+        if row["bench"] in ("inference", "training", "memory"):
+            what = row.get("memory_of") or row["bench"]
+            key = what, row["model"], row["level"], row["mode"], "x".join(map(str, row["size"])), row["batch"], row["dtype"]
+            cell = cases.setdefault(key, {}).setdefault(row["impl"], {})
+            if row["bench"] != "memory":
+                cell["ms"], cell["ratio"] = row["median_ms"], row["ratio_to"].get("eager")
+            if row["peak_mb"] is not None:
+                cell["mb"] = row["peak_mb"]
+            cell["older"] = row["source_hash"] != last
+    names = [name for name in records.IMPLEMENTATIONS if any(name in cells for cells in cases.values())]
+    lines = ["| pass, network, size, batch, dtype | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for (what, model, level, mode, size, batch, dtype), cells in cases.items():
+        label = f"{what}, {model} L{level} {mode}, {size}, {batch}, {dtype}"
+        lines.append(f"| {label} | " + " | ".join(_cell(cells.get(name)) for name in names) + " |")
+    return "\n".join(lines) if cases else ""
+
+
+def _cell(cell: Mapping | None) -> str:
+    if not cell:
+        return ""
+    time = f"{cell['ms']:.3g} ms" if "ms" in cell else ""
+    ratio = f" ({cell['ratio']:.2f}x)" if cell.get("ratio") else ""
+    memory = f"{cell['mb']:.0f} MB" if "mb" in cell else ""
+    return ", ".join(part for part in (time + ratio, memory) if part) + (" †" if cell["older"] else "")
+
+
+def kernels_table(rows: Rows) -> str:
+    """A line an op and implementation."""
+    lines = ["| op, level, size, batch, dtype | by | ms | over eager | TFLOP/s | GB/s | share of the ceiling |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for row in records.of_bench(rows, "kernel"):
+        size = "x".join(map(str, row["size"]))
+        ratio = f"{row['ratio_to']['eager']:.2f}" if "eager" in row["ratio_to"] else ""
+        older = " †" if row["source_hash"] != newest(rows) else ""
+        lines.append(
+            f"| {row['model']}, {row['level']}, {size}, {row['batch']}, {row['dtype']}{older} | {row['impl']} "
+            f"| {row['median_ms']:.3g} | {ratio} | {row['tflops']:.1f} | {row['gb_s']:.0f} | {row['share_of_ceiling']:.0%} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def iou_by_level(path: Path = TRAINED) -> dict[int, float]:
+    """The IoU of the demo's UNet++ pruned to each level, from a training; {} where none is recorded."""
+    if not path.exists():
+        return {}
+    prefix = "UNet++ L"
+    return {
+        int(row["name"][len(prefix) :]): row["iou"] for row in json.loads(path.read_text()) if row["name"].startswith(prefix)
+    }
+
+
+def pictures_of(rows: Rows, iou: Mapping[int, float]) -> dict[str, object]:
+    """What each picture of a machine shows, as `drawings` selects it; a picture without anything to show is left out."""
+    shown = {
+        "speedup": drawings.speedup_bars(rows),
+        "batch": drawings.batch_lines(rows),
+        "levels": drawings.level_points(rows, iou),
+        "roofline": drawings.roofline_points(rows),
+    }
+    return {name: what for name, what in shown.items() if what}
+
+
+def digest(shown: object) -> str:
+    """The hash of what a picture shows."""
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def expected(folder: Path = records.RESULTS, trained: Path = TRAINED) -> dict[str, tuple[str, object, str]]:
+    """For each picture's file name: its kind, what it shows, the title."""
+    found = {}
+    for machine, rows in records.read_all(folder).items():
+        for name, shown in pictures_of(rows, iou_by_level(trained)).items():
+            found[f"{name}-{machine}.png"] = name, shown, f"{KINDS[name][1]}\n{rows[0]['device']}"
+    return found
+
+
+def write(readme: Path = README, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED) -> None:
+    """Draws every picture whose rows have changed, removes those that are no longer expected, and writes the README."""
+    wanted = expected(folder, trained)
+    for path in Path(pictures).glob("*.png"):
+        if path.name not in wanted:
+            path.unlink()
+    for name, (kind, shown, title) in wanted.items():
+        if drawn_from(pictures / name) != digest(shown):
+            KINDS[kind][0](pictures / name, shown, title, digest(shown))
+    before, _, after = _split(readme)
+    content = f"{before}{BEGIN}\n\n{text(folder, trained)}\n\n{END}{after}"
+    write_atomic(readme, lambda stream: stream.write(content.encode()))
+
+
+def check(
+    readme: Path = README, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED
+) -> list[str]:
+    """What is not as the records give it, as sentences."""
+    found = []
+    if _split(readme)[1].strip() != text(folder, trained):
+        found.append(f"{readme.name} does not show what the records give: run `make figures`")
+    wanted = expected(folder, trained)
+    for name, (_, shown, _) in wanted.items():
+        if drawn_from(pictures / name) != digest(shown):
+            found.append(f"{name} was drawn from other rows, or not at all: run `make figures`")
+    found += [f"{path.name} shows no record" for path in Path(pictures).glob("*.png") if path.name not in wanted]
+    return found
+
+
+def _split(readme: Path) -> tuple[str, str, str]:
+    """What stands before, between and behind the markers."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    between, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{readme} needs the lines {BEGIN} and {END}")
+    return before, between, after
+
+
+def drawn_from(path: Path) -> str | None:
+    """The hash of the rows that a picture was drawn from."""
+    if not path.exists():
+        return None
+    with need("PIL.Image", "bench").open(path) as picture:
+        return picture.text.get("Rows")
+
+
+def train(path: Path = TRAINED) -> None:
+    """Runs the demo and keeps its table."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = demo.run(Path(folder))
+    content = json.dumps(rows, indent=1) + "\n"
+    write_atomic(path, lambda stream: stream.write(content.encode()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where README or pictures differ")
+    parser.add_argument("--train", action="store_true", help="train the demo's networks first")
+    options = parser.parse_args()
+    if options.check:
+        wrong = check()
+        print("\n".join(wrong) or "README and pictures are what the records give")
+        return int(bool(wrong))
+    if options.train:
+        train()
+    write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

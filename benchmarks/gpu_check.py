@@ -1,0 +1,152 @@
+"""`make gpu-check OUT=folder`: proves and measures the kernels on this machine's GPU, the most important part first.
+
+Each part runs by itself within its time limit, with a log in the folder, and is marked done there, so that a second call
+goes on where the first one stopped. Records are written to the folder's `results/` case by case. All limits together
+stay under ten minutes. It needs torch, triton, numpy and pytest; no network.
+
+--dry-run goes the same ways on a CPU with tiny inputs, the reference standing in for the kernels: its records prove
+nothing but the paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = "-eager or -fused"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command with its time limit in seconds."""
+
+    name: str
+    limit: int
+    command: tuple[str, ...]
+    because: str = ""  # why it cannot run here
+
+
+def parts(out: Path, dry_run: bool) -> list[Part]:
+    """What is done, in order."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    records = ("--results", str(out / "results"), *(("--dry-run",) if dry_run else ()))
+    sanitizer = shutil.which("compute-sanitizer")
+
+    def models(name: str, limit: int, cases: str, *options: str, sides: str = OURS) -> Part:
+        chosen = ("benchmarks/test_models.py", "-k", f"({cases}) and ({sides})", "--seconds", "2")
+        return Part(name, limit, (*pytest, *chosen, *options, *records))
+
+    proofs, few = (
+        ("tests/test_gpu.py", "tests/test_cuda_gpu.py"),
+        "(two_times_rule or networks) and bfloat16 or second_stream",
+    )
+    paper, pruned, deep = "unet++-L4-accurate", "inference-unet++-L", "unet++-3d-L4-accurate"
+    large, small, volume = (f"{size}-bfloat16" for size in ("512x512-batch16", "96x96-batch1", "64x64x64-batch1"))
+    both = f"(inference-{paper} or training-{paper})"
+    compiled = "(-eager or -fused or -compile) and not max"
+    levels = " or ".join(f"{512 >> level}x{512 >> level}-batch16-bfloat16" for level in range(5))
+    kernels = ("benchmarks/test_kernels.py", "-k", levels, "--seconds", "0.2", "--tune")
+    return [
+        Part("tests", 110, (*pytest, *proofs)),
+        models("first", 60, f"{both} and {large}"),
+        models("main", 150, f"({both} or memory-{paper}) and {large}", "--tune", sides=compiled),
+        models("small", 50, f"{both} and {small}", "--tune"),
+        models("pruned", 50, f"{pruned} and fast and {large}", "--tune"),
+        models("volume", 60, f"({' or '.join(f'{what}-{deep}' for what in ('inference', 'training', 'memory'))}) "
+               f"and {volume}", "--tune"),
+        Part("kernels", 70, (*pytest, *kernels, *records)),
+        Part("sanitizer", 45, (str(sanitizer), "--tool", "memcheck", "--error-exitcode", "9", *pytest, *proofs, "-k", few),
+             "" if sanitizer else "compute-sanitizer is not on the path"),
+    ]  # fmt: skip
+
+
+def run(part: Part, out: Path) -> str:
+    """Runs a part unless it is done; returns "done", "failed (code)", "out of time" or why it was left out."""
+    mark, log = out / f"{part.name}.done", out / f"{part.name}.log"
+    if mark.exists():
+        return "done before"
+    if part.because:
+        return f"left out: {part.because}"
+    with open(log, "w") as stream:
+        stream.write(" ".join(part.command) + "\n")
+        stream.flush()
+        process = subprocess.Popen(part.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(part.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"out of time after {part.limit} s"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if code:
+        return f"failed ({code}): see {log}"
+    mark.touch()
+    return "done"
+
+
+def install(out: Path) -> str:
+    """Makes `unetpp_fast.kernels` importable where the package is not installed; "" or what went wrong."""
+    if importlib.util.find_spec("unetpp_fast") and importlib.util.find_spec("unetpp_fast.kernels"):
+        return ""
+    import torch
+
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT)]
+    environment = {**os.environ, "PIP_BREAK_SYSTEM_PACKAGES": "1"}
+    if torch.cuda.is_available():  # csrc/ for this GPU alone
+        environment.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    (out / "install.log").write_text(done.stdout + done.stderr)
+    return "" if done.returncode == 0 else f"the package cannot be installed: see {out / 'install.log'}"
+
+
+def obstacle(dry_run: bool) -> str:
+    """Why nothing can be checked here, or ""."""
+    for module in ("torch", "numpy", "pytest"):
+        if not importlib.util.find_spec(module):
+            return f"{module} is not installed for {sys.executable}"
+    import torch
+
+    if not dry_run and not torch.cuda.is_available():
+        return "no CUDA device that torch can use: run it on a machine with a GPU, or try it with --dry-run"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for records and logs; a second call resumes there")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, with the reference standing in")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    if reason := obstacle(options.dry_run):
+        print(f"gpu-check: {reason}", file=sys.stderr)
+        return 1
+    out.mkdir(parents=True, exist_ok=True)
+    if reason := install(out):
+        print(f"gpu-check: {reason}", file=sys.stderr)
+        return 1
+    good = True
+    for part in parts(out, options.dry_run):
+        began = time.perf_counter()
+        result = run(part, out)
+        good &= result.startswith(("done", "left out"))
+        line = f"{part.name:<10} {time.perf_counter() - began:6.0f} s  {result}"
+        print(line, flush=True)
+        with open(out / "summary.txt", "a") as stream:
+            stream.write(line + "\n")
+    print(f"records: {out / 'results'}")
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
