@@ -211,6 +211,8 @@ def test_opcheck(norm, upsample):
             torch.float32,
             keep,
             "naive",
+            "",
+            False,
         )
         torch.library.opcheck(fused.forward_op, arguments)
 

@@ -84,7 +84,9 @@ def test_opcheck(norm):
     norms = sum("norm" in name and name.endswith("weight") for name, _ in model.named_parameters())
     tensors = [*(parameter.detach().requires_grad_() for parameter in model.parameters()), *model.buffers()]
     x = make_input(2, 1, 8, 12).cuda().requires_grad_()
-    torch.library.opcheck(fused.forward_op, (x, tensors, model.handle, "1" * norms, torch.float32, True, "triton"))
+    torch.library.opcheck(
+        fused.forward_op, (x, tensors, model.handle, "1" * norms, torch.float32, True, "triton", "", False)
+    )
 
 
 def test_runs_are_equal_bit_for_bit():

@@ -115,9 +115,9 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(folder, tmp_path, monkeyp
     broken = make_trainer(folder, tmp_path / "broken")
     train_step = broken._train_step
 
-    def stop_at(image, mask):
+    def stop_at(*batch):
         broken._stop = (broken.epoch, broken.step + 1) == (epoch, step)
-        return train_step(image, mask)
+        return train_step(*batch)
 
     monkeypatch.setattr(broken, "_train_step", stop_at)
     with pytest.raises(Interrupted):
@@ -132,7 +132,8 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(folder, tmp_path, monkeyp
 
 def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
     arguments = [sys.executable, "-m", "unetpp_fast", *COMMAND, "--data", str(folder), "--out", str(out), *more]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs at once would wait for one another
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread)
 
 
 def wait_for_epochs(process: subprocess.Popen, out: Path, count: int) -> None:

@@ -47,7 +47,8 @@ def check_input(network: Network, x: Tensor, any_size: bool = False) -> None:
 def leaves_one_value(network: Network, x: Tensor) -> bool:
     """Whether the lowest maps have a single value for each statistic: normalised, they would be zero everywhere."""
     name = _norm_name(network)
-    if name is None or (name == "batch" and not network.training):
+    synced = getattr(network, "sync_group", "")  # then the other processes have values too
+    if name is None or (name == "batch" and (synced or not network.training)):
         return False
     values = x.shape[0] if name == "batch" else 1
     for size in x.shape[2:]:

@@ -7,17 +7,22 @@ activation as they load it. Without a norm, or with a batch norm folded into the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import compose
+from .distributed import gathered_statistics, unbiased
 from .kernels import naive
 from .plan import Plan, Slot, Step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MEAN, INVERSE, SCALE, SHIFT, VARIANCE = range(5)  # the first four are the rows of a table
 Modes = Mapping[str, str]
@@ -26,7 +31,8 @@ Modes = Mapping[str, str]
 @dataclass
 class Maps:
     """The buffers of a pass. `levels` and `mids` hold the second and the first convolution's output of every node,
-    each level's side by side; the tables `[4, 1 or N, channels]` say how to read them, None where they are activated."""
+    each level's side by side; the tables `[4, 1 or N, channels]` say how to read them, None where they are activated.
+    Where first outputs are not kept, the nodes of a level have one place for theirs in `mids`, and tables of their own."""
 
     image: Tensor
     levels: list[Tensor]
@@ -43,10 +49,10 @@ class Maps:
     def mid(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The output of a node's first convolution and how to read it."""
         slot = self.mid_slot(step)
-        return view(self.mids[step.node.level], slot), affine(self.mid_tables[step.node.level], slot)
+        return view(self.mids[step.node.level], slot), affine(self.mid_tables[step.node.level], step.out)
 
     def mid_slot(self, step: Step) -> Slot:
-        """Kept for the backward pass beside those of the other nodes of the level; else all in one place."""
+        """Beside those of the other nodes of the level if they are kept; else all in one place."""
         shared = self.mids[step.node.level].shape[-1] < self.levels[step.node.level].shape[-1]
         return Slot(0, step.out.width) if shared else step.out
 
@@ -87,19 +93,24 @@ def from_maps(x: Tensor, axes: int) -> Tensor:
 def allocate(plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool) -> Maps:
     """The buffers for an input `[N, C, *S]`.
 
-    keep: for a backward pass (every first convolution's output stays); raw: outputs are stored raw, with tables.
+    keep: every first convolution's output stays, for a backward pass; raw: outputs are stored raw, with tables.
     """
     axes, acc = plan.axes, naive.accumulator(dtype)
     image = to_maps(x, axes).to(dtype).contiguous()
     rows = x.shape[0] if plan.norm == "instance" else 1
-    levels, mids, tables = [], [], []
+    levels, tables = [], []
     for level, width in enumerate(plan.widths):
         size = [image.shape[1] >> level if axes == 3 else 1, image.shape[2] >> level, image.shape[3] >> level]
-        mid_width = width if keep else max(step.out.width for step in plan.steps if step.node.level == level)
         levels.append(x.new_empty((x.shape[0], *size, width), dtype=dtype))
-        mids.append(x.new_empty((x.shape[0], *size, mid_width), dtype=dtype))
-        tables.append([x.new_empty((4, rows, count), dtype=acc) if raw else None for count in (width, mid_width)])
+        tables.append([x.new_empty((4, rows, width), dtype=acc) if raw else None for _ in range(2)])
+    mids = [torch.empty_like(level) for level in levels] if keep else shared_mids(plan, levels)
     return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables])
+
+
+def shared_mids(plan: Plan, levels: Sequence[Tensor]) -> list[Tensor]:
+    """For each level buffer, room for the output of the first convolution of one node."""
+    widest = [max(step.out.width for step in plan.steps if step.node.level == level) for level in range(len(levels))]
+    return [buffer.new_empty((*buffer.shape[:4], width)) for buffer, width in zip(levels, widest, strict=True)]
 
 
 @dataclass
@@ -110,6 +121,8 @@ class Forward:
         modes: for each norm, by name ("x0_1.norm1"): "folded" (into the weights), "frozen" (running statistics),
             "batch" (the batch's own) or "instance"; empty without a norm.
         parameters: by their names in the network, buffers too.
+        group: of the processes over whose batches statistics are taken, None for this one's alone.
+        operands: of both convolutions by node, from `all_operands`; composed in the pass where they are not given.
     """
 
     plan: Plan
@@ -117,15 +130,18 @@ class Forward:
     modes: Modes
     parameters: Mapping[str, Tensor]
     dtype: torch.dtype
+    group: ProcessGroup | None = None
+    operands: Mapping[str, tuple[compose.Operands, compose.Operands]] = field(default_factory=dict)
     statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def run(self, x: Tensor, keep: bool) -> tuple[list[Tensor], Maps]:
+    def run(self, x: Tensor, keep: bool, recompute: bool = False) -> tuple[list[Tensor], Maps]:
         """Logits `[N, classes, *S]` of each head, and the buffers, complete for a backward pass if `keep`.
 
-        `statistics` then holds mean and variance of each norm in mode "batch".
+        recompute: the backward pass will compute the outputs of first convolutions again (`Backward`).
+        `statistics` then holds mean and unbiased variance of each norm in mode "batch".
         """
         raw = any(mode != "folded" for mode in self.modes.values())
-        maps = allocate(self.plan, x, self.dtype, keep, raw)
+        maps = allocate(self.plan, x, self.dtype, keep and not recompute, raw)
         for step in self.plan.steps:
             self._node(maps, step, keep)
         return [self._head(maps, column) for column in self.plan.topology.heads], maps
@@ -134,29 +150,32 @@ class Forward:
         plan, node = self.plan, step.node
         if step.source == "pool":
             self._pool(maps, step)
-        a, affine_a = maps.prefix(step)
-        b, affine_b = maps.low(step) if step.form else (None, None)
         if step.form == "full":
-            b, affine_b = self._upsampled(step, b, affine_b), None
-            if keep:
-                maps.ups[node.name] = b
-        operands = first_operands(plan, step, self.parameters, self.modes)
-        phased = step.form == "phases"
-        mid, _ = maps.mid(step)
-        stats = self.ops.conv(
-            mid, a, self._cast(operands.wa), axes=plan.axes, stride=2 if phased else 1, phased=phased, slope=plan.slope,
-            affine_a=affine_a, b=b, wb=self._cast(operands.wb), affine_b=affine_b,
-            **self._epilogue(f"{node.name}.norm1", operands),
-        )  # fmt: skip
-        self._normalise(f"{node.name}.norm1", stats, maps.mid_tables[node.level], maps.mid_slot(step))
+            maps.ups[node.name] = self._upsampled(step, *maps.low(step))
+        operands, second = self.operands.get(node.name) or node_operands(plan, step, self.parameters, self.modes)
+        stats = self.first(maps, step, operands)
+        if not keep:
+            maps.ups.pop(node.name, None)
         mid, affine_mid = maps.mid(step)
+        pixels = mid[..., 0].numel()
+        self._normalise(f"{node.name}.norm1", stats, maps.mid_tables[node.level], step.out, pixels)
         out, _ = maps.out(step)
-        operands = second_operands(plan, step, self.parameters, self.modes)
         stats = self.ops.conv(
-            out, mid, self._cast(operands.wa), axes=plan.axes, affine_a=affine_mid, slope=plan.slope,
-            **self._epilogue(f"{node.name}.norm2", operands),
+            out, mid, self._cast(second.wa), axes=plan.axes, affine_a=affine_mid, slope=plan.slope,
+            **self._epilogue(f"{node.name}.norm2", second),
         )  # fmt: skip
-        self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out)
+        self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out, pixels)
+
+    def first(self, maps: Maps, step: Step, operands: compose.Operands) -> Tensor | None:
+        """Runs a node's first convolution into its place in `maps.mids`; returns the statistics that its norm needs."""
+        phased = step.form == "phases"
+        a, affine_a = maps.prefix(step)
+        b, affine_b = maps.low(step) if phased else (maps.ups.get(step.node.name), None)
+        return self.ops.conv(
+            maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
+            slope=self.plan.slope, affine_a=affine_a, b=b, wb=self._cast(operands.wb), affine_b=affine_b,
+            **self._epilogue(f"{step.node.name}.norm1", operands),
+        )  # fmt: skip
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:
         return None if weight is None else cast(weight, self.dtype)
@@ -180,7 +199,7 @@ class Forward:
         x = from_maps(naive.read(low, affine_low, self.plan.slope), self.plan.axes)
         return to_maps(upsample(self.plan, x, weight, bias), self.plan.axes).contiguous()
 
-    def _normalise(self, name: str, stats: Tensor | None, table: Tensor | None, slot: Slot) -> None:
+    def _normalise(self, name: str, stats: Tensor | None, table: Tensor | None, slot: Slot, pixels: int) -> None:
         mode = self.modes.get(name)
         if mode in (None, "folded"):
             return
@@ -192,9 +211,13 @@ class Forward:
             scale = weight * inverse
             found = torch.stack((mean, inverse, scale, bias - mean * scale))
         else:
+            count = pixels
+            if mode == "batch" and self.group is not None:
+                here = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, False)
+                stats, count = gathered_statistics(here[MEAN], here[VARIANCE], pixels, self.group)
             found = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, mode == "instance")
             if mode == "batch":
-                self.statistics[name] = (found[MEAN, 0], found[VARIANCE, 0])
+                self.statistics[name] = (found[MEAN, 0], unbiased(found[VARIANCE, 0], count))
         table[:, :, slot.offset : slot.end] = found[:VARIANCE]
 
     def _head(self, maps: Maps, column: int) -> Tensor:
@@ -252,6 +275,26 @@ def second_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mo
     name = f"{step.node.name}.norm2"
     weight, bias = _folded(plan, name, f"nodes.{step.node.name}.conv2", parameters, modes)
     return compose.Operands(compose.taps_first(weight), bias=bias)
+
+
+def node_operands(
+    plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes
+) -> tuple[compose.Operands, compose.Operands]:
+    """Of both convolutions of a node."""
+    return first_operands(plan, step, parameters, modes), second_operands(plan, step, parameters, modes)
+
+
+def all_operands(
+    plan: Plan, parameters: Mapping[str, Tensor], modes: Modes, dtype: torch.dtype
+) -> dict[str, tuple[compose.Operands, compose.Operands]]:
+    """`Forward.operands`: composed in the parameters' precision and rounded as the ops take them."""
+    acc = naive.accumulator(dtype)
+
+    def rounded(found: compose.Operands) -> compose.Operands:
+        parts = zip(found.tensors(), (dtype, dtype, acc, acc), strict=True)
+        return compose.Operands(*(None if value is None else cast(value, kind) for value, kind in parts))
+
+    return {step.node.name: tuple(map(rounded, node_operands(plan, step, parameters, modes))) for step in plan.steps}
 
 
 def _folded(

@@ -8,21 +8,40 @@ as that of an operand of the engine and goes through the composition (`compose.p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import compose
-from .engine import Maps, Modes, cast, from_maps, prefix_width, to_maps, upsampling, view
+from .distributed import averages_of
+from .engine import Forward, Maps, Modes, cast, first_operands, from_maps, prefix_width, to_maps, upsampling, view
 from .plan import Plan, Slot, Step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Backward:
-    """The backward pass that belongs to a `Forward` and its `Maps`; arguments as there."""
+    """The backward pass that belongs to a `Forward` and its `Maps`; arguments as there.
 
-    def __init__(self, plan: Plan, ops: ModuleType, modes: Modes, parameters: Mapping[str, Tensor], dtype: torch.dtype):
+    recompute: `Maps.mids` holds nothing, but has room for one node of each level: its first convolution runs again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ops: ModuleType,
+        modes: Modes,
+        parameters: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        group: ProcessGroup | None = None,
+        recompute: bool = False,
+    ):
         self.plan, self.ops, self.modes, self.parameters, self.dtype = plan, ops, modes, parameters, dtype
+        self.group, self.recompute = group, recompute
         self.gradients: dict[str, Tensor] = {}
         self.written: set[tuple[int, int]] = set()  # (level, column) of the slices that hold a gradient
 
@@ -81,6 +100,10 @@ class Backward:
         """Through a node whose output's gradient is complete; the input's, where the node reads it."""
         plan, node = self.plan, step.node
         g, name = view(self.levels[node.level], step.out), f"nodes.{node.name}"
+        if self.recompute:
+            stored = dict.fromkeys(self.modes, "frozen")  # raw, and without statistics, which the tables hold
+            again = Forward(plan, self.ops, stored, self.parameters, self.dtype)
+            again.first(maps, step, first_operands(plan, step, self.parameters, stored))
         mid, affine_mid = maps.mid(step)
         out, _ = maps.out(step)
         total = self._through_norm(f"{node.name}.norm2", g, out, maps.level_tables[node.level], step.out)
@@ -97,7 +120,7 @@ class Backward:
         """Through a node's first convolution, from the gradient of its activated output."""
         plan, node = self.plan, step.node
         mid, _ = maps.mid(step)
-        total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], maps.mid_slot(step))
+        total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], step.out)
         self._first_parameters(maps, step, g, total)
         weight = self.parameters[f"nodes.{node.name}.conv1.weight"]
         up, _ = upsampling(plan, step, self.parameters)
@@ -146,7 +169,10 @@ class Backward:
             return self.ops.act_backward(g, x, self.plan.slope)
         rows = table[:, :, slot.offset : slot.end]
         mean, inverse, scale, shift = rows.unbind()
-        gw, gb = self.ops.norm_backward(g, x, mean, inverse, (scale, shift), self.plan.slope, mode == "frozen")
+        averages = partial(averages_of, group=self.group) if mode == "batch" and self.group is not None else None
+        gw, gb = self.ops.norm_backward(
+            g, x, mean, inverse, (scale, shift), self.plan.slope, mode == "frozen", averages=averages
+        )
         self._add(f"nodes.{name}.weight", gw)
         self._add(f"nodes.{name}.bias", gb)
         return gb * scale[0] if mode == "frozen" else torch.zeros_like(gb)

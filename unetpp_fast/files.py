@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import zipfile
@@ -19,6 +20,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and says what to do."""
 
 
+class WriteError(InputError, OSError):
+    """A file could not be written; what was there before is whole."""
+
+
 def need(module: str, extra: str) -> Any:
     """Imports an optional dependency, or says which extra brings it."""
     try:
@@ -27,9 +32,9 @@ def need(module: str, extra: str) -> Any:
         raise InputError(f"{module.split('.')[0]} is missing: pip install 'unetpp_fast[{extra}]'") from error
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as float32 `[C, H, W]`, C = 1 (grey) or 3 (colour; alpha is dropped), 8-bit values over 255,
-    16-bit values over 65535, floating-point values as they are.
+def read_image(path: Path | BinaryIO) -> np.ndarray:
+    """An image file, or an open one, as float32 `[C, H, W]`, C = 1 (grey) or 3 (colour; alpha is dropped), 8-bit values
+    over 255, 16-bit values over 65535, floating-point values as they are.
 
     Raises:
         InputError: the file is missing, no image, or holds NaN or infinity.
@@ -60,8 +65,14 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A mask file as bool `[H, W]`: above half of the file's largest value, so that 0/1 and 0/255 both work."""
+    """A mask file as bool `[H, W]`: above half of the file's largest value, so that 0/1 and 0/255 both work.
+
+    Raises:
+        InputError: as `read_image`.
+    """
     values = read_labels(path)
+    if not np.isfinite(values).all():
+        raise InputError(f"mask {path} holds NaN or infinite values: mend or remove it")
     return values > values.max(initial=0) / 2
 
 
@@ -100,7 +111,11 @@ def write_png(path: Path, values: np.ndarray) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file that is either the old or the new one at any moment: beside it first, then renamed over it."""
+    """Writes a file that is either the old or the new one at any moment: beside it first, then renamed over it.
+
+    Raises:
+        WriteError: the disk is full, or fails.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -113,14 +128,19 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        before = "; what was there before is whole" if path.exists() else ""
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): make room{before}") from error
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes plain data and tensors, atomically; `load_checkpoint` reads them."""
-    write_atomic(path, lambda stream: torch.save({"unetpp_fast": CHECKPOINT_FORMAT, **content}, stream))
+    packed = io.BytesIO()  # torch.save hides why a file could not be written
+    torch.save({"unetpp_fast": CHECKPOINT_FORMAT, **content}, packed)
+    write_atomic(path, lambda stream: stream.write(packed.getbuffer()))
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:

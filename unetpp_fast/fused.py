@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engine, engine_backward
+from .distributed import SyncedBatchNorm2d, SyncedBatchNorm3d, group_of
 from .kernels import naive
 from .layers import InstanceNorm, Interpolate, NodeModule
 from .plan import Plan, make_plan, unsupported
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Triton's interpreter, on the CPU
-_MODULES = {"naive": "naive", "triton": "triton_ops"}
-_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
+_MODULES = {"naive": "naive", "triton": "triton_ops", "cuda": "cuda_ops"}
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
 _LAYERS = {
-    *_NORMS, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, Interpolate, NodeModule, nn.ModuleDict,
-    nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU,
+    *NORMS, SyncedBatchNorm2d, SyncedBatchNorm3d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    Interpolate, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU,
 }  # fmt: skip
 _SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps",
@@ -57,16 +58,17 @@ _entries: list[Entry] = []
 
 
 def load_ops(name: str) -> ModuleType:
-    """The module with the ops: "naive" (plain PyTorch, any device) or "triton"."""
+    """The module with the ops: "naive" (plain PyTorch, any device), "triton" or "cuda" (see `backends.can_run_cuda`)."""
     return importlib.import_module(f"{__package__}.kernels.{_MODULES[name]}")
 
 
 def register(network: Network) -> int | None:
     """A number that stands for the structure of `network` in this process; equal structures share one.
 
-    None where the engine cannot run it: a topology without a plan, or outputs whose sign does not tell the input's.
+    None where the engine cannot run it: no plan (`plan.unsupported` says why), or outputs whose sign does not tell the
+    input's.
     """
-    if unsupported(network.topology):
+    if unsupported(network.topology, network.options):
         return None
     plan = make_plan(network.topology, network.options)
     if plan.norm is None and plan.slope < 0:  # its gradient is taken from the sign of what was stored
@@ -76,7 +78,7 @@ def register(network: Network) -> int | None:
         network.out_channels,
         tuple(name for name, _ in network.named_parameters()),
         tuple(name for name, _ in network.named_buffers()),
-        tuple(name for name, module in network.nodes.named_modules() if isinstance(module, _NORMS)),
+        tuple(name for name, module in network.nodes.named_modules() if isinstance(module, NORMS)),
         _layers(network, plan),
         hashlib.sha256(f"{plan!r} {network.out_channels}".encode()).hexdigest()[:16],
     )
@@ -92,7 +94,7 @@ def _layers(network: Network, plan: Plan) -> list[tuple] | None:
         hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
         if module is network:
             continue
-        if type(module) not in _LAYERS or any(hooks) or (isinstance(module, _NORMS) and module.eps != plan.eps):
+        if type(module) not in _LAYERS or any(hooks) or (isinstance(module, NORMS) and module.eps != plan.eps):
             return None
         count = sum(value is not None for value in module._parameters.values())
         found.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
@@ -108,6 +110,11 @@ def is_as_registered(network: Network) -> bool:
     entry = _entries[network.handle]
     layers = _layers(network, entry.plan)
     return layers is not None and layers == entry.layers
+
+
+def entry_of(network: Network) -> Entry:
+    """What the operators know of a registered network."""
+    return _entries[network.handle]
 
 
 def plan_of(network: Network) -> Plan:
@@ -132,17 +139,20 @@ def modes_of(entry: Entry, training: str, keep: bool) -> dict[str, str]:
     return {name: "batch" if mine == "1" else still for name, mine in zip(entry.norms, training, strict=True)}
 
 
-def _pack(maps: engine.Maps) -> list[Tensor]:
-    """The tensors of the buffers, without the image, in a fixed order."""
+def _pack(maps: engine.Maps, recompute: bool) -> list[Tensor]:
+    """The tensors of the buffers in a fixed order, without the image and what is to be computed again."""
     tables = [table for table in (*maps.level_tables, *maps.mid_tables) if table is not None]
-    return [*maps.levels, *maps.mids, *tables, *maps.pools.values(), *maps.ups.values()]
+    mids = [] if recompute else maps.mids
+    return [*maps.levels, *mids, *tables, *maps.pools.values(), *maps.ups.values()]
 
 
-def _unpack(plan: Plan, image: Tensor, tensors: Sequence[Tensor], raw: bool) -> engine.Maps:
+def _unpack(plan: Plan, image: Tensor, tensors: Sequence[Tensor], raw: bool, recompute: bool) -> engine.Maps:
     rest, count = iter(tensors), plan.topology.depth + 1
     levels, mids, level_tables, mid_tables = (
-        [next(rest) if present else None for _ in range(count)] for present in (True, True, raw, raw)
+        [next(rest) if present else None for _ in range(count)] for present in (True, not recompute, raw, raw)
     )
+    if recompute:
+        mids = engine.shared_mids(plan, levels)
     pools = {step.node.level: next(rest) for step in plan.steps if step.source == "pool"}
     ups = {step.node.name: next(rest) for step in plan.steps if step.form == "full"}
     return engine.Maps(image, levels, mids, level_tables, mid_tables, pools, ups)
@@ -166,32 +176,39 @@ def _named(entry: Entry, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 
 @torch.library.custom_op("unetpp_fast::forward", mutates_args=())
 def forward_op(
-    x: Tensor, tensors: Sequence[Tensor], handle: int, training: str, dtype: torch.dtype, keep: bool, ops: str
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    handle: int,
+    training: str,
+    dtype: torch.dtype,
+    keep: bool,
+    ops: str,
+    group: str,
+    recompute: bool,
 ) -> list[Tensor]:
-    """Logits of each head; with `keep`, what `_pack` gives; mean and unbiased variance of each norm in training."""
+    """Logits of each head; with `keep`, what `_pack` gives; mean and unbiased variance of each norm in training.
+
+    group: the name of the process group over which statistics are taken, "" for none.
+    recompute: the backward pass computes the outputs of first convolutions again; they are not kept.
+    """
     entry = _entries[handle]
     modes = modes_of(entry, training, keep)
     named = _named(entry, tensors)
-    run = engine.Forward(entry.plan, load_ops(ops), modes, named, dtype)
+    run = engine.Forward(entry.plan, load_ops(ops), modes, named, dtype, group_of(group))
     with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here, sums and weights kept wide
-        logits, maps = run.run(x, keep)
-    pixels = {level: buffer[..., 0].numel() for level, buffer in enumerate(maps.levels)}
-    statistics = []
-    for name in _in_batch_mode(entry, modes):
-        count = pixels[int(name[1 : name.index("_")])]
-        mean, variance = run.statistics[name]
-        statistics += [mean, variance * (count / max(count - 1, 1))]
-    return [*logits, *(_pack(maps) if keep else []), *statistics]
+        logits, maps = run.run(x, keep, recompute)
+    statistics = [value for name in _in_batch_mode(entry, modes) for value in run.statistics[name]]
+    return [*logits, *(_pack(maps, recompute) if keep else []), *statistics]
 
 
 @forward_op.register_fake
-def _(x, tensors, handle, training, dtype, keep, ops):
+def _(x, tensors, handle, training, dtype, keep, ops, group, recompute):
     entry = _entries[handle]
     plan, modes = entry.plan, modes_of(entry, training, keep)
     logits = [x.new_empty((x.shape[0], entry.out_channels, *x.shape[2:]), dtype=dtype) for _ in plan.topology.heads]
     kept = []
     if keep:
-        maps = engine.allocate(plan, x, dtype, keep, raw=bool(modes))
+        maps = engine.allocate(plan, x, dtype, not recompute, raw=bool(modes))
         for step in plan.steps:
             level = maps.levels[step.node.level]
             if step.source == "pool":
@@ -199,7 +216,7 @@ def _(x, tensors, handle, training, dtype, keep, ops):
                 maps.pools[step.node.level] = level.new_empty((*level.shape[:4], width))
             if step.form == "full":
                 maps.ups[step.node.name] = level.new_empty((*level.shape[:4], step.node.up_width))
-        kept = _pack(maps)
+        kept = _pack(maps, recompute)
     return [*logits, *kept, *_statistics_shapes(entry, modes, x.new_empty(0, dtype=naive.accumulator(dtype)))]
 
 
@@ -237,15 +254,17 @@ def backward_op(
     dtype: torch.dtype,
     needs_input: bool,
     ops: str,
+    group: str,
+    recompute: bool,
 ) -> list[Tensor]:
     """The gradients of the parameters that the given heads reach, then that of the input if it is needed."""
     entry = _entries[handle]
     modes = modes_of(entry, training, True)
     named = _named(entry, parameters)
     image = engine.to_maps(x, entry.plan.axes).to(dtype).contiguous()
-    maps = _unpack(entry.plan, image, kept, raw=bool(modes))
+    maps = _unpack(entry.plan, image, kept, bool(modes), recompute)
     given = iter(gradients)
-    run = engine_backward.Backward(entry.plan, load_ops(ops), modes, named, dtype)
+    run = engine_backward.Backward(entry.plan, load_ops(ops), modes, named, dtype, group_of(group), recompute)
     with torch.autocast(x.device.type, enabled=False):
         of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
     dtypes = {name: tensor.dtype for name, tensor in zip(entry.parameters, parameters, strict=True)}
@@ -254,7 +273,7 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(x, parameters, kept, gradients, heads, handle, training, dtype, needs_input, ops):
+def _(x, parameters, kept, gradients, heads, handle, training, dtype, needs_input, ops, group, recompute):
     entry = _entries[handle]
     named = dict(zip(entry.parameters, parameters, strict=True))
     found = [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in _reached(entry, heads)]
@@ -262,7 +281,7 @@ def _(x, parameters, kept, gradients, heads, handle, training, dtype, needs_inpu
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, tensors, ctx.handle, ctx.training, ctx.dtype, _, ctx.ops = inputs
+    x, tensors, ctx.handle, ctx.training, ctx.dtype, _, ctx.ops, ctx.group, ctx.recompute = inputs
     entry = _entries[ctx.handle]
     ctx.heads = len(entry.plan.topology.heads)
     ctx.count = len(entry.parameters)  # buffers are not saved: running statistics change before the backward pass
@@ -273,18 +292,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradients):
-    x, *rest = ctx.saved_tensors
-    parameters, kept = rest[: ctx.count], rest[ctx.count :]
+    x, *saved = ctx.saved_tensors
+    parameters, kept = saved[: ctx.count], saved[ctx.count :]
     heads = [gradient is not None for gradient in gradients[: ctx.heads]]
     given = [gradient for gradient in gradients[: ctx.heads] if gradient is not None]
     needs_input = ctx.needs_input_grad[0]
-    found = torch.ops.unetpp_fast.backward(
-        x, parameters, kept, given, heads, ctx.handle, ctx.training, ctx.dtype, needs_input, ctx.ops
-    )
+    rest = (ctx.handle, ctx.training, ctx.dtype, needs_input, ctx.ops, ctx.group, ctx.recompute)
+    found = torch.ops.unetpp_fast.backward(x, parameters, kept, given, heads, *rest)
     entry = _entries[ctx.handle]
     named = dict(zip(_reached(entry, heads), found, strict=False))
     of_tensors = [named.get(name) for name in entry.parameters + entry.buffers]
-    return found[-1] if needs_input else None, of_tensors, None, None, None, None, None
+    return found[-1] if needs_input else None, of_tensors, *[None] * 7
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -296,13 +314,15 @@ def forward(network: Network, x: Tensor, dtype: torch.dtype, ops: str) -> list[T
     tensors = [value for module in modules for value in module._parameters.values() if value is not None]
     keep = torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors))
     tensors += [value for module in modules for value in module._buffers.values()]
-    norms = [module for module in modules if isinstance(module, _NORMS)]
+    norms = [module for module in modules if isinstance(module, NORMS)]
     training = "".join("1" if module.training else "0" for module in norms)
-    results = torch.ops.unetpp_fast.forward(x, tensors, network.handle, training, dtype, keep, ops)
+    group = network.sync_group if "1" in training else ""
+    arguments = (x, tensors, network.handle, training, dtype, keep, ops, group, keep and network.recompute)
+    results = torch.ops.unetpp_fast.forward(*arguments)
     heads = len(network.topology.heads)
     batch = [module for module in norms if module.training and not isinstance(module, InstanceNorm)]
     if batch:
-        _update(batch, results[len(results) - 2 * len(batch) :], x.shape[0] > 0)
+        _update(batch, results[len(results) - 2 * len(batch) :], x.shape[0] > 0 or bool(group))
     return list(results[:heads])
 
 

@@ -2,81 +2,41 @@
 
 Adam at 3e-4 and early stopping on the validation set are the paper's (sec. 3). An interrupted run, even a killed one,
 continues from `last.pt` with the same log and weights that an unbroken one has on the same CPU; a GPU may add in
-another order from run to run.
+another order from run to run. With several processes (`processes.py`) each takes its share of every batch.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from . import processes, runs
 from .data import ArraySample, Patches, Sample, load_batches
-from .files import InputError, load_checkpoint, need, save_checkpoint, write_atomic
+from .distributed import sync_batch_norm
+from .files import InputError, load_checkpoint, need, save_checkpoint
 from .inference import evaluating, mean_probabilities, outputs_of_any_size
 from .losses import BCEDiceLoss
 from .metrics import dice_score, iou_score
 from .models import Network
+from .recipe import Recipe, autocast
 
-COLUMNS = ("epoch", "train_loss", "train_iou", "val_loss", "val_iou", "val_dice")
-CHECK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+CHECK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device and the other processes
 SAVE_SECONDS = 300.0
+SMALLEST_SCALE = 1.0  # the loss scale of float16 starts at 2^16 and is halved by every step whose gradients overflow
 
 
 class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, SIGTERM); its state is saved."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. Everything but `epochs`, `patience` and `workers` must stay as it is when a run is resumed."""
-
-    epochs: int = 100
-    batch_size: int = 8
-    learning_rate: float = 3e-4
-    patience: int = 20
-    seed: int = 0
-    dtype: str = "float32"
-    workers: int = 0
-
-    MAY_CHANGE = ("epochs", "patience", "workers")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate must be positive and finite, not {self.learning_rate}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be at least 0 and below 2^63, not {self.seed}")
-        if self.workers < 0:
-            raise InputError(f"workers must be at least 0, not {self.workers}")
-        autocast_dtype(self.dtype)
-
-
-def autocast_dtype(name: str) -> torch.dtype | None:
-    """None for "float32" (no autocast), else the half-precision dtype."""
-    try:
-        return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    except KeyError:
-        raise InputError(f"dtype must be float32, bfloat16 or float16, not {name!r}") from None
-
-
-def autocast(device: torch.device, dtype: str):
-    """The context for a forward pass in `dtype`."""
-    half = autocast_dtype(dtype)
-    return torch.autocast(device.type, half) if half else nullcontext()
 
 
 def evaluate(
@@ -86,26 +46,32 @@ def evaluate(
     dtype: str = "float32",
     loss: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Mean IoU and Dice (and loss) of the accurate mode over whole images, each padded to the size it needs."""
+    """Mean IoU and Dice (and loss) of the accurate mode over whole images, each padded to the size it needs.
+
+    With several processes each takes its share of the images, and all of them have to call this; the means are the same.
+    """
     device = next(network.parameters()).device
-    sums = {"loss": 0.0, "iou": 0.0, "dice": 0.0}
+    rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each filled by one process
     with evaluating(network):
-        for sample in samples:
-            image, mask = (torch.from_numpy(values)[None].to(device) for values in sample.load())
+        for index in range(processes.rank(), len(samples), processes.size()):
+            image, mask = (torch.from_numpy(values)[None].to(device) for values in samples[index].load())
             with autocast(device, dtype):
                 outputs = outputs_of_any_size(network, image)
             probabilities = mean_probabilities(outputs)
-            sums["loss"] += float(loss(outputs, mask.float())) if loss else 0.0
-            sums["iou"] += float(iou_score(probabilities, mask))
-            sums["dice"] += float(dice_score(probabilities, mask))
-    return {key: value / len(samples) for key, value in sums.items() if loss or key != "loss"}
+            rows[index, 0] = float(loss(outputs, mask.float())) if loss else 0.0
+            rows[index, 1] = float(iou_score(probabilities, mask))
+            rows[index, 2] = float(dice_score(probabilities, mask))
+    means = dict(zip(("loss", "iou", "dice"), processes.summed(rows).mean(dim=0).tolist(), strict=True))
+    return {key: value for key, value in means.items() if loss or key != "loss"}
 
 
 class Trainer:
     """Trains a network on patches and keeps `last.pt`, `best.pt` and `log.csv` in a folder.
 
+    With several processes (torchrun) every one of them makes a trainer of the same arguments; the first writes the files.
+
     Args:
-        network: on the device to train on.
+        network: on the device to train on; with several processes its batch norms take statistics over all of them.
         patches: what to draw batches from.
         validation: whole images for early stopping and for the choice of the best epoch, by IoU; without any,
             every epoch runs and there is no `best.pt`.
@@ -126,34 +92,55 @@ class Trainer:
         self.network, self.patches, self.validation = network, patches, validation
         self.recipe, self.out, self.about = recipe, out, about or {}
         self.device = next(network.parameters()).device
+        self.model: nn.Module = network  # what training steps call
+        if processes.size() > 1:
+            self.model = processes.parallel(sync_batch_norm(network))
         self.loss = BCEDiceLoss()
+        self._idle = _without_effect(network)
         self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
         self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running one
-        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch
+        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
         self.best, self.stale = -1.0, 0
         self.history: list[dict[str, float]] = []
         self._stop = False
 
-    def fit(self, progress: bool = True) -> list[dict[str, float]]:
+    @property
+    def unfinished(self) -> bool:
+        """Whether there are epochs to run and the validation IoU rose in the last `patience` ones."""
+        return self.epoch < self.recipe.epochs and self.stale < self.recipe.patience
+
+    def fit(
+        self, progress: bool = True, after_epoch: Callable[[dict[str, float]], object] | None = None
+    ) -> list[dict[str, float]]:
         """Trains to the last epoch or until `patience` epochs bring no better validation IoU.
 
+        Args:
+            progress: shows a bar and a line an epoch, in the first process.
+            after_epoch: called with the row of each epoch, in every process.
+
         Returns:
-            One row an epoch, keys `COLUMNS`.
+            One row an epoch, keys `runs.COLUMNS`.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the state is saved.
-            InputError: the loss or a weight became NaN or infinite.
+            Interrupted: SIGINT or SIGTERM came, to any process; the state is saved.
+            InputError: the loss or a weight became NaN or infinite; the message names the batch, `bad-batch.pt` holds it.
+            processes.Lost: another process ended; `last.pt` holds the last state that was saved.
         """
-        with self._signals():
-            while self.epoch < self.recipe.epochs and self.stale < self.recipe.patience:
+        progress = progress and processes.is_first()
+        with self._signals(), processes.watching():
+            while self.unfinished:
                 row = self._run_epoch(progress)
+                if after_epoch:
+                    after_epoch(row)
                 if progress:
-                    print(_line(row), flush=True)
+                    print(runs.line(row), flush=True)
+                if any(processes.any_of(self._stop)) and self.unfinished:
+                    raise Interrupted
         return self.history
 
     def _run_epoch(self, progress: bool) -> dict[str, float]:
-        self.network.train()
+        self.model.train()
         batches = self.patches.batches(self.epoch, self.recipe.batch_size, self.step)
         total = self.step + len(batches)
         saved = time.monotonic()
@@ -161,62 +148,110 @@ class Trainer:
             total=total, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
             disable=None if progress else True, leave=False, unit="batch",
         )  # fmt: skip
-        sums = self.sums.to(torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
+        recent: list[Tensor] = []  # what the steps since the last look gave
         with bar:
-            loader = load_batches(self.patches, batches, self.recipe.workers, self.device.type == "cuda")
-            for image, mask in loader:
-                sums += self._train_step(image, mask)
+            for batch, (image, mask) in zip(batches, self._shares(batches), strict=True):
+                recent.append(self._train_step(image, mask, len(batch)))
                 self.step += 1
                 bar.update()
                 due = self.step % CHECK_EVERY == 0 or self.step == total
-                stopping = self._stop and self.step < total
-                if due or stopping:
-                    self.sums = sums.cpu().double()
-                    loss, iou = self._means()
-                    bar.set_postfix(loss=f"{loss:.4f}", iou=f"{iou:.4f}")
-                if stopping or (due and self.out and time.monotonic() - saved > SAVE_SECONDS):
+                if not due and (processes.size() > 1 or not self._stop):
+                    continue
+                self._look(recent)
+                recent = []
+                loss, iou = self._means()
+                bar.set_postfix(loss=f"{loss:.4f}", iou=f"{iou:.4f}")
+                stop, save = processes.any_of(self._stop, time.monotonic() - saved > SAVE_SECONDS)
+                if self.step < total and (stop or save):
                     saved = time.monotonic()
                     self._check_weights()
                     self._save("last.pt", resumable=True)
-                if stopping:
-                    raise Interrupted
+                    if stop:
+                        raise Interrupted
         return self._finish_epoch()
+
+    def _shares(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images `[N, C, *S]` and masks `[N, classes, *S]` of each batch, N = 0 where it gets none."""
+        mine = [batch[processes.rank() :: processes.size()] for batch in batches]
+        read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]  # no loader stacks nothing
+        loader = load_batches(self.patches, read, self.recipe.workers, self.device.type == "cuda")
+        for items, (image, mask) in zip(mine, loader, strict=True):
+            yield image[: len(items)], mask[: len(items)]
+
+    def _train_step(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
+        """One optimizer step on this process's share of a batch of `whole` images.
+
+        Returns (loss, IoU of the last head, 1), each times the number of images here.
+        """
+        if processes.size() > 1:
+            processes.seed_step(self.recipe.seed, self.epoch, self.step)
+        image = image.to(self.device, non_blocking=True)
+        mask = mask.to(self.device, non_blocking=True)
+        parts = self.recipe.parts(whole, processes.size())
+        found = torch.zeros(3, device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, (x, y) in enumerate(zip(image.tensor_split(parts), mask.tensor_split(parts), strict=True), start=1):
+            waits = number < parts and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if waits else nullcontext():
+                found = found + self._backward(x, y, whole)
+        for bias in self._idle:
+            bias.grad = None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return found
+
+    def _backward(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
+        """Adds the gradients of a part of a batch; returns as `_train_step`."""
+        count = len(image)
+        with autocast(self.device, self.recipe.dtype):
+            outputs = self.model(image)
+        heads = outputs if isinstance(outputs, list) else [outputs]
+        loss = self.loss(outputs, mask) if count else sum(head.sum() for head in heads)
+        # The gradients of the processes are averaged, and those of the parts summed: together the mean over all images.
+        self.scaler.scale(loss * (count * processes.size() / whole)).backward()
+        if not count:
+            return torch.zeros(3, device=self.device)
+        with torch.no_grad():
+            iou = iou_score(heads[-1] > 0, mask)
+            return torch.stack([loss.detach(), iou, torch.ones_like(iou)]) * count
+
+    def _look(self, recent: list[Tensor]) -> None:
+        """Adds what the last steps gave, in all processes, to the sums of the epoch.
+
+        Raises:
+            InputError: a loss is not finite, or float16 cannot hold the gradients.
+        """
+        for index, step in enumerate(processes.summed(torch.stack(recent).cpu().double())):
+            if not torch.isfinite(step).all():
+                raise self._diverged(f"the loss became {float(step[0])}", self.step - len(recent) + index)
+            self.sums += step
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise self._diverged("step after step overflowed float16", self.step - 1)
 
     def _check_weights(self) -> None:
         """Raises InputError if the last step, whose effect no loss has shown yet, left a weight that is not finite."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
-            raise self._diverged("a weight became infinite or NaN")
-
-    def _train_step(self, image: Tensor, mask: Tensor) -> Tensor:
-        """One optimizer step; returns (loss, IoU of the last head, 1), each times the number of images."""
-        image = image.to(self.device, non_blocking=True)
-        mask = mask.to(self.device, non_blocking=True)
-        with autocast(self.device, self.recipe.dtype):
-            outputs = self.network(image)
-        loss = self.loss(outputs, mask)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            last = outputs[-1] if isinstance(outputs, list) else outputs
-            iou = iou_score(last > 0, mask)
-            return torch.stack([loss.detach(), iou, torch.ones_like(iou)]) * len(image)
+            raise self._diverged("a weight became infinite or NaN", self.step - 1)
 
     def _means(self) -> tuple[float, float]:
-        """Mean loss and IoU of the running epoch so far.
-
-        Raises:
-            InputError: the loss is not finite.
-        """
+        """Mean loss and IoU of the running epoch so far."""
         loss, iou = (self.sums[:2] / self.sums[2]).tolist()
-        if not torch.isfinite(self.sums).all():
-            raise self._diverged(f"the loss became {loss}")
         return loss, iou
 
-    def _diverged(self, what: str) -> InputError:
-        kept = f"; {self.out / 'last.pt'} holds the last good state" if self.out and (self.out / "last.pt").exists() else ""
-        return InputError(f"{what} in epoch {self.epoch + 1}: lower the learning rate, or use float32{kept}")
+    def _diverged(self, what: str, step: int) -> InputError:
+        """The error of a batch of the running epoch, which it keeps in `bad-batch.pt`."""
+        (batch, *_) = self.patches.batches(self.epoch, self.recipe.batch_size, step)
+        names = [self.patches.samples[draw % len(self.patches.samples)].name for _, draw in batch]
+        text = f"{what} in epoch {self.epoch + 1}: lower the learning rate, or use float32; it was batch {step + 1}, of "
+        text += f"{', '.join(dict.fromkeys(names))}"
+        if not self.out:
+            return InputError(text)
+        if processes.is_first():
+            image, mask = (torch.stack(values) for values in zip(*(self.patches[item] for item in batch), strict=True))
+            content = {"image": image, "mask": mask, "names": names, "epoch": self.epoch + 1, "batch": step + 1}
+            save_checkpoint(self.out / "bad-batch.pt", content)
+        kept = f"; {self.out / 'last.pt'} holds the last good state" if (self.out / "last.pt").exists() else ""
+        return InputError(f"{text}, kept in {self.out / 'bad-batch.pt'}{kept}")
 
     def _finish_epoch(self) -> dict[str, float]:
         train_loss, train_iou = self._means()
@@ -225,7 +260,7 @@ class Trainer:
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
         values = (self.epoch, train_loss, train_iou, *(scores.get(key, float("nan")) for key in ("loss", "iou", "dice")))
-        row = dict(zip(COLUMNS, values, strict=True))
+        row = dict(zip(runs.COLUMNS, values, strict=True))
         self.history.append(row)
         if self.validation:
             better = row["val_iou"] > self.best
@@ -237,15 +272,11 @@ class Trainer:
         return row
 
     def _write_log(self) -> None:
-        if self.out:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-            write_atomic(self.out / "log.csv", lambda stream: stream.write(text.getvalue().encode()))
+        if self.out and processes.is_first():
+            runs.write_log(self.out / "log.csv", self.history)
 
     def _save(self, name: str, resumable: bool) -> None:
-        if not self.out:
+        if not self.out or not processes.is_first():
             return
         content = {"config": self.network.config, "model": self.network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
@@ -272,7 +303,7 @@ class Trainer:
         if "optimizer" not in content:
             raise InputError(f"{path} holds a model but not the state of a training: it cannot be resumed")
         now = {**asdict(self.recipe), **self.about, "model": self.network.config}
-        then = {**content["recipe"], **content["about"], "model": content["config"]}
+        then = {**asdict(Recipe()), **content["recipe"], **content["about"], "model": content["config"]}
         changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
         if changed:
             key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
@@ -304,9 +335,19 @@ class Trainer:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except processes.Lost:  # torchrun now ends the others by SIGTERM: there must be time to say why
+            before[signal.SIGTERM] = signal.SIG_IGN
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _without_effect(network: Network) -> list[nn.Parameter]:
+    """Biases that the norm behind them subtracts again: their gradients are rounding errors, which Adam makes whole steps
+    of, others for each number of processes or threads."""
+    pairs = [pair for node in network.nodes.values() for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
+    return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]
 
 
 def _plain(value: Any) -> Any:
@@ -314,9 +355,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _line(row: dict[str, float]) -> str:
-    """A row of the log as text, without the columns that have no value."""
-    values = [f"{key} {value:.4f}" for key, value in row.items() if key != "epoch" and value == value]
-    return "  ".join([f"epoch {row['epoch']:3d}", *values])
