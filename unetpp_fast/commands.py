@@ -1,19 +1,22 @@
-"""What `unetpp-fast train` and `unetpp-fast predict` do."""
+"""What `unetpp-fast train`, `unetpp-fast predict` and `unetpp-fast bench` do."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
-from . import data, files, pictures
+from . import __version__, budget, data, files, pictures, processes, readers, runs, tiles, volumes
 from .checks import check_input
 from .data import Patches
 from .files import InputError
 from .models import Network, UNet, UNetPlusPlus, parameter_count
-from .training import Interrupted, Recipe, Trainer, autocast
+from .recipe import Recipe, autocast
+from .tasks import FOLDER, TASKS
+from .training import Interrupted, Trainer
 
 
 def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
@@ -25,51 +28,97 @@ def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
         raise InputError(f"there is nothing to resume: {last} does not exist")
     recipe = Recipe(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
-        patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers,
+        patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
     )  # fmt: skip
-    samples, classes = data.find_samples(options.data)
-    channels = data.check_samples(samples)
+    task = TASKS[options.task] if options.task else FOLDER
+    samples, classes, channels = task.read(options.data)
     training, validation = data.split(samples, options.val_fraction, options.seed)
     torch.manual_seed(options.seed)
-    network = _build(options, channels, len(classes)).to(device)
+    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims}
+    if options.arch == "unet++":
+        extra["deep_supervision"] = options.deep_supervision
+    elif options.deep_supervision:
+        raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
+    network = _build(options.arch, options, channels, len(classes), **extra).to(device)
+    network.recompute = options.recompute
     patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, patches, options)
+    recipe = _sized(recipe, network, patches, options)
+    _check_batches(network, patches, recipe)
     files.check_folder(options.out)
     about = {
         "classes": classes,
         "patch": options.patch,
         "patches_per_image": options.patches_per_image,
-        "training": [sample.name for sample in training],
-        "validation": [sample.name for sample in validation],
+        "training": data.groups(training),
+        "validation": data.groups(validation),
+        "prepare": task.prepare,
     }
     trainer = Trainer(network, patches, validation, recipe, options.out, about)
     if options.resume:
         trainer.resume()
-        print(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
-    print(
-        f"{options.model}: {parameter_count(network):,} parameters, {len(training)} images to train, "
-        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}"
+        _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
+    together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    _say(
+        f"{options.arch}: {parameter_count(network):,} parameters, {len(training)} images to train, "
+        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
+    return _fit(trainer, options)
+
+
+def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
+    """Runs a training and keeps its folder; returns the exit code."""
+    last, report = options.out / "last.pt", None
+    if processes.is_first():
+        report = runs.Report(options.out, trainer.history, options.tensorboard)
+        if not (options.out / "config.json").exists():
+            settings = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
+            about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
+            recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
+            runs.write_config(options.out / "config.json", {**settings, **recipe, **about})
     try:
-        trainer.fit()
+        trainer.fit(after_epoch=report)
     except Interrupted:
-        print(f"stopped; everything is in {last}: the same command with --resume goes on", file=sys.stderr)
+        if processes.is_first():
+            print(f"stopped; everything is in {last}: the same command with --resume goes on", file=sys.stderr)
         return 130
-    print(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    finally:
+        if report:
+            report.close()
+    _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     return 0
 
 
-def _build(options: argparse.Namespace, channels: int, classes: int) -> Network:
+def _say(text: str) -> None:
+    if processes.is_first():
+        print(text, flush=True)
+
+
+def _sized(recipe: Recipe, network: Network, patches: Patches, options: argparse.Namespace) -> Recipe:
+    """The recipe with the batch that `--max-memory`, of each process, allows; a run that is resumed keeps its own."""
+    if options.max_memory is None:
+        return recipe
+    if options.resume:
+        before = files.load_checkpoint(options.out / "last.pt").get("recipe", {})
+        return replace(recipe, batch_size=before.get("batch_size", recipe.batch_size))
+    size = (options.patch,) * network.topology.spatial_dims
+    times = recipe.accumulate * processes.size()
+    most = -(-len(patches) // times)
+    fitting = budget.largest_batch(network, size, options.max_memory, recipe.dtype, most)
+    found = min(fitting * times, len(patches))
+    _say(f"batches of {found}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
+    return replace(recipe, batch_size=found)
+
+
+def _build(model: str, options: argparse.Namespace, channels: int, classes: int, **extra) -> Network:
     arguments = {
         "features": options.features,
         "norm": None if options.norm == "none" else options.norm,
         "upsample": options.upsample,
-        "dropout": options.dropout,
+        **extra,
     }
     try:
-        if options.model == "unet":
-            return UNet(channels, classes, **arguments)
-        return UNetPlusPlus(channels, classes, **arguments, deep_supervision=not options.no_deep_supervision)
+        return (UNetPlusPlus if model == "unet++" else UNet)(channels, classes, **arguments)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -82,8 +131,14 @@ def _check_patches(network: Network, patches: Patches, options: argparse.Namespa
         )
     if options.patches_per_image < 1:
         raise InputError(f"--patches-per-image must be at least 1, not {options.patches_per_image}")
-    smallest = len(patches) % options.batch_size or options.batch_size
-    shape = (smallest, network.topology.in_channels, options.patch, options.patch)
+
+
+def _check_batches(network: Network, patches: Patches, recipe: Recipe) -> None:
+    """Raises InputError if batch norm has too little of the smallest part of a batch."""
+    whole = len(patches) % recipe.batch_size or recipe.batch_size
+    parts, size = recipe.parts(whole, processes.size()), processes.size()
+    smallest = sum(len(range(rank, whole, size)) // parts for rank in range(size))
+    shape = (smallest, network.topology.in_channels, *[patches.patch] * network.topology.spatial_dims)
     try:
         check_input(network, torch.empty(shape, device="meta"))
     except ValueError as error:
@@ -91,31 +146,102 @@ def _check_patches(network: Network, patches: Patches, options: argparse.Namespa
 
 
 def predict(options: argparse.Namespace, device: torch.device, dtype: str) -> None:
-    """Writes `masks/<class>/<id>.png` (0 or 255) and `overlays/<id>.png` for each image."""
+    """Writes `masks/<class>/<id>`, with --probabilities those too, in each file's format, and overlays of pictures."""
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must lie between 0 and 1, not {options.threshold}")
     network, content = files.load_model(options.checkpoint, device)
     classes = content["about"].get("classes") or [str(index) for index in range(network.out_channels)]
-    images = {options.images.stem: options.images} if options.images.is_file() else data.find_images(options.images)
+    prepare = content["about"].get("prepare", {})
+    images = volumes.find(options.images)
     tqdm = files.need("tqdm", "commands").tqdm
-    for name, path in tqdm(images.items(), desc="predicting", unit="image", disable=None):
-        image = files.read_image(path)
-        if image.shape[0] != network.topology.in_channels:
-            takes = network.topology.in_channels
-            raise InputError(f"{path} has {image.shape[0]} channel(s), the model takes {takes}: convert the image")
-        masks = _masks(network, image, options, device, dtype)
-        for label, mask in zip(classes, masks, strict=True):
-            files.write_png(options.out / "masks" / label / f"{name}.png", mask.astype(np.uint8) * 255)
-        files.write_png(options.out / "overlays" / f"{name}.png", pictures.overlay(image, masks))
-    print(f"{len(images)} image(s): {options.out / 'masks'}, {options.out / 'overlays'}")
+    for name, path in tqdm(images.items(), desc="predicting", unit="file", disable=None):
+        source = volumes.read(path, network.topology.spatial_dims, network.topology.in_channels)
+        try:
+            with autocast(device, dtype):
+                if "size" in prepare:
+                    masks, probabilities = _predict_scaled(network, source, options, prepare["size"])
+                else:
+                    masks, probabilities = _predict_file(network, source, options, prepare)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for index, label in enumerate(classes):
+            source.write(options.out / "masks" / label, name, masks[index])
+            if options.probabilities:
+                source.write(options.out / "probabilities" / label, name, probabilities[index])
+        if source.is_picture:
+            files.write_png(options.out / "overlays" / f"{name}.png", pictures.overlay(source.values, masks))
+    overlays = f", {options.out / 'overlays'}" if source.is_picture else ""
+    print(f"{len(images)} image(s): {options.out / 'masks'}{overlays}")
 
 
-def _masks(network: Network, image: np.ndarray, options: argparse.Namespace, device: torch.device, dtype: str) -> np.ndarray:
-    """bool `[classes, H, W]` of one image `[C, H, W]`."""
-    x = torch.from_numpy(data.standardise(image))[None].to(device)
+def _predict_file(
+    network: Network, source: volumes.Source, options: argparse.Namespace, prepare: dict
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Masks, bool, and probabilities, float32, `[classes, *S]`, of a file, in memory-mapped files."""
+    chosen = {"mode": options.mode, "level": options.level}
+    images = source.images()
+    size, tile = images[0].shape[1:], options.tile
+    if tile is None and options.max_memory is not None:
+        tile = tiles.choose_tile(network, size, options.max_memory, chosen)
+    grid = tiles.make_grid(network, size, tile[0] if tile and len(tile) == 1 else tile, options.overlap)
+    network.topology.pruned(network.topology.heads[-1] if options.level is None else options.level)
+    prepared = [volumes.Prepared(source, image, prepare) for image in images]
+    shape = (network.out_channels, *source.shape)
+    masks = volumes.spool(shape, np.bool_, options.out)
+    probabilities = volumes.spool(shape, np.float32, options.out) if options.probabilities else None
+    kept = source.parts(probabilities) if options.probabilities else [None] * len(images)
+    bar = sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
+    for image, mask, values in zip(prepared, source.parts(masks), kept, strict=True):
+        for _, first, band in tiles.bands(network, image, grid, progress=bar, **chosen):
+            rows = slice(first, first + band.shape[1])
+            mask[:, rows] = (band > options.threshold).numpy()
+            if values is not None:
+                values[:, rows] = band.numpy()
+    return masks, probabilities
+
+
+def _predict_scaled(
+    network: Network, source: volumes.Source, options: argparse.Namespace, side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_predict_file` for a model trained on images scaled to `side` x `side` pixels: scaled likewise, and back again."""
+    device = next(network.parameters()).device
+    probabilities = np.zeros((network.out_channels, *source.shape), np.float32)
+    for image, part in zip(source.images(), source.parts(probabilities), strict=True):
+        small = readers.scaled(image.astype(np.float32), (side, side))
+        x = torch.from_numpy(data.standardise(small))[None].to(device)
+        found = network.predict(x, mode=options.mode, level=options.level)[0]
+        part[:] = readers.scaled(found.cpu().numpy(), image.shape[1:])
+    return probabilities > options.threshold, probabilities
+
+
+def bench(options: argparse.Namespace, device: torch.device, dtype: str) -> None:
+    """Prints time, memory and the largest batch of PyTorch, PyTorch compiled and this package, for one network."""
+    from . import bench_report
+
+    if options.batch < 1:
+        raise InputError(f"--batch must be at least 1, not {options.batch}")
+    if not 0 < options.seconds < float("inf"):
+        raise InputError(f"--seconds must be positive and finite, not {options.seconds}")
+    network = _benched(options)
+    shape = (options.batch, network.topology.in_channels, *options.size)
     try:
-        with autocast(device, dtype):
-            probabilities = network.predict(x, mode=options.mode, level=options.level)
+        check_input(network.train(), torch.empty(shape, device="meta"))
     except ValueError as error:
         raise InputError(str(error)) from error
-    return (probabilities[0] > options.threshold).cpu().numpy()
+    for line in bench_report.report(network, options.size, options.batch, dtype, device, options.seconds):
+        print(line)
+
+
+def _benched(options: argparse.Namespace) -> Network:
+    """The network of a checkpoint or of the options, pruned if that is asked for."""
+    if options.checkpoint:
+        network, _ = files.load_model(options.checkpoint)
+    else:
+        extra = {"spatial_dims": len(options.size)}
+        if options.arch == "unet++":
+            extra["deep_supervision"] = True
+        network = _build(options.arch, options, 1, 1, **extra)
+    try:
+        return network if options.level is None else network.prune(options.level)
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import InputError, read_image, read_mask
+from .files import InputError, need, read_image, read_mask
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 CACHE_BYTES = 2**31
@@ -40,9 +40,7 @@ class Sample:
         masks = []
         for path in self.masks:
             mask = read_mask(path)
-            if mask.shape != image.shape[1:]:
-                have, want = _size(mask.shape), _size(image.shape[1:])
-                raise InputError(f"mask {path} is {have} but its image {self.image} is {want}: they must be of one size")
+            check_size(path, mask, self.image, image)
             masks.append(mask)
         return standardise(image), np.stack(masks)
 
@@ -59,6 +57,13 @@ class ArraySample:
         return standardise(self.image), self.mask
 
 
+def check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.ndarray) -> None:
+    """Raises InputError unless the mask `[*S]` has the size of the image `[C, *S]`."""
+    if mask.shape != image.shape[1:]:
+        have, want = _size(mask.shape), _size(image.shape[1:])
+        raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: they must be of one size")
+
+
 def standardise(image: np.ndarray) -> np.ndarray:
     """Each channel of `[C, *S]` to mean 0 and standard deviation 1 over its pixels; a constant one to 0."""
     axes = tuple(range(1, image.ndim))
@@ -67,7 +72,16 @@ def standardise(image: np.ndarray) -> np.ndarray:
     return ((image - mean) / np.maximum(std, 1e-6)).astype(np.float32)
 
 
-def find_images(folder: Path) -> dict[str, Path]:
+def rescale(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Values (Hounsfield units, for CT) from `window` to -1..1 as float32, those outside it clipped.
+
+    Unlike `standardise` it is the same for a slice, a crop and a whole volume.
+    """
+    low, high = window
+    return ((np.clip(image, low, high) - low) * (2 / (high - low)) - 1).astype(np.float32)
+
+
+def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
     """Image files of a folder by id (the name without its ending), sorted.
 
     Raises:
@@ -77,12 +91,14 @@ def find_images(folder: Path) -> dict[str, Path]:
         raise InputError(f"{folder} is no folder of images")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            if path.stem in found:
-                raise InputError(f"{found[path.stem]} and {path} have one id: keep one of them")
-            found[path.stem] = path
+        ending = next((ending for ending in suffixes if path.name.lower().endswith(ending)), None)
+        if ending and not path.name.startswith("."):
+            name = path.name[: -len(ending)]
+            if name in found:
+                raise InputError(f"{found[name]} and {path} have one id: keep one of them")
+            found[name] = path
     if not found:
-        raise InputError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+        raise InputError(f"{folder} holds no image ({', '.join(suffixes)})")
     return found
 
 
@@ -111,28 +127,42 @@ def find_samples(root: Path) -> tuple[list[Sample], list[str]]:
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples: a seeded choice from the sorted ids, each side at least one image."""
-    if len(samples) < 2:
-        raise InputError("training needs at least 2 images, one of them for validation")
+    """Training and validation samples: a seeded choice from the sorted groups, each side at least one.
+
+    Samples with one `group` (a patient, a video) stay on one side; those without are groups of their own.
+    """
+    names = groups(samples)
+    if len(names) < 2:
+        alike = f": all {len(samples)} are of {names[0]}" if len(samples) > 1 else ""
+        raise InputError(f"training needs at least 2 images, one of them for validation, of two patients or videos{alike}")
     if not 0.0 < fraction < 1.0:
         raise InputError(f"the validation fraction must lie between 0 and 1, not {fraction}")
+    order = np.random.default_rng(seed).permutation(len(names))
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    chosen = {names[index] for index in order[:count]}
     ordered = sorted(samples, key=lambda sample: sample.name)
-    order = np.random.default_rng(seed).permutation(len(ordered))
-    count = min(max(1, round(fraction * len(ordered))), len(ordered) - 1)
-    chosen = set(order[:count].tolist())
-    train = [sample for index, sample in enumerate(ordered) if index not in chosen]
-    return train, [ordered[index] for index in sorted(chosen)]
+    train = [sample for sample in ordered if _group(sample) not in chosen]
+    return train, [sample for sample in ordered if _group(sample) in chosen]
+
+
+def groups(samples: Sequence[Sample]) -> list[str]:
+    """The groups of the samples, each once, sorted."""
+    return sorted({_group(sample) for sample in samples})
+
+
+def _group(sample: Sample) -> str:
+    return getattr(sample, "group", sample.name)
 
 
 class Patches(torch.utils.data.Dataset):
-    """Random square patches with flips and 90-degree turns.
+    """Random square or cubic patches with flips and, within the last two axes, 90-degree turns.
 
     A patch is a function of (seed, epoch, draw) alone, so an interrupted training draws the same ones when it goes on,
     with any number of workers. Images smaller than the patch are padded by repeating their border.
 
     Args:
         samples: images with masks.
-        patch: side in pixels.
+        patch: side in pixels, along every axis.
         per_image: draws from each image an epoch.
         seed: of every random choice.
         augment: flips and turns.
@@ -158,18 +188,20 @@ class Patches(torch.utils.data.Dataset):
         return image, mask
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Image float32 `[C, patch, patch]` and mask float32 `[classes, patch, patch]` of (epoch, draw)."""
+        """Image float32 `[C, patch, ...]` and mask float32 `[classes, patch, ...]` of (epoch, draw)."""
         epoch, draw = item
         random = np.random.default_rng((self.seed, epoch, draw))
         image, mask = (self._enlarge(values) for values in self.load(draw % len(self.samples)))
-        top, left = (int(random.integers(size - self.patch + 1)) for size in image.shape[1:])
-        window = (slice(None), slice(top, top + self.patch), slice(left, left + self.patch))
+        starts = [int(random.integers(size - self.patch + 1)) for size in image.shape[1:]]
+        window = (slice(None), *(slice(start, start + self.patch) for start in starts))
         image, mask = image[window], mask[window]
         if self.augment:
             turns, flip = int(random.integers(4)), bool(random.integers(2))
             image, mask = (np.rot90(values, turns, axes=(-2, -1)) for values in (image, mask))
             if flip:
                 image, mask = image[..., ::-1], mask[..., ::-1]
+            if image.ndim == 4 and random.integers(2):
+                image, mask = image[:, ::-1], mask[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(mask, np.float32))
 
     def _enlarge(self, values: np.ndarray) -> np.ndarray:
@@ -186,24 +218,41 @@ class Patches(torch.utils.data.Dataset):
 
 
 def load_batches(patches: Patches, batches: list, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as tensors `[N, C, H, W]` and `[N, classes, H, W]`, read ahead by `workers` processes."""
+    """Batches as tensors `[N, C, *S]` and `[N, classes, *S]`, read ahead by `workers` processes.
+
+    Raises:
+        InputError: an image cannot be used, or a process that reads died.
+    """
     generator = torch.Generator()  # of its own: the loader would draw from the global one, which dropout uses
     loader = torch.utils.data.DataLoader(
         patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except InputError as error:  # a process that reads adds where it came from, over many lines
+        raise InputError(str(error).strip().split("InputError: ")[-1]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = str(error).strip().split("\n")[0]
+        raise InputError(f"a process that reads images ahead died ({what}): use fewer --workers, or 0") from error
 
 
 def check_samples(samples: Sequence[Sample]) -> int:
     """Channels of the images, after looking at each of them once.
 
     Raises:
-        InputError: an image or mask cannot be used, or grey and colour images are mixed.
+        InputError: an image or mask cannot be used, grey and colour images are mixed, or every mask is empty (one may
+            be: it says that all is background).
     """
     channels: dict[int, str] = {}
-    for sample in samples:
-        image, _ = sample.load()
+    foreground = False
+    for sample in need("tqdm", "commands").tqdm(samples, desc="checking", unit="image", disable=None, leave=False):
+        image, mask = sample.load()
         channels.setdefault(image.shape[0], str(sample.image))
+        foreground = foreground or bool(mask.any())
+    if not foreground:
+        raise InputError(f"all {len(samples)} masks are empty, that of {samples[0].image} first: there is nothing to learn")
     if len(channels) > 1:
         (first, one), (second, other) = list(channels.items())[:2]
         raise InputError(f"{one} has {first} channel(s) but {other} has {second}: convert all images to one kind")

@@ -16,7 +16,8 @@ from .data import ArraySample, Patches
 from .files import InputError, check_folder, need, read_image, read_labels
 from .inference import evaluating, pad_to_multiple
 from .models import Network, UNet, UNetPlusPlus, parameter_count
-from .training import Recipe, Trainer, autocast, evaluate
+from .recipe import Recipe, autocast
+from .training import Trainer, evaluate
 
 FEATURES = (16, 32, 64, 128, 256)
 PATCH = 96
@@ -50,32 +51,50 @@ def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtyp
         The rows of the table, keys name, parameters, gflop, iou, dice, ms.
     """
     recipe = Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3)
-    need("matplotlib.figure", "demo")  # now, not after minutes of training
-    check_folder(out)
     left, right = halves()
-    unet = _train("U-Net", UNet, left, recipe, device)
-    nested = _train("UNet++", UNetPlusPlus, left, recipe, device, deep_supervision=True)
-    models = {"U-Net": unet, "UNet++ accurate": nested}
-    models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
-    times = milliseconds(list(models.values()), right, dtype)
-    rows = [_row(name, model, right, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
-    print("\n" + table(rows) + "\n")
-
-    shown = {"U-Net": rows[0], "UNet++": rows[1]}
-    masks = {name: (_mask(models[row["name"]], right, dtype), row["iou"]) for name, row in shown.items()}
+    rows, masks = compare(left, right, recipe, out, device, patch=PATCH, features=FEATURES)
     pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
-    size = "x".join(map(str, right.mask.shape[1:]))
-    title = f"Pruning UNet++: {size} pixels, batch 1, {device}, {torch.get_num_threads()} threads, {dtype}"
-    pictures.speed_accuracy(out / "speed_accuracy.png", [row for row in rows if row["name"] != "UNet++ accurate"], title)
     print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
     return rows
 
 
-def _train(name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, **options) -> Network:
+def compare(
+    train: ArraySample, test: ArraySample, recipe: Recipe, out: Path, device: str, *, patch: int, **options
+) -> tuple[list[dict], dict[str, tuple[np.ndarray, float]]]:
+    """Trains U-Net and UNet++ on one part of an image or volume and judges them, and UNet++ pruned, on another; prints the
+    table and draws `speed_accuracy.png`.
+
+    Args:
+        options: of the networks.
+
+    Returns:
+        The rows of the table, and for both networks the mask of `test`, bool `[*S]`, with its IoU.
+    """
+    need("matplotlib.figure", "demo")  # now, not after minutes of training
+    check_folder(out)
+    unet = _train("U-Net", UNet, train, recipe, device, patch, **options)
+    nested = _train("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
+    models = {"U-Net": unet, "UNet++ accurate": nested}
+    models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
+    dtype = recipe.dtype
+    times = milliseconds(list(models.values()), test, dtype)
+    rows = [_row(name, model, test, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
+    print("\n" + table(rows) + "\n")
+    size = "x".join(map(str, test.mask.shape[1:]))
+    title = f"Pruning UNet++: {size}, batch 1, {device}, {torch.get_num_threads()} threads, {dtype}"
+    pictures.speed_accuracy(out / "speed_accuracy.png", [row for row in rows if row["name"] != "UNet++ accurate"], title)
+    shown = {"U-Net": rows[0], "UNet++": rows[1]}
+    return rows, {name: (_mask(models[row["name"]], test, dtype), row["iou"]) for name, row in shown.items()}
+
+
+def _train(
+    name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, patch: int, **options
+) -> Network:
     torch.manual_seed(recipe.seed)
-    network = build(1, 1, features=FEATURES, **options).to(device)
-    patches = Patches([sample], PATCH, per_image=recipe.batch_size * STEPS_AN_EPOCH, seed=recipe.seed)
-    print(f"training {name} on {len(patches) * recipe.epochs} patches of {PATCH}x{PATCH}")
+    network = build(1, 1, **options).to(device)
+    patches = Patches([sample], patch, per_image=recipe.batch_size * STEPS_AN_EPOCH, seed=recipe.seed)
+    size = "x".join([str(patch)] * network.topology.spatial_dims)
+    print(f"training {name} on {len(patches) * recipe.epochs} patches of {size}")
     began = time.perf_counter()
     Trainer(network, patches, [], recipe).fit()
     print(f"{name} trained in {time.perf_counter() - began:.0f} s")

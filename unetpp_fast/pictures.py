@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +39,10 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
     return inner
 
 
-def _figure(columns: int, width: float, height: float):
+def _figure(columns: int, width: float, height: float, rows: int = 1):
     figure_module = need("matplotlib.figure", "demo")  # without pyplot: no display, no state
     figure = figure_module.Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure, path: Path) -> None:
@@ -58,27 +59,55 @@ def qualitative(
     """
     height, width = truth.shape
     count = 2 + len(predictions)
-    figure, axes = _figure(count, 2.6 * count, 2.6 * height / width + 0.4)
-    axes[0].imshow(stretch(image))
-    axes[0].set_title("image")
-    axes[1].imshow(truth, cmap="gray")
-    axes[1].set_title("truth")
+    figure, (axes,) = _figure(count, 2.6 * count, 2.6 * height / width + 0.4)
+    _fill(axes, stretch(image), truth, [mask for mask, _ in predictions.values()])
+    _finish(figure, axes, predictions, path)
+
+
+def planes(
+    path: Path,
+    image: np.ndarray,
+    truth: np.ndarray,
+    predictions: Mapping[str, tuple[np.ndarray, float]],
+    shown: Sequence[int],
+) -> None:
+    """As `qualitative`, a row for each plane of a volume: image and masks `[D, H, W]`, `shown` the planes."""
+    depth, height, width = truth.shape
+    count = 2 + len(predictions)
+    figure, grid = _figure(count, 2.6 * count, len(shown) * (2.6 * height / width + 0.1) + 0.4, len(shown))
+    grey = stretch(image.reshape(1, depth * height, width)).reshape(depth, height, width, 3)  # one contrast for all
+    for axes, plane in zip(grid, shown, strict=True):
+        _fill(axes, grey[plane], truth[plane], [mask[plane] for mask, _ in predictions.values()])
+        axes[0].text(1, 1, f"plane {plane}", color="white", fontsize=8, verticalalignment="top")
+    _finish(figure, grid[0], predictions, path)
+
+
+def _fill(axes: Sequence[Any], image: np.ndarray, truth: np.ndarray, masks: Sequence[np.ndarray]) -> None:
+    """Draws an image `[H, W, 3]`, its truth and what predictions make of it, side by side."""
+    axes[0].imshow(image)
+    axes[1].imshow(truth, cmap="gray", vmin=0, vmax=1)
     colours = [tuple(int(value[i : i + 2], 16) for i in (1, 3, 5)) for value in (AGREE, MISSED, EXTRA)]
-    for axis, (name, (mask, iou)) in zip(axes[2:], predictions.items(), strict=True):
+    for axis, mask in zip(axes[2:], masks, strict=True):
         picture = np.zeros((*truth.shape, 3), np.uint8)
         for colour, where in zip(colours, (truth & mask, truth & ~mask, mask & ~truth), strict=True):
             picture[where] = colour
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(f"{name}, IoU {iou:.3f}")
     for axis in axes:
         axis.axis("off")
+
+
+def _finish(figure: Any, axes: Sequence[Any], predictions: Mapping[str, tuple[np.ndarray, float]], path: Path) -> None:
+    """Writes the titles above `axes` and saves."""
+    titles = ["image", "truth", *(f"{name}, IoU {iou:.3f}" for name, (_, iou) in predictions.items())]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
     figure.supxlabel("predictions: light = right, blue = missed, red = too much", fontsize=9)
     _save(figure, path)
 
 
 def speed_accuracy(path: Path, rows: Sequence[Mapping], title: str) -> None:
     """The paper's Fig. 3: IoU against the time of an image, one point a row with keys name, ms, iou, parameters."""
-    figure, (axis,) = _figure(1, 6.0, 4.0)
+    figure, ((axis,),) = _figure(1, 6.0, 4.0)
     nested = [row for row in rows if row["name"].startswith("UNet++")]
     axis.plot([row["ms"] for row in nested], [row["iou"] for row in nested], color="#9aa5b1", linewidth=1, zorder=1)
     for row in rows:
@@ -90,7 +119,7 @@ def speed_accuracy(path: Path, rows: Sequence[Mapping], title: str) -> None:
         )  # fmt: skip
     axis.margins(x=0.25, y=0.18)
     axis.set_xlabel("ms an image (median); area: parameters")
-    axis.set_ylabel("IoU on the held-out half")
+    axis.set_ylabel("IoU on the held-out part")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     _save(figure, path)
