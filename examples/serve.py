@@ -17,16 +17,18 @@ from PIL import Image
 
 from unetpp_fast import data, files
 
-MAX_BYTES, MAX_PIXELS = 2**24, 2**24
+MAX_BYTES, MAX_PIXELS = 2**24, 2**22
 
 
 def predict(network: torch.nn.Module, body: bytes) -> bytes:
     """PNG to PNG; a ValueError says what is wrong with the image."""
     if body[:8] != b"\x89PNG\r\n\x1a\n" or len(body) < 33:
         raise ValueError("the body is no PNG")
-    width, height = struct.unpack(">II", body[16:24])  # before anything is unpacked
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+    _check_size(*struct.unpack(">II", body[16:24]))  # before anything is unpacked
+    try:
+        _check_size(*Image.open(io.BytesIO(body)).size)  # which a second header may have changed
+    except OSError as error:
+        raise ValueError("the body is no PNG that can be read") from error
     image = files.read_image(io.BytesIO(body))
     probabilities = network.predict(torch.from_numpy(data.standardise(image))[None])
     mask = (probabilities[0, 0] > 0.5).numpy() * np.uint8(255)
@@ -34,9 +36,16 @@ def predict(network: torch.nn.Module, body: bytes) -> bytes:
     return stream.getvalue()
 
 
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+
+
 def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
     """A server on this machine's own address; the checkpoint is read without running code in it."""
-    network, lock = files.load_model(checkpoint)[0], threading.Lock()
+    (network, content), lock = files.load_model(checkpoint), threading.Lock()
+    if content["about"].get("prepare"):
+        raise files.InputError(f"{checkpoint} wants its images prepared by {content['about']['prepare']}: add that here")
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 30  # seconds without a byte
@@ -48,8 +57,9 @@ def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
             if int(length) > MAX_BYTES:
                 return self.send_error(413, f"more than {MAX_BYTES} bytes")
             try:
+                body = self.rfile.read(int(length))  # a slow client holds up nobody else
                 with lock:
-                    answer = predict(network, self.rfile.read(int(length)))
+                    answer = predict(network, body)
             except ValueError as error:
                 return self.send_error(400, str(error).split("\n")[0])
             self.send_response(200)

@@ -174,3 +174,12 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, folder, tmp_path):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     text = fails(capsys, "train", "--data", folder, "--out", tmp_path / "out", *SMALL)
     assert "PIL is missing: pip install 'unetpp_fast[commands]'" in text
+
+
+@pytest.mark.parametrize("classes", [["../outside"], ["/tmp"], [".."], ["a", "b"], [1], "a", ["a/b"]], ids=str)
+def test_classes_of_a_checkpoint_name_no_other_folder(classes):
+    from unetpp_fast import commands
+
+    with pytest.raises(commands.InputError, match="plain name"):
+        commands._classes(uf.UNet(1, 1, features=(3, 4)), {"about": {"classes": classes}})
+    assert commands._classes(uf.UNet(1, 2, features=(3, 4)), {}) == ["0", "1"]

@@ -285,3 +285,26 @@ def test_wrong_inputs_are_refused():
         fast.predict(torch.full((1, 2, 16, 16), torch.nan))
     with pytest.raises(ValueError, match="activation"):
         fast.predict(image(), activation="tanh")
+
+
+@pytest.mark.parametrize("damage", ["empty", "settings", "dtype", "weights"])
+def test_a_damaged_file_is_one_clear_error(tmp_path, damage):
+    state = uf.optimize(uf.UNet(1, 1, features=(3, 4))).state_dict()
+    extra = state["_extra_state"]
+    if damage == "settings":
+        state["_extra_state"] = {"unetpp_fast_optimized": extra["unetpp_fast_optimized"]}
+    elif damage == "dtype":
+        extra["dtype"] = "load"
+    else:
+        state = {"_extra_state": extra}
+    path = tmp_path / "fast.pt"
+    path.touch() if damage == "empty" else torch.save(state, path)
+    with pytest.raises(InputError):
+        uf.load_optimized(path)
+
+
+def test_a_wrapped_model_is_taken_out_of_its_wrapper():
+    model = uf.UNet(1, 1, features=(3, 4)).eval()
+    x = make_input(1, 1, 4, 6)
+    with torch.no_grad():
+        assert_close_relative(uf.optimize(torch.nn.DataParallel(model))(x), model(x), FLOAT32)

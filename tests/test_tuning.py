@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import make_input
+from torch.utils.flop_counter import FlopCounterMode
 
 import unetpp_fast as uf
 from unetpp_fast import backends, explaining, fused, tuning
@@ -63,7 +64,7 @@ def test_the_fastest_candidate_is_used_and_remembered():
     def run(config):
         ran.append(config.block)
         if config.block == 3:
-            raise RuntimeError("out of resources")
+            raise LookupError("out of resources")  # Triton has exceptions of its own
 
     def measure(launch):
         launch()
@@ -195,6 +196,45 @@ def test_the_faster_of_both_kernels_is_taken(cache, at_first_call, monkeypatch, 
     monkeypatch.setattr(tuning, "may_measure", lambda x: False)
     loaded[0] = False
     assert backends.choose(model, x)[0] == ("triton" if faster == "triton" else "reference")
+
+
+def test_a_backend_that_fails_does_not_take_the_other_with_it(cache, at_first_call, monkeypatch):
+    monkeypatch.setattr(backends, "can_run_cuda", lambda *_: (True, ""))
+    monkeypatch.setitem(fused._MODULES, "cuda", "no_such_module")
+    times = iter([4.0, 2.0, 4.0])
+    monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
+    model, x = small()
+    assert backends.choose(model, x)[0] == "triton"
+
+
+def test_a_reference_that_does_not_fit_into_memory_leaves_the_kernels(cache, at_first_call, monkeypatch):
+    def milliseconds(run, *_):
+        run()
+        return 1.0
+
+    def too_large(network, x):
+        if x.dtype != torch.float64 and x.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(network, x)
+
+    forward = tuning.reference.forward
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning.reference, "forward", too_large)
+    assert backends.choose(small()[0], make_input(3, 1, 4, 6))[0] == "triton"
+
+
+def test_nothing_is_measured_while_operators_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = make_input(2, 1, 4, 6)
+    assert tuning.may_measure(x)
+    with FlopCounterMode(display=False):
+        assert not tuning.may_measure(x)
+
+
+def test_more_classes_than_the_head_takes_run_on_the_reference():
+    model = uf.UNet(1, 65, features=(3, 4), backend="triton")
+    assert "64 classes" in backends.choose(model, make_input(1, 1, 4, 6))[1]
 
 
 def _keys_asked_for(model: uf.Network, x: torch.Tensor) -> list[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BACKENDS = ("reference", "triton", "cuda", "cpu")
 _ASK_FOR_TRAINING = (nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 _agreements: dict[tuple, str] = {}  # by structure, precision and process group
+MOST_CLASSES = 64  # of `kernels/head.py`
 LEAST_CPU_PIXELS = 8192  # of a batch; with fewer, comparing the weights costs more than the backend gains
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -147,6 +148,8 @@ def can_run_triton(network: Network, x: Tensor) -> tuple[bool, str]:
         return runs, reason
     if not fused.HAS_TRITON:
         return False, "triton is not installed"
+    if network.out_channels > MOST_CLASSES:
+        return False, f"the kernels of the heads take up to {MOST_CLASSES} classes, not {network.out_channels}"
     if compute_dtype(x) not in KERNEL_DTYPES:
         return False, f"the kernels compute in float32, float16 and bfloat16, not {compute_dtype(x)}"
     return True, ""
@@ -207,6 +210,8 @@ def can_run_fused(network: Network, x: Tensor) -> tuple[bool, str]:
         return False, "a layer was replaced, changed or given hooks, or this is a replica of nn.DataParallel"
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False, "an export needs plain PyTorch operators"
+    if network.options["odd_sizes"] and network.sync_group and network.training:
+        return False, "processes that share statistics must not differ in their backend, which odd sizes may make them"
     if network.options["odd_sizes"] and any(size % network.topology.multiple for size in x.shape[2:]):
         return False, f"sizes that are no multiple of {network.topology.multiple} run on the reference"
     if network.training and network.options["dropout"] > 0:

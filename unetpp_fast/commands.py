@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -150,8 +151,8 @@ def predict(options: argparse.Namespace, device: torch.device, dtype: str) -> No
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must lie between 0 and 1, not {options.threshold}")
     network, content = files.load_model(options.checkpoint, device)
-    classes = content["about"].get("classes") or [str(index) for index in range(network.out_channels)]
-    prepare = content["about"].get("prepare", {})
+    classes = _classes(network, content)
+    prepare = (content.get("about") or {}).get("prepare", {})
     images = volumes.find(options.images)
     tqdm = files.need("tqdm", "commands").tqdm
     for name, path in tqdm(images.items(), desc="predicting", unit="file", disable=None):
@@ -172,6 +173,18 @@ def predict(options: argparse.Namespace, device: torch.device, dtype: str) -> No
             files.write_png(options.out / "overlays" / f"{name}.png", pictures.overlay(source.values, masks))
     overlays = f", {options.out / 'overlays'}" if source.is_picture else ""
     print(f"{len(images)} image(s): {options.out / 'masks'}{overlays}")
+
+
+def _classes(network: Network, content: dict) -> list[str]:
+    """The names of the classes, which become names of folders."""
+    about = content.get("about") or {}
+    classes = about.get("classes") or [str(index) for index in range(network.out_channels)]
+    plain = isinstance(classes, list) and all(
+        isinstance(name, str) and Path(name).name == name and name not in ("", "..") for name in classes
+    )
+    if not plain or len(classes) != network.out_channels:
+        raise InputError(f"the checkpoint's classes are {classes!r}: expected {network.out_channels} plain name(s)")
+    return classes
 
 
 def _predict_file(

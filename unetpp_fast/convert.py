@@ -55,6 +55,8 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
             what and why.
         TypeError: source is none of the above.
     """
+    if isinstance(source, nn.Module):
+        source = _unwrapped(source)
     if isinstance(source, (Network, EncodedNetwork)):
         return source
     if isinstance(source, (str, os.PathLike)):
@@ -68,7 +70,7 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
             raise ValueError(
                 f"{sorted(options)} cannot be given for a module, which tells them itself: only for a state_dict"
             )
-        return _convert_module(_unwrapped(source))
+        return _convert_module(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"convert takes a module, a state_dict or an HDF5 file of Keras, not {type(source).__name__}")
     state = _tensors(source)
@@ -201,13 +203,16 @@ def _compare(peer: Peer, module: nn.Module, network: Network | EncodedNetwork) -
     if weight.dtype.itemsize < 4:
         module, network = copy.deepcopy(module).float(), copy.deepcopy(network).float()
     image = image.to(next(network.parameters()).dtype)
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
-        with evaluating(module), evaluating(network), exact:
+        with evaluating(module), evaluating(network):
             expected, found = module(image), network(image)
     except (RuntimeError, TypeError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise peer.fail(f"it cannot be run beside the converted one on an image of {size} pixels: {first}") from error
+    finally:
+        convolutions.fp32_precision = before
     if type(expected) is not type(found) and not isinstance(expected, Tensor):
         raise peer.fail(f"its class returns a {type(expected).__name__}, expected a {type(found).__name__}")
     pairs = [(expected, found)] if isinstance(found, Tensor) else list(zip(expected, found, strict=True))

@@ -6,6 +6,7 @@ spans them; a last block without a skip connection brings X(0,depth) to the size
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .checks import check_input
@@ -127,5 +128,7 @@ class EncodedNetwork(nn.Module):
         check_input(self, x, any_size=True)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
+        if not torch.isfinite(x).all():
+            raise ValueError("the image holds NaN or infinite values: mend it first, e.g. x.nan_to_num()")
         with evaluating(self):
             return mean_probabilities([crop(self.logits(pad_to_multiple(x, self.multiple)), x.shape[2:])], activation)

@@ -11,13 +11,16 @@ from torch import Tensor
 
 KEPT_GRAPHS = 4
 Run = Callable[[Tensor], list[Tensor]]
+_capturing = threading.Lock()  # a process captures one graph at a time
 
 
 class Graph:
     """One pass for inputs of one size, captured with an input and outputs of its own; calls wait for one another."""
 
     def __init__(self, run: Run, x: Tensor):
-        self.x = x.clone(memory_format=torch.contiguous_format)
+        with torch.inference_mode(False):  # else no call outside of that mode could write to it
+            self.x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.x.copy_(x)
         self.done = torch.cuda.Event()
         self.lock = threading.Lock()
         stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
@@ -27,7 +30,7 @@ class Graph:
                 run(self.x)
         current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.outputs = run(self.x)
 
     def replay(self, x: Tensor) -> list[Tensor]:
@@ -57,8 +60,8 @@ class Graphs:
         with torch.cuda.device(x.device):
             try:
                 graph = self._find(run, x, (*key, x.dtype, x.device, tuple(x.shape)))
-            except RuntimeError as error:
-                self.reason = f"not captured: {str(error).strip().splitlines()[0]}"
+            except Exception as error:  # of Triton's own kind or torch's
+                self.reason = f"not captured: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 return run(x)
             return graph.replay(x)
 
@@ -67,6 +70,7 @@ class Graphs:
             if key not in self._graphs:
                 while len(self._graphs) >= self.kept:
                     self._graphs.popitem(last=False)[1].done.synchronize()  # its memory may be in use until then
-                self._graphs[key] = Graph(run, x)
+                with _capturing:
+                    self._graphs[key] = Graph(run, x)
             self._graphs.move_to_end(key)
             return self._graphs[key]

@@ -260,7 +260,8 @@ def optimize(
     if isinstance(model, EncodedNetwork):
         if level is not None:
             raise ValueError("a nest over an encoder has one head: leave level=None")
-        return OptimizedModule(_own(model, dtype), dtype)
+        own = next(model.parameters()).dtype
+        return OptimizedModule(_own(model, dtype), dtype or (own if own.itemsize < 4 else None))
     topology, pruned = model.topology, level is not None
     kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
     part = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
@@ -274,7 +275,7 @@ def _own(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         network = copy.deepcopy(network)
         wide = dtype if dtype == torch.float64 else torch.float32
         half = next(network.parameters()).dtype.itemsize < 4
-        return network.to(wide) if half or dtype in (torch.float32, torch.float64) else network
+        return network.to(wide) if half or dtype is not None else network
 
 
 def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | torch.device = "cpu") -> Optimized:
@@ -290,17 +291,22 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
         try:
             state = torch.load(source, map_location=device, weights_only=True)
         except Exception as error:  # a damaged file can make the reader fail in any way
-            raise InputError(f"{source} cannot be read as a state_dict: {str(error).strip().splitlines()[0]}") from error
+            first = str(error).strip().partition("\n")[0]
+            raise InputError(f"{source} cannot be read as a state_dict: {type(error).__name__}: {first}") from error
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None
     if not isinstance(extra, Mapping) or extra.get("unetpp_fast_optimized") != FORMAT:
         raise InputError(f"this is no state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
-    pruned, dtype, mode = _settings(extra)
-    own = next(value.dtype for name, value in state.items() if name.endswith("conv1.weight"))
-    fast = Optimized(Network.from_config(extra["config"]).to(own), pruned=pruned, dtype=dtype, mode=mode)
-    fast.load_state_dict(state)
+    try:
+        pruned, dtype, mode = _settings(extra)
+        own = next(value.dtype for name, value in state.items() if name.endswith("conv1.weight"))
+        fast = Optimized(Network.from_config(extra["config"]).to(own), pruned=pruned, dtype=dtype, mode=mode)
+        fast.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(f"this state_dict of an optimized module is damaged: {type(error).__name__}: {first}") from error
     return fast.to(device)
 
 
 def _settings(extra: Mapping[str, Any]) -> tuple[bool, torch.dtype | None, str]:
-    dtype = None if extra["dtype"] is None else getattr(torch, extra["dtype"])
+    dtype = None if extra["dtype"] is None else {str(each).removeprefix("torch."): each for each in DTYPES}[extra["dtype"]]
     return extra["pruned"], dtype, extra["mode"]

@@ -130,7 +130,7 @@ def _annotation(path: Path) -> Iterator[tuple[str, tuple[tuple[Nodule, ...], ...
     """The series that a file annotates and the nodules of each of its readers; nothing for other XML files."""
     try:
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # an unknown encoding is a LookupError
         raise InputError(f"{path} is no complete XML file ({error}): download it again") from error
     series = root.findtext(".//{*}SeriesInstanceUid")
     sessions = root.findall("{*}readingSession")
