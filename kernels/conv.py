@@ -224,7 +224,7 @@ def conv(
     config: Config | None = None,
 ) -> Tensor | None:
     """`naive.conv` in one kernel. Statistics come as `[N, T, 3, CO]`, one of T parts a tile and phase."""
-    _check(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
+    check_call(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
     ka, co, kb = a.shape[-1], out.shape[-1], 0 if b is None else b.shape[-1]
     units = unit_grid(out, axes, phased)
     scale_a, shift_a, image_a = affine_arguments(affine_a)
@@ -273,7 +273,8 @@ def can_describe(x: Tensor) -> bool:
     return all(offset * x.itemsize % 16 == 0 for offset in (x.stride(0), pixel_stride(x))) and x.data_ptr() % 16 == 0
 
 
-def _check(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border) -> None:
+def check_call(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border) -> None:
+    """Raises ValueError unless the operands of a convolution fit one another; arguments as in `conv`."""
     if axes not in (2, 3):
         raise ValueError(f"axes is 2 or 3, not {axes}")
     if taps not in (2, 3, 4) or stride not in (1, 2):

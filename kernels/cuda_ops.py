@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import triton_ops, tuning
-from .maps import Affine, check_affine, check_map, check_vector, device_of, dot_precision, unit_grid
+from .conv import check_call
+from .maps import Affine, check_affine, check_map, device_of, dot_precision, unit_grid
 from .triton_ops import act_backward, border_sums, head, head_backward, norm_backward, norm_finalise, pool, pool_backward
 
 __all__ = [
@@ -110,7 +111,9 @@ def conv(
     if not can_run_conv(out, a, taps=taps, stride=stride, phased=phased)[0]:
         return triton_ops.conv(out, a, wa, **geometry, **options)
     units = unit_grid(out, axes, phased)
-    _check(out, a, wa, axes, units, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
+    check_call(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
+    if taps == 4 and b is not None:
+        raise ValueError("a data gradient has one operand")
     gathered, co = taps == 4, out.shape[-1]
 
     def launch(config: ConvConfig, out: Tensor) -> Tensor | None:
@@ -140,25 +143,6 @@ def conv(
             lambda candidate: launch(candidate, torch.empty_like(out)),
         )
     return launch(config, out)
-
-
-def _check(out, a, wa, axes, units, taps, stride, phased, affine_a, b, wb, affine_b, bias, border) -> None:
-    co = out.shape[-1]
-    check_map("out", out, out)
-    check_map("a", a, out, tuple(u * stride if k + axes >= 3 else u for k, u in enumerate(units)))
-    check_vector("wa", wa, (taps**axes, a.shape[-1], co), out, out.dtype)
-    check_affine("affine_a", affine_a, a)
-    if (b is None) != (wb is None):
-        raise ValueError("b and wb come together")
-    if b is not None:
-        if taps == 4:
-            raise ValueError("a data gradient has one operand")
-        check_map("b", b, out, units)
-        check_vector("wb", wb, (*_counts(axes, phased), b.shape[-1], co), out, out.dtype)
-        check_affine("affine_b", affine_b, b)
-    for name, vector, shape in (("bias", bias, (co,)), ("border", border, (3**axes, co))):
-        if vector is not None:
-            check_vector(name, vector, shape, out, torch.float32)
 
 
 def can_run_conv_wgrad(a: Tensor, dy: Tensor) -> tuple[bool, str]:

@@ -30,6 +30,11 @@ def network(axes: int, depth: int, **options) -> uf.Network:
     )
 
 
+def test_a_projection_to_more_channels_than_a_head_has_classes():
+    model = build(uf.UNet, 1, 1, features=(65, 2), norm=None, upsample=("linear", {"project": True}), backend="triton")
+    assert_same_passes(model, make_input(1, 1, 2, 4), "triton", bound=BOUND)
+
+
 @pytest.mark.parametrize(("axes", "depth", "options"), CASES, ids=str)
 def test_outputs_and_every_gradient(axes, depth, options):
     model = network(axes, depth, **options)

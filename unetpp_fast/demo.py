@@ -15,6 +15,7 @@ from . import pictures
 from .data import ArraySample, Patches
 from .files import InputError, check_folder, need, read_image, read_labels
 from .inference import evaluating, pad_to_multiple
+from .measuring import wait
 from .models import Network, UNet, UNetPlusPlus, parameter_count
 from .recipe import Recipe, autocast
 from .training import Trainer, evaluate
@@ -110,17 +111,12 @@ def milliseconds(models: Sequence[Network], sample: ArraySample, dtype: str = "f
         for model, mine in zip(models, times, strict=True):
             x = pad_to_multiple(image, model.topology.multiple)
             with evaluating(model), autocast(device, dtype):
-                _wait(device)
+                wait(device)
                 began = time.perf_counter()
                 model(x)
-                _wait(device)
+                wait(device)
                 mine.append(1e3 * (time.perf_counter() - began))
     return [statistics.median(mine[2:]) for mine in times]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _row(name: str, model: Network, sample: ArraySample, ms: float, dtype: str) -> dict:

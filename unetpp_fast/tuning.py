@@ -28,6 +28,7 @@ from . import fused, reference
 from .distributed import alone
 from .files import write_atomic
 from .kernels import tuning as kernel_tuning
+from .measuring import wait
 from .sources import source_hash
 
 if TYPE_CHECKING:
@@ -114,17 +115,12 @@ def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 
     run(), run()
     times = []
     for _ in range(rounds):
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def tune(
