@@ -109,6 +109,9 @@ def _add_train(commands) -> None:
     batch.add_argument("--max-memory", type=_memory, help="8G: choose the largest batch that a process holds in it")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a batch is worked off in, to save memory")
     train.add_argument("--recompute", action="store_true", help="compute maps again in backward passes, to save memory")
+    train.add_argument(
+        "--reproducible", action="store_true", help="on a CPU: the same weights on any number of processes and threads"
+    )
     train.add_argument("--learning-rate", type=float, default=3e-4)
     train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
     train.add_argument("--patch", type=int, default=given, help="side of the random patches (default: 96, or the task's)")
@@ -253,9 +256,11 @@ def choose_dtype(name: str, device: torch.device) -> str:
 def _demo(options: argparse.Namespace) -> None:
     from . import demo, demo_volume
 
-    device = choose_device(options.device)
     run = demo.run if options.task == "image" else demo_volume.run
-    run(options.out, epochs=options.epochs, seed=options.seed, device=str(device), dtype=choose_dtype(options.dtype, device))
+    with processes.joined(options.device) as name:
+        device = choose_device(name)
+        dtype = choose_dtype(options.dtype, device)
+        run(options.out, epochs=options.epochs, seed=options.seed, device=str(device), dtype=dtype)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
     recipe = Recipe(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
+        reproducible=options.reproducible,
     )  # fmt: skip
     task = TASKS[options.task] if options.task else FOLDER
     samples, classes, channels = task.read(options.data)
@@ -137,8 +138,7 @@ def _check_patches(network: Network, patches: Patches, options: argparse.Namespa
 def _check_batches(network: Network, patches: Patches, recipe: Recipe) -> None:
     """Raises InputError if batch norm has too little of the smallest part of a batch."""
     whole = len(patches) % recipe.batch_size or recipe.batch_size
-    parts, size = recipe.parts(whole, processes.size()), processes.size()
-    smallest = sum(len(range(rank, whole, size)) // parts for rank in range(size))
+    smallest = whole // recipe.parts(whole, processes.size())
     shape = (smallest, network.topology.in_channels, *[patches.patch] * network.topology.spatial_dims)
     try:
         check_input(network, torch.empty(shape, device="meta"))

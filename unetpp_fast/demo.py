@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import pictures
+from . import pictures, processes
 from .data import ArraySample, Patches
 from .files import InputError, check_folder, need, read_image, read_labels
 from .inference import evaluating, pad_to_multiple
@@ -51,12 +51,19 @@ def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtyp
     Returns:
         The rows of the table, keys name, parameters, gflop, iou, dice, ms.
     """
-    recipe = Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3)
     left, right = halves()
+    recipe = make_recipe(epochs, seed, device, dtype)
     rows, masks = compare(left, right, recipe, out, device, patch=PATCH, features=FEATURES)
-    pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
-    print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
+    if processes.is_first():
+        pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
+        print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
     return rows
+
+
+def make_recipe(epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> Recipe:
+    """How the demos train; on a CPU to the same weights for every number of processes and threads."""
+    same = device == "cpu" and dtype == "float32"
+    return Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3, reproducible=same)
 
 
 def compare(
@@ -73,13 +80,15 @@ def compare(
     """
     need("matplotlib.figure", "demo")  # now, not after minutes of training
     check_folder(out)
-    unet = _train("U-Net", UNet, train, recipe, device, patch, **options)
-    nested = _train("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
+    unet = train("U-Net", UNet, train, recipe, device, patch, **options)
+    nested = train("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
     models = {"U-Net": unet, "UNet++ accurate": nested}
     models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
     dtype = recipe.dtype
     times = milliseconds(list(models.values()), test, dtype)
     rows = [_row(name, model, test, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
+    if not processes.is_first():
+        return rows, {}
     print("\n" + table(rows) + "\n")
     size = "x".join(map(str, test.mask.shape[1:]))
     title = f"Pruning UNet++: {size}, batch 1, {device}, {torch.get_num_threads()} threads, {dtype}"
@@ -88,17 +97,19 @@ def compare(
     return rows, {name: (_mask(models[row["name"]], test, dtype), row["iou"]) for name, row in shown.items()}
 
 
-def _train(
+def train(
     name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, patch: int, **options
 ) -> Network:
+    """A network of those options, trained on patches of a sample; with several processes, by all of them."""
     torch.manual_seed(recipe.seed)
     network = build(1, 1, **options).to(device)
     patches = Patches([sample], patch, per_image=recipe.batch_size * STEPS_AN_EPOCH, seed=recipe.seed)
     size = "x".join([str(patch)] * network.topology.spatial_dims)
-    print(f"training {name} on {len(patches) * recipe.epochs} patches of {size}")
+    say = print if processes.is_first() else lambda text: None
+    say(f"training {name} on {len(patches) * recipe.epochs} patches of {size}")
     began = time.perf_counter()
     Trainer(network, patches, [], recipe).fit()
-    print(f"{name} trained in {time.perf_counter() - began:.0f} s")
+    say(f"{name} trained in {time.perf_counter() - began:.0f} s")
     return network.eval()
 
 

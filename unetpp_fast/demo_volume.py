@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import demo, pictures
+from . import demo, pictures, processes
 from .data import ArraySample
-from .recipe import Recipe
 
 FEATURES = (8, 16, 32, 64)
 PATCH = 16
@@ -30,9 +29,10 @@ def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtyp
     Returns:
         The rows of the table, as `demo.run`.
     """
-    recipe = Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3)
     lower, upper = parts()
+    recipe = demo.make_recipe(epochs, seed, device, dtype)
     rows, masks = demo.compare(lower, upper, recipe, out, device, patch=PATCH, features=FEATURES, spatial_dims=3)
-    pictures.planes(out / "planes.png", upper.image[0], upper.mask[0], masks, SHOWN)
-    print(f"pictures: {out / 'planes.png'}, {out / 'speed_accuracy.png'}")
+    if processes.is_first():
+        pictures.planes(out / "planes.png", upper.image[0], upper.mask[0], masks, SHOWN)
+        print(f"pictures: {out / 'planes.png'}, {out / 'speed_accuracy.png'}")
     return rows

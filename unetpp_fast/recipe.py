@@ -19,6 +19,7 @@ class Recipe:
         batch_size: images of a step, over all processes together.
         accumulate: parts that a batch is worked off in, one after another; batch norm takes its statistics of a part.
         workers: processes that read images ahead, for each process that trains.
+        reproducible: on a CPU, the same weights for every number of processes and threads (`reproducible.py`); slower.
     """
 
     epochs: int = 100
@@ -29,6 +30,7 @@ class Recipe:
     dtype: str = "float32"
     workers: int = 0
     accumulate: int = 1
+    reproducible: bool = False
 
     MAY_CHANGE = ("epochs", "patience", "workers")
 
@@ -45,8 +47,12 @@ class Recipe:
         autocast_dtype(self.dtype)
 
     def parts(self, whole: int, processes: int) -> int:
-        """Into how many parts every process divides its share of a batch of `whole` images; none is empty for all."""
-        return min(self.accumulate, math.ceil(whole / processes))
+        """Into how many parts a batch of `whole` images is divided, none of them empty for all processes."""
+        return min(self.accumulate, whole if self.reproducible else math.ceil(whole / processes))
+
+    def shares(self, whole: int, rank: int, processes: int) -> list[list[int]]:
+        """The images that one process works off in each part of a batch, by their place in it."""
+        return [part.tolist()[rank::processes] for part in torch.arange(whole).tensor_split(self.parts(whole, processes))]
 
 
 def autocast_dtype(name: str) -> torch.dtype | None:

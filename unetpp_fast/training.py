@@ -2,7 +2,8 @@
 
 Adam at 3e-4 and early stopping on the validation set are the paper's (sec. 3). An interrupted run, even a killed one,
 continues from `last.pt` with the same log and weights that an unbroken one has on the same CPU; a GPU may add in
-another order from run to run. With several processes (`processes.py`) each takes its share of every batch.
+another order from run to run. With several processes (`processes.py`) each takes its share of every batch; on a CPU the
+weights can be made not to depend on how many there are (`reproducible.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import processes, runs
+from . import processes, reproducible, runs
 from .data import ArraySample, Patches, Sample, load_batches
 from .distributed import sync_batch_norm
 from .files import InputError, load_checkpoint, need, save_checkpoint
@@ -93,7 +94,10 @@ class Trainer:
         self.recipe, self.out, self.about = recipe, out, about or {}
         self.device = next(network.parameters()).device
         self.model: nn.Module = network  # what training steps call
-        if processes.size() > 1:
+        if recipe.reproducible:
+            reproducible.check(network, self.device, recipe.dtype)
+            reproducible.same_weights(network)
+        elif processes.size() > 1:
             self.model = processes.parallel(sync_batch_norm(network))
         self.loss = BCEDiceLoss()
         self._idle = _without_effect(network)
@@ -172,11 +176,14 @@ class Trainer:
 
     def _shares(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's images `[N, C, *S]` and masks `[N, classes, *S]` of each batch, N = 0 where it gets none."""
-        mine = [batch[processes.rank() :: processes.size()] for batch in batches]
+        mine = [[batch[place] for part in self._parts(len(batch)) for place in part] for batch in batches]
         read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]  # no loader stacks nothing
         loader = load_batches(self.patches, read, self.recipe.workers, self.device.type == "cuda")
         for items, (image, mask) in zip(mine, loader, strict=True):
             yield image[: len(items)], mask[: len(items)]
+
+    def _parts(self, whole: int) -> list[list[int]]:
+        return self.recipe.shares(whole, processes.rank(), processes.size())
 
     def _train_step(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
         """One optimizer step on this process's share of a batch of `whole` images.
@@ -187,17 +194,18 @@ class Trainer:
             processes.seed_step(self.recipe.seed, self.epoch, self.step)
         image = image.to(self.device, non_blocking=True)
         mask = mask.to(self.device, non_blocking=True)
-        parts = self.recipe.parts(whole, processes.size())
+        sizes = [len(part) for part in self._parts(whole)]
         found = torch.zeros(3, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (x, y) in enumerate(zip(image.tensor_split(parts), mask.tensor_split(parts), strict=True), start=1):
-            waits = number < parts and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if waits else nullcontext():
-                found = found + self._backward(x, y, whole)
-        for bias in self._idle:
-            bias.grad = None
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with reproducible.each_image(self.network) if self.recipe.reproducible else nullcontext():
+            for number, (x, y) in enumerate(zip(image.split(sizes), mask.split(sizes), strict=True), start=1):
+                waits = number < len(sizes) and isinstance(self.model, DistributedDataParallel)
+                with self.model.no_sync() if waits else nullcontext():
+                    found = found + self._backward(x, y, whole)
+            for bias in self._idle:
+                bias.grad = None
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         return found
 
     def _backward(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
@@ -206,14 +214,17 @@ class Trainer:
         with autocast(self.device, self.recipe.dtype):
             outputs = self.model(image)
         heads = outputs if isinstance(outputs, list) else [outputs]
-        loss = self.loss(outputs, mask) if count else sum(head.sum() for head in heads)
+        if self.recipe.reproducible:  # whose sums, and what vectors and single values differ in, are then rounded off
+            heads = [head.double() for head in heads]
+        loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
         # The gradients of the processes are averaged, and those of the parts summed: together the mean over all images.
-        self.scaler.scale(loss * (count * processes.size() / whole)).backward()
+        averaged = processes.size() if isinstance(self.model, DistributedDataParallel) else 1
+        self.scaler.scale(loss * (count * averaged / whole)).backward()
         if not count:
             return torch.zeros(3, device=self.device)
         with torch.no_grad():
             iou = iou_score(heads[-1] > 0, mask)
-            return torch.stack([loss.detach(), iou, torch.ones_like(iou)]) * count
+            return torch.stack([loss.detach().to(iou.dtype), iou, torch.ones_like(iou)]) * count
 
     def _look(self, recent: list[Tensor]) -> None:
         """Adds what the last steps gave, in all processes, to the sums of the epoch.
