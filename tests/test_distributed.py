@@ -15,7 +15,7 @@ import unetpp_fast as uf
 from unetpp_fast import fused, reference
 from unetpp_fast.distributed import SyncedBatchNorm, sync_batch_norm
 
-SECONDS = 120
+SECONDS = 300
 
 
 def run_processes(work, folder: Path, *args) -> list:

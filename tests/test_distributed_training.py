@@ -33,6 +33,7 @@ NETWORKS = {
     "accumulated": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, norm="instance"),
     "recomputed": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, deep_supervision=True),
     "kernels": lambda: build(uf.UNetPlusPlus, 1, 1, features=(3, 4), deep_supervision=True, backend="triton"),
+    "reproducible": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, deep_supervision=True),
     "dropout": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, dropout=0.3),
 }
 CASES = [name for name in NETWORKS if name != "dropout"]
@@ -56,15 +57,16 @@ def validation() -> list[data.ArraySample]:
 def make_trainer(name: str, out: Path | None = None, **recipe) -> Trainer:
     """A trainer on the demo's left half: batches of 4, 4 and 1 patches, the last too small for two processes.
 
-    In float64 two epochs; in float32 one of the demo, with the paper's learning rate, and one batch of 3 for the kernels.
+    In float64 two epochs; in float32 one of the demo, with the paper's learning rate, one batch of 3 for the kernels, and
+    two epochs of the reproducible training, which differ in no bit.
     """
     network, (left, _) = NETWORKS[name](), demo.halves()
     network.recompute = name == "recomputed"
     side, draws = (8, 3) if name == "kernels" else (32, 9)
-    wide = name not in ("demo", "kernels", "dropout")
+    wide = name not in ("demo", "kernels", "dropout", "reproducible")
     patches = (Doubles if wide else data.Patches)([left], side, per_image=draws, seed=1)
-    recipe = {"batch_size": 4, "accumulate": 3 if name == "accumulated" else 1, "epochs": 2, **recipe}
-    recipe |= {"learning_rate": 1e-3} if wide else {}
+    recipe = {"batch_size": 4, "accumulate": {"accumulated": 3, "reproducible": 2}.get(name, 1), "epochs": 2, **recipe}
+    recipe |= {"learning_rate": 1e-3} if wide else {"reproducible": name == "reproducible"}
     recipe |= {"epochs": 1} if name in ("demo", "kernels") else {}
     samples = validation() if name in ("demo", "dropout") else []
     return Trainer(network.double() if wide else network, patches, samples, Recipe(**recipe), out)
@@ -74,6 +76,13 @@ def trained(name: str) -> dict:
     trainer = make_trainer(name)
     history = trainer.fit(progress=False)
     return {"weights": dict(trainer.network.state_dict()), "history": history}
+
+
+def demo_weights() -> dict:
+    """UNet++ after an epoch of the demo: its widths, patches, batches and learning rate, in float32."""
+    (left, _), recipe = demo.halves(), demo.make_recipe(epochs=1)
+    options = {"features": demo.FEATURES, "deep_supervision": True}
+    return dict(demo.train("UNet++", uf.UNetPlusPlus, left, recipe, "cpu", demo.PATCH, **options).state_dict())
 
 
 def resumed_with_dropout(out: Path) -> list[dict]:
@@ -117,6 +126,7 @@ def everything(rank: int, out: str) -> dict:
     return {
         "trained": {name: trained(name) for name in CASES},
         "scores": evaluate(NETWORKS["demo"](), validation()),
+        "demo": demo_weights(),
         "resumed": resumed_with_dropout(folder / "dropout"),
         "diverged": diverged(folder / "diverged"),
         "stopped": stopped(rank, folder / "stopped"),
@@ -153,8 +163,19 @@ def test_two_processes_find_the_weights_that_one_finds(two, name):
         for row, expected in zip(found["history"], one["history"], strict=True):
             for key, value in expected.items():
                 assert row[key] == pytest.approx(value, abs=CLOSE[torch.float32], nan_ok=True), key
+        if name == "reproducible":
+            assert all(torch.equal(found["weights"][key], value) for key, value in one["weights"].items())
     equal = [torch.equal(a, b) for a, b in zip(*(part["trained"][name]["weights"].values() for part in two), strict=True)]
     assert all(equal)
+
+
+def test_two_processes_train_the_demo_to_the_weights_of_one(two, threads):
+    """At the demo's own size, where a last bit that differed would become a different weight within a few steps; the one
+    process works on two images at once."""
+    threads(2)
+    one = demo_weights()
+    for part in two:
+        assert [name for name, weight in one.items() if not torch.equal(part["demo"][name], weight)] == []
 
 
 def test_sharded_validation_gives_the_same_numbers(two):

@@ -20,6 +20,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import processes
 from .distributed import SyncedBatchNorm2d, SyncedBatchNorm3d, unbiased
@@ -50,7 +51,7 @@ def same_weights(network: Network) -> None:
 
 @contextmanager
 def each_image(network: Network) -> Iterator[None]:
-    """Inside, forward and backward passes in training mode give gradients that are summed over all processes.
+    """Inside, the gradients that backward passes give are summed over all processes, each adding its images.
 
     As many images are worked on at once as PyTorch has threads; everything else is left to the thread that calls.
     """
@@ -88,9 +89,9 @@ def _workers(process: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _each(work: Callable, *batches: Sequence[Tensor]) -> list:
+def _each(work: Callable, *batches: Tensor) -> list:
     """`work(...)` of the first image of every batch, of the second, and so on."""
-    images = [batch.split(1) if isinstance(batch, Tensor) else batch for batch in batches]
+    images = [batch.split(1) if len(batch) else () for batch in batches]
     pool = _pool.get()
     if pool is None or len(images[0]) < 2:
         return [work(*image) for image in zip(*images, strict=True)]
@@ -111,9 +112,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
-        if not len(x):
-            return torch.convolution(x, weight, bias, *settings)
-        return torch.cat(_each(lambda image: torch.convolution(image, weight, bias, *settings), x))
+        images = _each(lambda image: torch.convolution(image, weight, bias, *settings), x)
+        return torch.cat(images) if images else torch.convolution(x, weight, bias, *settings)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
@@ -212,17 +212,17 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 class _EachConvolution:
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
         settings = self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
         return _Convolution.apply(x, self.weight, self.bias, settings)
 
 
 class _EachBatchNorm:
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
         self._check_input_dim(x)
+        if not self.training:  # frozen: a factor and a bias of each channel
+            x, dims = F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps), x.ndim - 2
+            settings = [1] * dims, [0] * dims, [1] * dims, False, [0] * dims, x.shape[1]
+            return _Convolution.apply(x, self.weight.view(-1, 1, *[1] * dims), self.bias, settings)
         return _Norm.apply(x, self.weight, self.bias, self.eps, self._keep)
 
     def _keep(self, mean: Tensor, variance: Tensor, pixels: Tensor) -> None:
@@ -231,7 +231,7 @@ class _EachBatchNorm:
 
 class _EachInstanceNorm(InstanceNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self.bias, self.eps, None) if self.training else super().forward(x)
+        return _Norm.apply(x, self.weight, self.bias, self.eps, None)
 
 
 class _EachBatchNorm2d(_EachBatchNorm, SyncedBatchNorm2d):

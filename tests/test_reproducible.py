@@ -1,0 +1,150 @@
+"""Training image by image: the gradients are right, and the same bits wherever the images and threads are."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from folders import write_nuclei
+from helpers import FLOAT64, assert_close_relative, assert_gradients_close, build, gradients, make_input, weighted_sum
+
+import unetpp_fast as uf
+from unetpp_fast import cli, reproducible
+from unetpp_fast.files import InputError
+from unetpp_fast.recipe import Recipe
+
+WIDTHS = (3, 5, 4)
+OPTIONS = {
+    "batch": {},
+    "instance": {"norm": "instance"},
+    "instance, plain": {"norm": ("instance", {"affine": False})},
+    "no norm": {"norm": None},
+    "average": {"norm": ("batch", {"momentum": None})},
+    "nearest": {"upsample": ("nearest", {"project": True}), "act": ("leaky_relu", {"negative_slope": 0.1})},
+    "linear": {"upsample": "linear"},
+    "shuffled": {"upsample": "pixelshuffle"},
+    "deconv without bias": {"upsample": ("deconv", {"bias": False})},
+}
+
+
+def network(axes: int = 2, widths: tuple[int, ...] = WIDTHS, **options) -> uf.Network:
+    options = {"spatial_dims": axes, "features": widths, "deep_supervision": True, **options}
+    return build(uf.UNetPlusPlus, 2, 2, **options).train()
+
+
+def step(model: uf.Network, x: torch.Tensor) -> dict:
+    x = x.clone().requires_grad_()
+    outputs = model(x)
+    weighted_sum(outputs).backward()
+    outputs = [head.detach() for head in outputs]
+    return {"outputs": outputs, "input": x.grad, "gradients": gradients(model), "buffers": dict(model.named_buffers())}
+
+
+def step_of_images(model: uf.Network, x: torch.Tensor) -> dict:
+    with reproducible.each_image(model):
+        return step(model, x)
+
+
+def assert_same_step(found: dict, expected: dict) -> None:
+    for key in ("outputs", "input"):
+        assert_close_relative(found[key], expected[key], FLOAT64)
+    assert_gradients_close(found["gradients"], expected["gradients"], FLOAT64)
+    for name, buffer in expected["buffers"].items():
+        assert_close_relative(found["buffers"][name].double(), buffer.double(), FLOAT64)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_gradients_are_those_of_the_whole_batch(axes, name):
+    model = network(axes, **OPTIONS[name]).double()
+    x = make_input(3, 2, *(8, 12, 4)[:axes], dtype=torch.float64)
+    assert_same_step(step_of_images(copy.deepcopy(model), x), step(model, x))
+
+
+@pytest.mark.parametrize("case", ["recomputed", "frozen norm", "frozen weights", "one image", "no image", "channels last"])
+def test_special_cases(case):
+    model = network(norm="instance" if case == "no image" else "batch").double()
+    images = {"one image": 1, "no image": 0}.get(case, 2)
+    x = make_input(images, 2, 8, 12, dtype=torch.float64, layout="channels_last" if case == "channels last" else "offset")
+    if case == "frozen norm":
+        model.nodes["x0_1"].norm1.eval()
+    if case == "frozen weights":
+        model.nodes["x1_0"].requires_grad_(False)
+        model.nodes["x0_1"].up.weight.requires_grad_(False)
+        model.nodes["x0_1"].conv1.bias.requires_grad_(False)
+    model.recompute = case == "recomputed"
+    found = step_of_images(copy.deepcopy(model), x)
+    model.recompute = False
+    assert_same_step(found, step(model, x))
+
+
+def bits(found: dict) -> dict:
+    return {**found["gradients"], **found["buffers"]}
+
+
+@pytest.mark.parametrize("name", ["batch", "instance", "nearest", "linear"])
+def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(threads, name):
+    """At sizes where the ordinary pass gives others; of a loss that is a mean over images, as training has it."""
+    model, x = network(widths=(16, 24, 40), **OPTIONS[name]), make_input(6, 2, 40, 36)
+    weights = make_input(6, 2, 40, 36, seed=5).double()
+
+    def run(order: list[int], count: int) -> dict:
+        threads(count)
+        own = copy.deepcopy(model)
+        with reproducible.each_image(own):
+            heads = own(x[order])
+            sum((head.double() * weights[order]).sum() for head in heads).div(len(order)).backward()
+        assert torch.get_num_threads() == count
+        return bits({"gradients": gradients(own), "buffers": dict(own.named_buffers())})
+
+    expected = run([0, 1, 2, 3, 4, 5], 1)
+    for order, count in (([5, 3, 1, 0, 2, 4], 1), ([0, 1, 2, 3, 4, 5], 2), ([2, 1, 0, 5, 4, 3], 3)):
+        found = run(order, count)
+        assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+
+def test_the_network_is_as_it_was_afterwards():
+    model = network()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(KeyError), reproducible.each_image(model):
+        assert [type(module) for module in model.modules()] != kinds
+        raise KeyError
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "dtype", "message"),
+    [
+        ({}, "cuda", "float32", "a CPU alone, not on cuda: use --device cpu"),
+        ({}, "cpu", "bfloat16", "float32 alone, not in bfloat16: use --dtype float32"),
+        ({"dropout": 0.5}, "cpu", "float32", "use --dropout 0"),
+    ],
+    ids=["device", "dtype", "dropout"],
+)
+def test_what_cannot_be_reproducible_says_so(options, device, dtype, message):
+    with pytest.raises(InputError, match=message):
+        reproducible.check(network(**options), torch.device(device), dtype)
+
+
+def test_the_command_line_says_so_too(tmp_path, capsys):
+    folder = write_nuclei(tmp_path / "data", count=3)
+    arguments = ["train", "--data", str(folder), "--out", str(tmp_path / "out"), "--reproducible", "--device", "cpu"]
+    assert cli.main([*arguments, "--features", "4,8", "--patch", "32", "--dropout", "0.5"]) == 2
+    assert "reproducible" in capsys.readouterr().err and not (tmp_path / "out/last.pt").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(("accumulate", "reproducible"), [(1, False), (3, False), (3, True), (9, True), (9, False)])
+def test_the_processes_share_every_image_of_every_part(processes, accumulate, reproducible):
+    for whole in (1, 2, 4, 7, 8):
+        recipe = Recipe(accumulate=accumulate, reproducible=reproducible)
+        shares = [recipe.shares(whole, rank, processes) for rank in range(processes)]
+        parts = [sorted(place for share in part for place in share) for part in zip(*shares, strict=True)]
+        assert [place for part in parts for place in part] == list(range(whole)) and all(parts)
+        assert len(parts) == recipe.parts(whole, processes) <= accumulate
+        most = max(len(share) for part in zip(*shares, strict=True) for share in part)
+        assert most == math.ceil(whole / (len(parts) * processes))
+        if reproducible:
+            assert parts == [[*part] for part in torch.arange(whole).tensor_split(min(accumulate, whole))]
