@@ -82,7 +82,7 @@ def demo_weights() -> dict:
     """UNet++ after an epoch of the demo: its widths, patches, batches and learning rate, in float32."""
     (left, _), recipe = demo.halves(), demo.make_recipe(epochs=1)
     options = {"features": demo.FEATURES, "deep_supervision": True}
-    return dict(demo.train("UNet++", uf.UNetPlusPlus, left, recipe, "cpu", demo.PATCH, **options).state_dict())
+    return dict(demo.trained("UNet++", uf.UNetPlusPlus, left, recipe, "cpu", demo.PATCH, **options).state_dict())
 
 
 def resumed_with_dropout(out: Path) -> list[dict]:

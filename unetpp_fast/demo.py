@@ -80,8 +80,8 @@ def compare(
     """
     need("matplotlib.figure", "demo")  # now, not after minutes of training
     check_folder(out)
-    unet = train("U-Net", UNet, train, recipe, device, patch, **options)
-    nested = train("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
+    unet = trained("U-Net", UNet, train, recipe, device, patch, **options)
+    nested = trained("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
     models = {"U-Net": unet, "UNet++ accurate": nested}
     models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
     dtype = recipe.dtype
@@ -97,7 +97,7 @@ def compare(
     return rows, {name: (_mask(models[row["name"]], test, dtype), row["iou"]) for name, row in shown.items()}
 
 
-def train(
+def trained(
     name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, patch: int, **options
 ) -> Network:
     """A network of those options, trained on patches of a sample; with several processes, by all of them."""
