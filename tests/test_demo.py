@@ -86,7 +86,7 @@ def test_the_picture_shows_the_masks_of_the_table(monkeypatch, tmp_path):
 
 def test_without_matplotlib_it_stops_before_training(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(demo, "_train", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(demo, "trained", lambda *_, **__: pytest.fail("trained for nothing"))
     with pytest.raises(InputError, match=r"matplotlib is missing: pip install 'unetpp_fast\[demo\]'"):
         demo.run(tmp_path, epochs=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -85,9 +86,10 @@ def compare(
     models = {"U-Net": unet, "UNet++ accurate": nested}
     models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
     dtype = recipe.dtype
-    times = milliseconds(list(models.values()), test, dtype)
+    first = processes.is_first()  # the others wait meanwhile, or the times would be of a shared machine
+    times = milliseconds(list(models.values()), test, dtype) if first else [math.nan] * len(models)
     rows = [_row(name, model, test, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
-    if not processes.is_first():
+    if not first:
         return rows, {}
     print("\n" + table(rows) + "\n")
     size = "x".join(map(str, test.mask.shape[1:]))
