@@ -230,7 +230,7 @@ def conv(
     scale_a, shift_a, image_a = affine_arguments(affine_a)
     scale_b, shift_b, image_b = affine_arguments(affine_b)
     if config is None:
-        config = default_config(units, out.shape[0], co, axes, phased, a.dtype, interpreted(out))
+        config = default_config(units, out.shape[0], max(ka, kb), co, axes, phased, a.dtype, interpreted(out))
     tiles = tile_counts(units, config)
     parts = math.prod(tiles) * (2**axes if phased else 1)
     partial = out.new_empty(out.shape[0], parts, 3, co, dtype=sum_dtype(out.dtype)) if stats else None

@@ -12,6 +12,7 @@ import triton
 
 from .maps import dot_precision
 
+MOST_VALUES = 2**20  # of a block, in Triton
 PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
 
 
@@ -100,13 +101,27 @@ def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased
 
 
 def default_config(
-    units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype, interpreted: bool
+    units: tuple[int, int, int],
+    images: int,
+    k: int,
+    co: int,
+    axes: int,
+    phased: bool,
+    dtype: torch.dtype,
+    interpreted: bool,
 ) -> Config:
     if not interpreted:
         return configs(units, images, co, axes, phased, dtype)[0]
-    depth, height, width = (triton.next_power_of_2(max(unit, 1)) for unit in units)
-    tile = min(depth, 8), min(height, 64), min(width, 64)
-    return Config(*tile, 256, min(128, triton.next_power_of_2(max(co, 16))), 4, 1)
+    block_k, block_co = (min(limit, max(16, triton.next_power_of_2(count))) for count, limit in ((k, 256), (co, 128)))
+    return Config(*interpreted_tile(units, (8, 64, 64), max(block_k, block_co)), block_k, block_co, 4, 1)
+
+
+def interpreted_tile(units: tuple[int, int, int], limits: tuple[int, int, int], channels: int) -> list[int]:
+    """In the interpreter a step takes as long for a large tile as for a small one; Triton allows 2^20 values."""
+    tile = [min(triton.next_power_of_2(max(unit, 1)), limit) for unit, limit in zip(units, limits, strict=True)]
+    while math.prod(tile) * channels > MOST_VALUES:
+        tile[tile.index(max(tile))] //= 2
+    return tile
 
 
 def block_of_outputs(co: int) -> int:

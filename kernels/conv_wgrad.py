@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import NARROW_OFFSETS
-from .conv_configs import block_of_outputs, block_of_pixels, tile_counts
+from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
 from .maps import (
     Affine,
     activate,
@@ -227,6 +227,6 @@ def default_config(
 ) -> WgradConfig:
     if not interpreted:
         return configs(units, k, co, axes, phased, dtype)[0]
-    depth, height, width = (min(triton.next_power_of_2(unit), limit) for unit, limit in zip(units, (8, 32, 32), strict=True))
     block_m = min(512, triton.next_power_of_2((2 if phased else 3) ** axes * k))
-    return WgradConfig(depth, height, width, block_m, min(128, triton.next_power_of_2(co)), 4, 1, programs=8)
+    block_co = min(128, triton.next_power_of_2(co))
+    return WgradConfig(*interpreted_tile(units, (8, 32, 32), max(block_m, block_co)), block_m, block_co, 4, 1, programs=8)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unetpp_fast.kernels import conv as kernels
-from unetpp_fast.kernels import conv_configs, naive
+from unetpp_fast.kernels import conv_configs, conv_wgrad, naive
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -262,11 +262,21 @@ def test_says_what_is_wrong(change: dict, message: str):
         kernels.conv(out, a, wa, **options)
 
 
+@pytest.mark.parametrize("units", [(64, 64, 64), (1, 512, 512), (3, 5, 2)])
+def test_tiles_in_the_interpreter_are_no_larger_than_triton_allows(units):
+    axes = 2 if units[0] == 1 else 3
+    for k, co in ((1, 1), (16, 32), (40, 5), (512, 96)):
+        found = conv_configs.default_config(units, 1, k, co, axes, False, torch.float32, True)
+        assert found.pixels * max(conv_configs.block_of_channels(k, found.block_k), found.block_co) <= 2**20
+        found = conv_wgrad.default_config(units, k, co, axes, False, torch.float32, True)
+        assert found.pixels * max(found.block_m, found.block_co) <= 2**20 and found.block_m * found.block_co <= 2**20
+
+
 def test_configurations():
     """Blocks are powers of two that cover the map and its channels; the first is the default."""
     for units, co, axes in [((1, 512, 512), 32, 2), ((1, 6, 6), 512, 2), ((24, 24, 24), 96, 3), ((1, 3, 100), 5, 2)]:
         found = conv_configs.configs(units, 2, co, axes, True, torch.float16)
-        assert found[0] == conv_configs.default_config(units, 2, co, axes, True, torch.float16, False)
+        assert found[0] == conv_configs.default_config(units, 2, 16, co, axes, True, torch.float16, False)
         assert len(set(found)) == len(found)
         for config in found:
             assert config.pixels in (64, 128, 256) and config.block_co in (16, 32, 64, 128)
