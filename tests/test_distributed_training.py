@@ -34,6 +34,8 @@ NETWORKS = {
     "recomputed": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, deep_supervision=True),
     "kernels": lambda: build(uf.UNetPlusPlus, 1, 1, features=(3, 4), deep_supervision=True, backend="triton"),
     "reproducible": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, deep_supervision=True),
+    "reproducible, small": lambda: build(uf.UNetPlusPlus, 1, 1, features=(3, 3, 3), norm="instance"),
+    "reproducible, one pixel": lambda: build(uf.UNetPlusPlus, 1, 1, features=(4, 4, 4)),
     "dropout": lambda: build(uf.UNetPlusPlus, 1, 1, features=FEATURES, dropout=0.3),
 }
 CASES = [name for name in NETWORKS if name != "dropout"]
@@ -62,11 +64,15 @@ def make_trainer(name: str, out: Path | None = None, **recipe) -> Trainer:
     """
     network, (left, _) = NETWORKS[name](), demo.halves()
     network.recompute = name == "recomputed"
-    side, draws = (8, 3) if name == "kernels" else (32, 9)
-    wide = name not in ("demo", "kernels", "dropout", "reproducible")
+    side = {"kernels": 8, "reproducible, small": 12, "reproducible, one pixel": 4}.get(name, 32)
+    draws, batch = (3, 3) if name == "kernels" else (9, {32: 4, 12: 5, 4: 3}[side])
+    same = name.startswith("reproducible")
+    if same and processes.rank():  # the first process's weights count
+        network.nodes["x0_0"].conv1.weight.data.add_(1)
+    wide = name not in ("demo", "kernels", "dropout") and not same
     patches = (Doubles if wide else data.Patches)([left], side, per_image=draws, seed=1)
-    recipe = {"batch_size": 4, "accumulate": {"accumulated": 3, "reproducible": 2}.get(name, 1), "epochs": 2, **recipe}
-    recipe |= {"learning_rate": 1e-3} if wide else {"reproducible": name == "reproducible"}
+    recipe = {"batch_size": batch, "accumulate": {"accumulated": 3, "reproducible": 2}.get(name, 1), "epochs": 2, **recipe}
+    recipe |= {"learning_rate": 1e-3} if wide else {"reproducible": same}
     recipe |= {"epochs": 1} if name in ("demo", "kernels") else {}
     samples = validation() if name in ("demo", "dropout") else []
     return Trainer(network.double() if wide else network, patches, samples, Recipe(**recipe), out)
@@ -163,10 +169,17 @@ def test_two_processes_find_the_weights_that_one_finds(two, name):
         for row, expected in zip(found["history"], one["history"], strict=True):
             for key, value in expected.items():
                 assert row[key] == pytest.approx(value, abs=CLOSE[torch.float32], nan_ok=True), key
-        if name == "reproducible":
+        if name.startswith("reproducible"):
             assert all(torch.equal(found["weights"][key], value) for key, value in one["weights"].items())
     equal = [torch.equal(a, b) for a, b in zip(*(part["trained"][name]["weights"].values() for part in two), strict=True)]
     assert all(equal)
+
+
+@pytest.mark.parametrize("name", ["reproducible", "reproducible, small"])
+def test_threads_make_no_difference_either(two, threads, name):
+    threads(2)
+    one, weights = trained(name), two[0]["trained"][name]["weights"]
+    assert all(torch.equal(weights[key], value) for key, value in one["weights"].items())
 
 
 def test_two_processes_train_the_demo_to_the_weights_of_one(two, threads):

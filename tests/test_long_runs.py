@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from folders import write_nuclei
@@ -17,7 +18,7 @@ from helpers import FLOAT64, assert_gradients_close, build, gradients, make_inpu
 from PIL import Image
 
 import unetpp_fast as uf
-from unetpp_fast import budget, cli, data, files, reference, runs
+from unetpp_fast import budget, cli, commands, data, files, processes, reference, runs
 from unetpp_fast.files import InputError, load_checkpoint
 from unetpp_fast.recipe import Recipe
 from unetpp_fast.training import Trainer
@@ -96,6 +97,28 @@ def test_a_batch_in_parts_gives_the_same_gradients(folder, norm, parts):
     assert sizes == {2: [2, 2], 3: [2, 1, 1], 9: [1, 1, 1, 1]}[parts]
     assert_gradients_close(parted, expected, FLOAT64)
     assert given.tolist() == pytest.approx(means.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("patches", "batch", "accumulate", "size", "fits"),
+    [
+        (5, 5, 1, 1, True), (6, 5, 1, 1, False), (5, 5, 3, 1, False), (5, 9, 3, 1, False), (6, 6, 3, 1, True),
+        (9, 5, 3, 2, False),  # the last batch has parts of two images, the first has one of one
+        (8, 4, 2, 2, True),
+    ],
+)  # fmt: skip
+def test_no_part_of_any_batch_is_too_small_for_batch_norm(monkeypatch, patches, batch, accumulate, size, fits):
+    """Of a network whose lowest map has one pixel."""
+    model = build(uf.UNetPlusPlus, 1, 1, features=(3, 4))
+    array = np.zeros((1, 8, 8), np.float32)
+    drawn = data.Patches([data.ArraySample("one", array, array > 0)], 2, per_image=patches, seed=0)
+    monkeypatch.setattr(processes, "size", lambda: size)
+    recipe = Recipe(batch_size=batch, accumulate=accumulate)
+    if fits:
+        commands._check_batches(model, drawn, recipe)
+        return
+    with pytest.raises(InputError, match="more than one value"):
+        commands._check_batches(model, drawn, recipe)
 
 
 @pytest.fixture

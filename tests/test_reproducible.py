@@ -9,10 +9,13 @@ import pytest
 import torch
 from folders import write_nuclei
 from helpers import FLOAT64, assert_close_relative, assert_gradients_close, build, gradients, make_input, weighted_sum
+from torch.nn.utils import parametrizations
 
 import unetpp_fast as uf
 from unetpp_fast import cli, reproducible
+from unetpp_fast.distributed import SyncedBatchNorm2d
 from unetpp_fast.files import InputError
+from unetpp_fast.losses import BCEDiceLoss
 from unetpp_fast.recipe import Recipe
 
 WIDTHS = (3, 5, 4)
@@ -84,18 +87,28 @@ def bits(found: dict) -> dict:
     return {**found["gradients"], **found["buffers"]}
 
 
-@pytest.mark.parametrize("name", ["batch", "instance", "nearest", "linear"])
-def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(threads, name):
-    """At sizes where the ordinary pass gives others; of a loss that is a mean over images, as training has it."""
-    model, x = network(widths=(16, 24, 40), **OPTIONS[name]), make_input(6, 2, 40, 36)
-    weights = make_input(6, 2, 40, 36, seed=5).double()
+@pytest.mark.parametrize(
+    ("name", "widths", "size"),
+    [
+        *((name, (16, 24, 40), (40, 36)) for name in ("batch", "instance", "nearest", "linear")),
+        ("batch", (3, 3, 3), (12, 12)),  # maps of 27 values: the next image begins where vectors do not
+        ("frozen", (5, 3, 7), (12, 20)),
+        ("shuffled", (3, 5), (6, 10, 6)),
+        ("no norm", (1, 3, 5), (4, 12, 4)),
+    ],
+)
+def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(threads, name, widths, size):
+    """At sizes where the ordinary pass gives others."""
+    model, x = network(len(size), widths, **OPTIONS.get(name, {})), make_input(6, 2, *size)
+    target = make_input(6, 2, *size, seed=5).sigmoid()
+    if name == "frozen":
+        model.nodes["x0_1"].norm1.eval()
 
     def run(order: list[int], count: int) -> dict:
         threads(count)
         own = copy.deepcopy(model)
         with reproducible.each_image(own):
-            heads = own(x[order])
-            sum((head.double() * weights[order]).sum() for head in heads).div(len(order)).backward()
+            reproducible.sum_over_images(BCEDiceLoss(), own(x[order]), target[order]).div(len(order)).backward()
         assert torch.get_num_threads() == count
         return bits({"gradients": gradients(own), "buffers": dict(own.named_buffers())})
 
@@ -128,10 +141,27 @@ def test_what_cannot_be_reproducible_says_so(options, device, dtype, message):
         reproducible.check(network(**options), torch.device(device), dtype)
 
 
-def test_the_command_line_says_so_too(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.double(), r"network\.float\(\)"),
+        (lambda model: parametrizations.weight_norm(model.nodes["x0_0"].conv1), "layers that this package makes"),
+        (lambda model: setattr(model.nodes["x0_0"].norm1, "__class__", SyncedBatchNorm2d), "SyncedBatchNorm2d"),
+    ],
+    ids=["float64", "parametrized", "synced"],
+)
+def test_layers_whose_gradients_would_not_be_summed_are_refused(change, message):
+    model = network()
+    change(model)
+    with pytest.raises(InputError, match=message):
+        reproducible.check(model, torch.device("cpu"), "float32")
+
+
+@pytest.mark.parametrize("more", [["--dropout", "0.5"], ["--max-memory", "1G"]], ids=lambda more: more[0])
+def test_the_command_line_says_so_too(tmp_path, capsys, more):
     folder = write_nuclei(tmp_path / "data", count=3)
     arguments = ["train", "--data", str(folder), "--out", str(tmp_path / "out"), "--reproducible", "--device", "cpu"]
-    assert cli.main([*arguments, "--features", "4,8", "--patch", "32", "--dropout", "0.5"]) == 2
+    assert cli.main([*arguments, "--features", "4,8", "--patch", "32", *more]) == 2
     assert "reproducible" in capsys.readouterr().err and not (tmp_path / "out/last.pt").exists()
 
 

@@ -89,6 +89,13 @@ def test_without_validation_every_epoch_runs(folder):
     assert len(history) == 3 and np.isnan(history[0]["val_iou"])
 
 
+def test_a_form_that_hands_over_no_logits_is_refused():
+    network = uf.UNetPlusPlus(1, 1, features=(4, 8))
+    network.form = "sigmoid"
+    with pytest.raises(InputError, match='form = "plain" to train'):
+        Trainer(network, data.Patches([], 32, per_image=1, seed=0), [], Recipe())
+
+
 def test_the_seed_decides_the_run(folder):
     losses = [make_trainer(folder, None, validate=False, epochs=1).fit(progress=False)[0]["train_loss"] for _ in range(2)]
     assert losses[0] == losses[1]

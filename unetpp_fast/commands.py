@@ -100,6 +100,8 @@ def _sized(recipe: Recipe, network: Network, patches: Patches, options: argparse
     """The recipe with the batch that `--max-memory`, of each process, allows; a run that is resumed keeps its own."""
     if options.max_memory is None:
         return recipe
+    if options.reproducible:
+        raise InputError("--max-memory chooses another batch for other processes: give --batch-size with --reproducible")
     if options.resume:
         before = files.load_checkpoint(options.out / "last.pt").get("recipe", {})
         return replace(recipe, batch_size=before.get("batch_size", recipe.batch_size))
@@ -136,9 +138,10 @@ def _check_patches(network: Network, patches: Patches, options: argparse.Namespa
 
 
 def _check_batches(network: Network, patches: Patches, recipe: Recipe) -> None:
-    """Raises InputError if batch norm has too little of the smallest part of a batch."""
-    whole = len(patches) % recipe.batch_size or recipe.batch_size
-    smallest = whole // recipe.parts(whole, processes.size())
+    """Raises InputError if batch norm has too little of the smallest part of a batch, over all processes."""
+    largest = min(recipe.batch_size, len(patches))
+    batches = {largest, len(patches) % recipe.batch_size or largest}
+    smallest = min(whole // recipe.parts(whole, processes.size()) for whole in batches)
     shape = (smallest, network.topology.in_channels, *[patches.patch] * network.topology.spatial_dims)
     try:
         check_input(network, torch.empty(shape, device="meta"))

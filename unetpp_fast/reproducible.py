@@ -2,9 +2,10 @@
 
 In float32 the order of a sum shows in its last bits, and training makes much of them: a ReLU or a maximum that falls the
 other way changes a gradient by percents, and Adam makes a whole step of a gradient that is all rounding error. So inside
-`each_image(network)` every layer that has parameters works off one image after another, each by one thread, and what is
-summed over images, the gradients of parameters and the statistics of batch norm, is summed in float64, over all processes.
-Rounded to float32 such sums are the same bits, whichever image lies where.
+`each_image(network)` every layer that has parameters works off one image after another, each by one thread and from memory
+that begins alike, and what is summed over images, the gradients of parameters and the statistics of batch norm, are values
+of float32 that are summed in float64, over all processes. Unless they lie 2^29 apart such a sum is exact, so it is the same
+whichever image lies where.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from .files import InputError
 from .layers import InstanceNorm
 from .models import Network
 
+ALIGNMENT = 64  # bytes, of PyTorch's allocations on a CPU
+
 
 def check(network: Network, device: torch.device, dtype: str) -> None:
     """Raises InputError if this network cannot be trained reproducibly on that device in that precision."""
@@ -38,8 +41,17 @@ def check(network: Network, device: torch.device, dtype: str) -> None:
         reason = f"in float32 alone, not in {dtype}: use --dtype float32"
     elif network.options["dropout"]:
         reason = "without dropout alone, whose numbers each process draws by itself: use --dropout 0"
+    elif any(parameter.dtype != torch.float32 for parameter in network.parameters()):
+        reason = "in float32 alone: use network.float()"
+    elif strange := [type(module).__name__ for module in network.modules() if _has_own(module)]:
+        reason = f"with the layers that this package makes alone, not with {strange[0]}"
     if reason:
         raise InputError(f"training is reproducible {reason}")
+
+
+def _has_own(module: nn.Module) -> bool:
+    """Whether it has parameters whose gradients nothing here would sum."""
+    return type(module) not in _EACH_IMAGE and next(module.parameters(recurse=False), None) is not None
 
 
 def same_weights(network: Network) -> None:
@@ -56,18 +68,31 @@ def each_image(network: Network) -> Iterator[None]:
     As many images are worked on at once as PyTorch has threads; everything else is left to the thread that calls.
     """
     before = [(module, type(module)) for module in network.modules() if type(module) in _EACH_IMAGE]
-    own = torch.get_num_threads()
-    outer = _pool.set(_workers(os.getpid(), own) if own > 1 else None)
-    torch.set_num_threads(1)
+    threads, group = torch.get_num_threads(), network.sync_group
+    outer = _pool.set(_workers(os.getpid(), threads) if threads > 1 else None)
     try:
+        if processes.size() > 1:
+            network.sync_group = dist.group.WORLD.group_name  # statistics are not of this process's images alone
         for module, kind in before:
             module.__class__ = _EACH_IMAGE[kind]
-        yield
+        with one_thread():
+            yield
     finally:
         for module, kind in before:
             module.__class__ = kind
-        torch.set_num_threads(own)
+        network.sync_group = group
         _pool.reset(outer)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch computes by the thread that calls alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 _pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
@@ -76,11 +101,11 @@ _pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 @cache
 def _workers(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads that compute by themselves: PyTorch keeps the number of threads for each thread that calls it."""
-    started = threading.Barrier(threads)
+    started = threading.Barrier(threads, timeout=60)
 
     def start() -> None:
         torch.set_num_threads(1)
-        assert torch.get_num_threads() == 1  # and asking fixes it
+        torch.get_num_threads()  # asking fixes it
         started.wait()
 
     pool = ThreadPoolExecutor(threads, "image", start)
@@ -89,8 +114,16 @@ def _workers(process: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def sum_over_images(loss: Callable, heads: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The sum of the losses, float64, of images each by itself; of none, a zero that backward passes start from."""
+    if not len(target):
+        return sum(head.double().sum() for head in heads)
+    images = zip(*(head.split(1) for head in heads), target.split(1), strict=True)
+    return sum(loss([head.double() for head in image], mask.double()) for *image, mask in images)
+
+
 def _each(work: Callable, *batches: Tensor) -> list:
-    """`work(...)` of the first image of every batch, of the second, and so on."""
+    """`work(...)` of the first image `[1, ...]` of every batch, of the second, and so on."""
     images = [batch.split(1) if len(batch) else () for batch in batches]
     pool = _pool.get()
     if pool is None or len(images[0]) < 2:
@@ -105,6 +138,11 @@ def _total(sums: Tensor) -> Tensor:
     return sums
 
 
+def _aligned(image: Tensor) -> Tensor:
+    """Convolutions may sum in another order where memory begins elsewhere, as an image's does inside a batch."""
+    return image if image.data_ptr() % ALIGNMENT == 0 else image.clone()
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution, transposed or not; `settings` are those of `torch.convolution` after the bias."""
 
@@ -112,7 +150,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
-        images = _each(lambda image: torch.convolution(image, weight, bias, *settings), x)
+        images = _each(lambda image: torch.convolution(_aligned(image), weight, bias, *settings), x)
         return torch.cat(images) if images else torch.convolution(x, weight, bias, *settings)
 
     @staticmethod
@@ -121,8 +159,8 @@ class _Convolution(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
 
         def of_image(image: Tensor, upper: Tensor) -> tuple:
-            of_bias = [upper.shape[1]]
-            return torch.ops.aten.convolution_backward(upper, image, weight, of_bias, *ctx.settings, needed)
+            maps, of_bias = (_aligned(upper), _aligned(image)), [upper.shape[1]]
+            return torch.ops.aten.convolution_backward(*maps, weight, of_bias, *ctx.settings, needed)
 
         found = _each(of_image, x, gradient.contiguous())
         below = (torch.cat([part[0] for part in found]) if found else torch.zeros_like(x)) if needed[0] else None
@@ -182,16 +220,21 @@ class _Norm(torch.autograd.Function):
             return torch.stack((_sums(upper), _sums(upper * centred)))
 
         parts = _stacked(_each(sums, x, mean, gradient, result), (2, x.shape[1]))
-        parts *= torch.stack((torch.ones_like(inverse), inverse), dim=1)  # of the gradient, and times the normalised map
-        of_parameters = _total(parts.sum(0)) if ctx.whole or ctx.affine else parts.sum(0)
-        averages = (of_parameters[None] if ctx.whole else parts) / pixels
+        factor = torch.stack((torch.ones_like(inverse), inverse), dim=1)  # for the gradient, and that times the map
+        if ctx.whole:
+            together = _total(parts.sum(0)) * factor
+        else:  # rounded, for what is summed over images has to be float32
+            parts = together = (parts * factor).to(x.dtype).double()
+        averages = together / pixels
         level, slope = (part.to(x.dtype).expand(len(x), -1) for part in (averages[:, 0], averages[:, 1] * inverse))
 
         def below(upper: Tensor, a: Tensor, b: Tensor, s: Tensor, out: Tensor) -> None:
             out.mul_(_wide(-b, out)).add_(upper).sub_(_wide(a, out)).mul_(_wide(s, out))
 
         _each(below, gradient, level, slope, scale, result)
-        of_bias, of_weight = of_parameters.to(x.dtype) if ctx.affine else (None, None)
+        of_bias, of_weight = None, None
+        if ctx.affine:
+            of_bias, of_weight = (together[0] if ctx.whole else _total(parts.sum(0))).to(x.dtype)
         return result, of_weight, of_bias, None, None
 
 

@@ -92,6 +92,8 @@ class Trainer:
     ):
         self.network, self.patches, self.validation = network, patches, validation
         self.recipe, self.out, self.about = recipe, out, about or {}
+        if network.form not in ("plain", "always_list"):
+            raise InputError(f'set network.form = "plain" to train on logits: in its form {network.form!r} it gives others')
         self.device = next(network.parameters()).device
         self.model: nn.Module = network  # what training steps call
         if recipe.reproducible:
@@ -214,12 +216,15 @@ class Trainer:
         with autocast(self.device, self.recipe.dtype):
             outputs = self.model(image)
         heads = outputs if isinstance(outputs, list) else [outputs]
-        if self.recipe.reproducible:  # whose sums, and what vectors and single values differ in, are then rounded off
-            heads = [head.double() for head in heads]
-        loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
-        # The gradients of the processes are averaged, and those of the parts summed: together the mean over all images.
-        averaged = processes.size() if isinstance(self.model, DistributedDataParallel) else 1
-        self.scaler.scale(loss * (count * averaged / whole)).backward()
+        if self.recipe.reproducible:
+            total = reproducible.sum_over_images(self.loss, heads, mask)
+            (total / whole).backward()
+            loss = total / max(count, 1)
+        else:
+            loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
+            # The gradients of the processes are averaged, those of the parts summed: together the mean over all images.
+            averaged = processes.size() if isinstance(self.model, DistributedDataParallel) else 1
+            self.scaler.scale(loss * (count * averaged / whole)).backward()
         if not count:
             return torch.zeros(3, device=self.device)
         with torch.no_grad():
@@ -267,7 +272,9 @@ class Trainer:
     def _finish_epoch(self) -> dict[str, float]:
         train_loss, train_iou = self._means()
         self._check_weights()
-        scores = evaluate(self.network, self.validation, dtype=self.recipe.dtype, loss=self.loss) if self.validation else {}
+        with reproducible.one_thread() if self.recipe.reproducible else nullcontext():
+            settings = {"dtype": self.recipe.dtype, "loss": self.loss}
+            scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
         values = (self.epoch, train_loss, train_iou, *(scores.get(key, float("nan")) for key in ("loss", "iou", "dice")))
