@@ -10,16 +10,18 @@ import threading
 
 import pytest
 import torch
-from helpers import FLOAT32, assert_close_relative, build, make_input
+from helpers import FLOAT32, FLOAT64, assert_close_relative, build, make_input
 from torch import nn
 
 import unetpp_fast as uf
-from unetpp_fast import cpu_weights, engine, fused, measuring, reference
+from unetpp_fast import backends, cpu_weights, engine, fused, measuring, reference
 from unetpp_fast.encoded import EncodedNetwork
 from unetpp_fast.files import InputError
 from unetpp_fast.kernels import naive
+from unetpp_fast.models import Network
 
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
+ODD_ONE = {"bias": False, "downsample": "stride", "upsample": "pixelshuffle", "act": LEAKY}  # which no backend runs
 OPTIONS = [
     (2, {"norm": "batch"}),
     (2, {"norm": None, "upsample": "nearest"}),
@@ -32,6 +34,12 @@ OPTIONS = [
 def network(axes: int = 2, features=(4, 5, 3, 6), **options) -> uf.Network:
     options = {"deep_supervision": True, "backend": "reference", **options}
     return build(uf.UNetPlusPlus, 2, 3, spatial_dims=axes, features=features, **options).eval()
+
+
+@pytest.fixture(autouse=True)
+def _no_pass_is_too_small(monkeypatch):
+    """The images here are tiny; what is done for such ones has tests of its own."""
+    monkeypatch.setattr(backends, "LEAST_GFLOP_A_NODE", 0.0)
 
 
 def image(axes: int = 2, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -67,6 +75,9 @@ def test_every_precision_keeps_the_two_times_rule(axes, options, dtype):
         usual = reference.forward(copy.deepcopy(model).to(dtype) if not half else model, x if half else x.to(dtype))
     found = uf.optimize(model, dtype=dtype)(x)
     assert all(output.dtype == dtype for output in found)
+    if dtype == torch.float64:  # the oracle itself, but for the batch norms that are folded
+        assert_close_relative(found, exact, FLOAT64)
+        return
     vectors = [[measuring.as_vector(outputs)] for outputs in (exact, usual, found)]
     assert measuring.disagreement(*vectors, dtype) == ""
 
@@ -143,7 +154,8 @@ def test_a_saved_state_dict_loads_without_the_peer(tmp_path):
         assert_close_relative(outputs, module(x), 10 * FLOAT32)
     torch.save(fast.state_dict(), tmp_path / "fast.pt")
     torch.save((x, outputs), tmp_path / "values.pt")
-    code = f"import torch; torch.set_num_threads(1)\n{LOAD}"
+    code = "import torch, unetpp_fast.backends as backends\n"
+    code += f"torch.set_num_threads(1)\nbackends.LEAST_GFLOP_A_NODE = 0.0\n{LOAD}"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -252,6 +264,35 @@ def test_a_nest_over_an_encoder_runs_as_it_is_and_says_why():
     assert uf.optimize(model, dtype=torch.bfloat16)(x).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="level=None"):
         uf.optimize(model, level=1)
+
+
+@pytest.mark.parametrize("norm", [None, "batch", ("batch", {"eps": 0.1}), "instance"])
+@pytest.mark.parametrize(
+    "more", [{}, {"bias": False, "downsample": "stride", "upsample": "pixelshuffle", "act": LEAKY}], ids=str
+)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_what_runs_on_the_reference_has_its_batch_norms_folded(axes, more, norm, monkeypatch):
+    """Small images, and what no backend runs."""
+    monkeypatch.setattr(backends, "LEAST_GFLOP_A_NODE", 0.014)
+    model = build(lambda: Network.from_config({**network(axes, norm=norm).config, **more}, "reference")).eval().double()
+    x, random = image(axes).double(), torch.get_rng_state()
+    fast = uf.optimize(model)
+    assert ": reference (" in fast.explain(x)
+    with torch.no_grad():
+        assert_close_relative(fast(x), model(x), FLOAT64)
+    assert torch.equal(torch.get_rng_state(), random)
+    kinds = {type(module) for module in fast._composed["plain",].modules()}
+    assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
+
+
+def test_small_images_leave_the_cpu_backend_and_large_ones_take_it(monkeypatch):
+    monkeypatch.setattr(backends, "LEAST_GFLOP_A_NODE", 0.014)
+    fast = uf.optimize(network())
+    work = fast.network.gflop((16, 24)) / (0.014 * len(fast.network.nodes))
+    assert "are too few for backend='cpu'" in fast.explain(image(batch=1)) and work < 1
+    enough = int(1 / work) + 1
+    for batch, name in ((enough - 1, "reference"), (enough, "cpu")):
+        assert f": {name} (" in fast.explain(image(batch=batch))
 
 
 def test_odd_sizes_run_where_the_model_takes_them():

@@ -29,6 +29,7 @@ _ASK_FOR_TRAINING = (nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 _agreements: dict[tuple, str] = {}  # by structure, precision and process group
 MOST_CLASSES = 64  # of `kernels/head.py`
 LEAST_CPU_PIXELS = 8192  # of a batch; with fewer, comparing the weights costs more than the backend gains
+LEAST_GFLOP_A_NODE = 0.014  # of a batch, with packed weights; with fewer, the calls of a node outweigh its convolutions
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -26,7 +26,11 @@ def explain(network: Network, x: Tensor) -> str:
         TypeError, ValueError: the network does not take `x`.
     """
     check_input(network, x, any_size=network.options["odd_sizes"])
-    name, reason = backends.choose(network, x)
+    return describe(network, x, *backends.choose(network, x))
+
+
+def describe(network: Network, x: Tensor, name: str, reason: str) -> str:
+    """Prints and returns what the backend `name`, chosen for `reason`, does at each node."""
     size = "x".join(map(str, x.shape[2:]))
     dtype = backends.compute_dtype(x)
     lines = [f"{x.shape[0]} image(s) of {size} pixels in {dtype} on {x.device}: {name} ({reason})"]

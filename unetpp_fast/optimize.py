@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import backends, compose, reference
 from .checks import check_input
 from .encoded import EncodedNetwork
-from .explaining import explain
+from .explaining import describe
 from .files import InputError
 from .forms import Outputs
 from .graphs import Graphs
@@ -122,7 +122,8 @@ class Optimized(nn.Module):
         """Prints and returns what runs for `x`, node by node, and why; nothing is computed."""
         x = self._cast(x)
         with self._precision(x), torch.no_grad():
-            text = explain(self.network, x)
+            check_input(self.network, x, any_size=self.network.options["odd_sizes"])
+            text = describe(self.network, x, *self._choose(x))
         if x.is_cuda and self._graphs.reason:
             print(self._graphs.reason)
             text = f"{text}\n{self._graphs.reason}"
@@ -143,7 +144,7 @@ class Optimized(nn.Module):
         with self._precision(x):
             if any(size % self.network.topology.multiple for size in x.shape[2:]):
                 return self._plain(x, columns)
-            name, _ = backends.choose(self.network, x)
+            name, _ = self._choose(x)
             if name == "cpu":
                 return cpu.run(fused.plan_of(self.network), self._packed(backends.compute_dtype(x)), x, columns)
             run = self._plain if name == "reference" else self._by_engine(name, x)
@@ -151,9 +152,17 @@ class Optimized(nn.Module):
                 return self._graphs.run(lambda image: run(image, columns), x, (name, *columns, backends.compute_dtype(x)))
             return run(x, columns)
 
+    def _choose(self, x: Tensor) -> tuple[str, str]:
+        """The backend and the reason, as `backends.choose`; batch norms are folded on the reference too."""
+        if x.device.type == "cpu":
+            gflop = x.shape[0] * self._once(("gflop", *x.shape[2:]), lambda: self.network.gflop(x.shape[2:]))
+            if gflop < backends.LEAST_GFLOP_A_NODE * len(self.network.nodes):
+                return "reference", f"{gflop:.3f} GFLOP are too few for backend='cpu' to be faster"
+        return backends.choose(self.network, x)
+
     def _plain(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
         wanted = [column in columns for column in self.network.topology.heads]
-        logits = reference.forward(self.network, x)
+        logits = reference.forward(self._once(("plain",), lambda: folded(self.network)), x)
         return [each for each, one in zip(logits, wanted, strict=True) if one]
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
@@ -189,6 +198,26 @@ class Optimized(nn.Module):
             return [each for column, each in pairs if column in columns]
 
         return run
+
+
+def folded(network: Network) -> Network:
+    """The network without its batch norms, which in eval mode are a factor and a bias of the convolution before them."""
+    norm = network.options["norm"]
+    if (norm if isinstance(norm, str) or norm is None else norm[0]) != "batch":
+        return network
+    with torch.device("meta"):
+        result = Network.from_config({**network.config, "norm": None, "bias": True}, "reference")
+    values = {name: value for name, value in network.state_dict().items() if ".norm" not in name}
+    for name, node in network.nodes.items():
+        for place in ("1", "2"):
+            conv, norm = getattr(node, f"conv{place}"), getattr(node, f"norm{place}")
+            bias = None if conv.bias is None else conv.bias.double()
+            parts = tuple(part.double() for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+            key = f"nodes.{name}.conv{place}"
+            found = compose.fold(conv.weight.double(), bias, parts, norm.eps)
+            values[f"{key}.weight"], values[f"{key}.bias"] = (value.to(conv.weight.dtype) for value in found)
+    result.load_state_dict(values, assign=True)
+    return result.requires_grad_(False).eval()
 
 
 class OptimizedModule(nn.Module):
