@@ -223,8 +223,7 @@ class Trainer:
         else:
             loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
             # The gradients of the processes are averaged, those of the parts summed: together the mean over all images.
-            averaged = processes.size() if isinstance(self.model, DistributedDataParallel) else 1
-            self.scaler.scale(loss * (count * averaged / whole)).backward()
+            self.scaler.scale(loss * (count * processes.size() / whole)).backward()
         if not count:
             return torch.zeros(3, device=self.device)
         with torch.no_grad():
