@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -118,13 +119,18 @@ def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(thr
         assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
 
-def test_the_network_is_as_it_was_afterwards():
+def test_every_thread_computes_by_itself_and_all_is_as_it_was_afterwards(threads):
+    threads(3)
     model = network()
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(KeyError), reproducible.each_image(model):
         assert [type(module) for module in model.modules()] != kinds
+        counts = reproducible._each(lambda image: (threading.get_ident(), torch.get_num_threads()), torch.zeros(12, 1))
+        assert {count for _, count in counts} == {1} and threading.get_ident() not in dict(counts)
+        assert torch.get_num_threads() == 1
         raise KeyError
     assert [type(module) for module in model.modules()] == kinds
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize(
