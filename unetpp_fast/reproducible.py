@@ -40,7 +40,7 @@ def check(network: Network, device: torch.device, dtype: str) -> None:
     elif dtype != "float32":
         reason = f"in float32 alone, not in {dtype}: use --dtype float32"
     elif network.options["dropout"]:
-        reason = "without dropout alone, whose numbers each process draws by itself: use --dropout 0"
+        reason = "only without dropout, whose numbers each process draws by itself: use --dropout 0"
     elif any(parameter.dtype != torch.float32 for parameter in network.parameters()):
         reason = "in float32 alone: use network.float()"
     elif strange := [type(module).__name__ for module in network.modules() if _has_own(module)]:
