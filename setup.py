@@ -11,14 +11,14 @@ import re
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-LIBRARY = "unetpp_fast.unetpp_fast_cuda"
+LIBRARY = "unetpp_fast.execution.fused.unetpp_fast_cuda"
 MODE = os.environ.get("UNETPP_FAST_BUILD", "auto")
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/common/version.py").read_text()).group(1)
 
 COMMANDS = ["pillow>=10", "tqdm>=4.60"]
 DEMO = [*COMMANDS, "matplotlib>=3.7"]
@@ -97,8 +97,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    # Listed by hand: discovery would take other top-level folders for packages.
-    packages=["unetpp_fast", "unetpp_fast.peers", "unetpp_fast.kernels", "unetpp_fast.examples"],
+    # kernels/ and examples/ stand beside the package and are installed inside it; discovery would take them, csrc/ and
+    # tests/ for packages of their own.
+    packages=[*find_packages(include=["unetpp_fast", "unetpp_fast.*"]), "unetpp_fast.kernels", "unetpp_fast.examples"],
     package_dir={
         "unetpp_fast": "unetpp_fast",
         "unetpp_fast.kernels": "kernels",

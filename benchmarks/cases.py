@@ -9,9 +9,10 @@ import itertools
 from collections.abc import Callable
 
 import unetpp_fast as uf
-from unetpp_fast.bench import Case, Unavailable
-from unetpp_fast.models import PAPER_FEATURES, Network
-from unetpp_fast.records import DTYPES
+from unetpp_fast.benchmarking.harness import Case, Unavailable
+from unetpp_fast.benchmarking.records import DTYPES
+from unetpp_fast.models.architectures import PAPER_FEATURES
+from unetpp_fast.models.network import Network
 
 WIDTHS = PAPER_FEATURES["unet++"]
 LEAKY = ("leaky_relu", {"negative_slope": 0.01})

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import unetpp_fast as uf
-from unetpp_fast import bench, records
-from unetpp_fast.training import autocast
+from unetpp_fast.benchmarking import harness, records
+from unetpp_fast.training.trainer import autocast
 
 
 def pytest_addoption(parser):
@@ -74,14 +74,14 @@ class Suite:
         if self.dry_run:
             cases.WIDTHS = op_makers.WIDTHS = (4, 4, 8, 8, 8)
             torch.set_num_threads(1)  # tiny maps only wait for a second one
-        self.chosen: dict[bench.Case, list[str]] = defaultdict(list)
-        self.found: dict[bench.Case, bench.Outcome] = {}
+        self.chosen: dict[harness.Case, list[str]] = defaultdict(list)
+        self.found: dict[harness.Case, harness.Outcome] = {}
 
     @property
     def path(self) -> Path:
         return self.folder / f"{records.machine(self.device)}.json"
 
-    def outcome(self, case: bench.Case) -> bench.Outcome:
+    def outcome(self, case: harness.Case) -> harness.Outcome:
         """What measuring the selected implementations of a case gave; measured once, its rows kept at once."""
         if case not in self.found:
             names = list(dict.fromkeys(["eager", *self.chosen[case]]))
@@ -90,31 +90,31 @@ class Suite:
                 records.merge(self.path, self.found[case].rows)
         return self.found[case]
 
-    def _model(self, case: bench.Case, names: list[str]) -> bench.Outcome:
+    def _model(self, case: harness.Case, names: list[str]) -> harness.Outcome:
         chosen = {name: implementations.get(name) for name in names}
         if self.dry_run:
             case = tiny(case)
-            chosen = {name: bench.eager if name.startswith("fused") else build for name, build in chosen.items()}
+            chosen = {name: harness.eager if name.startswith("fused") else build for name, build in chosen.items()}
         try:
             network = cases.network(case)
-        except bench.Unavailable as reason:
-            return bench.Outcome(skipped=dict.fromkeys(names, str(reason)))
+        except harness.Unavailable as reason:
+            return harness.Outcome(skipped=dict.fromkeys(names, str(reason)))
         if self.tune and self.device.type == "cuda" and any(name.startswith("fused") for name in names):
             network = network.to(self.device)
-            x, _ = bench.make_input(network, case, self.device)
+            x, _ = harness.make_input(network, case, self.device)
             # Where tuning cannot be done, the kernels run as they are, and the case says what could not run.
             with autocast(self.device, case.dtype), contextlib.suppress(RuntimeError):
                 uf.tune(network, x, training=case.training, progress=False)
-        return bench.measure(case, network, chosen, self.device, seconds=self.seconds, rounds=self.rounds)
+        return harness.measure(case, network, chosen, self.device, seconds=self.seconds, rounds=self.rounds)
 
-    def _kernel(self, case: bench.Case, names: list[str]) -> bench.Outcome:
+    def _kernel(self, case: harness.Case, names: list[str]) -> harness.Outcome:
         return op_cases.measure(
             tiny(case) if self.dry_run else case, names, self.device, seconds=self.seconds, rounds=self.rounds,
             stand_in=self.dry_run, tune=self.tune,
         )  # fmt: skip
 
 
-def tiny(case: bench.Case) -> bench.Case:
+def tiny(case: harness.Case) -> harness.Case:
     """A case of the same kind that takes a moment."""
     return dataclasses.replace(case, size=(32,) * len(case.size), batch=min(case.batch, 2))
 
@@ -145,7 +145,7 @@ replay = Replay()
 def show(request):
     """Gives an implementation's times to pytest-benchmark where it is installed."""
 
-    def give(case: bench.Case, times: list[float]) -> None:
+    def give(case: harness.Case, times: list[float]) -> None:
         if request.config.pluginmanager.hasplugin("benchmark"):
             request.node.add_marker(pytest.mark.benchmark(timer=replay))
             benchmark = request.getfixturevalue("benchmark")

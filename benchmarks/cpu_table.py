@@ -12,9 +12,9 @@ import implementations
 import torch
 
 import unetpp_fast as uf
-from unetpp_fast import bench, measuring, records
-from unetpp_fast.bench import Case
-from unetpp_fast.models import Network
+from unetpp_fast.benchmarking import harness, measuring, records
+from unetpp_fast.benchmarking.harness import Case
+from unetpp_fast.models.network import Network
 
 SIZE = (512, 512)
 UPSAMPLES = {"nearest": "unet++-nearest", "deconv": "unet++"}
@@ -35,7 +35,7 @@ def network(model: str, level: int = 4) -> Network:
 def compared(case: Case, rounds: int) -> list[dict]:
     """The rows of one model and precision: times, or of a memory case peaks, in turns; what has none is printed."""
     chosen = {name: implementations.get(name) for name in (*RIVALS, OURS)}
-    outcome = bench.measure(case, network(case.model), chosen, CPU, rounds=rounds)
+    outcome = harness.measure(case, network(case.model), chosen, CPU, rounds=rounds)
     for name, reason in {**outcome.skipped, **outcome.wrong}.items():
         print(f"{case}: {name} has no row: {reason}")
     return outcome.rows
@@ -44,14 +44,14 @@ def compared(case: Case, rounds: int) -> list[dict]:
 def pruned(model: str, rounds: int) -> list[dict]:
     """The rows of the levels, timed in turns."""
     case = Case("inference", model, 4, "fast", SIZE, 1, "float32")
-    x, _ = bench.make_input(network(model), case, CPU)
+    x, _ = harness.make_input(network(model), case, CPU)
     networks = {level: network(model, level) for level in (1, 2, 3, 4)}
     fast = {str(level): uf.optimize(part, dtype=torch.float32) for level, part in networks.items()}
     times = measuring.times_in_turns({name: lambda f=f: f(x) for name, f in fast.items()}, CPU, rounds=rounds)
     rows = []
     for level, part in networks.items():
         mine = dataclasses.replace(case, level=level)
-        rows += bench.rows_of(mine, CPU, {OURS: times[str(level)]}, {}, part.gflop(SIZE))
+        rows += harness.rows_of(mine, CPU, {OURS: times[str(level)]}, {}, part.gflop(SIZE))
         share = part.gflop(SIZE) / networks[4].gflop(SIZE)
         took = 1 / measuring.ratios(times, str(level)).get("4", 1.0)
         print(f"{model} L{level}: {took:.3f} of the time of L4, {share:.3f} of its GFLOP")

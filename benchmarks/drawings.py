@@ -6,8 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from unetpp_fast.files import need, write_atomic
-from unetpp_fast.records import IMPLEMENTATIONS, of_bench
+from unetpp_fast.benchmarking.records import IMPLEMENTATIONS, of_bench
+from unetpp_fast.common.atomic_files import write_atomic
+from unetpp_fast.common.extras import need
 
 Rows = Sequence[Mapping]
 COLOURS = {

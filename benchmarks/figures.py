@@ -19,8 +19,10 @@ from pathlib import Path
 
 import drawings
 
-from unetpp_fast import demo, records
-from unetpp_fast.files import need, write_atomic
+from unetpp_fast.benchmarking import records
+from unetpp_fast.common.atomic_files import write_atomic
+from unetpp_fast.common.extras import need
+from unetpp_fast.experiments import demo
 
 HERE = Path(__file__).parent
 README, PICTURES, TRAINED = HERE.parent / "README.md", HERE / "figures", HERE / "demo.json"

@@ -46,7 +46,7 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
         return Part(name, limit, (*pytest, *chosen, *options, *records))
 
     proofs, few = (
-        ("tests/test_gpu.py", "tests/test_cuda_gpu.py"),
+        ("tests/execution/test_on_gpu.py", "tests/csrc/test_cuda_on_gpu.py"),
         "(two_times_rule or networks) and bfloat16 or second_stream",
     )
     paper, pruned, deep = "unet++-L4-accurate", "inference-unet++-L", "unet++-3d-L4-accurate"

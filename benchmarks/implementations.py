@@ -19,9 +19,9 @@ import cases
 import torch
 from torch import Tensor
 
-from unetpp_fast import bench
-from unetpp_fast.bench import Builder, Case, Prepared, Unavailable
-from unetpp_fast.models import Network
+from unetpp_fast.benchmarking import harness
+from unetpp_fast.benchmarking.harness import Builder, Case, Prepared, Unavailable
+from unetpp_fast.models.network import Network
 
 
 def builders() -> dict[str, Builder]:
@@ -30,7 +30,7 @@ def builders() -> dict[str, Builder]:
         "monai": functools.partial(peer, make=cases.monai_module),
         "smp": functools.partial(peer, make=cases.smp_module),
     }
-    return bench.builders() | peers | {"onnxruntime": onnxruntime, "openvino": openvino, "tensorrt": tensorrt}
+    return harness.builders() | peers | {"onnxruntime": onnxruntime, "openvino": openvino, "tensorrt": tensorrt}
 
 
 def get(name: str) -> Builder:
@@ -54,7 +54,7 @@ def peer(network: Network, x: Tensor, case: Case, make: Callable) -> Prepared:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = make().to(x.device)
-    prepared = bench.prepare(module, x, case)
+    prepared = harness.prepare(module, x, case)
     prepared.ours = False
     return prepared
 
@@ -64,7 +64,7 @@ def onnx_bytes(network: Network, x: Tensor, case: Case) -> bytes:
     if case.training:
         raise Unavailable("it does not train")
     load("onnxscript")
-    model = bench.with_backend(network, "reference").eval().to("cpu", case.torch_dtype)
+    model = harness.with_backend(network, "reference").eval().to("cpu", case.torch_dtype)
     stream = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -130,6 +130,6 @@ def tensorrt(network: Network, x: Tensor, case: Case) -> Prepared:
     if case.training:
         raise Unavailable("it does not train")
     runtime = load("torch_tensorrt")
-    model = bench.with_backend(network, "reference").eval().to(case.torch_dtype)
+    model = harness.with_backend(network, "reference").eval().to(case.torch_dtype)
     x = x.to(case.torch_dtype)
     return Prepared(runtime.compile(model, ir="dynamo", inputs=[x], enabled_precisions={case.torch_dtype}), x)

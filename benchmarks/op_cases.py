@@ -15,11 +15,13 @@ import op_makers
 import torch
 from op_makers import Maps, Op
 
-from unetpp_fast import fused, measuring
-from unetpp_fast.bench import Case, Outcome, rows_of
+from unetpp_fast.benchmarking import measuring
+from unetpp_fast.benchmarking.harness import Case, Outcome, rows_of
+from unetpp_fast.benchmarking.records import DTYPES
+from unetpp_fast.execution import acceptance
+from unetpp_fast.execution.fused import ops
 from unetpp_fast.kernels import naive
 from unetpp_fast.kernels import tuning as kernel_tuning
-from unetpp_fast.records import DTYPES
 
 INPUTS = [((512, 512), 16), ((96, 96), 16), ((64, 64, 64), 4)]
 DEPTH = len(op_makers.WIDTHS) - 1
@@ -116,7 +118,7 @@ def measure(
 def load(name: str) -> ModuleType | None:
     """The ops that an implementation runs, None where this version does not have them."""
     try:
-        return fused.load_ops(name.partition("-")[2])
+        return ops.load_ops(name.partition("-")[2])
     except (KeyError, ImportError):
         return None
 
@@ -126,7 +128,7 @@ def _disagreement(exact: list, usual: list, found: list, sums: tuple[bool, ...],
     for index, values in enumerate(zip(exact, usual, found, strict=True)):
         e, u, f = (value.double().flatten() for value in values)
         images = case.batch if index < len(sums) and sums[index] else 1
-        if wrong := measuring.disagreement((e,), (u / images,), (f / images,), case.torch_dtype):
+        if wrong := acceptance.disagreement((e,), (u / images,), (f / images,), case.torch_dtype):
             return f"result {index}: {wrong}"
     return ""
 

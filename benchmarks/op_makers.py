@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unetpp_fast import compose, engine
-from unetpp_fast.bench import Case
+from unetpp_fast.benchmarking.harness import Case
+from unetpp_fast.execution.fused import buffers
+from unetpp_fast.execution.plan import operands, weight_composition
 from unetpp_fast.kernels import naive
-from unetpp_fast.models import PAPER_FEATURES
+from unetpp_fast.models.architectures import PAPER_FEATURES
 
 WIDTHS = PAPER_FEATURES["unet++"]
 Results = list[Tensor]
@@ -77,11 +78,11 @@ class Maps:
         return (1 + 0.3 * self.values(channels, seed=seed)).to(self.device, self.sum_dtype)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        return engine.cast(weight, self.dtype)
+        return operands.cast(weight, self.dtype)
 
     def torch_map(self, x: Tensor) -> Tensor:
         """As PyTorch takes it: `[N, C, *S]`, channels-last, alone in its memory."""
-        return engine.from_maps(x.contiguous(), self.axes)
+        return buffers.from_maps(x.contiguous(), self.axes)
 
     def torch_weight(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).contiguous(
@@ -104,7 +105,7 @@ class Maps:
         return [x[-1]]
 
     def ours_last(self, x: Tensor) -> Results:
-        return [engine.from_maps(x[-1:], self.axes)[0]]
+        return [buffers.from_maps(x[-1:], self.axes)[0]]
 
     def bytes(self, *tensors: Tensor) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -113,7 +114,7 @@ class Maps:
 def conv(m: Maps) -> Op:
     """A node's second convolution."""
     x, out, weight = m.map(m.width), m.map(m.width, room=m.width), m.weight(m.width, m.width)
-    wa, torch_x, torch_w = m.rounded(compose.taps_first(weight)), m.torch_map(x), m.torch_weight(weight)
+    wa, torch_x, torch_w = m.rounded(weight_composition.taps_first(weight)), m.torch_map(x), m.torch_weight(weight)
     return Op(
         lambda ops: ops.conv(out, x, wa, axes=m.axes), lambda: m.conv(torch_x, torch_w),
         lambda _: m.ours_last(out), m.last, 2 * m.pixels() * m.taps * m.width**2, m.bytes(x, out, wa),
@@ -123,7 +124,7 @@ def conv(m: Maps) -> Op:
 def conv_norm(m: Maps) -> Op:
     """The same in training: norm and activation of what is read, statistics of what is written."""
     x, out, weight = m.map(m.width), m.map(m.width, room=m.width), m.weight(m.width, m.width)
-    wa, torch_x, torch_w = m.rounded(compose.taps_first(weight)), m.torch_map(x), m.torch_weight(weight)
+    wa, torch_x, torch_w = m.rounded(weight_composition.taps_first(weight)), m.torch_map(x), m.torch_weight(weight)
     scale, shift = m.vector(m.width, 3), m.vector(m.width, 4) - 1
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
 
@@ -144,7 +145,7 @@ def conv_phases(m: Maps) -> Op:
     prefix, low_width = m.width * (m.columns - 1), 2 * m.width
     a, low, out = m.map(prefix, room=m.width), m.map(low_width, half=True, seed=1), m.map(m.width)
     weight = m.weight(m.width, prefix + low_width)
-    operands = compose.first_operands(weight, None, prefix, "phases")
+    operands = weight_composition.first_operands(weight, None, prefix, "phases")
     wa, wb = m.rounded(operands.wa), m.rounded(operands.wb)
     torch_a, torch_low, torch_w = m.torch_map(a), m.torch_map(low), m.torch_weight(weight)
     flop = 2 * m.pixels() * m.width * (m.taps * prefix + 2**m.axes * low_width)
@@ -159,7 +160,7 @@ def conv_dgrad(m: Maps) -> Op:
     """The data gradient of the whole prefix of the level's deepest node at once."""
     prefix = m.width * max(m.columns - 1, 1)
     dy, out, weight = m.map(m.width), m.map(prefix, room=m.width), m.weight(m.width, prefix)
-    flipped = m.rounded(compose.flipped(compose.taps_first(weight)))
+    flipped = m.rounded(weight_composition.flipped(weight_composition.taps_first(weight)))
     torch_dy, torch_x, torch_w = m.torch_map(dy), m.torch_map(out), m.torch_weight(weight)
     return Op(
         lambda ops: ops.conv(out, dy, flipped, axes=m.axes),
@@ -172,7 +173,7 @@ def conv_dgrad_low(m: Maps) -> Op:
     """The data gradient of the low source, at its own resolution."""
     low_width = 2 * m.width
     dy, out, weight = m.map(m.width), m.map(low_width, half=True, room=low_width), m.weight(m.width, low_width)
-    gathered = m.rounded(compose.gathered(compose.phase_weights(weight, None), m.axes))
+    gathered = m.rounded(weight_composition.gathered(weight_composition.phase_weights(weight, None), m.axes))
     torch_dy, torch_w = m.torch_map(dy), m.torch_weight(weight)
     torch_up = m.torch_map(m.map(low_width))
     through_up = torch.ops.aten.upsample_nearest2d_backward if m.axes == 2 else torch.ops.aten.upsample_nearest3d_backward
@@ -196,7 +197,7 @@ def conv_wgrad(m: Maps) -> Op:
     return Op(
         lambda ops: ops.conv_wgrad(a, dy, axes=m.axes),
         lambda: m.conv_backward(torch_dy, torch_a, torch_w, (False, True, False))[1],
-        lambda found: [compose.taps_last(found[0], m.axes)], lambda found: [found],
+        lambda found: [weight_composition.taps_last(found[0], m.axes)], lambda found: [found],
         2 * m.pixels() * m.taps * m.width * prefix, m.bytes(a, dy), (True,),
     )  # fmt: skip
 
@@ -213,7 +214,7 @@ def conv_wgrad_phases(m: Maps) -> Op:
 
     return Op(
         lambda ops: ops.conv_wgrad(low, dy, axes=m.axes, phased=True), eager,
-        lambda found: [compose.phase_weights_backward(found, weight, None)[0]], lambda found: [found],
+        lambda found: [weight_composition.phase_weights_backward(found, weight, None)[0]], lambda found: [found],
         2 * m.pixels() * 2**m.axes * m.width * low_width, m.bytes(low, dy), (True,),
     )  # fmt: skip
 

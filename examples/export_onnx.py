@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from unetpp_fast.files import load_model
+from unetpp_fast.training.checkpoint import load_model
 
 
 def export(network: nn.Module, path: Path, level: int | None = None) -> onnxruntime.InferenceSession:

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import unetpp_fast as uf
-from unetpp_fast.data import Patches
-from unetpp_fast.demo import halves
-from unetpp_fast.training import evaluate
+from unetpp_fast.data.patches import Patches
+from unetpp_fast.experiments.demo import halves
+from unetpp_fast.training.evaluation import evaluate
 
 
 class Nuclei(lightning.LightningModule):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import unetpp_fast as uf
-from unetpp_fast.demo import example
-from unetpp_fast.files import read_image, read_labels
+from unetpp_fast.data.images import read_image, read_labels
+from unetpp_fast.experiments.demo import example
 
 
 def build(features: tuple[int, ...] = (16, 32, 64, 128, 256), channels: int = 64):

@@ -12,8 +12,8 @@ from monai.inferers import SlidingWindowInferer
 from torch.utils.data import DataLoader
 
 import unetpp_fast as uf
-from unetpp_fast.data import Patches
-from unetpp_fast.demo import halves
+from unetpp_fast.data.patches import Patches
+from unetpp_fast.experiments.demo import halves
 
 
 def main(steps: int = 100, features: tuple[int, ...] = (16, 32, 64, 128, 256), device: str = "cpu") -> float:

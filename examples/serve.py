@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unetpp_fast import data, files
+from unetpp_fast.common import errors
+from unetpp_fast.data import images
 
 MAX_BYTES, MAX_PIXELS = 2**24, 2**22
 
@@ -29,8 +30,8 @@ def predict(network: torch.nn.Module, body: bytes) -> bytes:
         _check_size(*Image.open(io.BytesIO(body)).size)  # which a second header may have changed
     except OSError as error:
         raise ValueError("the body is no PNG that can be read") from error
-    image = files.read_image(io.BytesIO(body))
-    probabilities = network.predict(torch.from_numpy(data.standardise(image))[None])
+    image = images.read_image(io.BytesIO(body))
+    probabilities = network.predict(torch.from_numpy(images.standardise(image))[None])
     mask = (probabilities[0, 0] > 0.5).numpy() * np.uint8(255)
     Image.fromarray(mask).save(stream := io.BytesIO(), format="PNG")
     return stream.getvalue()
@@ -43,9 +44,9 @@ def _check_size(width: int, height: int) -> None:
 
 def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
     """A server on this machine's own address; the checkpoint is read without running code in it."""
-    (network, content), lock = files.load_model(checkpoint), threading.Lock()
+    (network, content), lock = checkpoint.load_model(checkpoint), threading.Lock()
     if content["about"].get("prepare"):
-        raise files.InputError(f"{checkpoint} wants its images prepared by {content['about']['prepare']}: add that here")
+        raise errors.InputError(f"{checkpoint} wants its images prepared by {content['about']['prepare']}: add that here")
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 30  # seconds without a byte

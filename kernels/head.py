@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .maps import Affine, activate, device_of
+from .naive import MOST_CLASSES
 from .norm import Tile, affine_rows, check_same, load_row, pixel_stride
 
-MOST_CLASSES = 64
 FEW_CLASSES, FEW_CHANNELS = 8, 512  # up to these, without tensor cores
 BACKWARD = Tile(elements=2048, programs=1024)
 

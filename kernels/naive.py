@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 Affine = tuple[Tensor, Tensor]
 Averages = Callable[[Tensor, int], Tensor]
+MOST_CLASSES = 64  # of a head, in the kernels
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -6,18 +6,23 @@
 torch.Size([1, 1, 100, 130])
 """
 
-from .backbone import backbone
-from .backends import tune
-from .convert import convert, to_state_dict
-from .explaining import explain
-from .losses import BCEDiceLoss
-from .metrics import dice_score, iou_score
-from .models import Network, UNet, UNetPlusPlus, from_paper, parameter_count
-from .optimize import load_optimized, optimize
-from .tiles import predict_tiled
-from .topology import Node, Topology
+import importlib.util
 
-__version__ = "0.1.0"
+if importlib.util.find_spec("unetpp_fast.kernels") is None:
+    raise ImportError("unetpp_fast.kernels is missing, as in a clone that is not installed: pip install -e .")
+
+from .architecture.topology import Node, Topology
+from .common.version import __version__
+from .converters.converter import convert, to_state_dict
+from .deployment.optimized import load_optimized, optimize
+from .execution.dispatch import tune
+from .execution.explanation import explain
+from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_count
+from .models.feature_pyramid import backbone
+from .models.network import Network
+from .models.tiled_prediction import predict_tiled
+from .training.losses import BCEDiceLoss
+from .training.metrics import dice_score, iou_score
 
 __all__ = [
     "BCEDiceLoss",
@@ -26,6 +31,7 @@ __all__ = [
     "Topology",
     "UNet",
     "UNetPlusPlus",
+    "__version__",
     "backbone",
     "convert",
     "dice_score",

@@ -7,9 +7,12 @@ import platform
 
 import torch
 
-from . import __version__, backends, extension, records
-from .files import InputError
-from .sources import source_hash
+from .benchmarking import records
+from .common.errors import InputError
+from .common.version import __version__
+from .execution import dispatch
+from .execution.fused import cuda_library
+from .execution.source_hash import source_hash
 
 
 def lines() -> list[str]:
@@ -28,8 +31,8 @@ def lines() -> list[str]:
         "cuDNN": cudnn,
         "threads": torch.get_num_threads(),
         "GPUs": ", ".join(_gpus()) or "none that torch can use",
-        "backends": ", ".join(backends.BACKENDS),
-        "extension": extension.state(),
+        "backends": ", ".join(dispatch.BACKENDS),
+        "extension": cuda_library.state(),
         "kernels proven on a GPU": _proven(),
         "sources": source_hash(),
         "records": _recorded(),

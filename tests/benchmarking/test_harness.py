@@ -1,0 +1,337 @@
+"""The benchmark harness: what is wrong gets no row, sides take turns, README and pictures show the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.rows import row
+from torch import nn
+
+import unetpp_fast as uf
+from unetpp_fast.benchmarking import harness, measuring, records, report
+from unetpp_fast.cli import parser
+from unetpp_fast.execution import acceptance
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+CPU = torch.device("cpu")
+CASE = harness.Case("inference", "unet++", 2, "accurate", (16, 24), 2, "float32")
+PLAIN = {name: harness.builders()[name] for name in ("eager", "eager-channels-last")}
+
+
+def small(**options) -> uf.Network:
+    torch.manual_seed(0)
+    return uf.UNetPlusPlus(1, 1, features=(4, 6, 8), deep_supervision=True, **options)
+
+
+def wrong(network, x, case, change):
+    """An implementation that changes what eager PyTorch gives."""
+    prepared = harness.eager(network, x, case)
+    right = prepared.forward
+    prepared.forward = lambda x: [change(output) for output in right(x)]
+    return prepared
+
+
+class Scaled(torch.autograd.Function):
+    """The same value with a gradient one per cent too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 1.01 * g
+
+
+@pytest.mark.parametrize("kind", ["inference", "training"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_right_implementations_get_rows(kind, dtype):
+    case = dataclasses.replace(CASE, bench=kind, dtype=dtype)
+    outcome = harness.measure(case, small(), PLAIN, CPU, rounds=3)
+    assert not outcome.wrong and not outcome.skipped and [found["impl"] for found in outcome.rows] == list(PLAIN)
+    for found in outcome.rows:
+        assert records.faults(found) == [] and len(outcome.times[found["impl"]]) == 3
+        assert set(found["ratio_to"]) == set(PLAIN) - {found["impl"]}
+
+
+FAULTS = [lambda y: 1.001 * y, lambda y: y * torch.nan, lambda y: y.roll(1, -1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [*itertools.product(("inference", "training"), FAULTS), ("inference", lambda y: y[..., 1:, :])],
+)
+def test_a_wrong_output_gets_no_row(kind, change):
+    case = dataclasses.replace(CASE, bench=kind)
+    planted = {**PLAIN, "fused": functools.partial(wrong, change=change)}
+    outcome = harness.measure(case, small(), planted, CPU, rounds=3)
+    assert set(outcome.wrong) == {"fused"} and "fused" not in outcome.times
+    assert [found["impl"] for found in outcome.rows] == list(PLAIN)
+    assert all("fused" not in found["ratio_to"] for found in outcome.rows)
+
+
+def test_a_wrong_gradient_gets_no_row():
+    case = dataclasses.replace(CASE, bench="training")
+    outcome = harness.measure(case, small(), {"fused": functools.partial(wrong, change=Scaled.apply)}, CPU, rounds=3)
+    assert "gradients" in outcome.wrong["fused"] and not outcome.rows
+
+
+PLANTED = """
+import sys, pytest
+sys.path.insert(0, "benchmarks")
+import implementations
+from unetpp_fast import bench
+right = implementations.get
+
+def planted(name):
+    def build(network, x, case):
+        prepared = right("eager")(network, x, case)
+        forward = prepared.forward
+        prepared.forward = lambda x: [1.01 * y for y in forward(x)]
+        return prepared
+    return build if name == "eager-channels-last" else right(name)
+
+implementations.get = planted
+arguments = ["benchmarks/test_models.py", "-q", "--quick", "--dry-run", "-p", "no:cacheprovider", "-p", "no:benchmark",
+             "--results", sys.argv[1]]
+sys.exit(pytest.main([*arguments, "-k", "inference-unet-L4 and (-eager or -fused)"]))
+"""
+
+
+def test_a_planted_fault_fails_the_benchmark_and_leaves_no_row(tmp_path):
+    """The command as a user runs it, on tiny sizes."""
+    done = subprocess.run([sys.executable, "-c", PLANTED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "eager-channels-last   WRONG: outputs are" in done.stdout and "1 failed" in done.stdout
+    (path,) = tmp_path.iterdir()
+    rows = records.read(path)
+    assert {"eager", "fused"} <= {found["impl"] for found in rows} and path.name in done.stdout
+    assert "eager-channels-last" not in {found["impl"] for found in rows}
+    assert re.search(r"fused\s+[\d.]+ ms  eager [\d.]+", done.stdout)
+
+
+def test_sides_take_turns_after_a_warm_up():
+    calls = []
+    runs = {name: functools.partial(calls.append, name) for name in "ab"}
+    times = measuring.times_in_turns(runs, CPU, rounds=4)
+    assert calls == list("aabb") + list("ab") * 4 and {name: len(mine) for name, mine in times.items()} == {"a": 4, "b": 4}
+    calls.clear()
+    measuring.times_in_turns(runs, CPU, seconds=0.0)
+    assert len(calls) == 2 * (measuring.WARM_UP + 1 + measuring.LEAST_ROUNDS)
+
+
+def test_ratios_are_taken_round_by_round():
+    """A drift that hits both sides of a round leaves the ratio alone."""
+    times = {"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]}
+    assert measuring.ratios(times, "fast") == {"slow": 2.0} and measuring.ratios(times, "slow") == {"fast": 0.5}
+    assert measuring.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0}
+
+
+def test_the_two_times_rule():
+    exact = torch.ones(4, dtype=torch.float64)
+    off = 0.01 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    for factor, good in ((0.0, True), (1.9, True), (2.5, False), (torch.nan, False)):
+        said = acceptance.disagreement([exact], [exact + off], [exact + factor * off], torch.bfloat16)
+        assert (said == "") is (good or factor == 2.5)  # bfloat16's own rounding is allowed on top
+    assert acceptance.disagreement([exact], [exact + off], [exact + 2.5 * off], torch.float16)
+    assert acceptance.disagreement([exact], [exact], [exact + 1e-6], torch.float32) == ""
+    assert acceptance.disagreement([exact], [exact], [exact + 1e-4], torch.float32)
+
+
+def takes_64_megabytes(keep: bool) -> float:
+    kept = []
+
+    def run() -> None:
+        block = torch.ones(16_000_000)
+        if keep and not kept:
+            kept.append(block)
+
+    return measuring.resident_peak(lambda: run)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("keep", "megabytes"), [(False, 64), (True, 128)])
+def test_peak_memory_counts_what_is_kept_and_what_is_taken_for_a_while(keep, megabytes):
+    assert megabytes - 2 <= measuring.in_fresh_process(takes_64_megabytes, keep) <= megabytes + 8
+
+
+def test_a_memory_case_gives_a_row_with_a_peak():
+    case = dataclasses.replace(CASE, bench="memory", memory_of="training", size=(32, 32))
+    outcome = harness.measure(case, small(), {"eager": harness.eager}, CPU)
+    (found,) = outcome.rows
+    assert records.faults(found) == [] and found["peak_mb"] > 0 and found["median_ms"] is None
+
+
+def test_what_would_be_the_reference_again_gets_no_row():
+    """A backend that falls back is left out, with its reason."""
+    network = small(dropout=0.5)
+    outcome = harness.measure(dataclasses.replace(CASE, bench="training"), network, {"fused": harness.ours}, CPU, rounds=3)
+    assert not outcome.rows and outcome.skipped["fused"]
+    outcome = harness.measure(
+        CASE, network, {"fused-triton": functools.partial(harness.ours, backend="triton")}, CPU, rounds=3
+    )
+    assert not outcome.rows and "interpreter" in outcome.skipped["fused-triton"]
+
+
+def test_every_op_of_the_contract_is_measured_against_an_equivalent():
+    import op_cases
+
+    from unetpp_fast.kernels import triton_ops
+
+    assert {name.partition("-")[0] for name in op_cases.OPS} >= {name.partition("_")[0] for name in triton_ops.__all__}
+    for size in ((4, 8), (2, 4, 4)):
+        for op, (_, levels) in op_cases.OPS.items():
+            case = harness.Case("kernel", op, levels[0], None, size, 2, "float32")
+            outcome = op_cases.measure(case, ["eager", "fused-triton"], CPU, seconds=0, rounds=2, stand_in=True)
+            assert not outcome.wrong and len(outcome.rows) == 2, (case, outcome)
+            for found in outcome.rows:
+                assert records.faults(found) == [] and found["flop"] > 0 and found["bytes"] > 0
+    outcome = op_cases.measure(case, ["eager", "fused-triton"], CPU, seconds=0)
+    assert not outcome.rows and "CUDA device" in outcome.skipped["fused-triton"]
+
+
+def test_a_wrong_kernel_gets_no_row(monkeypatch):
+    import op_cases
+
+    right = op_cases.naive.conv_wgrad
+    monkeypatch.setattr(op_cases.naive, "conv_wgrad", lambda *args, **options: 1.001 * right(*args, **options))
+    case = harness.Case("kernel", "conv-wgrad", 0, None, (8, 16), 2, "float32")
+    outcome = op_cases.measure(case, ["eager", "fused-triton"], CPU, seconds=0, rounds=2, stand_in=True)
+    assert set(outcome.wrong) == {"fused-triton"} and [found["impl"] for found in outcome.rows] == ["eager"]
+
+
+def test_the_matrix_names_each_case_once():
+    import cases
+
+    whole, quick = cases.matrix(), cases.quick()
+    for pairs in (whole, quick):
+        names = [f"{case}-{name}" for case, name in pairs]
+        assert len(set(names)) == len(names) and {name for _, name in pairs} <= set(records.IMPLEMENTATIONS)
+    found = {case.size for case, _ in whole}
+    assert found == {(96, 96), (224, 224), (512, 512), (64, 64, 64)}
+    assert {case.level for case, _ in whole if case.bench == "inference"} == {1, 2, 3, 4}
+    assert cases.network(dataclasses.replace(quick[0][0], level=2, mode="fast")).topology.heads == (2,)
+
+
+@pytest.mark.parametrize(("capacity", "expected"), [(0, 0), (1, 1), (2, 2), (7, 7), (100, 100), (10**9, 4096)])
+def test_the_largest_batch_is_found(capacity, expected):
+    assert report.largest_batch(lambda batch: batch <= capacity) == expected
+
+
+def test_the_bench_command_prints_ten_lines(monkeypatch, capsys):
+    monkeypatch.setattr(report, "SHOWN", ("eager", "fused"))
+    monkeypatch.setattr(measuring, "in_fresh_process", lambda *_: 5.0)
+    arguments = ["bench", "--features", "4,8", "--size", "16x32", "--seconds", "0.01", "--device", "cpu", "--level", "1"]
+    assert parser.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "16x32, batch 1, float32" in text and re.search(
+        r"^eager +[\d.]+ +1.00 +5 +[\d.]+ +1.00 +5 +-$", text, re.MULTILINE
+    )
+    assert len(text.splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--size", "513"], "multiple"),
+        (["--size", "x"], "is no size"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--features", "4"], "features must be"),
+        (["--arch", "unet", "--level", "2"], "level"),
+        (["--checkpoint", "none.pt"], "none.pt does not exist"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(capsys, arguments, says):
+    try:
+        code = parser.main(["bench", "--device", "cpu", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    text = capsys.readouterr().err
+    assert code == 2 and text.count("\n") == 1 and says in text
+
+
+def test_readme_and_pictures_are_what_the_records_give():
+    done = subprocess.run([sys.executable, "benchmarks/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(path.stat().st_size < 100_000 for path in (ROOT / "benchmarks/figures").glob("*.png"))
+
+
+def test_a_changed_row_fails_the_check(tmp_path):
+    import figures
+
+    folder, pictures, readme = tmp_path / "results", tmp_path / "figures", tmp_path / "README.md"
+    trained, path = tmp_path / "demo.json", folder / "gpu.json"
+    pictures.mkdir()
+    readme.write_text(f"before\n{figures.BEGIN}\n{figures.END}\nafter\n")
+    trained.write_text(json.dumps([{"name": f"UNet++ L{level}", "iou": 0.8 + level / 100} for level in (1, 2, 3, 4)]))
+    on_gpu = {"cuda": "13.0", "device": "A GPU"}
+    kernel = {"bench": "kernel", "model": "conv", "level": 0, "mode": None, "gb_s": 3.0, "share_of_ceiling": 0.5}
+    ceilings = {"ceiling_tflops": 700.0, "ceiling_gb_s": 3000.0, "flop": 100, "bytes": 4}
+    rows = [row(**on_gpu, level=level, batch=batch) for level in (1, 2, 3, 4) for batch in (1, 4)]
+    records.merge(folder / "cpu.json", [row()])
+    where = readme, pictures, folder, trained
+    figures.write(*where)
+    assert figures.check(*where) == [] and figures.NO_GPU in readme.read_text()
+    records.merge(path, [*rows, row(**on_gpu, **kernel, **ceilings)])
+    assert any("README.md" in said for said in figures.check(*where))
+    figures.write(*where)
+    assert figures.check(*where) == [] and figures.NO_GPU not in readme.read_text()
+    names = {name: (pictures / f"{name}-gpu.png").read_bytes() for name in figures.KINDS}
+    records.merge(path, [row(**on_gpu, level=4, batch=1, median_ms=2.5, ratio_to={"eager": 1.2})])
+    said = " ".join(figures.check(*where))
+    assert all(name in said for name in ("README.md", "speedup-gpu.png", "batch-gpu.png", "levels-gpu.png"))
+    assert "roofline" not in said and "cpu.png" not in said
+    figures.write(*where)
+    assert figures.check(*where) == [] and (pictures / "roofline-gpu.png").read_bytes() == names["roofline"]
+    path.unlink()
+    assert any("shows no record" in line for line in figures.check(*where))
+
+
+def test_gpu_check_refuses_a_machine_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_goes_on_where_it_stopped(tmp_path):
+    import gpu_check
+
+    fine, bad, slow = (
+        gpu_check.Part(name, limit, (sys.executable, "-c", code))
+        for name, limit, code in (("fine", 30, "print('log')"), ("bad", 30, "raise SystemExit(3)"), ("slow", 1, "input()"))
+    )
+    slow = dataclasses.replace(slow, command=(sys.executable, "-c", "import time; time.sleep(60)"))
+    assert gpu_check.run(fine, tmp_path) == "done" and "log" in (tmp_path / "fine.log").read_text()
+    assert gpu_check.run(fine, tmp_path) == "done before"
+    assert gpu_check.run(bad, tmp_path).startswith("failed (3)") and not (tmp_path / "bad.done").exists()
+    assert gpu_check.run(slow, tmp_path) == "out of time after 1 s"
+    assert "left out: why" in gpu_check.run(dataclasses.replace(fine, name="new", because="why"), tmp_path)
+    parts = gpu_check.parts(tmp_path, False)
+    assert sum(part.limit for part in parts) <= 600 and [part.name for part in parts][:3] == ["tests", "first", "main"]
+
+
+def test_a_module_of_a_peer_is_compared_by_its_outputs():
+    case = dataclasses.replace(CASE, bench="training")
+
+    def peer(network, x, case):
+        prepared = harness.prepare(nn.Sequential(harness.with_backend(network, "reference")), x, case)
+        prepared.ours = False
+        return prepared
+
+    outcome = harness.measure(case, small(), {"monai": peer}, CPU, rounds=3)
+    assert [found["impl"] for found in outcome.rows] == ["monai"]

@@ -1,0 +1,172 @@
+"""The commands as a user meets them: what they write, and that a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.command_line import fails, run
+from support.folders import SIDE, write_nuclei
+
+import unetpp_fast as uf
+from unetpp_fast import info
+from unetpp_fast.data import images
+from unetpp_fast.data.images import read_image
+from unetpp_fast.experiments import demo
+from unetpp_fast.training.checkpoint import load_model, save_checkpoint
+
+SMALL = ("--features", "4,8", "--patch", "32", "--epochs", "2", "--batch-size", "4", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_nuclei(tmp_path_factory.mktemp("nuclei"), count=4, classes=("a", "b"), colour=True)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert run("train", "--data", folder, "--out", out, *SMALL) == 0
+    return out
+
+
+def test_train_then_predict(folder, trained, tmp_path, capsys):
+    assert run("predict", "--checkpoint", trained / "best.pt", "--images", folder / "images", "--out", tmp_path) == 0
+    assert "4 image(s)" in capsys.readouterr().out
+    network, content = load_model(trained / "best.pt")
+    assert content["about"]["classes"] == ["a", "b"] and network.topology.in_channels == 3
+    for path in sorted((folder / "images").iterdir()):
+        image = torch.from_numpy(images.standardise(read_image(path)))[None]
+        expected = (network.predict(image)[0] > 0.5).numpy()
+        for index, name in enumerate(("a", "b")):
+            mask = np.asarray(Image.open(tmp_path / "masks" / name / path.name))
+            assert np.array_equal(mask, expected[index] * np.uint8(255))
+        assert Image.open(tmp_path / "overlays" / path.name).size == (SIDE, SIDE)
+
+
+def test_predict_one_file_fast_of_odd_size(folder, trained, tmp_path):
+    Image.open(folder / "images/cell0.png").crop((0, 0, 31, 45)).save(tmp_path / "odd.png")
+    arguments = ("--checkpoint", trained / "last.pt", "--images", tmp_path / "odd.png", "--out", tmp_path / "out")
+    assert run("predict", *arguments, "--mode", "fast", "--level", "1", "--threshold", "0") == 0
+    mask = np.asarray(Image.open(tmp_path / "out/masks/a/odd.png"))
+    assert mask.shape == (45, 31) and (mask == 255).all()
+
+
+@pytest.mark.parametrize(
+    "model", [("--model", "unet"), ("--no-deep-supervision",), ("--norm", "none", "--upsample", "nearest")]
+)
+def test_every_kind_of_model_trains(folder, tmp_path, model):
+    assert run("train", "--data", folder, "--out", tmp_path, *SMALL, *model, "--epochs", "1") == 0
+    network, _ = load_model(tmp_path / "last.pt")
+    assert network.deep_supervision == (model[0] == "--norm")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsys):
+    before = (trained / "last.pt").read_bytes()
+    assert "add --resume" in fails(capsys, "train", "--data", folder, "--out", trained, *SMALL)
+    assert (trained / "last.pt").read_bytes() == before
+    assert "nothing to resume" in fails(capsys, "train", "--data", folder, "--out", tmp_path, *SMALL, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "required"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("train", "--out", "x"), "--data"),
+        (("train", "--data", "nowhere", "--out", "x"), "nowhere/images is no folder"),
+        (("train", "--data", "DATA", "--out", "OUT", "--features", "4,x"), "'4,x' is no list of widths"),
+        (("train", "--data", "DATA", "--out", "OUT", "--features", "4"), "features must be 2 to 7"),
+        (("train", "--data", "DATA", "--out", "OUT", "--patch", "30"), "--patch must be a positive multiple of 16"),
+        (("train", "--data", "DATA", "--out", "OUT", "--patches-per-image", "0"), "--patches-per-image must be at least 1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--epochs", "0"), "epochs must be at least 1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--dropout", "1"), "dropout must be in"),
+        (("train", "--data", "DATA", "--out", "OUT", "--val-fraction", "2"), "between 0 and 1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--device", "tpu9"), "device 'tpu9' cannot be used"),
+        (("train", "--data", "DATA", "--out", "OUT", "--device", "meta"), "device 'meta' cannot be used"),
+        (("train", "--data", "DATA", "--out", "OUT", "--workers", "-1"), "workers must be at least 0, not -1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--seed", "-1"), "seed must be at least 0 and below 2^63, not -1"),
+        (("train", "--data", "DATA", "--out", "OUT", "--learning-rate", "inf"), "learning_rate must be positive and finite"),
+        (("train", "--data", "DATA", "--out", "GREY", *SMALL), "cannot write to the folder"),
+        (("train", "--data", "DATA", "--out", "OUT", *SMALL, "--patch", "2", "--batch-size", "11"), "shape (1, 3, 2, 2)"),
+        (("demo", "--seed", "-1"), "seed must be at least 0"),
+        (("demo", "--out", "GREY"), "cannot write to the folder"),
+        (("predict", "--checkpoint", "RUN", "--images", "DATA/images", "--out", "OUT"), "is a folder: name a file in it"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "1.1"), "between 0"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "nan"), "between 0"),
+        (("predict", "--checkpoint", "none.pt", "--images", "DATA/images", "--out", "OUT"), "none.pt does not exist"),
+        (("predict", "--checkpoint", "RUN/log.csv", "--images", "DATA/images", "--out", "OUT"), "no readable checkpoint"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/none", "--out", "OUT"), "none is no folder of images"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT"), "1 channel(s), the model takes 3"),
+        (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/images", "--out", "OUT", "--level", "3"), "heads at"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(folder, trained, tmp_path, capsys, arguments, says):
+    Image.new("L", (8, 8)).save(tmp_path / "grey.png")
+    places = {"DATA": folder, "RUN": trained, "OUT": tmp_path / "out", "GREY": tmp_path / "grey.png"}
+    named = []
+    for argument in arguments:
+        head, _, tail = argument.partition("/")
+        named.append(str(places[head] / tail) if head in places and tail else str(places.get(head, argument)))
+    if "--features" in arguments or "--patch" in arguments:
+        named += ["--device", "cpu"]
+    assert says in fails(capsys, *named)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: x")])
+def test_a_lack_of_memory_is_one_line(monkeypatch, tmp_path, capsys, error):
+    monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert "out of memory: use a smaller batch" in fails(capsys, "demo", "--out", tmp_path)
+    monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run("demo", "--out", tmp_path)
+
+
+def test_a_model_without_class_names_still_predicts(tmp_path, folder):
+    network = uf.UNet(3, 2, features=(4, 8))
+    save_checkpoint(tmp_path / "m.pt", {"config": network.config, "model": network.state_dict(), "about": {}})
+    assert run("predict", "--checkpoint", tmp_path / "m.pt", "--images", folder / "images", "--out", tmp_path / "o") == 0
+    assert sorted(path.name for path in (tmp_path / "o/masks").iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "predict"])
+def test_help_tells_every_flag(capsys, command):
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "--device" in text and "--dtype" in text and "--out" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [(["-m", "unetpp_fast", "--version"], uf.__version__), (["-m", "unetpp_fast.info"], "reference")],
+    ids=["version", "info"],
+)
+def test_the_package_runs_as_a_module(command, says):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and says in done.stdout
+
+
+def test_info_names_what_is_installed():
+    facts = dict(line.split(maxsplit=1) for line in info.lines() if len(line.split(maxsplit=1)) == 2)
+    assert facts["torch"] == torch.__version__ and facts["unetpp_fast"] == uf.__version__
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys, folder, tmp_path):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    text = fails(capsys, "train", "--data", folder, "--out", tmp_path / "out", *SMALL)
+    assert "PIL is missing: pip install 'unetpp_fast[commands]'" in text
+
+
+@pytest.mark.parametrize("classes", [["../outside"], ["/tmp"], [".."], ["a", "b"], [1], "a", ["a/b"]], ids=str)
+def test_classes_of_a_checkpoint_name_no_other_folder(classes):
+    from unetpp_fast.cli import predict, train
+
+    with pytest.raises(train.InputError, match="plain name"):
+        predict._classes(uf.UNet(1, 1, features=(3, 4)), {"about": {"classes": classes}})
+    assert predict._classes(uf.UNet(1, 2, features=(3, 4)), {}) == ["0", "1"]

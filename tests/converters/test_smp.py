@@ -1,0 +1,121 @@
+"""segmentation_models_pytorch's UnetPlusPlus and its 3D port: a stand-in written from what is known of it, and the
+library itself where it is installed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.convert_cases import assert_converts, assert_same_outputs
+from support.helpers import FLOAT32, FLOAT64, assert_close_relative, build, make_input, randomise
+from support.peer_models import UnetPlusPlus
+from torch import nn
+
+import unetpp_fast as uf
+
+
+def image(dims: int = 2, batch: int = 2) -> torch.Tensor:
+    return make_input(batch, 3, *((64, 32) if dims == 2 else (16, 32, 16)), dtype=torch.float64)
+
+
+def smp_like(**options) -> UnetPlusPlus:
+    return build(UnetPlusPlus, 3, 2, seed=8, **options).double()
+
+
+SHALLOW = {"widths": (16, 18, 17, 20), "decoder": (23, 22, 21, 18), "dims": 3}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", [
+    {}, {"attention": "scse"}, {"norm": False}, {"mode": "bilinear"}, {"activation": nn.Sigmoid()}, {"center": True},
+    {"activation": nn.Softmax(dim=1), "attention": "scse", "norm": False},
+], ids=str)  # fmt: skip
+def test_2d(options: dict, training: bool) -> None:
+    assert_converts(smp_like(**options).train(training), "smp", image())
+
+
+@pytest.mark.parametrize("attention", [None, "scse"])
+def test_3d_and_fewer_levels(attention: str | None) -> None:
+    assert_converts(smp_like(attention=attention, **SHALLOW), "smp", image(3, 1))
+
+
+def test_the_stand_in_is_as_large_as_the_library() -> None:
+    """The decoder that smp builds over resnet34, by its parameter count."""
+    with torch.device("meta"):
+        decoder = UnetPlusPlus(3, 1, (64, 64, 128, 256, 512), (256, 128, 64, 32, 16)).decoder
+    assert uf.parameter_count(decoder) == 4_793_792
+
+
+def test_the_encoder_is_a_copy() -> None:
+    theirs = smp_like()
+    theirs.encoder.requires_grad_(False).eval()
+    ours = uf.convert(theirs)
+    assert ours.training and not ours.encoder.training and not ours.encoder.stages[0].training
+    assert not any(parameter.requires_grad for parameter in ours.encoder.parameters())
+    assert type(ours.encoder) is type(theirs.encoder)
+    shared = {parameter.data_ptr() for parameter in theirs.parameters()} & {p.data_ptr() for p in ours.parameters()}
+    assert not shared
+    assert uf.convert(ours) is ours
+
+
+def test_any_size_through_predict() -> None:
+    theirs = smp_like(activation=nn.Sigmoid()).eval()
+    ours = uf.convert(theirs)
+    assert_close_relative(ours.predict(image()), theirs(image()), FLOAT64)
+    assert ours.predict(make_input(1, 3, 41, 70, dtype=torch.float64)).shape == (1, 2, 41, 70)
+    with pytest.raises(ValueError, match="multiple of 32; predict"):
+        ours(make_input(1, 3, 41, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match="expected 4 axes"):
+        ours(image(3))
+    with pytest.raises(ValueError, match="activation must be one of"):
+        ours.predict(image(), activation="tanh")
+
+
+def enlarge(model: UnetPlusPlus) -> None:
+    model.segmentation_head[1] = nn.UpsamplingBilinear2d(scale_factor=2)
+
+
+def classify(model: UnetPlusPlus) -> None:
+    model.classification_head = nn.Linear(3, 2)
+
+
+def empty_level(model: UnetPlusPlus) -> None:
+    model.encoder.out_channels = (3, 0, 16, 18, 17, 20)
+
+
+@pytest.mark.parametrize(("options", "change", "reason"), [
+    ({}, enlarge, "its head enlarges the map"),
+    ({}, classify, "aux_params: the classification head has no counterpart"),
+    ({}, empty_level, "its encoder gives maps of"),
+    ({"head_kernel": 1}, None, "kernel, expected 3x3"),
+    ({"mode": "bicubic"}, None, "interpolates by 'bicubic'"),
+    ({"activation": nn.Tanh()}, None, "its activation is Tanh"),
+])  # fmt: skip
+def test_what_has_no_counterpart_is_refused(options: dict, change, reason: str) -> None:
+    model = smp_like(**options)
+    if change:
+        change(model)
+    with pytest.raises(ValueError, match=reason):
+        uf.convert(model)
+
+
+def test_a_bare_state_dict_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="does not hold the encoder's code: load it into the smp model"):
+        uf.convert(smp_like().state_dict())
+    with pytest.raises(ValueError, match="this UNetPlusPlus cannot be written as a segmentation_models"):
+        uf.to_state_dict(uf.UNetPlusPlus(features=(2, 3)), "smp")
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"decoder_attention_type": "scse", "activation": "sigmoid"}, {"encoder_name": "vgg11"}, {"encoder_depth": 4},
+], ids=str)  # fmt: skip
+def test_the_library_itself(options: dict) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="needs torchvision, of which no CPU build is here")
+    options = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 2, **options}
+    if options.get("encoder_depth") == 4:
+        options["decoder_channels"] = (128, 64, 32, 16)
+    theirs = randomise(smp.UnetPlusPlus(**options)).eval()
+    ours = uf.convert(theirs)
+    assert_same_outputs(theirs, ours, image().float(), FLOAT32)
+    assert_converts(copy.deepcopy(theirs).double(), "smp", image())

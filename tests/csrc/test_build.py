@@ -1,0 +1,102 @@
+"""How setup.py decides about the CUDA kernels; `test_sass.py` builds them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import unetpp_fast as uf
+from unetpp_fast.execution import dispatch
+from unetpp_fast.execution.call import Call
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def builder():
+    spec = importlib.util.spec_from_file_location("unetpp_fast_build", ROOT / "csrc" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def without_nvcc(folder: Path) -> dict[str, str]:
+    return {"CUDA_HOME": str(folder), "PATH": str(folder)}
+
+
+def test_auto_says_in_one_line_why_it_does_not_build(tmp_path: Path):
+    done = setup("--name", UNETPP_FAST_BUILD="auto", **without_nvcc(tmp_path))
+    assert done.returncode == 0 and done.stdout.strip() == "unetpp_fast"
+    assert (
+        "unetpp_fast: the CUDA kernels are not built, there is no nvcc; Triton's serve instead" in done.stderr.splitlines()
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
+def test_auto_does_not_build_for_a_torch_without_cuda(tmp_path: Path):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    done = setup("--name", UNETPP_FAST_BUILD="auto", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0 and f"torch {torch.__version__} has no CUDA" in done.stderr
+
+
+def test_none_is_silent(tmp_path: Path):
+    assert "CUDA kernels" not in setup("--name", UNETPP_FAST_BUILD="none", **without_nvcc(tmp_path)).stderr
+
+
+def test_cuda_fails_loudly_without_nvcc(tmp_path: Path):
+    folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    done = setup("build_ext", *folders, UNETPP_FAST_BUILD="cuda", **without_nvcc(tmp_path))
+    assert done.returncode != 0 and "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME" in done.stderr
+
+
+def test_another_mode_is_refused():
+    done = setup("--name", UNETPP_FAST_BUILD="maybe")
+    assert done.returncode != 0 and "UNETPP_FAST_BUILD is auto, cuda or none, not 'maybe'" in done.stderr
+
+
+def test_architectures(builder, monkeypatch: pytest.MonkeyPatch):
+    """What was asked for, else the default as far as the compiler knows it; nothing older than the kernels' instructions."""
+    monkeypatch.setattr(builder, "_output", lambda *command: "sm_80\nsm_90\n")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert builder.architectures("nvcc") == ["-gencode=arch=compute_80,code=[sm_80,sm_90]"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 12.0+PTX")
+    assert builder.architectures("nvcc") == ["-gencode=arch=compute_80,code=[sm_86,sm_120,compute_80]"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    with pytest.raises(RuntimeError, match=r"TORCH_CUDA_ARCH_LIST has '7.5'"):
+        builder.architectures("nvcc")
+
+
+def test_jobs(builder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert builder.jobs() == 3
+    monkeypatch.delenv("MAX_JOBS")
+    assert 1 <= builder.jobs() <= (os.cpu_count() or 1)
+    monkeypatch.setattr(builder, "JOB_BYTES", 2**60)
+    assert builder.jobs() == 1
+
+
+def test_the_backend_says_why_it_is_off(monkeypatch: pytest.MonkeyPatch):
+    """The reference takes over; a torch without CUDA is named where everything else would do."""
+    model, x = uf.UNetPlusPlus(1, 1, features=(4, 8), backend="cuda").eval(), torch.rand(1, 1, 4, 6)
+    name, reason = dispatch.choose(Call(model, x))
+    assert name == "reference" and reason
+    expected = model(x)
+    model.backend = "reference"
+    assert torch.equal(model(x), expected)
+    monkeypatch.setattr(dispatch, "can_run_triton", lambda network, x: (True, ""))
+    if torch.version.cuda is None:
+        assert dispatch.can_run_cuda(Call(model, x)) == (False, "the CUDA kernels are off: this torch has no CUDA")

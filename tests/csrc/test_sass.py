@@ -1,0 +1,191 @@
+"""The CUDA kernels compile for every GPU generation without a GPU: no spill, tensor cores in use, 16-byte copies; and link.
+
+Run with `-s` for the table of registers and shared memory of every instance.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from support.emulation import SCHEMAS, SOURCES
+
+from unetpp_fast.kernels import cuda_ops
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 90, 120)
+# The most that a block may have, and its registers all together.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+REGISTERS = 64 * 1024
+PRECISIONS = {"N2hw4HalfE": "float16", "N2hw8BFloat16E": "bfloat16", "f": "tf32"}
+# Of the candidates that a GPU may pass over, because they are never taken without a measurement.
+UNMEASURED = [cuda_ops.configs(co, gathered)[0] for co in (32, 64) for gathered in (False, True)]
+ONLY_WHERE_IT_FITS = {config.shared for config in cuda_ops.CONFIGS if config not in UNMEASURED}
+INSTANCES = len(PRECISIONS) * (len(cuda_ops.CONFIGS) + 2) + 1
+
+
+def _builder():
+    spec = importlib.util.spec_from_file_location("unetpp_fast_build", SOURCES / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _cuobjdump() -> str | None:
+    """nvcc's, or Triton's."""
+    found = importlib.util.find_spec("triton")
+    inside = found and Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or (str(inside) if inside and inside.exists() else None)
+
+
+TOOL = _cuobjdump()
+pytestmark = [
+    pytest.mark.skipif(_builder().find_nvcc() is None, reason="the kernels are compiled by nvcc, which is not here"),
+    pytest.mark.skipif(TOOL is None, reason="cuobjdump, which lists what a kernel is made of, is not here"),
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The extension for all three generations, made anew when a source changed; kept in `build/`, which git ignores."""
+    files = sorted(path for path in SOURCES.iterdir() if path.is_file())
+    text = b"".join(path.read_bytes() for path in files) + torch.__version__.encode()
+    folder = ROOT / "build" / "sass" / hashlib.sha256(text).hexdigest()[:16]
+    target = folder / "unetpp_fast_cuda.so"
+    if not target.exists():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        names = ";".join(f"{number // 10}.{number % 10}" for number in ARCHITECTURES)
+        environment = {"MAX_JOBS": "2", **os.environ, "TORCH_CUDA_ARCH_LIST": names}
+        _output(sys.executable, SOURCES / "build.py", target, env=environment)
+    return target
+
+
+def _output(*command, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def instance(name: str) -> tuple[str, int, int]:
+    """A kernel's name for people, its threads and its dynamic shared memory, from its mangled name."""
+    if "add_parts" in name:
+        return "add_parts", 256, 0
+    if found := re.search(r"WgradTraitsI(.+?)Lb([01])E", name):
+        phased = found[2] == "1"
+        return f"conv_wgrad {PRECISIONS[found[1]]}{' phased' * phased}", 256, 58240 if phased else 95360
+    kind, co, rows, stages, gathered = re.search(r"ConvTraitsI(.+?)Li(\d+)ELi(\d+)ELi(\d)ELb([01])E", name).groups()
+    rows = int(rows) // 2 if gathered == "1" else int(rows)
+    config = next(
+        config
+        for config in cuda_ops.CONFIGS
+        if (config.block_co, config.rows, config.stages, config.gathered) == (int(co), rows, int(stages), gathered == "1")
+    )
+    warps = config.rows // 2 * config.block_co // 32
+    what = f"conv {PRECISIONS[kind]} {co} x {rows} rows, {stages} stages{', gathered' * config.gathered}"
+    return what, 32 * warps, config.shared
+
+
+@pytest.fixture(scope="module")
+def usage(library: Path) -> dict[tuple[int, str], dict[str, int]]:
+    """Registers, stack and local memory of each (architecture, kernel)."""
+    found, architecture = {}, 0
+    for line in _output(TOOL, "-res-usage", library).splitlines():
+        if match := re.match(r"arch = sm_(\d+)", line.strip()):
+            architecture = int(match[1])
+        elif match := re.match(r"Function (\S+):", line.strip()):
+            name = match[1]
+        elif "REG:" in line:
+            found[architecture, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def sass(library: Path) -> dict[tuple[int, str], Counter]:
+    """How often each instruction stands in each (architecture, kernel)."""
+    found, architecture, counter = {}, 0, Counter()
+    for line in _output(TOOL, "-sass", library).splitlines():
+        if match := re.match(r"arch = sm_(\d+)", line.strip()):
+            architecture = int(match[1])
+        elif match := re.match(r"Function : (\S+)", line.strip()):
+            counter = found[architecture, match[1]] = Counter()
+        elif match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line.strip()):
+            counter[match[1]] += 1
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sass_has_no_spill_and_fits(usage, architecture: int):
+    rows = {name: row for (number, name), row in usage.items() if number == architecture}
+    assert len(rows) == INSTANCES
+    for name, row in sorted(rows.items(), key=lambda item: instance(item[0])):
+        what, threads, shared = instance(name)
+        print(f"sm_{architecture:<4} {what:<48} {threads:>4} threads {row['REG']:>4} registers {shared:>7} bytes shared")
+        assert row["STACK"] == row["LOCAL"] == 0, f"{what} spills: {row}"
+        assert row["REG"] * threads <= REGISTERS
+        assert shared <= SHARED_MEMORY[architecture] or shared in ONLY_WHERE_IT_FITS, what
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sass_uses_tensor_cores(sass, architecture: int):
+    """Products by HMMA, operands by ldmatrix (TF32's transposed ones cannot be), copies of 16 bytes to shared memory."""
+    rows = {instance(name)[0]: counter for (number, name), counter in sass.items() if number == architecture}
+    assert len(rows) == INSTANCES
+    for what, counter in rows.items():
+        total = {kind: sum(count for name, count in counter.items() if name.startswith(kind)) for kind in ("LDL", "STL")}
+        assert not any(total.values()), f"{what} uses local memory"
+        if what == "add_parts":
+            continue
+        products = [name for name in counter if name.startswith("HMMA")]
+        assert products and all("F32" in name for name in products), f"{what} multiplies with {products}"
+        assert any(name.startswith("LDSM") for name in counter) or "conv_wgrad tf32" in what, f"{what} has no ldmatrix"
+        assert any(re.match(r"LDGSTS.*\.128", name) for name in counter), f"{what} has no copies of 16 bytes"
+        if what.startswith("conv ") and "tf32" not in what:
+            assert any(re.match(r"STG.*\.128", name) for name in counter), f"{what} has no stores of 16 bytes"
+
+
+def test_sass_links_to_the_stable_abi_alone(library: Path):
+    """What the library takes from torch is what the stable ABI promises."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm, which lists the names that a library takes from others, is not here")
+    taken = [line.split()[-1] for line in _output("nm", "-D", "--undefined-only", library).splitlines()]
+    of_torch = [name for name in taken if re.search("torch|c10|aten", name, re.IGNORECASE)]
+    assert "aoti_torch_get_current_cuda_stream" in of_torch
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in of_torch), of_torch
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
+def test_sass_library_registers_its_ops(library: Path, tmp_path: Path):
+    """It loads once the one function that a torch without CUDA lacks is lent to it, and has the ops that are emulated."""
+    source = tmp_path / "lent.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    _output(os.environ.get("CC", "cc"), "-shared", "-fPIC", source, "-o", tmp_path / "lent.so")
+    code = f"""
+import ctypes, torch
+ctypes.CDLL({str(tmp_path / "lent.so")!r}, ctypes.RTLD_GLOBAL)
+torch.ops.load_library({str(library)!r})
+for name in ("conv", "conv_wgrad"):
+    print(getattr(torch.ops.unetpp_fast_cuda, name).default._schema)
+"""
+    found = _output(sys.executable, "-c", code).splitlines()
+    assert found == [f"unetpp_fast_cuda::{schema}" for schema in SCHEMAS]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
+def test_sass_library_is_off_and_says_why(library: Path):
+    from unetpp_fast import info
+    from unetpp_fast.execution.fused import cuda_library
+
+    assert cuda_library.load(library) == (False, "this torch has no CUDA")
+    assert any(line.startswith("extension") and "off: this torch has no CUDA" in line for line in info.lines())
+    with pytest.raises(OSError):  # and could not be on
+        ctypes.CDLL(str(library), os.RTLD_NOW)

@@ -1,0 +1,111 @@
+"""Several processes on the CPU (gloo): statistics of batch norm over all of them give what one process gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.helpers import FLOAT32, FLOAT64, assert_close_relative, assert_gradients_close, build, gradients, make_input
+from support.processes import run_processes
+
+import unetpp_fast as uf
+from unetpp_fast.execution import reference
+from unetpp_fast.execution.batch_statistics import SyncedBatchNorm
+from unetpp_fast.execution.call import Call
+from unetpp_fast.execution.fused import operators, ops
+from unetpp_fast.training.processes import sync_batch_norm
+
+
+def network(axes: int = 2, dtype: torch.dtype = torch.float64) -> uf.Network:
+    options = {"spatial_dims": axes, "features": (4, 6, 9), "deep_supervision": True}
+    return build(uf.UNetPlusPlus, 2, 2, **options).to(dtype)
+
+
+def image(axes: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return make_input(3, 2, *(8, 12, 4)[:axes], dtype=dtype)
+
+
+def passes(model: uf.Network, x: torch.Tensor, start: int, run) -> dict:
+    """Outputs, gradients and running statistics of a step on part of a batch, whose loss counts from image `start`."""
+    x = x.clone().requires_grad_()
+    outputs = run(model, x)
+    weights = [make_input(3, *head.shape[1:], seed=7 + k, dtype=head.dtype) for k, head in enumerate(outputs)]
+    part = slice(start, start + len(x))
+    sum((head * weight[part]).sum() for head, weight in zip(outputs, weights, strict=True)).backward()
+    return {
+        "outputs": [head.detach() for head in outputs], "input": x.grad, "gradients": gradients(model),
+        "buffers": dict(model.named_buffers()),
+    }  # fmt: skip
+
+
+def forward_by(name: str):
+    if name == "reference":
+        return reference.forward
+    return lambda model, x: operators.forward(Call(model, x, x.dtype), name)
+
+
+def part_of_a_step(rank: int, axes: int, name: str, first: int) -> dict:
+    """One process's share of a batch of three: the first `first` images, or the rest."""
+    dtype = torch.float32 if name == "triton" else torch.float64
+    model, x = sync_batch_norm(network(axes, dtype)), image(axes, dtype)
+    part = x[:first] if rank == 0 else x[first:]
+    found = passes(model, part, 0 if rank == 0 else first, forward_by(name))
+    for gradient in found["gradients"].values():
+        dist.all_reduce(gradient)
+    return found
+
+
+def names_and_modes() -> dict:
+    model = network()
+    synced = sync_batch_norm(copy.deepcopy(model))
+    x = image(2)
+    synced.load_state_dict(model.state_dict())
+    equal = all(torch.equal(a, b) for a, b in zip(model.eval()(x), synced.eval()(x), strict=True))
+    return {
+        "equal": equal, "names": list(synced.state_dict()) == list(model.state_dict()),
+        "engine": synced.structure.fits(synced, list(synced.modules())),
+        "pruned": synced.prune(1).sync_group == synced.sync_group,
+        "count": sum(isinstance(module, SyncedBatchNorm) for module in synced.modules()),
+    }  # fmt: skip
+
+
+CASES = [(axes, name, first) for axes in (2, 3) for name in ("reference", "naive") for first in (1, 3)]
+CASES += [(2, "triton", 2)] * (ops.HAS_TRITON and ops.INTERPRETED)
+
+
+def everything(rank: int) -> dict:
+    """All that two processes are needed for, in one start."""
+    return {"steps": [part_of_a_step(rank, *case) for case in CASES], "modes": names_and_modes()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    return run_processes(everything, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_take_statistics_together(two, case):
+    """Of unequal parts of a batch, the second even empty: outputs, gradients, running statistics, in float64."""
+    axes, name, _ = case
+    bound = 10 * FLOAT32 if name == "triton" else FLOAT64
+    one = passes(network(axes), image(axes), 0, reference.forward)
+    parts = [found["steps"][CASES.index(case)] for found in two]
+    for index, expected in enumerate(one["outputs"]):
+        assert_close_relative(torch.cat([part["outputs"][index] for part in parts]), expected, bound)
+    assert_close_relative(torch.cat([part["input"] for part in parts]), one["input"], bound)
+    for part in parts:
+        assert_gradients_close(part["gradients"], one["gradients"], bound)
+        for key, buffer in one["buffers"].items():
+            assert_close_relative(part["buffers"][key].double(), buffer.double(), bound)
+
+
+def test_a_synced_network_is_the_same_in_eval_mode(two):
+    for found in (part["modes"] for part in two):
+        assert all(found[key] for key in ("equal", "names", "engine", "pruned")) and found["count"] == 12
+
+
+def test_syncing_needs_processes():
+    with pytest.raises(RuntimeError, match="torchrun"):
+        sync_batch_norm(network())

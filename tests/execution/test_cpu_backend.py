@@ -1,0 +1,174 @@
+"""The CPU backend against the reference in eval mode: every kind of network, layout and size, in both precisions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.helpers import FLOAT32, LAYOUTS, assert_close_relative, build, make_input
+
+import unetpp_fast as uf
+from unetpp_fast.execution import acceptance, dispatch, reference
+from unetpp_fast.execution.call import Call
+from unetpp_fast.execution.cpu import convolutions, passes
+
+LEAKY = ("leaky_relu", {"negative_slope": 0.1})
+UPSAMPLES = [
+    "deconv",
+    "nearest",
+    "linear",
+    ("linear", {"align_corners": True, "project": True}),
+    ("nearest", {"project": True}),
+]
+NORMS = [None, "batch", "instance"]
+WIDTHS = {1: (3, 5), 2: (5, 7, 6), 3: (2, 5, 3, 4), 4: (2, 3, 5, 4, 3)}
+
+
+@pytest.fixture(autouse=True, params=[500, 2**20], ids=["strips", "whole"])
+def strips(request, monkeypatch):
+    """Strips of a few rows, so that small maps have several, and maps that fit in one."""
+    monkeypatch.setattr(passes, "STRIP_BYTES", request.param)
+    passes.workspaces.clear()
+    yield
+    passes.workspaces.clear()
+
+
+def network(axes: int = 2, depth: int = 2, kind: str = "unet++", **options) -> uf.Network:
+    options |= {"deep_supervision": True} if kind == "unet++" else {}
+    maker = uf.UNetPlusPlus if kind == "unet++" else uf.UNet
+    return build(maker, 2, 3, spatial_dims=axes, features=WIDTHS[depth], backend="cpu", **options).eval()
+
+
+def image(axes: int = 2, depth: int = 2, batch: int = 2, layout: str = "contiguous", smallest=(3, 5, 2)) -> torch.Tensor:
+    return make_input(batch, 2, *(size * 2**depth for size in smallest[:axes]), layout=layout)
+
+
+@torch.no_grad()
+def assert_same(model: uf.Network, x: torch.Tensor, bound: float = FLOAT32) -> None:
+    """The model runs on the CPU backend, twice over the same memory, and gives what the reference gives."""
+    assert dispatch.choose(Call(model, x))[0] == "cpu"
+    expected = reference.forward(model, x)
+    for _ in range(2):
+        outputs = model(x)
+        assert_close_relative(outputs if isinstance(outputs, list) else [outputs], expected, bound)
+
+
+@torch.no_grad()
+def assert_two_times_rule(model: uf.Network, x: torch.Tensor, dtype: torch.dtype) -> None:
+    exact = reference.forward(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", dtype):
+        assert dispatch.choose(Call(model, x))[0] == "cpu"
+        usual, found = reference.forward(model, x), model(x)
+    assert all(output.dtype == dtype for output in found)
+    vectors = [[acceptance.as_vector(outputs)] for outputs in (exact, usual, found)]
+    assert acceptance.disagreement(*vectors, dtype) == ""
+
+
+@pytest.mark.parametrize("act", ["relu", LEAKY], ids=str)
+@pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_every_norm_upsampling_and_activation(axes, norm, upsample, act):
+    model = network(axes, norm=norm, upsample=upsample, act=act)
+    assert_same(model, image(axes))
+    assert_two_times_rule(model, image(axes), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["unet++", "unet"])
+@pytest.mark.parametrize(("axes", "depth"), [(2, 1), (2, 3), (2, 4), (3, 1), (3, 3)])
+def test_every_depth_down_to_one_pixel(kind, axes, depth):
+    assert_same(network(axes, depth, kind), image(axes, depth, smallest=(1, 1, 1)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_pruned_networks(level, norm):
+    assert_same(network(depth=3, norm=norm).prune(level), image(depth=3))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_batch(batch, norm):
+    assert_same(network(norm=norm), image(batch=batch))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_the_input(layout):
+    assert_same(network(), image(layout=layout))
+
+
+def test_batches_that_fit_in_part(monkeypatch):
+    """Five images, two at once."""
+    monkeypatch.setattr(passes, "STRIP_BYTES", 2 * 4 * 5 * 12 * 20)
+    assert passes.fitting(network().structure.plan, (12, 20), torch.float32) == 2
+    for norm in NORMS:
+        assert_same(network(norm=norm), image(batch=5))
+
+
+def test_widths_that_differ_by_node_and_no_bias():
+    topology = uf.Topology.nested(
+        2, (3, 4, 5), all_heads=True, widths={(0, 2): 7, (1, 1): 2}, up_width=lambda low, level: low // 2 + 1
+    )
+    for bias in (True, False):
+        model = build(uf.Network, topology, 2, norm="batch", bias=bias, deep_supervision=True, backend="cpu").eval()
+        assert_same(model, image())
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_batch_norms_whose_variances_are_near_eps(axes):
+    """As after training on images that were divided by 255 twice: the scale depends on the exact eps."""
+    model = network(axes, norm=("batch", {"eps": 1e-3}))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.copy_(1e-3 * torch.rand(buffer.shape, generator=torch.Generator().manual_seed(1)))
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        assert_close_relative(model(image(axes)), reference.forward(exact, image(axes).double()), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instance_norm_of_maps_far_from_zero(dtype, monkeypatch):
+    """Variances are not lost beside large means."""
+    monkeypatch.setattr(passes, "STRIP_BYTES", 2**20)
+    model = network(norm="instance", depth=1)
+    for name, value in model.named_parameters():
+        if name.endswith(("conv1.bias", "conv2.bias")):
+            value.data += 30
+    x = make_input(1, 2, 256, 192)
+    with torch.no_grad():
+        exact = reference.forward(copy.deepcopy(model).double(), x.double())
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            usual, found = reference.forward(model, x), model(x)
+    vectors = [[acceptance.as_vector(outputs)] for outputs in (exact, usual, found)]
+    assert acceptance.disagreement(*vectors, dtype) == ""
+
+
+def test_public_operators_take_over_where_onednn_cannot_be_used(monkeypatch):
+    monkeypatch.setattr(convolutions, "internal_reason", lambda axes, dtype: "switched off by a test")
+    for axes in (2, 3):
+        model = network(axes)
+        assert_same(model, image(axes))
+        assert "switched off by a test" in dispatch.choose(Call(model.requires_grad_(False), image(axes)))[1]
+        model.backend = "auto"
+        monkeypatch.setattr(dispatch.fused, "INTERPRETED", False)
+        monkeypatch.setattr(dispatch, "MIN_CPU_PIXELS", 0)
+        assert dispatch.choose(Call(model, image(axes))) == ("reference", "switched off by a test")
+
+
+def test_an_operator_that_computes_something_else_is_not_used(monkeypatch):
+    assert convolutions.internal_reason(2, torch.float32) == ""
+    monkeypatch.setattr(convolutions, "add_conv", lambda out, x, weight, bias, relu: None)
+    assert "another result" in convolutions.internal_reason.__wrapped__(2, torch.float32)
+    monkeypatch.setattr(convolutions, "add_conv", None)
+    assert "fail here" in convolutions.internal_reason.__wrapped__(2, torch.float32)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "no oneDNN" in convolutions.internal_reason.__wrapped__(2, torch.float32)
+
+
+def test_memory_made_under_inference_mode_serves_later_calls():
+    model, x = network(), image()
+    with torch.inference_mode():
+        outputs = model(x)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(outputs, model(x), strict=True))

@@ -1,0 +1,290 @@
+"""Measuring kernels and passes: what is chosen, what is kept, and that a doubt goes to the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.helpers import make_input
+from torch.utils.flop_counter import FlopCounterMode
+
+import unetpp_fast as uf
+from unetpp_fast.execution import dispatch, explanation
+from unetpp_fast.execution.call import Call
+from unetpp_fast.execution.fused import ops, tuning
+from unetpp_fast.kernels import tuning as kernel_tuning
+
+pytestmark = pytest.mark.skipif(not (ops.HAS_TRITON and ops.INTERPRETED), reason="needs Triton and its interpreter")
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+
+
+def forget() -> None:
+    """As in a new process."""
+    for known in (tuning._verdicts, tuning._latest, tuning._loaded, kernel_tuning.table, kernel_tuning._chosen):
+        known.clear()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path / "cache"
+    forget()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Lets a test say how long the reference and the kernels take; nothing is timed."""
+    times = {"reference": 2.0, "kernels": 1.0}
+    order = []
+
+    def milliseconds(run, device, rounds=0):
+        order.append(run)
+        return times["reference"] if len(order) % 2 else times["kernels"]
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(kernel_tuning, "measuring", lambda measure: pytest.MonkeyPatch.context())
+    return times
+
+
+def small() -> tuple[uf.Network, torch.Tensor]:
+    torch.manual_seed(0)
+    return uf.UNet(1, 1, features=(3, 4)), make_input(2, 1, 4, 6)
+
+
+def test_the_fastest_candidate_is_used_and_remembered():
+    candidates = [Config(1), Config(2), Config(3), Config(4)]
+    times = {1: 3.0, 2: 1.0, 4: 2.0}
+    ran = []
+
+    def run(config):
+        ran.append(config.block)
+        if config.block == 3:
+            raise LookupError("out of resources")  # Triton has exceptions of its own
+
+    def measure(launch):
+        launch()
+        return times[ran[-1]]
+
+    assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(1) and not ran
+    with kernel_tuning.measuring(measure):
+        assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(2)
+        assert ran == [1, 2, 3, 4]
+        assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(2)
+    assert kernel_tuning.choose("op", (4,), lambda: candidates, run) == Config(2) and ran == [1, 2, 3, 4]
+    assert kernel_tuning.choose("op", (3,), lambda: candidates[2:], run) == Config(3)  # it is not offered
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)])
+def test_sizes_share_buckets(size, expected):
+    assert kernel_tuning.bucket(size) == expected
+
+
+def test_auto_uses_what_was_measured_in_this_process_and_the_next(clock, cache):
+    model, x = small()
+    assert "unetpp_fast.tune(model, x)" in dispatch.choose(Call(model, x))[1]
+    found = uf.tune(model, x, progress=False)
+    assert found["inference"]["right"] and found["training"]["right"] and found["training"]["ratio"] == 2.0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for _ in range(2):
+        assert dispatch.choose(Call(model, x)) == ("triton", "measured: the kernels take 0.50 of the reference's time")
+        with torch.no_grad():
+            assert dispatch.choose(Call(model, x))[0] == "triton"
+            assert dispatch.choose(Call(model, make_input(2, 1, 4, 8)))[0] == "triton"  # of one bucket with 4x6
+            assert dispatch.choose(Call(model, make_input(2, 1, 4, 10)))[0] == "reference"
+            assert dispatch.choose(Call(uf.UNet(1, 1, features=(3, 5)), x))[0] == "reference"
+        forget()
+    (path,) = cache.iterdir()
+    assert tuning.source_hash() in path.name and set(json.loads(path.read_text())) == {"configurations", "verdicts"}
+
+
+def test_auto_stays_with_a_faster_reference(clock):
+    clock["reference"] = 0.5
+    model, x = small()
+    uf.tune(model, x, training=False, progress=False)
+    with torch.no_grad():
+        assert dispatch.choose(Call(model, x)) == ("reference", "measured: the kernels take 2.00 of the reference's time")
+
+
+@pytest.fixture
+def at_first_call(monkeypatch):
+    """As on a GPU, where the first call of a size may stop to measure."""
+    monkeypatch.setattr(tuning, "may_measure", lambda x: True)
+
+
+def test_auto_compares_at_the_first_call_of_a_size(clock, cache, at_first_call, capsys):
+    model, x = small()
+    for said in (1, 0, 0):
+        assert dispatch.choose(Call(model, x)) == ("triton", "measured: the kernels take 0.50 of the reference's time")
+        assert capsys.readouterr().err.count("once on this GPU") == said
+        forget()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.nodes["x0_0"].norm1.num_batches_tracked == 0
+    (path,) = cache.iterdir()
+    assert len(json.loads(path.read_text())["verdicts"]) == 1
+
+
+def test_auto_stays_with_the_reference_where_kernels_fail(clock, cache, at_first_call, monkeypatch, capsys):
+    from unetpp_fast.kernels import triton_ops
+
+    def fails(*args, **options):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(triton_ops, "pool", fails)
+    model, x = small()
+    for said in (1, 0):
+        name, reason = dispatch.choose(Call(model, x))
+        assert (name, reason) == ("reference", "the kernels failed when they were tried: RuntimeError: no compiler")
+        assert capsys.readouterr().err.count("once on this GPU") == said
+    assert model(x).shape == (2, 1, 4, 6)
+    (path,) = cache.iterdir()
+    assert not json.loads(path.read_text())["verdicts"]  # what failed may work in the next process
+
+
+def test_nothing_is_measured_without_a_gpu_or_against_the_users_will(monkeypatch):
+    x = make_input(2, 1, 4, 6)
+    assert not tuning.may_measure(x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.may_measure(x) and not tuning.may_measure(x[:0])
+    monkeypatch.setenv("UNETPP_FAST_MEASURE", "0")
+    assert not tuning.may_measure(x)
+
+
+def test_a_frozen_encoder_can_be_measured(clock):
+    model, x = small()
+    model.nodes["x0_0"].requires_grad_(False)
+    assert uf.tune(model, x, progress=False)["training"]["right"]
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_way_of_every_convolution_is_told(norm, training):
+    model = uf.UNetPlusPlus(1, 1, features=(8, 16, 32), norm=norm, upsample="linear").train(training)
+    x = make_input(2, 1, 16, 24)
+    with torch.set_grad_enabled(training):
+        ways = explanation._ways(Call(model, x, torch.float32), "triton")
+    assert list(ways) == [node.name for node in model.topology.nodes]
+    assert all("not measured" in way for pair in ways.values() for way in pair) and len(ways["x0_0"]) == 2
+    kernel_tuning.table.update(dict.fromkeys(_keys_asked_for(model, x), "library"))
+    assert set(sum(explanation._ways(Call(model, x, torch.float32), "triton").values(), ())) == {"library (measured)"}
+
+
+def test_the_cuda_kernels_are_named_where_they_serve():
+    model = uf.UNetPlusPlus(1, 1, features=(8, 16, 256), norm="batch").half()
+    ways = explanation._ways(Call(model, make_input(2, 1, 16, 24).half(), torch.float16), "cuda")
+    assert all("CUDA" in way for name in ("x0_0", "x0_2", "x1_1") for way in ways[name])
+    assert "CUDA" in ways["x2_0"][0] and "not measured" in ways["x2_0"][1]  # 16 to 256 channels, 256 to 256
+
+
+@pytest.mark.parametrize("faster", ["triton", "cuda"])
+def test_the_faster_of_both_kernels_is_taken(cache, at_first_call, monkeypatch, faster):
+    """Here the kernels of csrc/ are those of Triton under another name."""
+    monkeypatch.setitem(ops._MODULES, "cuda", "triton_ops")
+    monkeypatch.setattr(dispatch, "can_run_cuda", lambda *_: (True, ""))
+    loaded = [True]
+    monkeypatch.setattr(dispatch.extension, "load", lambda: (loaded[0], ""))
+    times = iter([4.0, 2.0 if faster == "triton" else 3.0, 4.0, 2.0 if faster == "cuda" else 3.0])
+    monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
+    model, x = small()
+    assert dispatch.choose(Call(model, x)) == (faster, "measured: the kernels take 0.50 of the reference's time")
+    assert model(x).shape == (2, 1, 4, 6)
+    monkeypatch.setattr(tuning, "may_measure", lambda x: False)
+    loaded[0] = False
+    assert dispatch.choose(Call(model, x))[0] == ("triton" if faster == "triton" else "reference")
+
+
+def test_a_backend_that_fails_does_not_take_the_other_with_it(cache, at_first_call, monkeypatch):
+    monkeypatch.setattr(dispatch, "can_run_cuda", lambda *_: (True, ""))
+    monkeypatch.setitem(ops._MODULES, "cuda", "no_such_module")
+    times = iter([4.0, 2.0, 4.0])
+    monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
+    model, x = small()
+    assert dispatch.choose(Call(model, x))[0] == "triton"
+
+
+def test_a_reference_that_does_not_fit_into_memory_leaves_the_kernels(cache, at_first_call, monkeypatch):
+    def milliseconds(run, *_):
+        run()
+        return 1.0
+
+    def too_large(network, x):
+        if x.dtype != torch.float64 and x.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(network, x)
+
+    forward = tuning.reference.forward
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning.reference, "forward", too_large)
+    assert dispatch.choose(Call(small()[0], make_input(3, 1, 4, 6)))[0] == "triton"
+
+
+def test_nothing_is_measured_while_operators_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = make_input(2, 1, 4, 6)
+    assert tuning.may_measure(x)
+    with FlopCounterMode(display=False):
+        assert not tuning.may_measure(x)
+
+
+def test_more_classes_than_the_head_takes_run_on_the_reference():
+    model = uf.UNet(1, 65, features=(3, 4), backend="triton")
+    assert "64 classes" in dispatch.choose(Call(model, make_input(1, 1, 4, 6)))[1]
+
+
+def _keys_asked_for(model: uf.Network, x: torch.Tensor) -> list[str]:
+    kernel_tuning._chosen.clear()
+    explanation._ways(Call(model, x, torch.float32), "triton")
+    return [key for key, *_ in kernel_tuning._chosen]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_auto_does_not_use_kernels_that_are_wrong(clock, monkeypatch, training):
+    from unetpp_fast.kernels import triton_ops
+
+    ops = {"conv_wgrad": "wrong gradients only"} if training else {"conv": "wrong outputs"}
+    for name in ops:
+        right = getattr(triton_ops, name)
+
+        def wrong(*args, right=right, **options):
+            result = right(*args, **options)
+            (args[0] if result is None else result).mul_(1.01)
+            return result
+
+        monkeypatch.setattr(triton_ops, name, wrong)
+    model, x = small()
+    found = uf.tune(model.eval() if not training else model, x, training=training, progress=False)
+    assert not found["training" if training else "inference"]["right"]
+    with torch.set_grad_enabled(training):
+        name, reason = dispatch.choose(Call(model, x))
+    assert name == "reference" and "wrong result" in reason
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"configurations": {}}'])
+def test_a_file_that_cannot_be_read_counts_as_none(cache, content):
+    model, x = small()
+    path = tuning.cache_file(x.device)
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert dispatch.choose(Call(model, x))[0] == "reference"
+
+
+def test_what_cannot_run_cannot_be_tuned():
+    model, x = small()
+    with pytest.raises(RuntimeError, match=r"nothing to tune: .*torch\.float64"):
+        uf.tune(model.double(), x.double())
+    with pytest.raises(ValueError, match="does not fit"):
+        uf.tune(small()[0], make_input(2, 1, 3, 3))
+
+
+def test_the_clock_takes_the_median_after_a_warm_up():
+    calls = []
+    assert tuning.milliseconds(lambda: calls.append(1), torch.device("cpu"), rounds=5) >= 0
+    assert len(calls) == 7

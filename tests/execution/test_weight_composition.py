@@ -1,0 +1,142 @@
+"""Composed weights against the up-sampling and convolution that they stand for, borders included, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.helpers import FLOAT64, Recorder, assert_close_relative
+from torch.nn import functional as F
+
+from unetpp_fast.execution.plan import weight_composition
+from unetpp_fast.kernels import naive
+
+
+def maps(axes: int, channels: int, size: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, channels, *size[-axes:], generator=generator, dtype=torch.float64)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """`[N, C, *S]` as `[N, D, H, W, C]`."""
+    return (x[:, :, None] if x.ndim == 4 else x).movedim(1, -1).contiguous()
+
+
+CONV = {2: F.conv2d, 3: F.conv3d}
+DECONV = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@pytest.mark.parametrize("kind", ["nearest", "project", "deconv"])
+@pytest.mark.parametrize(("axes", "size"), [(2, (1, 1)), (2, (3, 5)), (3, (1, 2, 1)), (3, (2, 3, 2))])
+def test_phases_are_the_convolution_of_the_upsampled_map(axes, size, kind):
+    prefix, low = maps(axes, 3, tuple(2 * n for n in size), 0), maps(axes, 4, size, 1)
+    width = 4 if kind == "nearest" else 5
+    weight, bias = (
+        maps(axes, 3 + width, (3,) * axes, 2).repeat(3, *[1] * (axes + 1)),
+        maps(axes, 6, (1,) * axes, 3)[0].flatten(),
+    )
+    weight = weight + 0.1 * torch.arange(6.0).view(-1, *[1] * (axes + 1))
+    up_bias = maps(axes, width, (1,) * axes, 4)[0].flatten()
+    if kind == "deconv":
+        up = maps(axes, width, (2,) * axes, 5).repeat(2, *[1] * (axes + 1))
+        upsampled = DECONV[axes](low, up, up_bias, stride=2)
+    elif kind == "project":
+        up = maps(axes, width, (1,) * axes, 5).repeat(2, *[1] * (axes + 1))
+        upsampled = F.interpolate(CONV[axes](low, up.transpose(0, 1), up_bias), scale_factor=2)
+    else:
+        up, up_bias = None, None
+        upsampled = F.interpolate(low, scale_factor=2)
+    expected = channels_last(CONV[axes](torch.cat([prefix, upsampled], 1), weight, bias, padding=1))
+    parts = weight_composition.first_operands(weight, bias, 3, "phases", up, up_bias)
+    out = torch.full_like(expected, torch.nan)
+    naive.conv(
+        out, channels_last(prefix), parts.wa, axes=axes, phased=True, stride=2, b=channels_last(low), wb=parts.wb,
+        bias=parts.bias, border=parts.border,
+    )  # fmt: skip
+    assert_close_relative(out, expected, FLOAT64)
+
+
+@pytest.mark.parametrize(("axes", "size"), [(2, (1, 3)), (3, (2, 1, 3))])
+def test_data_gradients_are_convolutions_of_the_output_gradient(axes, size):
+    low = maps(axes, 4, size, 1).requires_grad_()
+    prefix = maps(axes, 3, tuple(2 * n for n in size), 0).requires_grad_()
+    weight = maps(axes, 7, (3,) * axes, 2).repeat(3, *[1] * (axes + 1))
+    out = CONV[axes](torch.cat([prefix, F.interpolate(low, scale_factor=2)], 1), weight, padding=1)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    g_prefix, g_low = torch.autograd.grad(out, (prefix, low), dy)
+    parts = weight_composition.first_operands(weight, None, 3, "phases")
+    dy = channels_last(dy)
+    found = torch.empty_like(channels_last(g_prefix))
+    naive.conv(found, dy, weight_composition.flipped(parts.wa), axes=axes)
+    assert_close_relative(found, channels_last(g_prefix), FLOAT64)
+    found = torch.empty_like(channels_last(g_low))
+    naive.conv(found, dy, weight_composition.gathered(parts.wb, axes), axes=axes, taps=4, stride=2)
+    assert_close_relative(found, channels_last(g_low), FLOAT64)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_weight_gradients_flow_back_through_the_composition(axes):
+    low, prefix = maps(axes, 4, (2, 3, 2), 1), maps(axes, 3, (4, 6, 4), 0)
+    weight = maps(axes, 8, (3,) * axes, 2).repeat(3, *[1] * (axes + 1)).requires_grad_()
+    up = maps(axes, 5, (2,) * axes, 5).repeat(2, *[1] * (axes + 1)).requires_grad_()
+    up_bias = maps(axes, 5, (1,) * axes, 4)[0].flatten().requires_grad_()
+    out = CONV[axes](torch.cat([prefix, DECONV[axes](low, up, up_bias, stride=2)], 1), weight, padding=1)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    expected = torch.autograd.grad(out, (weight, up, up_bias), dy)
+    parts = weight_composition.first_operands(weight, None, 3, "phases", up, up_bias)
+    dy = channels_last(dy)
+    wa = naive.conv_wgrad(channels_last(prefix), dy, axes=axes)[0]
+    wb = naive.conv_wgrad(channels_last(low), dy, axes=axes, phased=True)
+    border = naive.border_sums(dy, axes)
+    found = torch.autograd.grad([parts.wa, parts.wb, parts.border], (weight, up, up_bias), [wa, wb, border])
+    assert_close_relative(found, expected, FLOAT64)
+
+
+def test_folding_keeps_the_exact_eps():
+    """Images divided by 255 twice leave variances near eps: then a wrong eps shows."""
+    weight, bias = maps(2, 3, (3, 3), 0), torch.tensor([0.5, -1.0], dtype=torch.float64)
+    norm = torch.nn.BatchNorm2d(2, eps=1e-3).double().eval()
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.tensor([0.1, -0.2]))
+        norm.running_var.copy_(torch.tensor([1e-3, 2e-5]))
+        norm.weight.copy_(torch.tensor([0.7, -1.3]))
+        norm.bias.copy_(torch.tensor([0.2, 0.3]))
+    x = maps(2, 3, (5, 4), 1)
+    parts = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    for start in (bias, None):
+        folded = F.conv2d(x, *weight_composition.fold(weight, start, parts, norm.eps), padding=1)
+        assert_close_relative(folded, norm(F.conv2d(x, weight, start, padding=1)), FLOAT64)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("kernel", [None, 1, 2])
+def test_no_constant_is_copied_to_the_device(axes, kernel):
+    """A CUDA graph captures kernels only: no tensor is made from numbers of the host, and none is written by element."""
+    weight, up_bias = torch.ones(6, 8, *[3] * axes), torch.ones(5)
+    up = None if kernel is None else torch.ones(4, 5, *[kernel] * axes)
+    with Recorder() as recorder:
+        parts = weight_composition.first_operands(weight, None, 3, "phases", up, None if up is None else up_bias)
+        weight_composition.first_operands_backward(parts, weight, 3, "phases", up, None if up is None else up_bias)
+        weight_composition.gathered(parts.wb, axes)
+    assert not {"lift_fresh", "fill_", "index", "new_zeros", "_local_scalar_dense"} & set(recorder.operations)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("kernel", [None, 1, 2])
+def test_gradients_of_the_composition_are_those_of_autograd(axes, kernel):
+    """`first_operands_backward` against autograd through `first_operands`, with no kernel between."""
+    weight = maps(axes, 8, (3,) * axes, 2).repeat(3, *[1] * (axes + 1)).requires_grad_()
+    up = up_bias = None
+    if kernel:
+        up = maps(axes, 5, (kernel,) * axes, 5).repeat(2, *[1] * (axes + 1)).requires_grad_()
+        up_bias = maps(axes, 5, (1,) * axes, 4)[0].flatten().requires_grad_()
+    parts = weight_composition.first_operands(weight, None, 3, "phases", up, up_bias)
+    generator = torch.Generator().manual_seed(3)
+    outputs = [part for part in (parts.wa, parts.wb, parts.border) if part is not None]
+    g = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in outputs]
+    inputs = [tensor for tensor in (weight, up, up_bias) if tensor is not None]
+    expected = torch.autograd.grad(outputs, inputs, g)
+    with torch.no_grad():
+        found = weight_composition.first_operands_backward(
+            weight_composition.Operands(g[0], g[1], None, g[2] if kernel else None), weight, 3, "phases", up, up_bias
+        )
+    assert_close_relative([part for part in found if part is not None], expected, FLOAT64)

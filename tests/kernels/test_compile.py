@@ -1,0 +1,204 @@
+"""Every kernel compiles for every GPU generation without one: no spill, shared memory that fits, tensor cores in use.
+
+The compiler needs the interpreter off, which is decided when Triton is imported; so this file also runs as a script, in a
+process of its own: `python tests/kernels/test_compile.py 90` prints registers, shared memory and spills of each kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.triton_versions import VERSIONS, start
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+HALF = (torch.float16, torch.bfloat16)
+# Everything is six times as many kernels. Otherwise one half precision a case (the two differ in conversions alone), tf32
+# once, three axes at the ends of the widths, and 512, whose blocks are those of 128, in the largest kernels.
+ALL = os.environ.get("UNETPP_FAST_COMPILE_ALL") == "1"
+WIDTHS = (32, 64, 128, 512)
+
+
+class Recorder:
+    """Stands for a kernel and keeps what its launcher passes."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.launches: list[tuple[tuple, dict]] = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+def record(module, name: str, call, *args, **kwargs):
+    """The kernel `name` of a module and the arguments that `call` launches it with."""
+    recorder = Recorder(getattr(module, name))
+    setattr(module, name, recorder)
+    try:
+        call(*args, **kwargs)
+    finally:
+        setattr(module, name, recorder.kernel)
+    return recorder.kernel, *recorder.launches[0]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def conv_case(axes: int, width: int, dtype: torch.dtype, form: str, boxes: bool = False) -> Iterator[tuple]:
+    """Launches of every configuration of `kernels/conv.py` for one node of 2 or 3 axes, with descriptors if `boxes`."""
+    from unetpp_fast.kernels import conv, conv_configs
+
+    side = 16384 // width if axes == 2 else 2048 // width
+    size = (1, side, side) if axes == 2 else (side, side, side)
+    half = tuple(max(1, s // 2) for s in size)
+    double = (1, 2 * side, 2 * side) if axes == 2 else (2 * side,) * 3
+    options = {"axes": axes}
+    sizes = {"node": size, "dlow": double}.get(form, size)
+    phased = form == "node"
+    a = empty(4, *sizes, width * 5, dtype=dtype)[..., :width]
+    if form == "node":
+        low = min(2 * width, 512)
+        affine_a, affine_b = ((empty(1, k), empty(1, k)) for k in (width, low))
+        options |= {"phased": True, "stride": 2, "affine_a": affine_a, "affine_b": affine_b, "stats": True}
+        options |= {"b": empty(4, *half, low, dtype=dtype), "wb": empty(2**axes, 2**axes, low, width, dtype=dtype)}
+        options |= {"bias": empty(width), "border": empty(3**axes, width)}
+    elif form == "dlow":
+        options |= {"taps": 4, "stride": 2}
+    elif form == "dprefix":
+        options |= {"add": True}
+    else:
+        options |= {"affine_a": (empty(4, width), empty(4, width)), "stats": True}
+    weights = empty(options.get("taps", 3) ** axes, width, width, dtype=dtype)
+    out = empty(4, *size, width * 5, dtype=dtype)[..., :width]
+    units = conv.unit_grid(out, axes, phased)
+    found = conv_configs.configs(units, 4, width, axes, phased, dtype)
+    for config in [replace(config, descriptors=True) for config in found] if boxes else found:
+        yield config, *record(conv, "_conv_kernel", conv.conv, out, a, weights, config=config, **options)
+
+
+def wgrad_case(axes: int, width: int, dtype: torch.dtype, form: str) -> Iterator[tuple]:
+    """Launches of every configuration of `kernels/conv_wgrad.py`."""
+    from unetpp_fast.kernels import conv, conv_wgrad
+
+    side = 16384 // width if axes == 2 else 2048 // width
+    dy = empty(4, *((1, side, side) if axes == 2 else (side, side, side)), width, dtype=dtype)
+    phased = form == "low"
+    units = conv.unit_grid(dy, axes, phased)
+    a = empty(4, *units, width * 5, dtype=dtype)[..., :width]
+    affine = {"plain": None, "low": (empty(1, width), empty(1, width)), "image": (empty(4, width), empty(4, width))}[form]
+    for config in conv_wgrad.configs(units, width, width, axes, phased, dtype):
+        call = {"axes": axes, "phased": phased, "affine": affine, "config": config}
+        yield config, *record(conv_wgrad, "_conv_wgrad_kernel", conv_wgrad.conv_wgrad, a, dy, **call)
+
+
+def cases(capability: int) -> Iterator[tuple]:
+    """(name, launches): two axes in half precision everywhere; three axes and tf32 where they need most registers.
+
+    Boxes of the tensor memory accelerator on the GPU where they are used.
+    """
+    forms = [(conv_case, form) for form in ("norm", "node", "dprefix", "dlow")]
+    forms += [(wgrad_case, form) for form in ("plain", "image", "low")]
+    for (case, form), axes, width in itertools.product(forms, (2, 3), WIDTHS):
+        for dtype in (*HALF, torch.float32):
+            heavy = form in ("node", "low")
+            if axes == 2:
+                half = dtype == torch.float16 and (width < 512 or heavy)
+            else:
+                half = dtype == torch.bfloat16 and form == "node" and width in (32, 128)
+            if ALL or half or (dtype == torch.float32 and axes == 2 and heavy and width == 64):
+                name = f"{case.__name__[:-5]} {form} {axes}D {width} {str(dtype)[6:]}"
+                yield name, case(axes, width, dtype, form)
+                if (
+                    capability == 90
+                    and form in ("norm", "node", "dprefix")
+                    and (ALL or width == 32 or (width, axes) == (128, 2))
+                ):
+                    yield f"{name} boxes", case(axes, width, dtype, form, boxes=True)
+
+
+def source_of(kernel, args: tuple, kwargs: dict):
+    """A launch as the compiler takes it, specialised as the launcher's arguments would be."""
+    from triton.compiler import ASTSource
+
+    types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    kwargs = dict(kwargs)
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+    signature, constants, attributes = {}, dict(kwargs), {}
+    for index, (name, value) in enumerate(itertools.zip_longest(kernel.arg_names, args)):
+        if name in kwargs or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+            continue
+        if hasattr(value, "block_shape"):  # a descriptor
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{types[value.base.dtype][1:]}[{box}]>"
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[name] = types[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
+        if (value.storage_offset() * value.element_size() if tensor else value) % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compiled(kernel, args: tuple, kwargs: dict, capability: int) -> dict[str, int]:
+    """Registers, spilled bytes, shared memory and tensor-core instructions of a launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = source_of(kernel, args, kwargs)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    tensor_cores = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", result.asm["ptx"]))
+    return {
+        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"],
+        "shared": result.metadata.shared, "tensor-core": tensor_cores,
+    }  # fmt: skip
+
+
+def main(capability: int) -> int:
+    """Prints the table; the number of kernels that break a rule."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    broken = 0
+    for name, launches in cases(capability):
+        for config, kernel, args, kwargs in launches:
+            row = compiled(kernel, args, kwargs, capability)
+            wrong = row["spilled"] > 0 or row["shared"] > SHARED_MEMORY[capability] or row["tensor-core"] == 0
+            broken += wrong
+            shape = "x".join(str(int(part)) for part in vars(config).values())
+            figures = " ".join(f"{value:>7}" for value in row.values())
+            print(f"sm_{capability} {name:<34} {shape:<26} {figures}{'  BROKEN' if wrong else ''}", flush=True)
+    return broken
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_without_spills(version: str):
+    """One line a kernel: registers, spilled bytes, shared memory, tensor-core instructions."""
+    runs = [start(version, __file__, str(capability)) for capability in SHARED_MEMORY]
+    try:
+        results = [(process.communicate(), process) for process in runs]
+    finally:
+        for process in runs:
+            process.kill()
+    print("".join(table for (table, _), _ in results))
+    for (table, errors), process in results:
+        assert process.returncode == 0, f"{table}\n{errors[-3000:]}"
+        assert table.count("\nsm_") > 50
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(int(sys.argv[1])), 1))

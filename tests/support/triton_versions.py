@@ -1,0 +1,28 @@
+"""The Triton that is installed and, where `make test` has put it beside, the oldest one that is supported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OLDEST = "3.6.0"
+OLDEST_FOLDER = Path(__file__).parents[2] / ".venv" / f"triton-{OLDEST}"
+VERSIONS = ("installed", "oldest")
+
+
+def start(version: str, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Runs a script with that Triton and its interpreter off; skips the test where there is none."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    if version == "oldest":
+        if importlib.metadata.version("triton") == OLDEST:
+            pytest.skip(f"the installed Triton is the oldest supported one, {OLDEST}")
+        if not (OLDEST_FOLDER / "triton").is_dir():
+            pytest.skip(f"there is no {OLDEST_FOLDER}: `make test` installs Triton {OLDEST} there")
+        environment["PYTHONPATH"] = str(OLDEST_FOLDER)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, script, *arguments], env=environment, **options)

@@ -1,0 +1,311 @@
+"""Long runs: what breaks is named and the last good state kept; batches in parts, within a memory; the run's folder."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.folders import write_nuclei
+from support.helpers import FLOAT64, assert_gradients_close, build, gradients, make_input
+
+import unetpp_fast as uf
+from unetpp_fast.cli import parser, train
+from unetpp_fast.common import atomic_files
+from unetpp_fast.common.errors import InputError
+from unetpp_fast.data import images
+from unetpp_fast.data.patches import Patches, load_batches
+from unetpp_fast.data.samples import ArraySample, find_samples
+from unetpp_fast.execution import reference
+from unetpp_fast.training import checkpoint, memory_budget, processes, run_folder
+from unetpp_fast.training.checkpoint import load_checkpoint
+from unetpp_fast.training.recipe import Recipe
+from unetpp_fast.training.trainer import Trainer
+
+SMALL = ("--features", "4,8", "--patch", "32", "--epochs", "2", "--device", "cpu")
+
+
+def make_trainer(folder: Path, out: Path | None, norm: str | None = "batch", **recipe) -> Trainer:
+    samples, _ = find_samples(folder)
+    patches = Patches(samples, 32, per_image=2, seed=0)
+    network = build(uf.UNetPlusPlus, 1, 1, features=(4, 8), norm=norm, deep_supervision=True)
+    return Trainer(network, patches, [], Recipe(**{"epochs": 1, "batch_size": 2, **recipe}), out)
+
+
+def run(*arguments: str | Path) -> int:
+    return parser.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_nuclei(tmp_path_factory.mktemp("nuclei"), count=5)
+
+
+def test_the_batch_that_breaks_the_loss_is_named_and_kept(folder, tmp_path):
+    """Between two looks at the loss: of the batches since the first, the one that made it, not the last."""
+    trainer = make_trainer(folder, tmp_path)
+    wrong = trainer.patches.batches(0, 2)[2]
+    load = trainer._train_step
+    trainer._train_step = lambda image, mask, whole: load(image * (float("nan") if trainer.step == 2 else 1), mask, whole)
+    names = [trainer.patches.samples[draw % 5].name for _, draw in wrong]
+    with pytest.raises(
+        InputError, match=rf"loss became nan in epoch 1: .*batch 3, of {', '.join(names)}, kept in .*bad-batch"
+    ):
+        trainer.fit(progress=False)
+    kept = torch.load(tmp_path / "bad-batch.pt", weights_only=True)
+    assert kept["names"] == names and (kept["epoch"], kept["batch"]) == (1, 3)
+    assert torch.equal(kept["image"], torch.stack([trainer.patches[item][0] for item in wrong]))
+    assert torch.equal(kept["mask"], torch.stack([trainer.patches[item][1] for item in wrong]))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_step_that_float16_skips_is_no_error_but_many_are(folder, monkeypatch):
+    trainer = make_trainer(folder, None, dtype="float16")
+    backward, overflows = trainer._backward, [1]
+
+    def overflow(*batch):
+        found = backward(*batch)
+        if overflows.pop() if overflows else False:
+            trainer.network.heads["x0_1"].bias.grad.fill_(float("inf"))
+        return found
+
+    trainer._backward = overflow
+    trainer.fit(progress=False)
+    assert trainer.scaler.get_scale() == 2.0**15
+    again = make_trainer(folder, None, dtype="float16", epochs=9)
+    trainer, backward, overflows = again, again._backward, [1] * 99
+    again._backward = overflow
+    with pytest.raises(InputError, match="step after step overflowed float16 in epoch 4"):
+        again.fit(progress=False)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+@pytest.mark.parametrize("norm", [None, "instance"])
+def test_a_batch_in_parts_gives_the_same_gradients(folder, norm, parts):
+    """Of unequal sizes too, and no more than there are images."""
+    found = []
+    for accumulate in (1, parts):
+        trainer = make_trainer(folder, None, norm, accumulate=accumulate)
+        trainer.network.double()
+        sizes, forward = [], trainer.network.forward
+        trainer.network.forward = lambda x, forward=forward, sizes=sizes: sizes.append(len(x)) or forward(x)
+        x = make_input(4, 1, 16, 16, dtype=torch.float64)
+        given = trainer._train_step(x, (x > 0).double(), 4)
+        found.append((sizes, gradients(trainer.network), given))
+    (_, expected, means), (sizes, parted, given) = found
+    assert sizes == {2: [2, 2], 3: [2, 1, 1], 9: [1, 1, 1, 1]}[parts]
+    assert_gradients_close(parted, expected, FLOAT64)
+    assert given.tolist() == pytest.approx(means.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("patches", "batch", "accumulate", "size", "fits"),
+    [
+        (5, 5, 1, 1, True), (6, 5, 1, 1, False), (5, 5, 3, 1, False), (5, 9, 3, 1, False), (6, 6, 3, 1, True),
+        (9, 5, 3, 2, False),  # the last batch has parts of two images, the first has one of one
+        (8, 4, 2, 2, True),
+    ],
+)  # fmt: skip
+def test_no_part_of_any_batch_is_too_small_for_batch_norm(monkeypatch, patches, batch, accumulate, size, fits):
+    """Of a network whose lowest map has one pixel."""
+    model = build(uf.UNetPlusPlus, 1, 1, features=(3, 4))
+    array = np.zeros((1, 8, 8), np.float32)
+    drawn = Patches([ArraySample("one", array, array > 0)], 2, per_image=patches, seed=0)
+    monkeypatch.setattr(processes, "size", lambda: size)
+    recipe = Recipe(batch_size=batch, accumulate=accumulate)
+    if fits:
+        train._check_batches(model, drawn, recipe)
+        return
+    with pytest.raises(InputError, match="more than one value"):
+        train._check_batches(model, drawn, recipe)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A switch after which nothing more can be written."""
+
+    class Full:
+        def __init__(self, stream):
+            self.stream, self.left = stream, 1000
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.stream.close()
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def write(self, values):
+            self.left -= len(values)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.stream.write(values)
+
+    fdopen = os.fdopen
+    return lambda: monkeypatch.setattr(images.os, "fdopen", lambda *rest: Full(fdopen(*rest)))
+
+
+def test_a_disk_that_fills_leaves_the_last_good_checkpoint(folder, tmp_path, full_disk):
+    make_trainer(folder, tmp_path).fit(progress=False)
+    before = (tmp_path / "last.pt").read_bytes()
+    trainer = make_trainer(folder, tmp_path, epochs=2)
+    trainer.resume()
+    full_disk()
+    with pytest.raises(InputError, match=r"cannot write .*last\.pt \(No space left on device\): make room; what was there"):
+        trainer.fit(progress=False)
+    assert (tmp_path / "last.pt").read_bytes() == before and load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.csv"]
+
+
+def test_a_disk_that_fills_at_the_last_moment(tmp_path, monkeypatch):
+    """When the buffers of the system are written out."""
+    atomic_files.write_atomic(tmp_path / "a", lambda stream: stream.write(b"old"))
+    monkeypatch.setattr(images.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded")))
+    with pytest.raises(OSError, match=r"Disk quota exceeded.*what was there before is whole"):
+        atomic_files.write_atomic(tmp_path / "a", lambda stream: stream.write(b"new"))
+    with pytest.raises(InputError, match=r"make room$"):
+        atomic_files.write_atomic(tmp_path / "b", lambda stream: stream.write(b"new"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+class Dies(Patches):
+    """Patches whose fifth one ends the process that reads it."""
+
+    def __getitem__(self, item):
+        if item[1] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(item)
+
+
+def test_a_reading_process_that_dies_is_one_line(folder):
+    samples, _ = find_samples(folder)
+    patches = Dies(samples, 32, per_image=1, seed=0)
+    batches = [[(0, draw)] for draw in range(5)]
+    with pytest.raises(InputError, match=r"^a process that reads images ahead died \(.*\): use fewer --workers") as caught:
+        list(load_batches(patches, batches, 1, pin=False))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_line(tmp_path, workers):
+    folder = write_nuclei(tmp_path, count=2)
+    samples, _ = find_samples(folder)
+    Image.new("L", (8, 8)).save(samples[1].masks[0])
+    patches = Patches(samples, 32, per_image=1, seed=0)
+    with pytest.raises(InputError, match=r"^mask .*cell1\.png is 8x8 but its image .* of one size$"):
+        list(load_batches(patches, [[(0, 0)], [(0, 1)]], workers, pin=False))
+
+
+def test_a_step_s_memory_is_counted_from_its_tensors():
+    """What autograd keeps for one image more, and the parameters four times, are the least that a step takes."""
+    model = build(uf.UNetPlusPlus, 1, 1, features=(8, 16, 32), deep_supervision=True)
+    model.to("meta")
+    kept = []
+    for count in (4, 5):
+        storages = {}
+        x = torch.empty(count, 1, 64, 64, device="meta")
+        hooks = lambda tensor, own=storages: own.setdefault(tensor.untyped_storage()._cdata, tensor) is None or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(hooks, lambda tensor: tensor):
+            reference.forward(model, x)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+    each = memory_budget.step_bytes(model, (64, 64), 5) - memory_budget.step_bytes(model, (64, 64), 4)
+    assert kept[1] - kept[0] <= each <= 1.5 * (kept[1] - kept[0])
+    parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert memory_budget.step_bytes(model, (64, 64), 4) >= 4 * each + 3 * parameters
+    model.recompute = True
+    assert memory_budget.step_bytes(model, (64, 64), 8) < 0.7 * (8 * each + 4 * parameters)
+    assert memory_budget.step_bytes(model, (64, 64), 8, "bfloat16") < memory_budget.step_bytes(model, (64, 64), 8)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_largest_batch_fits_and_one_more_does_not(recompute):
+    model = build(uf.UNetPlusPlus, 1, 1, features=(4, 8, 16))
+    model.recompute = recompute
+    limit = 40 * 2**20
+    count = memory_budget.largest_batch(model, (64, 64), limit)
+    assert count >= 2 and memory_budget.step_bytes(model, (64, 64), count) <= limit
+    assert memory_budget.step_bytes(model, (64, 64), count + 1) > limit
+    assert memory_budget.largest_batch(model, (64, 64), limit, most=1) == 1
+    with pytest.raises(InputError, match=r"--max-memory is too small: a batch of one patch of 64x64 takes \d+M"):
+        memory_budget.largest_batch(model, (64, 64), 2**20)
+
+
+def test_a_run_s_folder(folder, tmp_path, capsys):
+    """The batch that fits is printed and kept; the same command with --resume goes on with it."""
+    command = (
+        "train",
+        "--data",
+        folder,
+        "--out",
+        tmp_path,
+        *SMALL,
+        "--max-memory",
+        "5M",
+        "--accumulate",
+        "2",
+        "--recompute",
+    )
+    assert run(*command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "config.json", "curves.png", "last.pt", "log.csv"]
+    batch = load_checkpoint(tmp_path / "last.pt")["recipe"]["batch_size"]
+    assert f"batches of {batch}: {batch // 2} image(s) at a time fit into 5M" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = {"batch_size": batch, "accumulate": 2, "epochs": 2, "recompute": True, "dtype": "float32", "features": [4, 8]}
+    assert expected.items() <= config.items() and config["version"] == uf.__version__
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > 600
+    before = (tmp_path / "curves.png").read_bytes()
+    assert run(*command, "--epochs", "3", "--resume") == 0
+    with open(tmp_path / "log.csv", newline="") as stream:
+        assert [int(row["epoch"]) for row in csv.DictReader(stream)] == [1, 2, 3]
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+    assert (tmp_path / "curves.png").read_bytes() != before
+
+
+def test_a_memory_too_small_for_one_image_is_one_line(folder, tmp_path, capsys):
+    assert run("train", "--data", folder, "--out", tmp_path / "out", *SMALL, "--max-memory", "10K") == 2
+    text = capsys.readouterr().err
+    assert "--max-memory is too small" in text and text.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_tensorboard_s_events_hold_every_epoch(folder, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("train", "--data", folder, "--out", tmp_path, *SMALL, "--tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    with open(tmp_path / "log.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for name in run_folder.COLUMNS[1:]:
+        found = [(event.step, event.value) for event in events.Scalars(name.replace("_", "/"))]
+        assert found == [(int(row["epoch"]), pytest.approx(float(row[name]), rel=1e-6)) for row in rows]
+
+
+def test_without_tensorboard_the_extra_is_named(monkeypatch, folder, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert run("train", "--data", folder, "--out", tmp_path, *SMALL, "--tensorboard") == 2
+    assert "tensorboard is missing: pip install 'unetpp_fast[tensorboard]'" in capsys.readouterr().err
+
+
+def test_an_older_checkpoint_resumes(folder, tmp_path):
+    """One that knows nothing of the parts of a batch."""
+    make_trainer(folder, tmp_path).fit(progress=False)
+    content = load_checkpoint(tmp_path / "last.pt")
+    del content["recipe"]["accumulate"], content["unetpp_fast"]
+    checkpoint.save_checkpoint(tmp_path / "last.pt", content)
+    trainer = make_trainer(folder, tmp_path)
+    trainer.resume()
+    assert trainer.epoch == 1
+    with pytest.raises(InputError, match="another accumulate=1, now 2"):
+        make_trainer(folder, tmp_path, accumulate=2).resume()

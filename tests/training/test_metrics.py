@@ -1,0 +1,109 @@
+"""Intersection over union and Dice against sets of pixels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.helpers import FLOAT32, assert_close_relative, make_input
+from torch import Tensor
+
+import unetpp_fast as uf
+
+Pixels = set[tuple[int, ...]]
+
+
+def iou_of_sets(a: Pixels, b: Pixels) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def dice_of_sets(a: Pixels, b: Pixels) -> float:
+    return 2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0
+
+
+SCORES = [(uf.iou_score, iou_of_sets), (uf.dice_score, dice_of_sets)]
+each_score = pytest.mark.parametrize("score, of_sets", SCORES, ids=["iou", "dice"])
+
+
+def foreground(image: Tensor) -> Pixels:
+    places = itertools.product(*map(range, image.shape))
+    return {place for place in places if image[place].item() > 0.5}
+
+
+def brute_force(of_sets: Callable[[Pixels, Pixels], float], probabilities: Tensor, target: Tensor) -> Tensor:
+    each = [of_sets(foreground(p), foreground(y)) for p, y in zip(probabilities, target, strict=True)]
+    return torch.tensor(sum(each) / len(each), dtype=torch.float64)
+
+
+@each_score
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
+@pytest.mark.parametrize("shape", [(1, 1, 6, 7), (3, 1, 5, 5), (2, 3, 4, 4), (2, 2, 3, 2, 4), (4, 5)], ids=str)
+def test_sets(shape: tuple[int, ...], layout: str, score, of_sets) -> None:
+    """Images with all, some and none of the foreground."""
+    probabilities = make_input(*shape, layout=layout).sigmoid()
+    target = (make_input(*shape, seed=1) > 0).float()
+    for level in (-1.0, 0.0, 0.3, 1.0):
+        shifted = probabilities + level * torch.linspace(0, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        value = score(shifted, target)
+        assert value.ndim == 0 and value.dtype == torch.float32
+        assert_close_relative(value, brute_force(of_sets, shifted, target), FLOAT32)
+
+
+@each_score
+def test_empty_masks(score, of_sets) -> None:
+    """Both empty is agreement; one empty is none."""
+    empty, full = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    assert score(empty, empty).item() == 1.0
+    assert score(full, full).item() == 1.0
+    assert score(full, empty).item() == 0.0
+    assert score(empty, full).item() == 0.0
+    assert score(torch.cat([empty, full, empty]), torch.cat([empty, empty, full])).item() == pytest.approx(1 / 3)
+
+
+@each_score
+def test_hard_at_one_half(score, of_sets) -> None:
+    """0.5 itself is background, in the prediction and in the target."""
+    at, above = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), 0.5001)
+    assert score(at, torch.zeros(1, 1, 2, 2)).item() == 1.0
+    assert score(above, torch.ones(1, 1, 2, 2)).item() == 1.0
+    assert score(above, at).item() == 0.0
+    assert score(torch.full((1, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 0.6)).item() == 1.0
+
+
+@each_score
+def test_images_are_averaged_and_not_pooled(score, of_sets) -> None:
+    """A small object missed counts as much as a large one found."""
+    probabilities, target = torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    probabilities[0], target[0] = 1, 1
+    target[1, 0, 0, 0] = 1
+    assert score(probabilities, target).item() == 0.5
+    pooled = score(probabilities.view(1, 2, 8, 8), target.view(1, 2, 8, 8)).item()
+    assert pooled > 0.9
+
+
+@each_score
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
+def test_types(dtype: torch.dtype, score, of_sets) -> None:
+    probabilities, target = make_input(2, 1, 5, 5).sigmoid(), (make_input(2, 1, 5, 5, seed=1) > 0).float()
+    assert torch.equal(score(probabilities, target.to(dtype)), score(probabilities, target))
+    mask = (probabilities > 0.5).to(dtype)
+    assert torch.equal(score(mask, target), score(probabilities, target))
+
+
+@each_score
+def test_more_pixels_than_float16_or_uint8_hold(score, of_sets) -> None:
+    half = torch.ones(1, 1, 300, 300, dtype=torch.float16)
+    half[..., 150:, :] = 0
+    expected = 0.5 if score is uf.iou_score else 2 / 3
+    assert score(half, torch.ones(1, 1, 300, 300, dtype=torch.uint8)).item() == pytest.approx(expected)
+
+
+@each_score
+def test_mistakes(score, of_sets) -> None:
+    with pytest.raises(ValueError, match=r"probabilities \(2, 1, 4, 4\) and target \(2, 4, 4\) must have one shape"):
+        score(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
+    for shape in ((0, 1, 4, 4), (1, 1, 4, 0), (4,)):
+        with pytest.raises(ValueError, match="hold no image"):
+            score(torch.zeros(shape), torch.zeros(shape))

@@ -1,0 +1,195 @@
+"""Training image by image: the gradients are right, and the same bits wherever the images and threads are."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+
+import pytest
+import torch
+from support.folders import write_nuclei
+from support.helpers import (
+    FLOAT64,
+    assert_close_relative,
+    assert_gradients_close,
+    build,
+    gradients,
+    make_input,
+    weighted_sum,
+)
+from torch.nn.utils import parametrizations
+
+import unetpp_fast as uf
+from unetpp_fast.cli import parser
+from unetpp_fast.common.errors import InputError
+from unetpp_fast.execution.batch_statistics import SyncedBatchNorm2d
+from unetpp_fast.training import reproducible
+from unetpp_fast.training.losses import BCEDiceLoss
+from unetpp_fast.training.recipe import Recipe
+
+WIDTHS = (3, 5, 4)
+OPTIONS = {
+    "batch": {},
+    "instance": {"norm": "instance"},
+    "instance, plain": {"norm": ("instance", {"affine": False})},
+    "no norm": {"norm": None},
+    "average": {"norm": ("batch", {"momentum": None})},
+    "nearest": {"upsample": ("nearest", {"project": True}), "act": ("leaky_relu", {"negative_slope": 0.1})},
+    "linear": {"upsample": "linear"},
+    "shuffled": {"upsample": "pixelshuffle"},
+    "deconv without bias": {"upsample": ("deconv", {"bias": False})},
+}
+
+
+def network(axes: int = 2, widths: tuple[int, ...] = WIDTHS, **options) -> uf.Network:
+    options = {"spatial_dims": axes, "features": widths, "deep_supervision": True, **options}
+    return build(uf.UNetPlusPlus, 2, 2, **options).train()
+
+
+def step(model: uf.Network, x: torch.Tensor) -> dict:
+    x = x.clone().requires_grad_()
+    outputs = model(x)
+    weighted_sum(outputs).backward()
+    outputs = [head.detach() for head in outputs]
+    return {"outputs": outputs, "input": x.grad, "gradients": gradients(model), "buffers": dict(model.named_buffers())}
+
+
+def step_of_images(model: uf.Network, x: torch.Tensor) -> dict:
+    with reproducible.each_image(model):
+        return step(model, x)
+
+
+def assert_same_step(found: dict, expected: dict) -> None:
+    for key in ("outputs", "input"):
+        assert_close_relative(found[key], expected[key], FLOAT64)
+    assert_gradients_close(found["gradients"], expected["gradients"], FLOAT64)
+    for name, buffer in expected["buffers"].items():
+        assert_close_relative(found["buffers"][name].double(), buffer.double(), FLOAT64)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_gradients_are_those_of_the_whole_batch(axes, name):
+    model = network(axes, **OPTIONS[name]).double()
+    x = make_input(3, 2, *(8, 12, 4)[:axes], dtype=torch.float64)
+    assert_same_step(step_of_images(copy.deepcopy(model), x), step(model, x))
+
+
+@pytest.mark.parametrize("case", ["recomputed", "frozen norm", "frozen weights", "one image", "no image", "channels last"])
+def test_special_cases(case):
+    model = network(norm="instance" if case == "no image" else "batch").double()
+    images = {"one image": 1, "no image": 0}.get(case, 2)
+    x = make_input(images, 2, 8, 12, dtype=torch.float64, layout="channels_last" if case == "channels last" else "offset")
+    if case == "frozen norm":
+        model.nodes["x0_1"].norm1.eval()
+    if case == "frozen weights":
+        model.nodes["x1_0"].requires_grad_(False)
+        model.nodes["x0_1"].up.weight.requires_grad_(False)
+        model.nodes["x0_1"].conv1.bias.requires_grad_(False)
+    model.recompute = case == "recomputed"
+    found = step_of_images(copy.deepcopy(model), x)
+    model.recompute = False
+    assert_same_step(found, step(model, x))
+
+
+def bits(found: dict) -> dict:
+    return {**found["gradients"], **found["buffers"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "size"),
+    [
+        *((name, (16, 24, 40), (40, 36)) for name in ("batch", "instance", "nearest", "linear")),
+        ("batch", (3, 3, 3), (12, 12)),  # maps of 27 values: the next image begins where vectors do not
+        ("frozen", (5, 3, 7), (12, 20)),
+        ("shuffled", (3, 5), (6, 10, 6)),
+        ("no norm", (1, 3, 5), (4, 12, 4)),
+    ],
+)
+def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(threads, name, widths, size):
+    """At sizes where the ordinary pass gives others."""
+    model, x = network(len(size), widths, **OPTIONS.get(name, {})), make_input(6, 2, *size)
+    target = make_input(6, 2, *size, seed=5).sigmoid()
+    if name == "frozen":
+        model.nodes["x0_1"].norm1.eval()
+
+    def run(order: list[int], count: int) -> dict:
+        threads(count)
+        own = copy.deepcopy(model)
+        with reproducible.each_image(own):
+            reproducible.sum_over_images(BCEDiceLoss(), own(x[order]), target[order]).div(len(order)).backward()
+        assert torch.get_num_threads() == count
+        return bits({"gradients": gradients(own), "buffers": dict(own.named_buffers())})
+
+    expected = run([0, 1, 2, 3, 4, 5], 1)
+    for order, count in (([5, 3, 1, 0, 2, 4], 1), ([0, 1, 2, 3, 4, 5], 2), ([2, 1, 0, 5, 4, 3], 3)):
+        found = run(order, count)
+        assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+
+def test_every_thread_computes_by_itself_and_all_is_as_it_was_afterwards(threads):
+    threads(3)
+    model = network()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(KeyError), reproducible.each_image(model):
+        assert [type(module) for module in model.modules()] != kinds
+        counts = reproducible._each(lambda image: (threading.get_ident(), torch.get_num_threads()), torch.zeros(12, 1))
+        assert {count for _, count in counts} == {1} and threading.get_ident() not in dict(counts)
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "dtype", "message"),
+    [
+        ({}, "cuda", "float32", "a CPU alone, not on cuda: use --device cpu"),
+        ({}, "cpu", "bfloat16", "float32 alone, not in bfloat16: use --dtype float32"),
+        ({"dropout": 0.5}, "cpu", "float32", "use --dropout 0"),
+    ],
+    ids=["device", "dtype", "dropout"],
+)
+def test_what_cannot_be_reproducible_says_so(options, device, dtype, message):
+    with pytest.raises(InputError, match=message):
+        reproducible.check(network(**options), torch.device(device), dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.double(), r"network\.float\(\)"),
+        (lambda model: parametrizations.weight_norm(model.nodes["x0_0"].conv1), "layers that this package makes"),
+        (lambda model: setattr(model.nodes["x0_0"].norm1, "__class__", SyncedBatchNorm2d), "SyncedBatchNorm2d"),
+    ],
+    ids=["float64", "parametrized", "synced"],
+)
+def test_layers_whose_gradients_would_not_be_summed_are_refused(change, message):
+    model = network()
+    change(model)
+    with pytest.raises(InputError, match=message):
+        reproducible.check(model, torch.device("cpu"), "float32")
+
+
+@pytest.mark.parametrize("more", [["--dropout", "0.5"], ["--max-memory", "1G"]], ids=lambda more: more[0])
+def test_the_command_line_says_so_too(tmp_path, capsys, more):
+    folder = write_nuclei(tmp_path / "data", count=3)
+    arguments = ["train", "--data", str(folder), "--out", str(tmp_path / "out"), "--reproducible", "--device", "cpu"]
+    assert parser.main([*arguments, "--features", "4,8", "--patch", "32", *more]) == 2
+    assert "reproducible" in capsys.readouterr().err and not (tmp_path / "out/last.pt").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(("accumulate", "reproducible"), [(1, False), (3, False), (3, True), (9, True), (9, False)])
+def test_the_processes_share_every_image_of_every_part(processes, accumulate, reproducible):
+    for whole in (1, 2, 4, 7, 8):
+        recipe = Recipe(accumulate=accumulate, reproducible=reproducible)
+        shares = [recipe.shares(whole, rank, processes) for rank in range(processes)]
+        parts = [sorted(place for share in part for place in share) for part in zip(*shares, strict=True)]
+        assert [place for part in parts for place in part] == list(range(whole)) and all(parts)
+        assert len(parts) == recipe.parts(whole, processes) <= accumulate
+        most = max(len(share) for part in zip(*shares, strict=True) for share in part)
+        assert most == math.ceil(whole / (len(parts) * processes))
+        if reproducible:
+            assert parts == [[*part] for part in torch.arange(whole).tensor_split(min(accumulate, whole))]

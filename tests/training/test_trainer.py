@@ -1,0 +1,299 @@
+"""The training recipe: what a run leaves behind, and that an interrupted one goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.folders import write_nuclei
+
+import unetpp_fast as uf
+from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.patches import Patches
+from unetpp_fast.data.samples import find_samples
+from unetpp_fast.training import evaluation
+from unetpp_fast.training.checkpoint import load_checkpoint, load_model, save_checkpoint
+from unetpp_fast.training.trainer import Interrupted, Recipe, Trainer
+
+COMMAND = ("train", "--features", "4,8", "--patch", "32", "--batch-size", "2", "--dropout", "0.2", "--device", "cpu")
+
+
+def make_trainer(folder: Path, out: Path | None, width: int = 4, validate: bool = True, about: dict | None = None, **recipe):
+    """A trainer of a tiny UNet++ with dropout, so that the random state matters, on four images."""
+    torch.manual_seed(0)
+    network = uf.UNetPlusPlus(1, 1, features=(width, 8), dropout=0.2, deep_supervision=True)
+    samples, _ = find_samples(folder)
+    patches = Patches(samples[:-1], 32, per_image=2, seed=0)
+    recipe = Recipe(**{"epochs": 3, "batch_size": 2, **recipe})
+    return Trainer(network, patches, samples[-1:] if validate else [], recipe, out, about)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_nuclei(tmp_path_factory.mktemp("nuclei"), count=5)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two folders hold the same log, weights and optimizer state to the last bit."""
+    assert (one / "log.csv").read_text() == (other / "log.csv").read_text()
+    for name in ("last.pt", "best.pt"):
+        a, b = weights(one / name), weights(other / name)
+        assert all(torch.equal(a[key], b[key]) for key in a | b)
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (one, other))
+    assert a["progress"] == b["progress"] and a["best"] == b["best"] and a["history"] == b["history"]
+    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], b["optimizer"]["state"][key][name]) for name in state)
+
+
+def test_a_run_learns_and_logs_every_epoch(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, epochs=6, learning_rate=3e-3)
+    history = trainer.fit(progress=False)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+    with open(tmp_path / "log.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == history
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv"]
+
+
+def test_best_is_the_epoch_with_the_highest_validation_iou(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, epochs=5, learning_rate=3e-3)
+    history = trainer.fit(progress=False)
+    ious = [row["val_iou"] for row in history]
+    network, content = load_model(tmp_path / "best.pt")
+    assert content["epoch"] == 1 + int(np.argmax(ious)) and content["best"] == max(ious)
+    assert evaluation.evaluate(network, trainer.validation)["iou"] == max(ious)
+    assert not network.training
+
+
+def test_training_stops_early_when_validation_does_not_improve(folder, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"loss": 1.0, "iou": next(scores), "dice": 0.0})
+    trainer = make_trainer(folder, tmp_path, epochs=5, patience=2)
+    assert len(trainer.fit(progress=False)) == 4
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
+
+
+def test_without_validation_every_epoch_runs(folder):
+    history = make_trainer(folder, None, validate=False, patience=1).fit(progress=False)
+    assert len(history) == 3 and np.isnan(history[0]["val_iou"])
+
+
+def test_a_form_that_hands_over_no_logits_is_refused():
+    network = uf.UNetPlusPlus(1, 1, features=(4, 8))
+    network.form = "sigmoid"
+    with pytest.raises(InputError, match='form = "plain" to train'):
+        Trainer(network, Patches([], 32, per_image=1, seed=0), [], Recipe())
+
+
+def test_the_seed_decides_the_run(folder):
+    losses = [make_trainer(folder, None, validate=False, epochs=1).fit(progress=False)[0]["train_loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    other = make_trainer(folder, None, validate=False, epochs=1)
+    other.patches.seed = 1
+    assert other.fit(progress=False)[0]["train_loss"] != losses[0]
+
+
+def test_the_loss_of_the_log_is_the_mean_over_images(folder, monkeypatch):
+    trainer = make_trainer(folder, None, validate=False, epochs=1, batch_size=3)  # 8 patches: batches of 3, 3 and 2
+    seen = []
+    forward = trainer.loss.forward
+    monkeypatch.setattr(trainer.loss, "forward", lambda out, y: seen.append((forward(out, y), len(y))) or seen[-1][0])
+    (row,) = trainer.fit(progress=False)
+    assert [count for _, count in seen] == [3, 3, 2]
+    expected = sum(loss.item() * count for loss, count in seen) / 8
+    assert row["train_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_stopped_within_an_epoch_resumes_exactly(folder, tmp_path, monkeypatch, epoch, step):
+    make_trainer(folder, tmp_path / "whole").fit(progress=False)
+    broken = make_trainer(folder, tmp_path / "broken")
+    train_step = broken._train_step
+
+    def stop_at(*batch):
+        broken._stop = (broken.epoch, broken.step + 1) == (epoch, step)
+        return train_step(*batch)
+
+    monkeypatch.setattr(broken, "_train_step", stop_at)
+    with pytest.raises(Interrupted):
+        broken.fit(progress=False)
+    assert load_checkpoint(tmp_path / "broken/last.pt")["progress"]["step"] == step
+    resumed = make_trainer(folder, tmp_path / "broken")
+    torch.manual_seed(99)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "unetpp_fast", *COMMAND, "--data", str(folder), "--out", str(out), *more]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs at once would wait for one another
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread)
+
+
+def wait_for_epochs(process: subprocess.Popen, out: Path, count: int) -> None:
+    """Until the log of a running training has `count` rows."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "log.csv").exists() and (out / "log.csv").read_text().count("\n") > count:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"the training ended or hung before epoch {count}: {process.communicate()[0]}")
+
+
+def finish(process: subprocess.Popen) -> str:
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    return text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_killed_run_resumes_to_the_same_log_and_weights(folder, tmp_path, number):
+    settings = ("--epochs", "30", "--patches-per-image", "6", "--patience", "30")
+    whole = start(folder, tmp_path / "whole", *settings)
+    broken = start(folder, tmp_path / "broken", *settings)
+    wait_for_epochs(broken, tmp_path / "broken", 2)
+    os.kill(broken.pid, number)
+    text, _ = broken.communicate(timeout=120)
+    assert broken.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), text
+    rows = (tmp_path / "broken/log.csv").read_text().count("\n") - 1
+    assert 2 <= rows < 30
+    assert "resuming after epoch" in finish(start(folder, tmp_path / "broken", *settings, "--resume"))
+    finish(whole)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_finished_run_can_be_extended(folder, tmp_path):
+    make_trainer(folder, tmp_path / "whole", epochs=3).fit(progress=False)
+    make_trainer(folder, tmp_path / "parts", epochs=2).fit(progress=False)
+    longer = make_trainer(folder, tmp_path / "parts", epochs=3)
+    longer.resume()
+    longer.fit(progress=False)
+    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch_size": 1}, r"last\.pt was made with another batch_size=2, now 1"),
+        ({"learning_rate": 1.0}, r"another learning_rate=0\.0003, now 1\.0"),
+        ({"width": 5}, r"another model"),
+        ({"about": {"classes": ["b"]}}, r"another classes=\['a'\], now \['b'\]"),
+        ({"about": {"classes": ["x" * 99]}}, r"another classes set"),
+    ],
+)
+def test_resuming_with_other_settings_names_them(folder, tmp_path, change, says):
+    make_trainer(folder, tmp_path, epochs=1, about={"classes": ["a"]}).fit(progress=False)
+    other = make_trainer(folder, tmp_path, **{"about": {"classes": ["a"]}, **change})
+    with pytest.raises(InputError, match=says):
+        other.resume()
+
+
+def test_the_best_model_alone_cannot_be_resumed(folder, tmp_path):
+    make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
+    (tmp_path / "best.pt").rename(tmp_path / "last.pt")
+    with pytest.raises(InputError, match="not the state of a training"):
+        make_trainer(folder, tmp_path).resume()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, epochs=1)
+    trainer.fit(progress=False)
+    before = (tmp_path / "last.pt").read_bytes()
+    broken = make_trainer(folder, tmp_path, epochs=2)
+    broken.resume()
+    with torch.no_grad():
+        next(iter(broken.network.heads.values())).bias.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"loss became nan in epoch 2: lower the learning rate.*last\.pt"):
+        broken.fit(progress=False)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_step_that_breaks_the_weights_is_not_saved(folder, tmp_path):
+    """The last step of an epoch, whose effect no loss of that epoch shows."""
+    make_trainer(folder, tmp_path, epochs=1, batch_size=8).fit(progress=False)  # one step an epoch
+    before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
+    broken = make_trainer(folder, tmp_path, epochs=2, batch_size=8)
+    broken.resume()
+    for group in broken.optimizer.param_groups:
+        group["lr"] = float("inf")
+    with pytest.raises(InputError, match=r"a weight became infinite or NaN in epoch 2: lower the learning rate.*last\.pt"):
+        broken.fit(progress=False)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"config": {}, "value": 1})
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path / "a.pt", {"config": {}, "value": (number for number in ())})
+    assert load_checkpoint(tmp_path / "a.pt")["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.99])
+def test_truncated_checkpoints_are_named(folder, tmp_path, part):
+    make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(InputError, match=r"last\.pt is no readable checkpoint \(truncated"):
+        load_model(tmp_path / "last.pt")
+
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_model(tmp_path / "none.pt")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="is no checkpoint of `unetpp-fast train`"):
+        load_model(tmp_path / "other.pt")
+    network = uf.UNet(1, 1, features=(4, 8))
+    save_checkpoint(tmp_path / "mixed.pt", {"config": network.config, "model": {}, "about": {}})
+    with pytest.raises(InputError, match="does not hold the weights of the network it describes"):
+        load_model(tmp_path / "mixed.pt")
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "boom",)
+
+    torch.save({"unetpp_fast": 1, "config": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError, match="no readable checkpoint"):
+        load_checkpoint(tmp_path / "bomb.pt")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"dtype": "int8"}, {"seed": 2**63}]
+)
+def test_a_recipe_that_cannot_train_is_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Recipe(**wrong)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_resumes(folder, tmp_path, dtype):
+    """With float16 the loss scale is part of what is resumed."""
+    history = make_trainer(folder, tmp_path / "whole", dtype=dtype).fit(progress=False)
+    assert all(np.isfinite(row["train_loss"]) for row in history)
+    make_trainer(folder, tmp_path / "parts", epochs=1, dtype=dtype).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "parts", dtype=dtype)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    one, other = (load_checkpoint(tmp_path / name / "last.pt")["scaler"] for name in ("whole", "parts"))
+    assert one == other and bool(one) == (dtype == "float16")

@@ -1,0 +1,54 @@
+"""What a network accepts, said in one clear error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .network_spec import NetworkSpec
+from .options import norm_name
+
+
+def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None:
+    """Raises one clear error if `x` is not what `network` takes; sizes are free with `any_size`."""
+    topology = network.topology
+    dims, multiple = topology.spatial_dims, topology.multiple
+    axes = "N, C, H, W" if dims == 2 else "N, C, D, H, W"
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert with x.float() / 255 or alike")
+    weight = next(network.parameters(), None)  # a replica of nn.DataParallel has none
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"the input is {x.dtype} but the model is {weight.dtype}: use x.to({weight.dtype}) or torch.autocast"
+        )
+    if x.ndim != dims + 2:
+        raise ValueError(f"expected {dims + 2} axes [{axes}], got {x.ndim}: shape {tuple(x.shape)}")
+    if x.shape[1] != topology.in_channels:
+        raise ValueError(
+            f"expected {topology.in_channels} channels, got {x.shape[1]}: shape {tuple(x.shape)}, axes [{axes}]"
+        )
+    for size in x.shape[2:]:
+        if size == 0 or (size % multiple and not any_size):
+            raise ValueError(
+                f"size {'x'.join(map(str, x.shape[2:]))} does not fit: every axis must be a positive multiple of {multiple}"
+                f" (2^depth); predict() pads and crops any size"
+            )
+    if not any_size and leaves_one_value(network, x):
+        norm = norm_name(network.options["norm"])
+        raise ValueError(
+            f"{norm} norm needs more than one value a channel at the lowest level, where shape {tuple(x.shape)} leaves one"
+            f" pixel: use a larger size" + (", a larger batch" if norm == "batch" else "") + " or fewer levels"
+        )
+
+
+def leaves_one_value(network: NetworkSpec, x: Tensor) -> bool:
+    """Whether the lowest maps have a single value for each statistic: normalised, they would be zero everywhere."""
+    name = norm_name(network.options["norm"])
+    synced = getattr(network, "sync_group", "")  # then the other processes have values too
+    if name is None or (name == "batch" and (synced or not network.training)):
+        return False
+    values = x.shape[0] if name == "batch" else 1
+    for size in x.shape[2:]:
+        values = values * (size // network.topology.multiple)
+    return values == 1

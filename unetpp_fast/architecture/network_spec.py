@@ -1,0 +1,50 @@
+"""What the layers below the models know of a network: everything that computes a pass takes a `NetworkSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from .topology import Topology
+
+
+class NetworkSpec(Protocol):
+    """A network over a topology, as `unetpp_fast.models.network.Network` is one.
+
+    options: those that all nodes share, by the names of `Network`'s arguments.
+    backend: "auto" or the name of one (`execution.dispatch.BACKENDS`).
+    structure: what the fused operators know of it (`execution.fused.structure.Structure`); None where they cannot run it.
+    sync_group: the name of the processes over which batch norms take their statistics, "" for this process alone.
+    recompute: backward passes compute the inside of nodes again.
+    """
+
+    topology: Topology
+    out_channels: int
+    options: Mapping[str, Any]
+    backend: str
+    structure: Any
+    sync_group: str
+    recompute: bool
+    training: bool
+    nodes: nn.ModuleDict
+    heads: nn.ModuleDict
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]: ...
+
+    def train(self, mode: bool = True) -> NetworkSpec: ...
+
+    def gflop(self, size: tuple[int, ...]) -> float: ...
+
+    def refresh_handle(self) -> None: ...
+
+    def logits(self, x: Tensor) -> list[Tensor]: ...
+
+    def part(self, level: int, keep_heads: bool) -> NetworkSpec: ...

@@ -1,0 +1,155 @@
+"""What a network can be made of: one table each for activations, norms, up-samplings and down-samplings.
+
+An entry says which layer it is in PyTorch, which keywords it takes, and what each backend can do with it. To add one that
+only the reference computes, add one entry with `unsupported=reference_only("...")`: networks, checkpoints, `convert` and
+`explain` read these tables. Precisions have theirs in `precision.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+ENGINES = ("triton", "cuda", "cpu")  # the backends beside the reference
+Option = str | tuple[str, Mapping[str, Any]]
+Keywords = Mapping[str, Any]
+Unsupported = Callable[[str, Keywords], str]
+
+
+def every_backend(backend: str, keywords: Keywords) -> str:
+    """All backends compute it."""
+    return ""
+
+
+def reference_only(what: str) -> Unsupported:
+    """No backend but the reference computes it: `what`, a plural, runs on the reference."""
+    return lambda backend, keywords: f"{what} run on the reference"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is common to the entries of all tables.
+
+    keywords: those that the option takes, with their defaults.
+    unsupported: from the name of a backend and the keywords, why that backend cannot compute it; "" where it can. The
+        reference computes everything and is never asked.
+    """
+
+    keywords: Keywords = field(default_factory=dict)
+    unsupported: Unsupported = every_backend
+
+
+@dataclass(frozen=True)
+class Activation(Entry):
+    """layer: the module, made with the keywords. slope: for the backends, which compute max(x, slope x) or x below 0 times
+    the slope; gain: for initial weights (He et al., 2015)."""
+
+    layer: type[nn.Module] = nn.ReLU
+    slope: Callable[[Keywords], float] = lambda keywords: 0.0
+    gain: Callable[[Keywords], float] = lambda keywords: nn.init.calculate_gain("relu")
+
+
+@dataclass(frozen=True)
+class Norm(Entry):
+    """per_image: statistics are of one image, in evaluation too; else of the batch, running ones in evaluation."""
+
+    per_image: bool = False
+
+
+@dataclass(frozen=True)
+class Upsample(Entry):
+    """reduces: whether it chooses how many channels it hands over, or passes all of them on. phases: whether a convolution
+    that follows can be computed from the low-resolution map, by phases; else the up-sampled map is materialised."""
+
+    reduces: Callable[[Keywords], bool] = lambda keywords: bool(keywords["project"])
+    phases: bool = False
+
+
+def _instance_unsupported(backend: str, keywords: Keywords) -> str:
+    return "" if keywords["affine"] else "norms without scale and shift run on the reference"
+
+
+def _deconv_unsupported(backend: str, keywords: Keywords) -> str:
+    return "" if keywords["bias"] else "transposed convolutions without a bias run on the reference"
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(),
+    "leaky_relu": Activation(
+        {"negative_slope": 0.01},
+        layer=nn.LeakyReLU,
+        slope=lambda keywords: keywords["negative_slope"],
+        gain=lambda keywords: nn.init.calculate_gain("leaky_relu", keywords["negative_slope"]),
+    ),
+}
+NORMS: dict[str, Norm] = {
+    "batch": Norm({"eps": 1e-5, "momentum": 0.1}),
+    "instance": Norm({"eps": 1e-5, "affine": True}, _instance_unsupported, per_image=True),
+}
+UPSAMPLES: dict[str, Upsample] = {
+    "deconv": Upsample({"bias": True}, _deconv_unsupported, reduces=lambda keywords: True, phases=True),
+    "nearest": Upsample({"project": False}, phases=True),
+    "linear": Upsample({"align_corners": False, "project": False}),
+    "pixelshuffle": Upsample({}, reference_only("pixelshuffle up-samplings"), reduces=lambda keywords: True),
+}
+DOWNSAMPLES: dict[str, Entry] = {
+    "pool": Entry(),
+    "stride": Entry({}, reference_only("strided convolutions between the levels")),
+}
+
+
+def parse_option(value: Option | None, what: str, table: Mapping[str, Entry]) -> tuple[str, dict[str, Any]]:
+    """Splits `"name"` or `("name", {keyword: value})` into the name and all its keywords, defaults included.
+
+    Raises:
+        ValueError: the table has no such name, or its entry no such keyword; the message says which there are.
+    """
+    named = isinstance(value, str)
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Mapping)
+    name, keywords = (value, {}) if named else (value[0], dict(value[1])) if pair else (value, {})
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{what}={value!r} is not known: use one of {sorted(table)} or a (name, {{keyword: value}}) pair")
+    known = table[name].keywords
+    unknown = set(keywords) - set(known)
+    if unknown:
+        takes = f"it takes {sorted(known)}" if known else "it takes none"
+        raise ValueError(f"{what}={name!r} has no keyword {sorted(unknown)}: {takes}")
+    return name, {**known, **keywords}
+
+
+def reduces_channels(upsample: Option) -> bool:
+    """Whether an up-sampling chooses how many channels it hands over, or passes all of them on."""
+    name, keywords = parse_option(upsample, "upsample", UPSAMPLES)
+    return UPSAMPLES[name].reduces(keywords)
+
+
+def norm_name(norm: Option | None) -> str | None:
+    """The name of a norm, None for no norm."""
+    return norm if norm is None or isinstance(norm, str) else norm[0]
+
+
+def unsupported(options: Mapping[str, Any], backend: str) -> str:
+    """Why a backend cannot compute a network with these options (`Network.options`); "" where it can.
+
+    Training needs more: `training_unsupported`.
+    """
+    tables = {"downsample": DOWNSAMPLES, "upsample": UPSAMPLES, "norm": NORMS, "act": ACTIVATIONS}
+    for what, table in tables.items():
+        if options.get(what) is not None:
+            name, keywords = parse_option(options[what], what, table)
+            if reason := table[name].unsupported(backend, keywords):
+                return reason
+    if not options.get("head_bias", True):
+        return "heads without a bias run on the reference"
+    act, keywords = parse_option(options.get("act", "relu"), "act", ACTIVATIONS)
+    if options.get("norm") is None and ACTIVATIONS[act].slope(keywords) < 0:
+        return "without a norm, the engine needs a slope >= 0: an output that tells the sign of its input"
+    return ""
+
+
+def training_unsupported(options: Mapping[str, Any]) -> str:
+    """Why a backend other than the reference cannot train a network with these options; "" where it can."""
+    return "dropout in training runs on the reference" if options["dropout"] > 0 else ""

@@ -1,0 +1,1 @@
+"""Times and memory: how they are taken, kept and shown."""

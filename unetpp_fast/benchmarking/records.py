@@ -1,0 +1,239 @@
+"""The rows that benchmarks leave behind: what a row must hold, where rows are kept, and which of them still count.
+
+A file `benchmarks/results/<machine>.json` is a list of rows. A row is known by `IDENTITY`; measuring the same thing
+again replaces it. `source_hash` says of which kernels and engine it is a figure.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from ..common.atomic_files import write_atomic
+from ..common.errors import InputError
+from ..execution.source_hash import source_hash
+
+BENCHES = ("inference", "training", "kernel", "memory")
+MODES = ("accurate", "fast")
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = (
+    "eager", "eager-channels-last", "compile", "compile-max-autotune", "fused", "fused-triton", "fused-cuda",
+    "fused-cpu", "monai", "smp", "onnxruntime", "openvino", "tensorrt",
+)  # fmt: skip
+IDENTITY = ("bench", "model", "level", "mode", "size", "batch", "dtype", "impl", "device", "memory_of")
+TIMES = ("median_ms", "p20_ms", "p80_ms")
+TEXTS = ("model", "device", "torch", "commit", "source_hash", "date")
+# Texts that a machine may lack, and numbers that a kind of row may lack.
+OPTIONAL_TEXTS = ("driver", "triton", "cuda", "cudnn")
+OPTIONAL_NUMBERS = (*TIMES, "peak_mb", "tflops")
+# Further fields: of memory rows what was run; of kernel rows the traffic and the ceilings measured in the same run.
+EXTRA_NUMBERS = ("gb_s", "ceiling_tflops", "ceiling_gb_s", "share_of_ceiling", "flop", "bytes")
+FIELDS = (
+    "bench", "model", "level", "mode", "size", "batch", "dtype", "impl", *TIMES, "peak_mb", "ratio_to", "peak_ratio_to",
+    "tflops", "device", "driver", "torch", "triton", "cuda", "cudnn", "commit", "source_hash", "date",
+)  # fmt: skip
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def faults(row: object) -> list[str]:
+    """What is wrong with a row, as sentences; none for a good one."""
+    if not isinstance(row, dict):
+        return [f"a row is an object, not {type(row).__name__}"]
+    found = [f"{name} is missing" for name in FIELDS if name not in row]
+    found += [f"{name} is not known" for name in sorted(set(row) - {*FIELDS, *EXTRA_NUMBERS, "memory_of"})]
+    if found:
+        return found
+    kernel, memory = row["bench"] == "kernel", row["bench"] == "memory"
+    checks = {
+        "bench": row["bench"] in BENCHES,
+        "mode": row["mode"] in MODES or (kernel and row["mode"] is None),
+        "dtype": row["dtype"] in DTYPES,
+        "impl": row["impl"] in IMPLEMENTATIONS,
+        "level": _is_count(row["level"], least=0 if kernel else 1),
+        "batch": _is_count(row["batch"]),
+        "size": isinstance(row["size"], list) and len(row["size"]) in (2, 3) and all(map(_is_count, row["size"])),
+        "memory_of": row.get("memory_of") in (("inference", "training") if memory else (None,)),
+        "source_hash": bool(re.fullmatch(r"[0-9a-f]{16}", str(row["source_hash"]))),
+        "date": _is_date(row["date"]),
+    }
+    checks |= {name: isinstance(row[name], str) and bool(row[name]) for name in TEXTS if name not in checks}
+    checks |= {name: row[name] is None or isinstance(row[name], str) for name in OPTIONAL_TEXTS}
+    checks |= {name: row[name] is None or _is_amount(row[name]) for name in OPTIONAL_NUMBERS}
+    checks |= {name: _is_amount(row[name]) for name in EXTRA_NUMBERS if name in row}
+    checks |= {name: _is_ratios(row[name], row["impl"]) for name in ("ratio_to", "peak_ratio_to")}
+    found = [f"{name} cannot be {row.get(name)!r}" for name, good in checks.items() if not good]
+    needed = ("peak_mb",) if memory else TIMES
+    found += [f"a {row['bench']} row needs {name}" for name in needed if row[name] is None]
+    if not found and not memory and not row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]:
+        found.append("p20_ms, median_ms and p80_ms are not in order")
+    return found
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_ratios(value: object, own: str) -> bool:
+    return isinstance(value, dict) and all(
+        key in IMPLEMENTATIONS and key != own and _is_amount(ratio) and ratio > 0 for key, ratio in value.items()
+    )
+
+
+def _is_date(value: object) -> bool:
+    try:
+        return datetime.fromisoformat(str(value)).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def identity(row: Mapping) -> tuple:
+    """What a row is a figure of."""
+    return tuple(tuple(row[key]) if key == "size" else row.get(key) for key in IDENTITY)
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file, none if it does not exist.
+
+    Raises:
+        InputError: the file cannot be read or a row is not as it must be; the message says which and why.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as records ({error}): mend or remove it") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{path} holds no list of rows: mend or remove it")
+    for index, row in enumerate(rows):
+        if wrong := faults(row):
+            raise InputError(f"{path}, row {index}: {'; '.join(wrong)}")
+    return rows
+
+
+def read_all(folder: Path = RESULTS) -> dict[str, list[dict]]:
+    """The rows of every machine, by its name."""
+    return {path.stem: read(path) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def merge(path: Path, rows: Iterable[Mapping]) -> None:
+    """Adds rows to a file, each in place of an older one of the same identity; the file is never seen half-written.
+
+    Raises:
+        ValueError: a row is not as it must be; the file stays as it was.
+    """
+    rows = [dict(row) for row in rows]
+    for row in rows:
+        if wrong := faults(row):
+            raise ValueError(f"no such row can be kept: {'; '.join(wrong)}")
+    known = {identity(row): row for row in [*read(path), *rows]}
+    lines = [json.dumps(known[key]) for key in sorted(known, key=repr)]
+    text = "[\n" + ",\n".join(lines) + "\n]\n"
+    write_atomic(path, lambda stream: stream.write(text.encode()))
+
+
+def is_current(row: Mapping) -> bool:
+    """Whether a row is a figure of the kernels and the engine as they are now."""
+    return row["source_hash"] == source_hash()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
+    widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
+    return " ".join([found[1] if found else platform.machine(), widest]).strip()
+
+
+def machine(device: torch.device) -> str:
+    """The name of a machine's file of records."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def facts(device: torch.device) -> dict[str, str | None]:
+    """The fields of a row that say where and of what it was measured."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device_name(device),
+        "driver": _driver() if cuda else None,
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": str(torch.backends.cudnn.version()) if cuda else None,
+        "commit": commit(),
+        "source_hash": source_hash(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        found = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def commit() -> str:
+    """The commit of this tree, "+" behind it where files differ; a tree without git names it in `UNETPP_FAST_COMMIT`."""
+    if given := os.environ.get("UNETPP_FAST_COMMIT"):
+        return given
+    head, changes = (_git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
+    return f"{head}{'+' if changes else ''}" if head else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """One line: how many rows of which machines are current, how many are stale."""
+    parts = []
+    for rows in read_all(folder).values():
+        for device in dict.fromkeys(row["device"] for row in rows):
+            mine = [row for row in rows if row["device"] == device]
+            current = sum(map(is_current, mine))
+            parts.append(f"{device}: {current} current, {len(mine) - current} stale")
+    return "; ".join(parts) or "none"
+
+
+def of_bench(rows: Sequence[Mapping], bench: str) -> list[Mapping]:
+    """The rows of one kind."""
+    return [row for row in rows if row["bench"] == bench]

@@ -1,0 +1,202 @@
+"""`unetpp-fast train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ..architecture.input_checks import check_input
+from ..architecture.precision import choose_dtype
+from ..common import atomic_files
+from ..common.devices import choose_device
+from ..common.errors import InputError
+from ..common.version import __version__
+from ..data.patches import Patches
+from ..data.samples import groups, split
+from ..data.tasks import FOLDER, TASKS
+from ..models.architectures import PAPER_FEATURES, parameter_count
+from ..models.network import Network
+from ..training import checkpoint, memory_budget, processes, run_folder
+from ..training.recipe import Recipe
+from ..training.trainer import Interrupted, Trainer
+from .arguments import add_command, add_task, build_network, memory_argument, widths_argument
+
+
+def add_parser(commands) -> None:
+    train = add_command(commands, "train", run, "Train on a folder with images/<id>.png and masks/<class>/<id>.png.")
+    train.add_argument("--data", type=Path, required=True, help="the folder with images/ and masks/, or the data of --task")
+    add_task(train)
+    train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
+    train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
+    train.add_argument("--arch", "--model", choices=["unet++", "unet", "wide_unet"], default="unet++")
+    # Left out of the options where not given: what then holds depends on --task, see `_filled_in`.
+    given = argparse.SUPPRESS
+    train.add_argument(
+        "--features", type=widths_argument, default=given, help="widths, finest level first (default: the paper's)"
+    )
+    train.add_argument(
+        "--norm", choices=["none", "batch", "instance"], default=given, help="(default: batch; of a task: none)"
+    )
+    train.add_argument("--upsample", choices=["deconv", "nearest", "linear"], default="deconv")
+    train.add_argument("--dropout", type=float, default=given, help="(default: 0; of a task: 0.5)")
+    train.add_argument(
+        "--deep-supervision", action=argparse.BooleanOptionalAction, default=given,
+        help="a head at each depth of UNet++, needed to prune it (default: yes; of a task: no)",
+    )  # fmt: skip
+    train.add_argument("--epochs", type=int, default=100)
+    batch = train.add_mutually_exclusive_group()
+    batch.add_argument("--batch-size", type=int, default=8, help="patches of a step, over all processes together")
+    batch.add_argument("--max-memory", type=memory_argument, help="8G: choose the largest batch that a process holds in it")
+    train.add_argument("--accumulate", type=int, default=1, help="parts that a batch is worked off in, to save memory")
+    train.add_argument("--recompute", action="store_true", help="compute maps again in backward passes, to save memory")
+    train.add_argument(
+        "--reproducible", action="store_true", help="on a CPU: the same weights on any number of processes and threads"
+    )
+    train.add_argument("--learning-rate", type=float, default=3e-4)
+    train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
+    train.add_argument("--patch", type=int, default=given, help="side of the random patches (default: 96, or the task's)")
+    train.add_argument(
+        "--patches-per-image", type=int, default=given, help="patches of each image an epoch (default: 4, or the task's)"
+    )
+    train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
+    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+
+
+def _filled_in(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of `train`, with what was not given as the task, the architecture or this package has it."""
+    nested = options.arch == "unet++"
+    defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
+    if options.task:
+        task = TASKS[options.task]
+        defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
+        defaults["deep_supervision"] = False
+    defaults["features"] = PAPER_FEATURES[options.arch]
+    return argparse.Namespace(**{**defaults, **vars(options)})
+
+
+def run(options: argparse.Namespace) -> int:
+    with processes.joined(options.device) as name:
+        device = choose_device(name)
+        return train(_filled_in(options), device, choose_dtype(options.dtype, device))
+
+
+def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
+    """Trains on a folder and prints where the result is; returns the exit code."""
+    last = options.out / "last.pt"
+    if last.exists() and not options.resume:
+        raise InputError(f"{options.out} already holds a training: add --resume to go on with it, or choose another --out")
+    if options.resume and not last.exists():
+        raise InputError(f"there is nothing to resume: {last} does not exist")
+    recipe = Recipe(
+        epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
+        patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
+        reproducible=options.reproducible,
+    )  # fmt: skip
+    task = TASKS[options.task] if options.task else FOLDER
+    samples, classes, channels = task.read(options.data)
+    training, validation = split(samples, options.val_fraction, options.seed)
+    torch.manual_seed(options.seed)
+    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims}
+    if options.arch == "unet++":
+        extra["deep_supervision"] = options.deep_supervision
+    elif options.deep_supervision:
+        raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
+    network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
+    network.recompute = options.recompute
+    patches = Patches(training, options.patch, options.patches_per_image, options.seed)
+    _check_patches(network, patches, options)
+    recipe = _sized(recipe, network, patches, options)
+    _check_batches(network, patches, recipe)
+    atomic_files.check_folder(options.out)
+    about = {
+        "classes": classes,
+        "patch": options.patch,
+        "patches_per_image": options.patches_per_image,
+        "training": groups(training),
+        "validation": groups(validation),
+        "prepare": task.prepare,
+    }
+    trainer = Trainer(network, patches, validation, recipe, options.out, about)
+    if options.resume:
+        trainer.resume()
+        _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
+    together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    _say(
+        f"{options.arch}: {parameter_count(network):,} parameters, {len(training)} images to train, "
+        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
+    )
+    return _fit(trainer, options)
+
+
+def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
+    """Runs a training and keeps its folder; returns the exit code."""
+    last, report = options.out / "last.pt", None
+    if processes.is_first():
+        report = run_folder.Report(options.out, trainer.history, options.tensorboard)
+        if not (options.out / "config.json").exists():
+            settings = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
+            about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
+            recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
+            run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
+    try:
+        trainer.fit(after_epoch=report)
+    except Interrupted:
+        if processes.is_first():
+            print(f"stopped; everything is in {last}: the same command with --resume goes on", file=sys.stderr)
+        return 130
+    finally:
+        if report:
+            report.close()
+    _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    return 0
+
+
+def _say(text: str) -> None:
+    if processes.is_first():
+        print(text, flush=True)
+
+
+def _sized(recipe: Recipe, network: Network, patches: Patches, options: argparse.Namespace) -> Recipe:
+    """The recipe with the batch that `--max-memory`, of each process, allows; a run that is resumed keeps its own."""
+    if options.max_memory is None:
+        return recipe
+    if options.reproducible:
+        raise InputError("--max-memory chooses another batch for other processes: give --batch-size with --reproducible")
+    if options.resume:
+        before = checkpoint.load_checkpoint(options.out / "last.pt").get("recipe", {})
+        return replace(recipe, batch_size=before.get("batch_size", recipe.batch_size))
+    size = (options.patch,) * network.topology.spatial_dims
+    times = recipe.accumulate * processes.size()
+    most = -(-len(patches) // times)
+    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most)
+    found = min(fitting * times, len(patches))
+    _say(f"batches of {found}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
+    return replace(recipe, batch_size=found)
+
+
+def _check_patches(network: Network, patches: Patches, options: argparse.Namespace) -> None:
+    multiple = network.topology.multiple
+    if options.patch < 1 or options.patch % multiple:
+        raise InputError(
+            f"--patch must be a positive multiple of {multiple} for {len(options.features)} levels, not {options.patch}"
+        )
+    if options.patches_per_image < 1:
+        raise InputError(f"--patches-per-image must be at least 1, not {options.patches_per_image}")
+
+
+def _check_batches(network: Network, patches: Patches, recipe: Recipe) -> None:
+    """Raises InputError if batch norm has too little of the smallest part of a batch, over all processes."""
+    largest = min(recipe.batch_size, len(patches))
+    batches = {largest, len(patches) % recipe.batch_size or largest}
+    smallest = min(whole // recipe.parts(whole, processes.size()) for whole in batches)
+    shape = (smallest, network.topology.in_channels, *[patches.patch] * network.topology.spatial_dims)
+    try:
+        check_input(network, torch.empty(shape, device="meta"))
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,50 @@
+"""Files that are either the old or the new one at any moment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import InputError, WriteError
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder `folder` if there is none.
+
+    Raises:
+        InputError: that is not possible, or no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {folder} ({error.strerror}): choose another --out") from error
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file that is either the old or the new one at any moment: beside it first, then renamed over it.
+
+    Raises:
+        WriteError: the disk is full, or fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        before = "; what was there before is whole" if path.exists() else ""
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): make room{before}") from error

@@ -1,0 +1,1 @@
+"""The weights of other implementations of UNet++, one file per implementation."""

@@ -1,0 +1,1 @@
+"""Images with masks, and the patches that training draws from them."""

@@ -1,0 +1,98 @@
+"""The random patches that training draws from images, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.errors import InputError
+from .samples import ArraySample, Sample
+
+CACHE_BYTES = 2**31
+
+
+class Patches(torch.utils.data.Dataset):
+    """Random square or cubic patches with flips and, within the last two axes, 90-degree turns.
+
+    A patch is a function of (seed, epoch, draw) alone, so an interrupted training draws the same ones when it goes on,
+    with any number of workers. Images smaller than the patch are padded by repeating their border.
+
+    Args:
+        samples: images with masks.
+        patch: side in pixels, along every axis.
+        per_image: draws from each image an epoch.
+        seed: of every random choice.
+        augment: flips and turns.
+    """
+
+    def __init__(self, samples: Sequence[Sample | ArraySample], patch: int, per_image: int, seed: int, augment: bool = True):
+        self.samples, self.patch, self.per_image, self.seed, self.augment = samples, patch, per_image, seed, augment
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        """Draws an epoch."""
+        return len(self.samples) * self.per_image
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample `index`, kept in memory up to 2 GiB over all samples."""
+        if index in self._cache:
+            return self._cache[index]
+        image, mask = self.samples[index].load()
+        if self._cached_bytes + image.nbytes + mask.nbytes <= CACHE_BYTES:
+            self._cache[index] = image, mask
+            self._cached_bytes += image.nbytes + mask.nbytes
+        return image, mask
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Image float32 `[C, patch, ...]` and mask float32 `[classes, patch, ...]` of (epoch, draw)."""
+        epoch, draw = item
+        random = np.random.default_rng((self.seed, epoch, draw))
+        image, mask = (self._enlarge(values) for values in self.load(draw % len(self.samples)))
+        starts = [int(random.integers(size - self.patch + 1)) for size in image.shape[1:]]
+        window = (slice(None), *(slice(start, start + self.patch) for start in starts))
+        image, mask = image[window], mask[window]
+        if self.augment:
+            turns, flip = int(random.integers(4)), bool(random.integers(2))
+            image, mask = (np.rot90(values, turns, axes=(-2, -1)) for values in (image, mask))
+            if flip:
+                image, mask = image[..., ::-1], mask[..., ::-1]
+            if image.ndim == 4 and random.integers(2):
+                image, mask = image[:, ::-1], mask[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(mask, np.float32))
+
+    def _enlarge(self, values: np.ndarray) -> np.ndarray:
+        missing = [max(0, self.patch - size) for size in values.shape[1:]]
+        if not any(missing):
+            return values
+        return np.pad(values, [(0, 0)] + [(amount // 2, amount - amount // 2) for amount in missing], mode="edge")
+
+    def batches(self, epoch: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
+        """The items of each batch of an epoch in its shuffled order, from batch `start` on."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self)).tolist()
+        every = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        return [[(epoch, draw) for draw in batch] for batch in every[start:]]
+
+
+def load_batches(patches: Patches, batches: list, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches as tensors `[N, C, *S]` and `[N, classes, *S]`, read ahead by `workers` processes.
+
+    Raises:
+        InputError: an image cannot be used, or a process that reads died.
+    """
+    generator = torch.Generator()  # of its own: the loader would draw from the global one, which dropout uses
+    loader = torch.utils.data.DataLoader(
+        patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
+    )
+    try:
+        yield from loader
+    except InputError as error:  # a process that reads adds where it came from, over many lines
+        raise InputError(str(error).strip().split("InputError: ")[-1]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = str(error).strip().split("\n")[0]
+        raise InputError(f"a process that reads images ahead died ({what}): use fewer --workers, or 0") from error

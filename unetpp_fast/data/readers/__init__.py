@@ -1,0 +1,1 @@
+"""Data sets as their providers ship them, one file per data set."""

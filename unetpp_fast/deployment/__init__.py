@@ -1,0 +1,1 @@
+"""Trained networks as modules for inference alone."""

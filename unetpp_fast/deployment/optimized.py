@@ -1,0 +1,339 @@
+"""A trained network as a module for inference alone: pruned, folded, fused, its memory kept, its launches captured."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture.input_checks import check_input
+from ..architecture.options import norm_name
+from ..architecture.output_forms import Outputs
+from ..architecture.precision import PRECISIONS
+from ..common.errors import InputError
+from ..converters.converter import convert
+from ..execution import dispatch, reference
+from ..execution.call import Call
+from ..execution.cpu import packed_weights, passes
+from ..execution.explanation import describe
+from ..execution.fused.forward import Forward
+from ..execution.fused.ops import load_ops
+from ..execution.plan import weight_composition
+from ..execution.plan.operands import all_operands
+from ..models.encoder_network import EncodedNetwork
+from ..models.network import Network
+from ..models.prediction import MODES, check_image, evaluating, logits_of_any_size, mean_probabilities
+from .cuda_graphs import Graphs
+
+FORMAT = 1
+DTYPES = tuple(precision.dtype for precision in PRECISIONS.values())
+
+
+class Optimized(nn.Module):
+    """What `optimize` returns. It stays in eval mode, and gives no gradients.
+
+    Its `state_dict()` holds the weights and all that rebuilds it: `unetpp_fast.load_optimized` reads it anywhere. Weights
+    are composed at the first call in a precision and device, and again after `load_state_dict` and `to`; they are not to
+    be changed in any other way. Calls may come from several threads and streams at once.
+    """
+
+    def __init__(self, network: Network, *, pruned: bool, dtype: torch.dtype | None, mode: str):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.pruned, self.dtype, self.mode = pruned, dtype, mode
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was composed or captured: the weights have changed, or moved."""
+        if self.network.backend in ("auto", "cpu", "reference"):
+            on_cpu = next(self.network.parameters()).device.type == "cpu"
+            self.network.backend = "cpu" if on_cpu else "auto"
+        self._composed: dict[tuple, Any] = {}
+        self._graphs = Graphs()
+        self._lock = threading.Lock()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_composed", "_graphs", "_lock")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def train(self, mode: bool = True) -> Optimized:
+        """Does nothing: this module is for inference."""
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        settings = {"pruned": self.pruned, "dtype": dtype, "mode": self.mode}
+        return {"unetpp_fast_optimized": FORMAT, "config": self.network.config, **settings}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        if state["config"] != self.network.config:
+            raise ValueError("this state_dict is of another network: rebuild it with unetpp_fast.load_optimized(state_dict)")
+        self.pruned, self.dtype, self.mode = _settings(state)
+
+    def forward(self, x: Tensor) -> Outputs:
+        """What the model it was made from, pruned, returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
+
+        Raises:
+            TypeError, ValueError: the network does not take `x`.
+        """
+        network = self.network
+        x = self._cast(x)
+        odd = network.options["odd_sizes"]
+        check_input(network, x, any_size=odd)
+        heads = network.topology.heads
+        columns = heads if network.deep_supervision and not self.pruned else heads[-1:]
+        return network.shaped(self._logits(x, columns))
+
+    def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
+        """Probabilities `[N, out_channels, *S]`, in float32 at least, for `[N, C, *S]` of any size.
+
+        In mode "accurate" the mean over the heads up to this module's level, in mode "fast" the head at that level.
+        activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
+
+        Raises:
+            TypeError, ValueError: x has the wrong type, rank or channels, or holds NaN; an argument is unknown.
+        """
+        x = self._cast(x)
+        check_image(self.network, x, activation)
+        heads = self.network.topology.heads
+        columns = heads if self.mode == "accurate" else heads[-1:]
+        logits = logits_of_any_size(self.network, x, lambda padded: self._logits(padded, columns))
+        return mean_probabilities(logits, activation)
+
+    def explain(self, x: Tensor) -> str:
+        """Prints and returns what runs for `x`, node by node, and why; nothing is computed."""
+        x = self._cast(x)
+        with self._precision(x), torch.no_grad():
+            check_input(self.network, x, any_size=self.network.options["odd_sizes"])
+            call = Call(self.network, x)
+            text = describe(call, *self._choose(call))
+        if x.is_cuda and self._graphs.reason:
+            print(self._graphs.reason)
+            text = f"{text}\n{self._graphs.reason}"
+        return text
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Images in the precision of the stored weights; that of the maps is chosen by autocast."""
+        weight = next(self.network.parameters())
+        return x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def _precision(self, x: Tensor) -> torch.autocast:
+        """Autocast to this module's precision; as the caller has it where none was asked for."""
+        return _autocast(x.device.type, self.dtype)
+
+    @torch.no_grad()
+    def _logits(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
+        """Of the heads at `columns`, `[N, classes, *S]`."""
+        with self._precision(x):
+            if any(size % self.network.topology.multiple for size in x.shape[2:]):
+                return self._plain(x, columns)
+            call = Call(self.network, x)
+            name, _ = self._choose(call)
+            if name == "cpu":
+                return passes.run(self.network.structure.plan, self._packed(call), x, columns)
+            run = self._plain if name == "reference" else self._by_engine(name, call)
+            if x.is_cuda:
+                return self._graphs.run(lambda image: run(image, columns), x, (name, *columns, call.dtype))
+            return run(x, columns)
+
+    def _choose(self, call: Call) -> tuple[str, str]:
+        """The backend and the reason, as `dispatch.choose`; batch norms are folded on the reference too."""
+        x = call.x
+        if x.device.type == "cpu":
+            gflop = x.shape[0] * self._once(("gflop", *x.shape[2:]), lambda: self.network.gflop(x.shape[2:]))
+            if gflop < dispatch.MIN_GFLOP_PER_NODE * len(self.network.nodes):
+                return "reference", f"{gflop:.3f} GFLOP are too few for backend='cpu' to be faster"
+        return dispatch.choose(call)
+
+    def _plain(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
+        wanted = [column in columns for column in self.network.topology.heads]
+        logits = reference.forward(self._once(("plain",), lambda: folded(self.network)), x)
+        return [each for each, one in zip(logits, wanted, strict=True) if one]
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key not in self._composed:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._composed[key] = make()
+            return self._composed[key]
+
+    def _packed(self, call: Call) -> packed_weights.Weights:
+        plan = self.network.structure.plan
+        return self._once(("cpu", call.dtype), lambda: packed_weights.pack(plan, call.tensors(), call.dtype))
+
+    def _by_engine(self, name: str, call: Call) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
+        """A pass of the engine with the ops `name`, its operands composed once."""
+        structure, dtype = self.network.structure, call.dtype
+        modes = structure.modes("0" * len(structure.norms), keep=False)
+
+        def make() -> tuple[dict[str, Tensor], dict]:
+            with torch.autocast(call.x.device.type, enabled=False):
+                tensors = call.tensors()
+                return tensors, all_operands(structure.plan, tensors, modes, dtype)
+
+        tensors, composed = self._once(("engine", dtype, call.x.device), make)
+
+        def run(image: Tensor, columns: Sequence[int]) -> list[Tensor]:
+            with torch.autocast(image.device.type, enabled=False):
+                forward = Forward(structure.plan, load_ops(name), modes, tensors, dtype, operands=composed)
+                logits, _ = forward.run(image, keep=False)
+            pairs = zip(structure.plan.topology.heads, logits, strict=True)
+            return [each for column, each in pairs if column in columns]
+
+        return run
+
+
+def folded(network: Network) -> Network:
+    """The network without its batch norms, which in eval mode are a factor and a bias of the convolution before them."""
+    if norm_name(network.options["norm"]) != "batch":
+        return network
+    with torch.device("meta"):
+        result = Network.from_config({**network.config, "norm": None, "bias": True}, "reference")
+    values = {name: value for name, value in network.state_dict().items() if ".norm" not in name}
+    for name, node in network.nodes.items():
+        for place in ("1", "2"):
+            conv, norm = getattr(node, f"conv{place}"), getattr(node, f"norm{place}")
+            bias = None if conv.bias is None else conv.bias.double()
+            parts = tuple(part.double() for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+            key = f"nodes.{name}.conv{place}"
+            found = weight_composition.fold(conv.weight.double(), bias, parts, norm.eps)
+            values[f"{key}.weight"], values[f"{key}.bias"] = (value.to(conv.weight.dtype) for value in found)
+    result.load_state_dict(values, assign=True)
+    return result.requires_grad_(False).eval()
+
+
+class OptimizedModule(nn.Module):
+    """A converted network that has no plan of its own yet, such as one over an encoder: in eval mode, without gradients, in
+    the precision asked for. `explain` says why nothing is fused."""
+
+    def __init__(self, network: EncodedNetwork, dtype: torch.dtype | None):
+        super().__init__()
+        self.network, self.dtype = network.requires_grad_(False).eval(), dtype
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Does nothing: this module is for inference."""
+        return self
+
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.no_grad(), _autocast(x.device.type, self.dtype):
+            return function(x.to(next(self.network.parameters()).dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the network returns in eval mode."""
+        return self._run(self.network, x)
+
+    def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
+        """Probabilities for any size; see `EncodedNetwork.predict`."""
+        return self._run(lambda image: self.network.predict(image, activation), x)
+
+    def explain(self, x: Tensor) -> str:
+        """Prints and returns why nothing is fused."""
+        text = "reference: a nest over another library's encoder runs in plain PyTorch"
+        print(text)
+        return text
+
+
+def _autocast(kind: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to `dtype` on a kind of device; as the caller has it for None, off for float32 and above."""
+    if dtype is None:
+        return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+    return torch.autocast(kind, dtype) if dtype.itemsize < 4 else torch.autocast(kind, enabled=False)
+
+
+def optimize(
+    model: nn.Module, *, level: int | None = None, dtype: torch.dtype | None = None, mode: str = "accurate"
+) -> Optimized | OptimizedModule:
+    """A module for inference alone that computes what `model` computes in eval mode, as fast as this machine can.
+
+    Batch norms are folded into weights and up-sampling into convolutions, both in float32 at least with the exact eps;
+    memory is kept between calls; on a GPU every size is captured as a CUDA graph. What cannot be fused runs as it is, and
+    `explain(x)` says why. The model is copied: training it further does not change the result.
+
+    Args:
+        model: a model of this package, or another implementation's that `unetpp_fast.convert` knows.
+        level: compute only the nodes that X(0,level) needs, and return its head, as `model.prune(level)` does.
+        dtype: the precision of the maps, and so of the logits: float32, bfloat16, float16 or float64. Inputs of any
+            precision are cast. Default the model's own, or autocast's where a call is under it.
+        mode: of `predict`: "accurate", the mean over the heads up to `level`, or "fast", the head at `level` alone.
+
+    Raises:
+        ValueError: an argument is unknown, there is no head at `level`, or `convert` does not know the model.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {[str(each) for each in DTYPES]}, not {dtype!r}")
+    if not isinstance(model, (Network, EncodedNetwork)):
+        with evaluating(model):
+            model = convert(model)
+    if isinstance(model, EncodedNetwork):
+        if level is not None:
+            raise ValueError("a nest over an encoder has one head: leave level=None")
+        own = next(model.parameters()).dtype
+        return OptimizedModule(_own(model, dtype), dtype or (own if own.itemsize < 4 else None))
+    topology, pruned = model.topology, level is not None
+    kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
+    part = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
+    own = next(model.parameters()).dtype
+    return Optimized(_own(part, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
+
+
+def _own(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy with memory of its own in float32 at least: weights are rounded only after they are folded."""
+    with torch.inference_mode(False), torch.no_grad():
+        network = copy.deepcopy(network)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        half = next(network.parameters()).dtype.itemsize < 4
+        return network.to(wide) if half or dtype is not None else network
+
+
+def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | torch.device = "cpu") -> Optimized:
+    """The module of which `source` is the `state_dict()`, or a file with it; no code in a file can run (`weights_only`).
+
+    Raises:
+        InputError: the file does not exist, is damaged, or is none of an optimized module.
+    """
+    state = source
+    if not isinstance(source, Mapping):
+        if not Path(source).is_file():
+            raise InputError(f"{source} does not exist")
+        try:
+            state = torch.load(source, map_location=device, weights_only=True)
+        except Exception as error:  # a damaged file can make the reader fail in any way
+            first = str(error).strip().partition("\n")[0]
+            raise InputError(f"{source} cannot be read as a state_dict: {type(error).__name__}: {first}") from error
+    extra = state.get("_extra_state") if isinstance(state, Mapping) else None
+    if not isinstance(extra, Mapping) or extra.get("unetpp_fast_optimized") != FORMAT:
+        raise InputError(f"this is no state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
+    try:
+        pruned, dtype, mode = _settings(extra)
+        own = next(value.dtype for name, value in state.items() if name.endswith("conv1.weight"))
+        fast = Optimized(Network.from_config(extra["config"]).to(own), pruned=pruned, dtype=dtype, mode=mode)
+        fast.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(f"this state_dict of an optimized module is damaged: {type(error).__name__}: {first}") from error
+    return fast.to(device)
+
+
+def _settings(extra: Mapping[str, Any]) -> tuple[bool, torch.dtype | None, str]:
+    dtype = None if extra["dtype"] is None else {str(each).removeprefix("torch."): each for each in DTYPES}[extra["dtype"]]
+    return extra["pruned"], dtype, extra["mode"]

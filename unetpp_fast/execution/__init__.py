@@ -1,0 +1,1 @@
+"""How a pass is computed: the reference, the backends, and who picks between them."""

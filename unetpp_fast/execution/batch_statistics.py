@@ -1,0 +1,118 @@
+"""Several processes, one for each GPU: statistics of batch norm over all of them, on the reference and in the engine.
+
+`training.processes.sync_batch_norm` replaces the batch norms of a network by ones whose training statistics are those of
+the whole batch, wherever its images lie. Sums of squares are taken around the mean, and the parts of each process combined
+in the order of ranks: every process gets the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist  # whose parts need not be there: a torch may be built without them
+from torch import Tensor, nn
+
+from ..architecture.network_spec import NetworkSpec
+
+
+def group_of(name: str) -> dist.ProcessGroup | None:
+    """The process group of that name; None for "", this process alone."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
+def agreed(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """What the first process of a group says."""
+    said = torch.tensor(value, device=device)
+    dist.broadcast(said, dist.get_global_rank(group, 0), group=group)
+    return int(said)
+
+
+def gathered_statistics(mean: Tensor, variance: Tensor, pixels: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """From each process's mean and biased variance `[1, C]` over its `pixels`: parts `[1, processes, 3, C]` as
+    `naive.norm_finalise` takes them, and the pixels of all."""
+    count = torch.full_like(mean[0], pixels)
+    mine = torch.stack((count, mean[0], variance[0] * count))
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine, group=group)
+    together = torch.stack(parts)[None]
+    return together, together[0, :, 0, 0].sum()
+
+
+def averages_of(sums: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """`[2, C]` sums over the pixels of every process, divided by how many those are (`naive.norm_backward`)."""
+    packed = torch.cat((sums.flatten(), sums.new_full((1,), count)))
+    dist.all_reduce(packed, group=group)
+    return (packed[:-1] / packed[-1]).view_as(sums)
+
+
+def unbiased(variance: Tensor, count: int | Tensor) -> Tensor:
+    """The unbiased variance, as running statistics keep it, from the biased one of `count` values."""
+    return variance * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / max(count - 1, 1))
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; so is its gradient, for every process's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class SyncedBatchNorm:
+    """What `SyncedBatchNorm2d` and `3d` add to PyTorch's batch norm, whose parameters, buffers and modes they keep.
+
+    `nn.SyncBatchNorm` does the same on CUDA devices alone.
+    """
+
+    group_name = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        group = group_of(self.group_name) if self.training else None
+        if group is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        axes, shape = [0, *range(2, x.ndim)], (1, -1) + (1,) * (x.ndim - 2)
+        count = torch.full((1,), x[:, 0].numel(), dtype=wide.dtype, device=x.device)
+        sums = _Sum.apply(torch.cat((wide.sum(axes), count)), group)
+        mean, total = sums[:-1] / sums[-1], sums[-1].detach()
+        centred = wide - mean.view(shape)
+        variance = _Sum.apply(centred.square().sum(axes), group) / total
+        self._update(mean.detach(), unbiased(variance.detach(), total))
+        result = centred * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)
+        return result.to(x.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+class SyncedBatchNorm2d(SyncedBatchNorm, nn.BatchNorm2d):
+    """Over `[N, C, H, W]`."""
+
+
+class SyncedBatchNorm3d(SyncedBatchNorm, nn.BatchNorm3d):
+    """Over `[N, C, D, H, W]`."""
+
+
+def copy_alone(network: NetworkSpec) -> NetworkSpec:
+    """A copy of the network that asks no other process for statistics."""
+    network = copy.deepcopy(network)
+    network.sync_group = ""
+    for module in network.modules():
+        if isinstance(module, SyncedBatchNorm):
+            module.group_name = ""
+    return network

@@ -1,0 +1,47 @@
+"""A forward pass that is about to be computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture.network_spec import NetworkSpec
+from ..architecture.precision import compute_dtype
+
+
+class Call:
+    """A network, its layers as they are now, and the input of one forward pass.
+
+    The layers are walked once per call, for a walk takes as long as launching twenty kernels; every question about them
+    (what has changed, which norms are in training, which tensors the operators take) is answered from here.
+
+    Attributes:
+        network, x: as given; x `[N, in_channels, *S]`.
+        dtype: of the maps; as autocast or the input has it where it is not given.
+        modules: the network and all its layers, as `modules()` gives them.
+    """
+
+    def __init__(self, network: NetworkSpec, x: Tensor, dtype: torch.dtype | None = None):
+        self.network, self.x, self.dtype = network, x, dtype or compute_dtype(x)
+        self.modules: list[nn.Module] = list(network.modules())
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """In the order of the network's structure."""
+        return [value for module in self.modules for value in module._parameters.values() if value is not None]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """As `parameters`."""
+        return [value for module in self.modules for value in module._buffers.values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by their names in the network, without gradients; of a network with a structure."""
+        structure = self.network.structure
+        names, values = structure.parameters + structure.buffers, self.parameters + self.buffers
+        return {name: value.detach() for name, value in zip(names, values, strict=True)}
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass may follow."""
+        return torch.is_grad_enabled() and (self.x.requires_grad or any(tensor.requires_grad for tensor in self.parameters))

@@ -1,0 +1,1 @@
+"""Inference on a CPU by oneDNN."""

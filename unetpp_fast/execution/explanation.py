@@ -1,0 +1,93 @@
+"""What runs for a network and an input, node by node, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..architecture.input_checks import check_input
+from ..architecture.network_spec import NetworkSpec
+from ..architecture.topology import Node
+from . import dispatch
+from .call import Call
+from .fused.forward import Forward
+from .fused.structure import NORMS
+
+
+def explain(network: NetworkSpec, x: Tensor) -> str:
+    """Prints and returns, for each node of `network(x)`, the backend that runs it, what it reads and the reason.
+
+    Args:
+        network: a model of this package.
+        x: an input it takes, `[N, in_channels, *S]`; nothing is computed, unless `backend="auto"` has to compare first.
+
+    Raises:
+        TypeError, ValueError: the network does not take `x`.
+    """
+    check_input(network, x, any_size=network.options["odd_sizes"])
+    call = Call(network, x)
+    return describe(call, *dispatch.choose(call))
+
+
+def describe(call: Call, name: str, reason: str) -> str:
+    """Prints and returns what the backend `name`, chosen for `reason`, does at each node."""
+    network, x = call.network, call.x
+    size = "x".join(map(str, x.shape[2:]))
+    lines = [f"{x.shape[0]} image(s) of {size} pixels in {call.dtype} on {x.device}: {name} ({reason})"]
+    plan = None if name == "reference" else network.structure.plan
+    ways = _ways(call, name) if name in ("triton", "cuda") and x.is_cuda else {}
+    for index, node in enumerate(network.topology.nodes):
+        what = plan.describe(plan.steps[index]) if plan else _describe(network, node)
+        lines.append(f"{name:<10} {what}")
+        lines += [f"{'':<10}   conv{number}: {way}" for number, way in enumerate(ways.get(node.name, ()), 1)]
+    text = "\n".join(lines)
+    print(text)
+    return text
+
+
+def _describe(network: NetworkSpec, node: Node) -> str:
+    """What the reference does for a node."""
+    i, j = node.position
+    if not j:
+        return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'the pooled X({i - 1},0)'}"
+    maps = ", ".join(f"X({i},{column})" for column in node.prefix)
+    return f"X({i},{j}) -> {node.width} channels from a concatenation of {maps} and the up-sampled X({i + 1},{j - 1})"
+
+
+class _Ways:
+    """Ops that compute nothing and keep how the kernels would do each convolution."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.found: list[str] = []
+
+    def conv(self, out: Tensor, a: Tensor, wa: Tensor, *, stats: bool = False, **options) -> Tensor | None:
+        from ..kernels import cuda_ops, triton_ops
+
+        geometry = {key: options[key] for key in ("taps", "stride", "phased") if key in options}
+        if self.backend == "cuda" and cuda_ops.can_run_conv(out, a, **geometry)[0]:
+            self.found.append("the CUDA kernel, unless Triton's was measured to be faster")
+            return self._statistics(out, stats)
+        way, measured = triton_ops.way_of_conv(out, a, lambda way: None, stats=stats, **options)
+        self.found.append(f"{way} ({'measured' if measured else 'not measured: unetpp_fast.tune(model, x) does'})")
+        return self._statistics(out, stats)
+
+    def _statistics(self, out: Tensor, stats: bool) -> Tensor | None:
+        return out.new_empty(out.shape[0], 1, 3, out.shape[-1], dtype=torch.float32) if stats else None
+
+    def norm_finalise(self, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> Tensor:
+        return stats.new_empty(5, stats.shape[0] if instance else 1, stats.shape[-1])
+
+    def pool(self, *args, **options) -> None: ...
+
+    def head(self, *args, **options) -> None: ...
+
+
+def _ways(call: Call, backend: str) -> dict[str, tuple[str, str]]:
+    """For each node, by name, how the kernels do its two convolutions in a forward pass."""
+    network, structure, ops = call.network, call.network.structure, _Ways(backend)
+    training = "".join("1" if module.training else "0" for module in call.modules if isinstance(module, NORMS))
+    tensors = {name: value.to("meta") for name, value in call.tensors().items()}
+    modes = structure.modes(training, call.needs_gradients)
+    Forward(structure.plan, ops, modes, tensors, call.dtype).run(call.x.to("meta"), call.needs_gradients)
+    return {node.name: tuple(ops.found[2 * index : 2 * index + 2]) for index, node in enumerate(network.topology.nodes)}

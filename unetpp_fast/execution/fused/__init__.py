@@ -1,0 +1,1 @@
+"""A pass over level buffers: forward, backward, as operators of PyTorch."""

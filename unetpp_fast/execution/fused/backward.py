@@ -1,0 +1,241 @@
+"""Runs a plan backwards: one gradient buffer a level, of the same layout as the level buffer.
+
+Columns run from last to first. A node's data gradient adds into the whole prefix at once, and into the slice of the
+level below through phases; the first contribution to a slice writes, later ones add. Every gradient of a weight comes
+as that of an operand of the engine and goes through the composition (`compose.py`) to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.distributed as dist  # whose parts need not be there: a torch may be built without them
+from torch import Tensor
+
+from ...kernels import naive
+from ..batch_statistics import averages_of
+from ..plan import weight_composition
+from ..plan.operands import Modes, cast, first_operands, prefix_width, upsampling
+from ..plan.steps import Plan, Slot, Step
+from .buffers import Maps, from_maps, to_maps, view
+from .forward import Forward
+
+
+class Backward:
+    """The backward pass that belongs to a `Forward` and its `Maps`; arguments as there.
+
+    recompute: `Maps.mids` holds nothing, but has room for one node of each level: its first convolution runs again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ops: ModuleType,
+        modes: Modes,
+        parameters: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None = None,
+        recompute: bool = False,
+    ):
+        self.plan, self.ops, self.modes, self.parameters, self.dtype = plan, ops, modes, parameters, dtype
+        self.group, self.recompute = group, recompute
+        self.gradients: dict[str, Tensor] = {}
+        self.written: set[tuple[int, int]] = set()  # (level, column) of the slices that hold a gradient
+
+    def run(self, maps: Maps, outputs: Sequence[Tensor | None], needs_input: bool) -> Tensor | None:
+        """From the gradients of the heads' logits (None: none) to that of the input, `[N, C, *S]`, if it is needed.
+
+        `gradients` then holds those of the parameters, by name.
+        """
+        self.levels = [torch.empty_like(level) for level in maps.levels]
+        of_input = None
+        by_column = dict(zip(self.plan.topology.heads, outputs, strict=True))
+        for step in reversed(self.plan.steps):
+            if step.node.level == 0 and by_column.get(step.node.column) is not None:
+                self._head(maps, step, by_column[step.node.column])
+            if step.node.position in self.written:
+                gradient = self._node(maps, step, needs_input)
+                of_input = gradient if step.source == "input" else of_input
+        return of_input
+
+    def _add(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            have = self.gradients.get(name)
+            self.gradients[name] = gradient if have is None else have + gradient
+
+    def _claim(self, level: int, columns: Sequence[int]) -> bool:
+        """Whether a contribution to these slices adds (to what is there) or writes (where nothing is)."""
+        new = [column for column in columns if (level, column) not in self.written]
+        self.written |= {(level, column) for column in columns}
+        if len(new) < len(columns):
+            for column in new:
+                view(self.levels[level], self._slot(level, column)).zero_()
+        return len(new) < len(columns)
+
+    def _slot(self, level: int, column: int) -> Slot:
+        return next(step.out for step in self.plan.steps if step.node.position == (level, column))
+
+    def _head(self, maps: Maps, step: Step, dy: Tensor) -> None:
+        x, affine_x = maps.out(step)
+        name = f"heads.{step.node.name}"
+        weight = self.parameters[f"{name}.weight"]
+        dy = (dy.unsqueeze(2) if self.plan.axes == 2 else dy).to(self.dtype).contiguous()
+        add = self._claim(0, [step.node.column])
+        gw, gb = self.ops.head_backward(
+            view(self.levels[0], step.out),
+            dy,
+            x,
+            weight.flatten(1).to(self.dtype),
+            affine=affine_x,
+            slope=self.plan.slope,
+            add=add,
+        )
+        self._add(f"{name}.weight", gw.view_as(weight).to(weight.dtype))
+        self._add(f"{name}.bias", gb)
+
+    def _node(self, maps: Maps, step: Step, needs_input: bool) -> Tensor | None:
+        """Through a node whose output's gradient is complete; the input's, where the node reads it."""
+        plan, node = self.plan, step.node
+        g, name = view(self.levels[node.level], step.out), f"nodes.{node.name}"
+        if self.recompute:
+            stored = dict.fromkeys(self.modes, "frozen")  # raw, and without statistics, which the tables hold
+            again = Forward(plan, self.ops, stored, self.parameters, self.dtype)
+            again.first(maps, step, first_operands(plan, step, self.parameters, stored))
+        mid, affine_mid = maps.mid(step)
+        out, _ = maps.out(step)
+        total = self._through_norm(f"{node.name}.norm2", g, out, maps.level_tables[node.level], step.out)
+        gw = self.ops.conv_wgrad(mid, g, axes=plan.axes, affine=affine_mid, slope=plan.slope)
+        weight = self.parameters[f"{name}.conv2.weight"]
+        self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw[0], plan.axes))
+        if f"{name}.conv2.bias" in self.parameters:
+            self._add(f"{name}.conv2.bias", total)
+        g_mid = torch.empty_like(mid, memory_format=torch.contiguous_format)
+        self.ops.conv(
+            g_mid, g, self._cast(weight_composition.flipped(weight_composition.taps_first(weight))), axes=plan.axes
+        )
+        return self._first(maps, step, g_mid, needs_input)
+
+    def _first(self, maps: Maps, step: Step, g: Tensor, needs_input: bool) -> Tensor | None:
+        """Through a node's first convolution, from the gradient of its activated output."""
+        plan, node = self.plan, step.node
+        mid, _ = maps.mid(step)
+        total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], step.out)
+        self._first_parameters(maps, step, g, total)
+        weight = self.parameters[f"nodes.{node.name}.conv1.weight"]
+        up, _ = upsampling(plan, step, self.parameters)
+        operands = weight_composition.first_operands(weight, None, prefix_width(step, weight), step.form, up)
+        gradient = self._into_prefix(maps, step, g, self._cast(weight_composition.flipped(operands.wa)), needs_input)
+        if step.form:
+            self._into_low(maps, step, g, operands.wb)
+        return gradient
+
+    def _first_parameters(self, maps: Maps, step: Step, g: Tensor, total: Tensor) -> None:
+        """The gradients of a node's first convolution and of its up-sampling, through the composition."""
+        plan, name = self.plan, f"nodes.{step.node.name}"
+        a, affine_a = maps.prefix(step)
+        wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope)[0]
+        wb = border = None
+        up, up_bias = upsampling(plan, step, self.parameters)
+        if step.form == "phases":
+            b, affine_b = maps.low(step)
+            wb = self.ops.conv_wgrad(b, g, axes=plan.axes, phased=True, affine=affine_b, slope=plan.slope)
+            border = None if up is None else self.ops.border_sums(g, plan.axes)
+        elif step.form == "full":
+            wb = self.ops.conv_wgrad(maps.ups[step.node.name], g, axes=plan.axes)
+        weight = self.parameters[f"{name}.conv1.weight"]
+        parts = [None if part is None else part.to(weight.dtype) for part in (wa, wb, None, border)]
+        found = weight_composition.first_operands_backward(
+            weight_composition.Operands(*parts), weight, prefix_width(step, weight), step.form, up, up_bias
+        )
+        self._add(f"{name}.conv1.weight", found[0])
+        if f"{name}.conv1.bias" in self.parameters:
+            self._add(f"{name}.conv1.bias", total)
+        if up is not None and plan.project:
+            self._add(f"{name}.up.project.weight", found[1].transpose(0, 1))
+            self._add(f"{name}.up.project.bias", found[2])
+        elif up is not None:
+            self._add(f"{name}.up.weight", found[1])
+            self._add(f"{name}.up.bias", found[2])
+
+    def _through_norm(self, name: str, g: Tensor, x: Tensor, table: Tensor | None, slot: Slot) -> Tensor:
+        """Turns g, in place, from the gradient of an activated map into that of the convolution's output x.
+
+        Returns the gradient of the convolution's bias, the sum over the pixels: zero but for rounding before a norm
+        that subtracts the mean.
+        """
+        mode = self.modes.get(name)
+        if mode is None:
+            return self.ops.act_backward(g, x, self.plan.slope)
+        rows = table[:, :, slot.offset : slot.end]
+        mean, inverse, scale, shift = rows.unbind()
+        averages = partial(averages_of, group=self.group) if mode == "batch" and self.group is not None else None
+        gw, gb = self.ops.norm_backward(
+            g, x, mean, inverse, (scale, shift), self.plan.slope, mode == "frozen", averages=averages
+        )
+        self._add(f"nodes.{name}.weight", gw)
+        self._add(f"nodes.{name}.bias", gb)
+        return gb * scale[0] if mode == "frozen" else torch.zeros_like(gb)
+
+    def _into_prefix(self, maps: Maps, step: Step, g: Tensor, weight: Tensor, needs_input: bool) -> Tensor | None:
+        plan, node = self.plan, step.node
+        if step.source == "prefix":
+            target = view(self.levels[node.level], Slot(0, step.prefix))
+            self.ops.conv(target, g, weight, axes=plan.axes, add=self._claim(node.level, node.prefix))
+            return None
+        if step.source == "input" and not needs_input:
+            return None
+        a, _ = maps.prefix(step)
+        ga = torch.empty_like(a)
+        self.ops.conv(ga, g, weight, axes=plan.axes)
+        if step.source == "input":
+            return from_maps(ga, plan.axes)
+        above = next(other for other in plan.steps if other.node.position == (node.level - 1, 0))
+        x, affine_x = maps.out(above)
+        self.ops.pool_backward(
+            view(self.levels[node.level - 1], above.out), ga, x, axes=plan.axes, affine=affine_x, slope=plan.slope,
+            add=self._claim(node.level - 1, [0]),
+        )  # fmt: skip
+        return None
+
+    def _into_low(self, maps: Maps, step: Step, g: Tensor, wb: Tensor) -> None:
+        plan, (level, column) = self.plan, step.node.low
+        add = self._claim(level, [column])
+        target = view(self.levels[level], step.low)
+        if step.form == "phases":
+            self.ops.conv(
+                target, g, self._cast(weight_composition.gathered(wb, plan.axes)), axes=plan.axes, taps=4, stride=2, add=add
+            )
+            return
+        up = maps.ups[step.node.name]
+        g_up = torch.empty_like(up)
+        self.ops.conv(g_up, g, self._cast(weight_composition.flipped(wb[0])), axes=plan.axes)
+        gx = self._through_upsample(maps, step, from_maps(g_up, plan.axes))
+        target.add_(gx) if add else target.copy_(gx)
+
+    def _through_upsample(self, maps: Maps, step: Step, g: Tensor) -> Tensor:
+        """From the gradient `[N, C, *S]` of a linearly up-sampled map to that of its source `[N, D, H, W, K]`."""
+        plan = self.plan
+        small = [size // 2 for size in g.shape[2:]]
+        back = (
+            torch.ops.aten.upsample_bilinear2d_backward if plan.axes == 2 else torch.ops.aten.upsample_trilinear3d_backward
+        )
+        g = back(g.contiguous(), list(g.shape[2:]), [*g.shape[:2], *small], plan.align_corners, *[2.0] * plan.axes)
+        if not plan.project:
+            return to_maps(g, plan.axes)
+        name = f"nodes.{step.node.name}.up.project"
+        low, affine_low = maps.low(step)
+        weight = self.parameters[f"{name}.weight"]
+        gx = torch.empty_like(low, memory_format=torch.contiguous_format)
+        g = g.unsqueeze(2) if plan.axes == 2 else g
+        gw, gb = naive.head_backward(  # the kernel is for as few channels as a head has classes
+            gx, g.contiguous(), low, weight.flatten(1).to(self.dtype), affine=affine_low, slope=plan.slope
+        )
+        self._add(f"{name}.weight", gw.view_as(weight))
+        self._add(f"{name}.bias", gb)
+        return gx
+
+    def _cast(self, weight: Tensor) -> Tensor:
+        return cast(weight, self.dtype)

@@ -1,0 +1,130 @@
+"""The level buffers of a pass: one channels-last tensor per level, which every node writes its slice of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...kernels import naive
+from ..plan.steps import Plan, Slot, Step
+
+MEAN, INVERSE, SCALE, SHIFT, VARIANCE = range(5)  # the first four are the rows of a table
+
+
+@dataclass
+class Maps:
+    """The buffers of a pass. `levels` and `mids` hold the second and the first convolution's output of every node,
+    each level's side by side; the tables `[4, 1 or N, channels]` say how to read them, None where they are activated.
+    Where first outputs are not kept, the nodes of a level have one place for theirs in `mids`, and tables of their own."""
+
+    image: Tensor
+    levels: list[Tensor]
+    mids: list[Tensor]
+    level_tables: list[Tensor | None]
+    mid_tables: list[Tensor | None]
+    pools: dict[int, Tensor] = field(default_factory=dict)
+    ups: dict[str, Tensor] = field(default_factory=dict)
+
+    def out(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
+        """A node's output and how to read it."""
+        return view(self.levels[step.node.level], step.out), affine(self.level_tables[step.node.level], step.out)
+
+    def mid(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
+        """The output of a node's first convolution and how to read it."""
+        slot = self.mid_slot(step)
+        return view(self.mids[step.node.level], slot), affine(self.mid_tables[step.node.level], step.out)
+
+    def mid_slot(self, step: Step) -> Slot:
+        """Beside those of the other nodes of the level if they are kept; else all in one place."""
+        shared = self.mids[step.node.level].shape[-1] < self.levels[step.node.level].shape[-1]
+        return Slot(0, step.out.width) if shared else step.out
+
+    def prefix(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
+        """The first operand of a node's first convolution."""
+        if step.source == "input":
+            return self.image, None
+        if step.source == "pool":
+            return self.pools[step.node.level], None
+        slot = Slot(0, step.prefix)
+        return view(self.levels[step.node.level], slot), affine(self.level_tables[step.node.level], slot)
+
+    def low(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
+        """The low source of a node, at its own resolution."""
+        below = step.node.level + 1
+        return view(self.levels[below], step.low), affine(self.level_tables[below], step.low)
+
+    def kept(self, plan: Plan, recompute: bool) -> list[Tensor]:
+        """The tensors that a backward pass needs beside the image, in the order of `kept_names`.
+
+        recompute: it will compute the outputs of first convolutions again; they are left out.
+        """
+        raw = self.level_tables[0] is not None
+        return [getattr(self, name)[key] for name, key in kept_names(plan, raw, recompute)]
+
+    @classmethod
+    def from_kept(cls, plan: Plan, image: Tensor, kept: Sequence[Tensor], raw: bool, recompute: bool) -> Maps:
+        """The buffers of which `kept` is the list; with `recompute`, with room for one first output per level."""
+        nothing = [None] * len(plan.widths)
+        maps = cls(image, list(nothing), list(nothing), list(nothing), list(nothing))
+        for (name, key), tensor in zip(kept_names(plan, raw, recompute), kept, strict=True):
+            getattr(maps, name)[key] = tensor
+        if recompute:
+            maps.mids = shared_mids(plan, maps.levels)
+        return maps
+
+
+def kept_names(plan: Plan, raw: bool, recompute: bool) -> list[tuple[str, int | str]]:
+    """(field of `Maps`, its key) of each tensor that a forward pass keeps for its backward pass.
+
+    raw: outputs are stored raw, with tables that say how to read them.
+    """
+    levels = range(len(plan.widths))
+    fields = ["levels", *([] if recompute else ["mids"]), *(["level_tables", "mid_tables"] if raw else [])]
+    names = [(name, level) for name in fields for level in levels]
+    names += [("pools", step.node.level) for step in plan.steps if step.source == "pool"]
+    return names + [("ups", step.node.name) for step in plan.steps if step.form == "full"]
+
+
+def view(buffer: Tensor, slot: Slot) -> Tensor:
+    return buffer[..., slot.offset : slot.end]
+
+
+def affine(table: Tensor | None, slot: Slot) -> naive.Affine | None:
+    return None if table is None else (table[SCALE, :, slot.offset : slot.end], table[SHIFT, :, slot.offset : slot.end])
+
+
+def to_maps(x: Tensor, axes: int) -> Tensor:
+    """`[N, C, *S]` as channels-last `[N, D, H, W, C]`, D = 1 in 2D."""
+    return (x.unsqueeze(2) if axes == 2 else x).movedim(1, -1)
+
+
+def from_maps(x: Tensor, axes: int) -> Tensor:
+    """The inverse of `to_maps`, a view."""
+    x = x.movedim(-1, 1)
+    return x.squeeze(2) if axes == 2 else x
+
+
+def allocate(plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool) -> Maps:
+    """The buffers for an input `[N, C, *S]`.
+
+    keep: every first convolution's output stays, for a backward pass; raw: outputs are stored raw, with tables.
+    """
+    axes, acc = plan.axes, naive.accumulator(dtype)
+    image = to_maps(x, axes).to(dtype).contiguous()
+    rows = x.shape[0] if plan.norm == "instance" else 1
+    levels, tables = [], []
+    for level, width in enumerate(plan.widths):
+        size = [image.shape[1] >> level if axes == 3 else 1, image.shape[2] >> level, image.shape[3] >> level]
+        levels.append(x.new_empty((x.shape[0], *size, width), dtype=dtype))
+        tables.append([x.new_empty((4, rows, width), dtype=acc) if raw else None for _ in range(2)])
+    mids = [torch.empty_like(level) for level in levels] if keep else shared_mids(plan, levels)
+    return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables])
+
+
+def shared_mids(plan: Plan, levels: Sequence[Tensor]) -> list[Tensor]:
+    """For each level buffer, room for the output of the first convolution of one node."""
+    widest = [max(step.out.width for step in plan.steps if step.node.level == level) for level in range(len(levels))]
+    return [buffer.new_empty((*buffer.shape[:4], width)) for buffer, width in zip(levels, widest, strict=True)]

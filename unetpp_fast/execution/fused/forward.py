@@ -1,0 +1,150 @@
+"""Runs a plan forwards: level buffers in, logits out, nothing concatenated.
+
+`ops` is a module with the ops of `kernels/naive.py`: the plain-PyTorch ones, or the kernels. A convolution's output is
+stored raw, with a table of (mean, inverse deviation, scale, shift) for each channel, and its readers apply norm and
+activation as they load it. Without a norm, or with a batch norm folded into the weights, it is stored activated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+import torch.distributed as dist  # whose parts need not be there: a torch may be built without them
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...kernels import naive
+from ..batch_statistics import gathered_statistics, unbiased
+from ..plan import weight_composition
+from ..plan.operands import Modes, cast, node_operands
+from ..plan.steps import Plan, Slot, Step, head_step
+from .buffers import MEAN, VARIANCE, Maps, allocate, from_maps, to_maps
+
+
+@dataclass
+class Forward:
+    """One forward pass.
+
+    Args:
+        modes: for each norm, by name ("x0_1.norm1"): "folded" (into the weights), "frozen" (running statistics),
+            "batch" (the batch's own) or "instance"; empty without a norm.
+        parameters: by their names in the network, buffers too.
+        group: of the processes over whose batches statistics are taken, None for this one's alone.
+        operands: of both convolutions by node, from `all_operands`; composed in the pass where they are not given.
+    """
+
+    plan: Plan
+    ops: ModuleType
+    modes: Modes
+    parameters: Mapping[str, Tensor]
+    dtype: torch.dtype
+    group: dist.ProcessGroup | None = None
+    operands: Mapping[str, tuple[weight_composition.Operands, weight_composition.Operands]] = field(default_factory=dict)
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def run(self, x: Tensor, keep: bool, recompute: bool = False) -> tuple[list[Tensor], Maps]:
+        """Logits `[N, classes, *S]` of each head, and the buffers, complete for a backward pass if `keep`.
+
+        recompute: the backward pass will compute the outputs of first convolutions again (`Backward`).
+        `statistics` then holds mean and unbiased variance of each norm in mode "batch".
+        """
+        raw = any(mode != "folded" for mode in self.modes.values())
+        maps = allocate(self.plan, x, self.dtype, keep and not recompute, raw)
+        for step in self.plan.steps:
+            self._node(maps, step, keep)
+        return [self._head(maps, column) for column in self.plan.topology.heads], maps
+
+    def _node(self, maps: Maps, step: Step, keep: bool) -> None:
+        plan, node = self.plan, step.node
+        if step.source == "pool":
+            self._pool(maps, step)
+        if step.form == "full":
+            maps.ups[node.name] = self._upsampled(step, *maps.low(step))
+        operands, second = self.operands.get(node.name) or node_operands(plan, step, self.parameters, self.modes)
+        stats = self.first(maps, step, operands)
+        if not keep:
+            maps.ups.pop(node.name, None)
+        mid, affine_mid = maps.mid(step)
+        pixels = mid[..., 0].numel()
+        self._normalise(f"{node.name}.norm1", stats, maps.mid_tables[node.level], step.out, pixels)
+        out, _ = maps.out(step)
+        stats = self.ops.conv(
+            out, mid, self._cast(second.wa), axes=plan.axes, affine_a=affine_mid, slope=plan.slope,
+            **self._epilogue(f"{node.name}.norm2", second),
+        )  # fmt: skip
+        self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out, pixels)
+
+    def first(self, maps: Maps, step: Step, operands: weight_composition.Operands) -> Tensor | None:
+        """Runs a node's first convolution into its place in `maps.mids`; returns the statistics that its norm needs."""
+        phased = step.form == "phases"
+        a, affine_a = maps.prefix(step)
+        b, affine_b = maps.low(step) if phased else (maps.ups.get(step.node.name), None)
+        return self.ops.conv(
+            maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
+            slope=self.plan.slope, affine_a=affine_a, b=b, wb=self._cast(operands.wb), affine_b=affine_b,
+            **self._epilogue(f"{step.node.name}.norm1", operands),
+        )  # fmt: skip
+
+    def _cast(self, weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else cast(weight, self.dtype)
+
+    def _epilogue(self, norm: str, operands: weight_composition.Operands) -> dict:
+        acc, mode = naive.accumulator(self.dtype), self.modes.get(norm)
+        vectors = {"bias": operands.bias, "border": operands.border}
+        vectors = {key: None if value is None else value.to(acc).contiguous() for key, value in vectors.items()}
+        return {**vectors, "act": mode in (None, "folded"), "stats": mode in ("batch", "instance")}
+
+    def _pool(self, maps: Maps, step: Step) -> None:
+        above = next(s for s in self.plan.steps if s.node.position == (step.node.level - 1, 0))
+        x, affine_x = maps.out(above)
+        pooled = x.new_empty((*maps.levels[step.node.level].shape[:4], x.shape[-1]))
+        self.ops.pool(pooled, x, axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
+        maps.pools[step.node.level] = pooled
+
+    def _upsampled(self, step: Step, low: Tensor, affine_low: naive.Affine | None) -> Tensor:
+        prefix = f"nodes.{step.node.name}.up.project"
+        weight, bias = (self.parameters.get(f"{prefix}.{name}") for name in ("weight", "bias"))
+        x = from_maps(naive.read(low, affine_low, self.plan.slope), self.plan.axes)
+        return to_maps(upsample(self.plan, x, weight, bias), self.plan.axes).contiguous()
+
+    def _normalise(self, name: str, stats: Tensor | None, table: Tensor | None, slot: Slot, pixels: int) -> None:
+        mode = self.modes.get(name)
+        if mode in (None, "folded"):
+            return
+        acc = naive.accumulator(self.dtype)
+        weight, bias = (self.parameters[f"nodes.{name}.{key}"].to(acc) for key in ("weight", "bias"))
+        if mode == "frozen":
+            mean, variance = (self.parameters[f"nodes.{name}.running_{key}"].to(acc)[None] for key in ("mean", "var"))
+            inverse = (variance + self.plan.eps).rsqrt()
+            scale = weight * inverse
+            found = torch.stack((mean, inverse, scale, bias - mean * scale))
+        else:
+            count = pixels
+            if mode == "batch" and self.group is not None:
+                here = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, False)
+                stats, count = gathered_statistics(here[MEAN], here[VARIANCE], pixels, self.group)
+            found = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, mode == "instance")
+            if mode == "batch":
+                self.statistics[name] = (found[MEAN, 0], unbiased(found[VARIANCE, 0], count))
+        table[:, :, slot.offset : slot.end] = found[:VARIANCE]
+
+    def _head(self, maps: Maps, column: int) -> Tensor:
+        plan = self.plan
+        step = head_step(plan, column)
+        x, affine_x = maps.out(step)
+        weight, bias = (self.parameters[f"heads.{step.node.name}.{key}"] for key in ("weight", "bias"))
+        out = x.new_empty((x.shape[0], weight.shape[0], *x.shape[1:4]))
+        acc = naive.accumulator(self.dtype)
+        self.ops.head(out, x, weight.flatten(1).to(self.dtype), bias.to(acc), affine=affine_x, slope=plan.slope)
+        return out.squeeze(2) if plan.axes == 2 else out
+
+
+def upsample(plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Linear up-sampling of `[N, C, *S]`, after a 1x1 convolution if the plan projects: the one map materialised."""
+    if weight is not None:
+        x = (F.conv2d if plan.axes == 2 else F.conv3d)(x, weight.to(x.dtype), bias.to(x.dtype))
+    mode = "bilinear" if plan.axes == 2 else "trilinear"
+    return F.interpolate(x, scale_factor=2, mode=mode, align_corners=plan.align_corners)

@@ -1,0 +1,222 @@
+"""A whole forward pass, and a whole backward pass, as one operator each.
+
+`torch.ops.unetpp_fast.forward` takes the input and every parameter and buffer of a network, and returns its logits and
+what the backward pass needs; `torch.compile(fullgraph=True)` and autograd see one opaque call. Neither operator writes
+to its inputs: new running statistics come back as results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...architecture.layers import InstanceNorm
+from ...kernels import naive
+from ..batch_statistics import group_of
+from ..call import Call
+from . import structure as structures
+from .backward import Backward
+from .buffers import Maps, allocate, to_maps
+from .forward import Forward
+from .ops import load_ops
+from .structure import Structure
+
+
+class Settings(NamedTuple):
+    """How a pass is computed, as both operators take it.
+
+    handle: of the structure. training: a "1" for each norm that is in training, a "0" for each other. dtype: of the maps.
+    ops: for `load_ops`. group: the name of the process group over which statistics are taken, "" for none.
+    recompute: the backward pass computes the outputs of first convolutions again; they are not kept.
+    """
+
+    handle: str
+    training: str
+    dtype: torch.dtype
+    ops: str
+    group: str
+    recompute: bool
+
+
+@dataclass
+class Results:
+    """What the forward operator returns, in this order: the logits of each head; what the backward pass needs, as
+    `Maps.kept` gives it; the mean and the unbiased variance of each norm in mode "batch"."""
+
+    logits: list[Tensor]
+    kept: list[Tensor]
+    statistics: list[Tensor]
+
+    def flat(self) -> list[Tensor]:
+        return [*self.logits, *self.kept, *self.statistics]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], structure: Structure, modes: dict[str, str]) -> Results:
+        """The inverse of `flat`."""
+        heads, end = len(structure.plan.topology.heads), len(tensors) - 2 * len(_in_batch_mode(structure, modes))
+        return cls(list(tensors[:heads]), list(tensors[heads:end]), list(tensors[end:]))
+
+
+def _in_batch_mode(structure: Structure, modes: dict[str, str]) -> list[str]:
+    return [name for name in structure.norms if modes.get(name) == "batch"]
+
+
+def _named(structure: Structure, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in float32 at least: weights are composed before they are rounded."""
+    names = structure.parameters + structure.buffers
+    wide = [tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
+    return dict(zip(names[: len(tensors)], wide, strict=True))
+
+
+@torch.library.custom_op("unetpp_fast::forward", mutates_args=())
+def forward_op(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    keep: bool,
+    handle: str,
+    training: str,
+    dtype: torch.dtype,
+    ops: str,
+    group: str,
+    recompute: bool,
+) -> list[Tensor]:
+    """`Results.flat()` for the input `[N, C, *S]` and all parameters and buffers; `kept` is empty without `keep`."""
+    structure = structures.find(handle)
+    modes = structure.modes(training, keep)
+    run = Forward(structure.plan, load_ops(ops), modes, _named(structure, tensors), dtype, group_of(group))
+    with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here, sums and weights kept wide
+        logits, maps = run.run(x, keep, recompute)
+    statistics = [value for name in _in_batch_mode(structure, modes) for value in run.statistics[name]]
+    return Results(logits, maps.kept(structure.plan, recompute) if keep else [], statistics).flat()
+
+
+@forward_op.register_fake
+def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
+    structure = structures.find(handle)
+    structures.keep(structure)
+    plan, modes = structure.plan, structure.modes(training, keep)
+    logits = [x.new_empty((x.shape[0], structure.out_channels, *x.shape[2:]), dtype=dtype) for _ in plan.topology.heads]
+    kept = []
+    if keep:
+        maps = allocate(plan, x, dtype, not recompute, raw=bool(modes))
+        for step in plan.steps:
+            level = maps.levels[step.node.level]
+            if step.source == "pool":
+                width = plan.topology[step.node.level - 1, 0].width
+                maps.pools[step.node.level] = level.new_empty((*level.shape[:4], width))
+            if step.form == "full":
+                maps.ups[step.node.name] = level.new_empty((*level.shape[:4], step.node.up_width))
+        kept = maps.kept(plan, recompute)
+    widths = {step.node.name: step.out.width for step in plan.steps}
+    norms, acc = _in_batch_mode(structure, modes), naive.accumulator(dtype)
+    statistics = [x.new_empty(widths[name.split(".")[0]], dtype=acc) for name in norms for _ in range(2)]
+    return Results(logits, kept, statistics).flat()
+
+
+def _unshared(x: Tensor) -> Tensor:
+    """`x` in memory that no other tensor shares: the results of an operator may not share any."""
+    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    return x if alone else x.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("unetpp_fast::backward", mutates_args=())
+def backward_op(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    heads: Sequence[bool],
+    needs_input: bool,
+    handle: str,
+    training: str,
+    dtype: torch.dtype,
+    ops: str,
+    group: str,
+    recompute: bool,
+) -> list[Tensor]:
+    """The gradients of the parameters that the given heads reach, then that of the input if it is needed."""
+    structure = structures.find(handle)
+    plan, modes = structure.plan, structure.modes(training, True)
+    image = to_maps(x, plan.axes).to(dtype).contiguous()
+    maps = Maps.from_kept(plan, image, kept, bool(modes), recompute)
+    given = iter(gradients)
+    run = Backward(plan, load_ops(ops), modes, _named(structure, parameters), dtype, group_of(group), recompute)
+    with torch.autocast(x.device.type, enabled=False):
+        of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
+    dtypes = {name: tensor.dtype for name, tensor in zip(structure.parameters, parameters, strict=True)}
+    of_parameters = [_unshared(run.gradients[name].to(dtypes[name])) for name in structure.parameters_of(heads)]
+    return [*of_parameters, of_input.to(x.dtype).contiguous()] if needs_input else of_parameters
+
+
+@backward_op.register_fake
+def _(x, parameters, kept, gradients, heads, needs_input, handle, training, dtype, ops, group, recompute):
+    structure = structures.find(handle)
+    structures.keep(structure)
+    named = dict(zip(structure.parameters, parameters, strict=True))
+    like = [named[name] for name in structure.parameters_of(heads)] + ([x] if needs_input else [])
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, tensors, _, *settings = inputs
+    ctx.settings = Settings(*settings)
+    ctx.structure = structure = structures.find(ctx.settings.handle)  # the network may be gone before the backward pass
+    results = Results.of(output, structure, structure.modes(ctx.settings.training, True))
+    ctx.count = len(structure.parameters)  # buffers are not saved: running statistics change before the backward pass
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *tensors[: ctx.count], *results.kept)
+
+
+def _backward(ctx, gradients):
+    structure: Structure = ctx.structure
+    x, *saved = ctx.saved_tensors
+    of_logits = gradients[: len(structure.plan.topology.heads)]
+    heads = [gradient is not None for gradient in of_logits]
+    given = [gradient for gradient in of_logits if gradient is not None]
+    needs_input = ctx.needs_input_grad[0]
+    found = torch.ops.unetpp_fast.backward(
+        x, saved[: ctx.count], saved[ctx.count :], given, heads, needs_input, *ctx.settings
+    )
+    named = dict(zip(structure.parameters_of(heads), found, strict=False))
+    of_tensors = [named.get(name) for name in structure.parameters + structure.buffers]
+    return found[-1] if needs_input else None, of_tensors, None, *[None] * len(ctx.settings)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def forward(call: Call, ops: str) -> list[Tensor]:
+    """Logits of each head by the engine, with the ops called `ops`; updates running statistics as the reference does."""
+    network, structure = call.network, call.network.structure
+    norms = [module for module in call.modules if isinstance(module, structures.NORMS)]
+    training = "".join("1" if module.training else "0" for module in norms)
+    keep, group = call.needs_gradients, network.sync_group if "1" in training else ""
+    settings = Settings(structure.handle, training, call.dtype, ops, group, keep and network.recompute)
+    tensors = torch.ops.unetpp_fast.forward(call.x, [*call.parameters, *call.buffers], keep, *settings)
+    results = Results.of(tensors, structure, structure.modes(training, keep))
+    batch = [module for module in norms if module.training and not isinstance(module, InstanceNorm)]
+    if batch:
+        _update(batch, results.statistics, call.x.shape[0] > 0 or bool(group))
+    return results.logits
+
+
+@torch.no_grad()
+def _update(norms: list[nn.Module], statistics: list[Tensor], any_image: bool) -> None:
+    """Running statistics, with the norm's momentum or, where that is None, as the mean over all batches."""
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    if not any_image:
+        return
+    for momentum in {norm.momentum for norm in norms}:
+        mine = [index for index, norm in enumerate(norms) if norm.momentum == momentum]
+        for key, first in (("running_mean", 0), ("running_var", 1)):
+            running = [getattr(norms[index], key) for index in mine]
+            found = [statistics[2 * index + first].to(old.dtype) for index, old in zip(mine, running, strict=True)]
+            if momentum is None:
+                for index, old, new in zip(mine, running, found, strict=True):
+                    old.lerp_(new, norms[index].num_batches_tracked.to(old.dtype).reciprocal())
+            else:
+                torch._foreach_lerp_(running, found, momentum)

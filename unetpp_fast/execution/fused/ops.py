@@ -1,0 +1,31 @@
+"""Which module computes the ops of a fused pass. `kernels/naive.py` is the contract that all of them keep."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+from ...kernels import naive
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Triton's interpreter, on the CPU
+
+
+def load_ops(name: str) -> ModuleType:
+    """The module with the ops: "naive" (plain PyTorch, any device), "triton" or "cuda" (see `dispatch.can_run_cuda`).
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    if name == "triton":
+        from ...kernels import triton_ops  # here, for Triton need not be installed
+
+        return triton_ops
+    if name == "cuda":
+        from ...kernels import cuda_ops
+
+        return cuda_ops
+    if name == "naive":
+        return naive
+    raise ValueError(f"no ops are called {name!r}: naive, triton or cuda")

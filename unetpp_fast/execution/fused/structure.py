@@ -1,0 +1,137 @@
+"""What the fused operators know of a network besides its tensors.
+
+Operators take tensors, numbers and strings alone, so a structure travels as its `handle`. A network holds its structure; the
+table of all of them does not keep any alive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from ...architecture.layers import InstanceNorm, Interpolate, NodeModule
+from ...architecture.network_spec import NetworkSpec
+from ...architecture.options import ACTIVATIONS, ENGINES
+from ...architecture.options import unsupported as options_unsupported
+from ..batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
+from ..plan.steps import Plan, make_plan, unsupported
+
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
+_KNOWN_LAYERS = {
+    *NORMS, SyncedBatchNorm2d, SyncedBatchNorm3d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    Interpolate, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, *(entry.layer for entry in ACTIVATIONS.values()),
+}  # fmt: skip
+_SETTINGS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps",
+    "negative_slope", "mode", "align_corners",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A plan, and the names of the tensors that a pass takes, in the order in which they are passed.
+
+    parameters, buffers: those of the network, in the order of its modules. norms: the norms of its nodes, likewise.
+    layers: what each layer computed when the structure was made, None where one did not fit the plan.
+    unsupported: by backend, why it cannot compute the network's options; "" where it can.
+    key: the same in every process for networks that compute the same from the same weights; measurements are kept under it.
+    handle: equal for equal structures of this process.
+    """
+
+    plan: Plan
+    out_channels: int
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    norms: tuple[str, ...]
+    layers: tuple[tuple, ...] | None
+    unsupported: Mapping[str, str]
+    key: str
+    handle: str
+
+    def __deepcopy__(self, memo: dict) -> Structure:
+        return self
+
+    def fits(self, network: NetworkSpec, modules: Sequence[nn.Module]) -> bool:
+        """Whether the layers of `network`, its `modules()`, are still those that it was built with.
+
+        Layers may be replaced, parametrised, hooked or, in a replica of `nn.DataParallel`, without parameters: then only
+        calling them gives what they compute.
+        """
+        return self.layers is not None and _layers(network, modules, self.plan) == self.layers
+
+    def modes(self, training: str, keep: bool) -> dict[str, str]:
+        """How each norm of a pass gets its statistics, by name; see `forward.Forward`.
+
+        training: a "1" for each norm that is in training, a "0" for each other. Batch norms are folded into the weights
+        only where no backward pass follows and none of them is in training.
+        """
+        if self.plan.norm == "instance":
+            return dict.fromkeys(self.norms, "instance")
+        still = "frozen" if keep or "1" in training else "folded"
+        return {name: "batch" if mine == "1" else still for name, mine in zip(self.norms, training, strict=True)}
+
+    def parameters_of(self, heads: Sequence[bool]) -> list[str]:
+        """Names of the parameters that gradients of these heads reach; `heads`: whether each head is among them."""
+        topology = self.plan.topology
+        columns = [column for column, given in zip(topology.heads, heads, strict=True) if given]
+        reached = {f"nodes.{node.name}" for column in columns for node in topology.pruned(column).nodes}
+        reached |= {f"heads.{topology[0, column].name}" for column in columns}
+        return [name for name in self.parameters if ".".join(name.split(".")[:2]) in reached]
+
+
+_alive: WeakValueDictionary[str, Structure] = WeakValueDictionary()
+_kept: set[Structure] = set()  # those that a compiled graph names: it holds nothing but the handle
+
+
+def structure_of(network: NetworkSpec) -> Structure | None:
+    """The structure of a network, shared by those of this process that have the same one; None where it has no plan
+    (`plan.steps.unsupported` says why)."""
+    if unsupported(network.topology, network.options):
+        return None
+    plan = make_plan(network.topology, network.options)
+    facts = {
+        "plan": plan,
+        "out_channels": network.out_channels,
+        "parameters": tuple(name for name, _ in network.named_parameters(remove_duplicate=False)),
+        "buffers": tuple(name for name, _ in network.named_buffers(remove_duplicate=False)),
+        "norms": tuple(name for name, module in network.nodes.named_modules() if isinstance(module, NORMS)),
+        "layers": _layers(network, list(network.modules()), plan),
+        "unsupported": {backend: options_unsupported(network.options, backend) for backend in ENGINES},
+    }
+    key, handle = _digest(f"{plan!r} {network.out_channels}"), _digest(repr(facts))
+    found = _alive.get(handle)
+    if found is None:
+        found = _alive[handle] = Structure(**facts, key=key, handle=handle)
+    return found
+
+
+def find(handle: str) -> Structure:
+    """The structure with this handle, which a network, a pass in flight or a compiled graph holds."""
+    return _alive[handle]
+
+
+def keep(structure: Structure) -> None:
+    """Keeps a structure for the rest of the process."""
+    _kept.add(structure)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> tuple[tuple, ...] | None:
+    """What each layer computes: its type, settings and number of parameters; None where one does not fit the plan."""
+    found = []
+    for module in modules:
+        if module is network:
+            continue
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        if type(module) not in _KNOWN_LAYERS or any(hooks) or (isinstance(module, NORMS) and module.eps != plan.eps):
+            return None
+        count = sum(value is not None for value in module._parameters.values())
+        found.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
+    return tuple(found) if all(head.out_channels == network.out_channels for head in network.heads.values()) else None

@@ -1,0 +1,236 @@
+"""Measures the kernels on the user's own GPU, once, and remembers what was found.
+
+`tune(model, x)` times the candidates of every convolution of a pass, checks the fused result against float64 and times
+the whole pass against the reference. `backend="auto"` uses the kernels where such a measurement says that they are
+right and faster there. What was found is kept in a file for each GPU, torch, triton and state of the kernels' sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...architecture.network_spec import NetworkSpec
+from ...common.atomic_files import write_atomic
+from ...common.devices import wait
+from ...common.progress import progress_bar
+from ...kernels import tuning as kernel_tuning
+from .. import reference
+from ..acceptance import as_vector, disagreement
+from ..batch_statistics import copy_alone
+from ..call import Call
+from ..source_hash import source_hash
+from . import operators
+
+ROUNDS = 15
+NEVER_MS = 1e9  # the reference's time where it does not fit into memory
+_verdicts: dict[str, dict] = {}  # by setting and key
+_latest: dict[str, dict] = {}  # by the key without device and size, for graphs that are being compiled
+_loaded: set[str] = set()
+
+
+@lru_cache
+def setting(device: torch.device) -> str:
+    """A name for all that a measurement depends on besides the model and its input; every call of a model asks for it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    import triton
+
+    parts = f"{name}-torch{torch.__version__}-triton{triton.__version__}-{source_hash()}"
+    return re.sub(r"[^\w.+-]+", "_", parts)
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where what was measured on a device is kept: under `UNETPP_FAST_CACHE`, else the user's cache folder."""
+    root = (
+        os.environ.get("UNETPP_FAST_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetpp_fast"
+    )
+    return Path(root) / f"{setting(device)}.json"
+
+
+def load(device: torch.device) -> None:
+    """Reads what is known of a device, once a process; a file that cannot be read counts as none."""
+    if setting(device) in _loaded:
+        return
+    _loaded.add(setting(device))
+    try:
+        content = json.loads(cache_file(device).read_text())
+        table, verdicts = dict(content["configurations"]), dict(content["verdicts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    kernel_tuning.table.update(table)
+    for key, value in verdicts.items():
+        _keep(device, key, value)
+
+
+def save(device: torch.device) -> Path:
+    """Writes what is known of a device, atomically."""
+    path = cache_file(device)
+    mine = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
+    verdicts = {key: value for key, value in mine.items() if "error" not in value}  # which may pass
+    text = json.dumps({"configurations": kernel_tuning.table, "verdicts": verdicts}, indent=1, sort_keys=True)
+    write_atomic(path, lambda stream: stream.write(text.encode()))
+    return path
+
+
+def _keep(device: torch.device, key: str, found: dict) -> None:
+    _verdicts[f"{setting(device)}|{key}"] = found
+    _latest[key.rpartition(" ")[0]] = found
+
+
+def verdict(call: Call, training: bool) -> dict | None:
+    """What `tune` found for such a pass on this device, or None: keys "right" and "ratio" (above 1: faster).
+
+    While a graph is compiled, whatever was found last for such a pass at any size: sizes may be symbols then.
+    """
+    if torch.compiler.is_compiling():
+        return _latest.get(_pass_key(call, training))
+    load(call.x.device)
+    return _verdicts.get(f"{setting(call.x.device)}|{_key(call, training)}")
+
+
+def _pass_key(call: Call, training: bool) -> str:
+    return f"{call.network.structure.key} {call.dtype} {'training' if training else 'inference'}"
+
+
+def _key(call: Call, training: bool) -> str:
+    sizes = "x".join(str(kernel_tuning.bucket(size)) for size in (call.x.shape[0], *call.x.shape[2:]))
+    return f"{_pass_key(call, training)} {sizes}"
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
+    """Median time of `run`, after two calls that do not count."""
+    run(), run()
+    times = []
+    for _ in range(rounds):
+        wait(device)
+        began = time.perf_counter()
+        run()
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def tune(call: Call, training: bool, progress: bool, kernels: Sequence[str] = ("triton",)) -> dict[str, dict]:
+    """See `dispatch.tune`; `kernels`: the backends to compare with the reference."""
+    device = call.x.device
+    load(device)
+    verdicts = {}
+    for name in ("inference", "training")[: 1 + training]:
+        measured = _copy(call, name == "training")
+        for backend in kernels:
+            _time_candidates(measured, backend, name, progress)
+        verdicts[name] = _judge(measured, name == "training", kernels)
+        _keep(device, _key(call, name == "training"), verdicts[name])
+    save(device)
+    return verdicts
+
+
+def may_measure(x: Tensor) -> bool:
+    """Whether a call may stop to measure: on a GPU, outside a graph, unless `UNETPP_FAST_MEASURE` is 0."""
+    return (
+        x.is_cuda
+        and x.numel() > 0
+        and os.environ.get("UNETPP_FAST_MEASURE") != "0"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch.utils._python_dispatch._get_current_dispatch_mode() is None  # nobody counts or fakes what runs
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def judge(call: Call, training: bool, kernels: Sequence[str] = ("triton",)) -> dict:
+    """Checks and times the pass that is about to run, once for this GPU and size; what fails counts against the kernels."""
+    x, size = call.x, "x".join(map(str, call.x.shape[2:]))
+    print(
+        f"unetpp_fast: comparing its kernels with the reference for {x.shape[0]} image(s) of {size} pixels in {call.dtype},"
+        " once on this GPU (UNETPP_FAST_MEASURE=0 leaves it out)",
+        file=sys.stderr,
+    )
+    try:
+        verdict = _judge(_copy(call, training), training, kernels, rounds=5)
+    except Exception as error:  # whatever it is, the reference takes over
+        verdict = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+    _keep(x.device, _key(call, training), verdict)
+    with contextlib.suppress(OSError):
+        save(x.device)
+    return verdict
+
+
+def _copy(call: Call, training: bool) -> Call:
+    """The same pass of a copy of the network, which other processes are not asked about."""
+    return Call(copy_alone(call.network).train(training), call.x.detach(), call.dtype)
+
+
+def _by(backend: str, dtype: torch.dtype) -> Callable[[NetworkSpec, Tensor], list[Tensor]]:
+    return lambda network, x: operators.forward(Call(network, x, dtype), backend)
+
+
+def _time_candidates(call: Call, backend: str, name: str, progress: bool) -> None:
+    description = f"tuning {name}, {backend}"
+    with progress_bar(desc=description, unit="candidate", disable=None if progress else True) as bar:
+
+        def measure(launch: Callable[[], None]) -> float:
+            bar.update()
+            return milliseconds(launch, call.x.device)
+
+        with kernel_tuning.measuring(measure):
+            _run(_by(backend, call.dtype), call.network, call.x, name == "training")
+
+
+def _judge(call: Call, training: bool, kernels: Sequence[str], rounds: int = ROUNDS) -> dict:
+    """The fastest of the backends that are right; one that fails is passed over, unless all do."""
+
+    def took(forward: Callable) -> float:
+        return milliseconds(lambda: _run(forward, call.network, call.x, training), call.x.device, rounds)
+
+    verdicts, failed = [], None
+    for backend in kernels:
+        try:
+            right = _is_right(call.network, call.x[:2], call.dtype, training, _by(backend, call.dtype))
+            try:
+                reference_ms = took(reference.forward)
+            except torch.OutOfMemoryError:  # then the kernels, which need less, are all there is
+                reference_ms = NEVER_MS
+            fused_ms = took(_by(backend, call.dtype))
+        except Exception as error:
+            failed = error
+            continue
+        times = {"reference_ms": reference_ms, "fused_ms": fused_ms}
+        verdicts.append({"backend": backend, "right": right, "ratio": reference_ms / fused_ms, **times})
+    if not verdicts:
+        raise failed
+    return max(verdicts, key=lambda verdict: verdict["ratio"] if verdict["right"] else -1.0)
+
+
+def _run(forward: Callable, network: NetworkSpec, x: Tensor, training: bool) -> list[Tensor]:
+    """The outputs of a pass, as one vector, and in training the gradients of all parameters, as another."""
+    with torch.set_grad_enabled(training):
+        outputs = forward(network, x)
+        results = [outputs]
+        if training:
+            loss = sum(output.to(torch.promote_types(output.dtype, torch.float32)).square().mean() for output in outputs)
+            learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            results += [torch.autograd.grad(loss, learned)] if learned else []
+    return [as_vector(tensors) for tensors in results]
+
+
+def _is_right(network: NetworkSpec, x: Tensor, dtype: torch.dtype, training: bool, kernels: Callable) -> bool:
+    """Whether outputs (and gradients) are right by the rule of `acceptance.disagreement`."""
+    with torch.autocast(x.device.type, enabled=False):
+        exact = _run(reference.forward, copy.deepcopy(network).double(), x.double(), training)
+    usual = _run(reference.forward, copy.deepcopy(network), x, training)
+    found = _run(kernels, copy.deepcopy(network), x, training)
+    return not disagreement(exact, usual, found, dtype)

@@ -1,0 +1,158 @@
+"""What a fused pass does, node by node, before it does it.
+
+Each level of the grid owns one channels-last buffer `[N, D, H, W, sum of widths]`, and node X(i,j) writes the channels
+that stand behind those of X(i,0..j-1). So "the concatenation of X(i,0..j-1)" is the leading channels of that buffer:
+one operand, nothing copied. A `Plan` says, for each node, which channels it reads and writes and in which form its
+low source arrives; the engine runs it forwards and backwards, and printed it explains itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...architecture.options import ACTIVATIONS, ENGINES, NORMS, UPSAMPLES, Option, parse_option
+from ...architecture.options import unsupported as options_unsupported
+from ...architecture.topology import Node, Topology
+
+Options = Mapping[str, Option | float | bool | None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Channels [offset, offset + width) of a level's buffer."""
+
+    offset: int
+    width: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.width
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
+
+    source: where the first operand comes from: "input", "pool" (of the level above) or "prefix" (the leading `prefix`
+    channels of the node's own level). form: how the low source `low`, channels of the level below, arrives: None,
+    "phases" (read at its own resolution) or "full" (up-sampled beforehand).
+    """
+
+    node: Node
+    out: Slot
+    source: str
+    prefix: int
+    low: Slot | None
+    form: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a pass, the widths of the level buffers and the options that all nodes share.
+
+    norm: None, "batch" or "instance"; slope: of the leaky ReLU, 0 for ReLU; upsample: its name and keywords.
+    """
+
+    topology: Topology
+    steps: tuple[Step, ...]
+    widths: tuple[int, ...]
+    norm: str | None
+    eps: float
+    momentum: float | None
+    slope: float
+    upsample: str
+    align_corners: bool | None
+    project: bool
+    bias: bool
+
+    @property
+    def axes(self) -> int:
+        return self.topology.spatial_dims
+
+    def __str__(self) -> str:
+        return "\n".join(self.describe(step) for step in self.steps)
+
+    def describe(self, step: Step) -> str:
+        """One line about a node, for people."""
+        node, (i, j) = step.node, step.node.position
+        if step.source == "input":
+            reads = f"the image, {self.topology.in_channels} channels"
+        elif step.source == "pool":
+            reads = f"the pooled X({i - 1},0), {self.topology[i - 1, 0].width} channels"
+        else:
+            names = ", ".join(f"X({i},{column})" for column in node.prefix)
+            low = f"X({i + 1},{j - 1})"
+            how = {
+                "phases": f"{low} at its own resolution, {step.low.width} channels",
+                "full": f"{low} up-sampled beforehand, {node.up_width} channels",
+            }[step.form]
+            reads = f"{names} in place, {step.prefix} channels, and {how}"
+        return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
+
+
+def unsupported(topology: Topology, options: Options | None = None) -> str:
+    """Why a network has no plan; "" where it has one.
+
+    Its prefixes must be the leading channels of their level, and some backend must be able to compute its options.
+    """
+    reasons = [options_unsupported(options or {}, backend) for backend in ENGINES]
+    if all(reasons):
+        return reasons[0]
+    for node in topology.nodes:
+        columns = sorted(other.column for other in topology.nodes if other.level == node.level)
+        if node.column and (not node.prefix or node.prefix != tuple(columns[: len(node.prefix)])):
+            return f"X{node.position} does not read the leading nodes of its level"
+    return ""
+
+
+def make_plan(topology: Topology, options: Options) -> Plan:
+    """The plan of a network with these options (`Network.options`).
+
+    Raises:
+        ValueError: the topology has none; `unsupported` says why.
+    """
+    reason = unsupported(topology, options)
+    if reason:
+        raise ValueError(reason)
+    frozen = {key: (value[0], tuple(sorted(value[1].items()))) if isinstance(value, (tuple, list)) else value
+              for key, value in options.items()}  # fmt: skip
+    return _make_plan(topology, tuple(sorted(frozen.items(), key=lambda item: item[0])))
+
+
+@lru_cache(maxsize=64)
+def _make_plan(topology: Topology, options: tuple) -> Plan:
+    given = {key: (value[0], dict(value[1])) if isinstance(value, tuple) else value for key, value in options}
+    norm, norm_keywords = (None, {}) if given["norm"] is None else parse_option(given["norm"], "norm", NORMS)
+    act, act_keywords = parse_option(given["act"], "act", ACTIVATIONS)
+    upsample, up_keywords = parse_option(given["upsample"], "upsample", UPSAMPLES)
+    slots, widths = _slots(topology)
+    form = "phases" if UPSAMPLES[upsample].phases else "full"
+    steps = []
+    for node in topology.nodes:
+        source = "prefix" if node.column else "pool" if node.level else "input"
+        prefix = sum(topology[node.level, column].width for column in node.prefix)
+        low = slots[node.low] if node.column else None
+        steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column else None))
+    return Plan(
+        topology, tuple(steps), widths, norm, norm_keywords.get("eps", 1e-5), norm_keywords.get("momentum", 0.1),
+        ACTIVATIONS[act].slope(act_keywords), upsample, up_keywords.get("align_corners"),
+        bool(up_keywords.get("project", False)), bool(given["bias"]),
+    )  # fmt: skip
+
+
+def _slots(topology: Topology) -> tuple[dict[tuple[int, int], Slot], tuple[int, ...]]:
+    slots, widths = {}, []
+    for level in range(topology.depth + 1):
+        offset = 0
+        for node in sorted((node for node in topology.nodes if node.level == level), key=lambda node: node.column):
+            slots[node.position] = Slot(offset, node.width)
+            offset += node.width
+        widths.append(offset)
+    return slots, tuple(widths)
+
+
+def head_step(plan: Plan, column: int) -> Step:
+    """The step of the node that a head stands on."""
+    return next(step for step in plan.steps if step.node.position == (0, column))

@@ -1,0 +1,56 @@
+"""The forward pass in plain PyTorch: any device, any dtype, differentiable, exportable. The oracle of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..architecture.network_spec import NetworkSpec
+
+
+def forward(network: NetworkSpec, x: Tensor) -> list[Tensor]:
+    """Logits `[N, out_channels, *S]` of each head, shallowest first, for `x` `[N, in_channels, *S]`."""
+    maps, topology = node_maps(network, x), network.topology
+    return [network.heads[topology[0, column].name](maps[0, column]) for column in topology.heads]
+
+
+def node_maps(network: NetworkSpec, x: Tensor) -> dict[tuple[int, int], Tensor]:
+    """The output `[N, width, *S / 2^i]` of every node (i, j), for `x` `[N, in_channels, *S]`."""
+    topology = network.topology
+    pool = F.max_pool2d if topology.spatial_dims == 2 else F.max_pool3d
+    strided = network.options["downsample"] == "stride"  # then a level's first convolution halves the map
+    maps: dict[tuple[int, int], Tensor] = {}
+    for node in topology.nodes:
+        if node.column:
+            prefix = [maps[node.level, column] for column in node.prefix]
+            low = maps[node.low]
+        else:
+            above = maps[node.level - 1, 0] if node.level else x
+            prefix = [pool(above, 2) if node.level and not strided else above]
+            low = None
+        maps[node.position] = _node(network.nodes[node.name], prefix, low, network.recompute and torch.is_grad_enabled())
+    return maps
+
+
+def _node(module: nn.Module, prefix: list[Tensor], low: Tensor | None, recompute: bool) -> Tensor:
+    if not recompute:
+        return module(prefix, low)
+    return checkpoint(module, prefix, low, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, norms update copies of their running statistics: those of this pass are in already."""
+    before = [(part, dict(part._buffers)) for part in module.modules()]
+    for part, buffers in before:
+        part._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
+    try:
+        yield
+    finally:
+        for part, buffers in before:
+            part._buffers.update(buffers)

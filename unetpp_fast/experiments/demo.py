@@ -1,0 +1,162 @@
+"""The paper's comparison on one real image: train U-Net and UNet++ on its left half, judge them on the right one, prune."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..architecture.precision import autocast
+from ..common.atomic_files import check_folder
+from ..common.devices import wait
+from ..common.errors import InputError
+from ..common.extras import need
+from ..data.images import read_image, read_labels
+from ..data.patches import Patches
+from ..data.samples import ArraySample
+from ..models.architectures import UNet, UNetPlusPlus, parameter_count
+from ..models.network import Network
+from ..models.prediction import evaluating, pad_to_multiple
+from ..training import processes
+from ..training.evaluation import evaluate
+from ..training.recipe import Recipe
+from ..training.trainer import Trainer
+from . import pictures
+
+FEATURES = (16, 32, 64, 128, 256)
+PATCH = 96
+STEPS_AN_EPOCH = 20
+
+
+def example(name: str) -> Path:
+    """The path of a file of the shipped sample data, e.g. "nuclei/image.png"."""
+    try:
+        path = Path(str(resources.files("unetpp_fast.examples"))) / name
+    except ModuleNotFoundError:  # run from the repository without an installation
+        path = Path(__file__).parents[2] / "examples" / name
+    if not path.is_file():
+        raise InputError(f"the sample data is missing ({path}): install the package anew")
+    return path
+
+
+def halves() -> tuple[ArraySample, ArraySample]:
+    """The left and the right half, 512x256 pixels each, of the nuclei image with its mask."""
+    image = read_image(example("nuclei/image.png"))
+    mask = read_labels(example("nuclei/instances.png"))[None] > 0
+    middle = image.shape[-1] // 2
+    left, right = np.s_[..., :middle], np.s_[..., middle:]
+    return ArraySample("left", image[left], mask[left]), ArraySample("right", image[right], mask[right])
+
+
+def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> list[dict]:
+    """Trains, judges and prunes; prints the table, writes `qualitative.png` and `speed_accuracy.png` to `out`.
+
+    Returns:
+        The rows of the table, keys name, parameters, gflop, iou, dice, ms.
+    """
+    left, right = halves()
+    recipe = make_recipe(epochs, seed, device, dtype)
+    rows, masks = compare(left, right, recipe, out, device, patch=PATCH, features=FEATURES)
+    if processes.is_first():
+        pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
+        print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
+    return rows
+
+
+def make_recipe(epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> Recipe:
+    """How the demos train; on a CPU to the same weights for every number of processes and threads."""
+    same = device == "cpu" and dtype == "float32"
+    return Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3, reproducible=same)
+
+
+def compare(
+    train: ArraySample, test: ArraySample, recipe: Recipe, out: Path, device: str, *, patch: int, **options
+) -> tuple[list[dict], dict[str, tuple[np.ndarray, float]]]:
+    """Trains U-Net and UNet++ on one part of an image or volume and judges them, and UNet++ pruned, on another; prints the
+    table and draws `speed_accuracy.png`.
+
+    Args:
+        options: of the networks.
+
+    Returns:
+        The rows of the table, and for both networks the mask of `test`, bool `[*S]`, with its IoU.
+    """
+    need("matplotlib.figure", "demo")  # now, not after minutes of training
+    check_folder(out)
+    unet = trained("U-Net", UNet, train, recipe, device, patch, **options)
+    nested = trained("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
+    models = {"U-Net": unet, "UNet++ accurate": nested}
+    models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
+    dtype = recipe.dtype
+    first = processes.is_first()  # the others wait meanwhile, or the times would be of a shared machine
+    times = milliseconds(list(models.values()), test, dtype) if first else [math.nan] * len(models)
+    rows = [_row(name, model, test, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
+    if not first:
+        return rows, {}
+    print("\n" + table(rows) + "\n")
+    size = "x".join(map(str, test.mask.shape[1:]))
+    title = f"Pruning UNet++: {size}, batch 1, {device}, {torch.get_num_threads()} threads, {dtype}"
+    pictures.speed_accuracy(out / "speed_accuracy.png", [row for row in rows if row["name"] != "UNet++ accurate"], title)
+    shown = {"U-Net": rows[0], "UNet++": rows[1]}
+    return rows, {name: (_mask(models[row["name"]], test, dtype), row["iou"]) for name, row in shown.items()}
+
+
+def trained(
+    name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, patch: int, **options
+) -> Network:
+    """A network of those options, trained on patches of a sample; with several processes, by all of them."""
+    torch.manual_seed(recipe.seed)
+    network = build(1, 1, **options).to(device)
+    patches = Patches([sample], patch, per_image=recipe.batch_size * STEPS_AN_EPOCH, seed=recipe.seed)
+    size = "x".join([str(patch)] * network.topology.spatial_dims)
+    say = print if processes.is_first() else lambda text: None
+    say(f"training {name} on {len(patches) * recipe.epochs} patches of {size}")
+    began = time.perf_counter()
+    Trainer(network, patches, [], recipe).fit()
+    say(f"{name} trained in {time.perf_counter() - began:.0f} s")
+    return network.eval()
+
+
+def milliseconds(models: Sequence[Network], sample: ArraySample, dtype: str = "float32", rounds: int = 11) -> list[float]:
+    """Median time of each model's forward pass on one whole image, the models taking turns so that drift hits all."""
+    device = next(models[0].parameters()).device
+    image = torch.from_numpy(sample.load()[0])[None].to(device)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds + 2):
+        for model, mine in zip(models, times, strict=True):
+            x = pad_to_multiple(image, model.topology.multiple)
+            with evaluating(model), autocast(device, dtype):
+                wait(device)
+                began = time.perf_counter()
+                model(x)
+                wait(device)
+                mine.append(1e3 * (time.perf_counter() - began))
+    return [statistics.median(mine[2:]) for mine in times]
+
+
+def _row(name: str, model: Network, sample: ArraySample, ms: float, dtype: str) -> dict:
+    scores = evaluate(model, [sample], dtype=dtype)
+    gflop = model.gflop(sample.mask.shape[1:])
+    return {"name": name, "parameters": parameter_count(model), "gflop": gflop, "ms": ms, **scores}
+
+
+def _mask(model: Network, sample: ArraySample, dtype: str) -> np.ndarray:
+    device = next(model.parameters()).device
+    with autocast(device, dtype):
+        probabilities = model.predict(torch.from_numpy(sample.load()[0])[None].to(device))
+    return (probabilities[0, 0] > 0.5).cpu().numpy()
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as aligned text."""
+    lines = [f"{'model':<16} {'parameters':>11} {'GFLOP':>7} {'IoU':>7} {'Dice':>7} {'ms/image':>9}"]
+    for row in rows:
+        numbers = f"{row['parameters']:>11,} {row['gflop']:>7.2f} {row['iou']:>7.4f} {row['dice']:>7.4f} {row['ms']:>9.1f}"
+        lines.append(f"{row['name']:<16} {numbers}")
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""Table 3 of the paper: U-Net, wide U-Net and UNet++ without and with deep supervision, trained alike with several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common.atomic_files import check_folder, write_atomic
+from ..common.errors import InputError
+from ..common.extras import need
+from ..data.patches import Patches
+from ..data.samples import groups, split
+from ..data.tasks import FOLDER, TASKS, Task
+from ..models.architectures import PAPER_FEATURES, UNet, UNetPlusPlus, parameter_count
+from ..models.network import Network
+from ..training.checkpoint import load_model
+from ..training.evaluation import evaluate
+from ..training.recipe import Recipe
+from ..training.trainer import Interrupted, Trainer
+from . import demo
+
+COLUMNS = ("model", "seed", "parameters", "iou", "dice", "epochs", "seconds")
+TEST_SHARE, VALIDATION_SHARE = 0.2, 0.2
+BASELINE = "U-Net"
+
+
+class Contender(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    folder: str
+    arch: str
+    deep_supervision: bool
+
+
+CONTENDERS = (
+    Contender(BASELINE, "unet", "unet", False),
+    Contender("wide U-Net", "wide_unet", "wide_unet", False),
+    Contender("UNet++", "unetpp", "unet++", False),
+    Contender("UNet++ with deep supervision", "unetpp_ds", "unet++", True),
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all contenders share: the data and how they are trained. Without `validation` every epoch runs."""
+
+    training: Sequence
+    validation: Sequence
+    test: Sequence
+    channels: int
+    classes: int
+    task: Task
+    per_image: int
+    network: Mapping[str, Any]
+    recipe: Recipe
+
+
+def from_sample(epochs: int | None, dtype: str) -> Material:
+    """The left half of the nuclei image to train on and the right one to judge on, with the demo's norm and learning rate.
+
+    The image is too small to keep a part for early stopping.
+    """
+    left, right = demo.halves()
+    recipe = Recipe(epochs=10 if epochs is None else epochs, learning_rate=1e-3, dtype=dtype)
+    patches = recipe.batch_size * demo.STEPS_AN_EPOCH
+    return Material([left], [], [right], 1, 1, FOLDER, patches, {"norm": "batch"}, recipe)
+
+
+def from_folder(root: Path, task: Task, epochs: int | None, dtype: str) -> Material:
+    """A fifth of the data to judge on and of the rest for early stopping, the same for every seed; the paper's recipe."""
+    samples, classes, channels = task.read(root)
+    rest, test = split(samples, TEST_SHARE, 0)
+    training, validation = split(rest, VALIDATION_SHARE, 0)
+    recipe = Recipe(epochs=100 if epochs is None else epochs, dtype=dtype)
+    network = {"norm": None, "dropout": 0.5}
+    return Material(training, validation, test, channels, len(classes), task, task.per_image, network, recipe)
+
+
+def command(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
+    """What `unetpp-fast compare` does; returns the exit code."""
+    if options.task and options.sample:
+        raise InputError("--task says what --data holds: leave it out with --sample")
+    if not 0 < options.width <= 4:
+        raise InputError(f"--width must be above 0 and at most 4, not {options.width}")
+    task, epochs = TASKS[options.task] if options.task else FOLDER, getattr(options, "epochs", None)
+    material = from_sample(epochs, dtype) if options.sample else from_folder(options.data, task, epochs, dtype)
+    settings = {"data": "sample" if options.sample else str(options.data.resolve()), "task": options.task}
+    try:
+        rows = run(material, options.seeds, options.width, options.out, device, settings)
+    except Interrupted:
+        print(f"stopped; what is done is in {options.out}: the same command goes on", file=sys.stderr)
+        return 130
+    print(table(rows))
+    print(f"every run: {options.out / 'compare.csv'}, {options.out / 'compare.json'}")
+    return 0
+
+
+def run(
+    material: Material, seeds: Sequence[int], width: float, out: Path, device: torch.device, about: Mapping[str, Any]
+) -> list[dict]:
+    """Trains every contender with every seed, which decides weights and order of the data alike for all of them.
+
+    After each run `compare.csv` and `compare.json` are written to `out`; runs they hold are not repeated, and one that was
+    broken off goes on.
+
+    Returns:
+        One row a run, keys `COLUMNS`.
+
+    Raises:
+        InputError: `out` holds a comparison with other settings.
+        Interrupted: training was asked to stop.
+    """
+    recipe = material.recipe
+    settings = {**about, "width": width, "epochs": recipe.epochs, "dtype": recipe.dtype, "device": device.type}
+    settings["test"] = groups(material.test)
+    check_folder(out)
+    rows = _done(out / "compare.json", settings)
+    have = {(row["model"], row["seed"]) for row in rows}
+    wanted = [(contender, seed) for seed in seeds for contender in CONTENDERS if (contender.name, seed) not in have]
+    tqdm = need("tqdm", "commands").tqdm
+    with tqdm(total=len(wanted) * recipe.epochs, desc="comparing", unit="epoch", disable=None) as bar:
+        for number, (contender, seed) in enumerate(wanted, 1):
+            bar.set_postfix_str(f"{contender.name}, seed {seed}")
+            rows.append(_train(material, contender, seed, width, out, device, bar.update))
+            bar.update(number * recipe.epochs - bar.n)  # it may have stopped early
+            _write(out, settings, rows)
+    names = [contender.name for contender in CONTENDERS]
+    return sorted((row for row in rows if row["seed"] in seeds), key=lambda row: (names.index(row["model"]), row["seed"]))
+
+
+def _done(path: Path, settings: Mapping[str, Any]) -> list[dict]:
+    """The rows of an earlier call with the same settings."""
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text())
+        rows, then = content["rows"], content["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): remove it, or choose another --out") from error
+    for key, value in settings.items():
+        if then.get(key) != value:
+            shown = f"{key}={then.get(key)!r}, now {value!r}" if key != "test" else "images to judge on"
+            raise InputError(f"{path} was made with another {shown}: repeat with the same, or choose another --out")
+    return rows
+
+
+def build(contender: Contender, material: Material, width: float) -> Network:
+    """The contender's network with `width` times the paper's channels, at least one each."""
+    features = [max(1, round(width * channels)) for channels in PAPER_FEATURES[contender.arch]]
+    options = {**material.network, "features": features, "spatial_dims": material.task.spatial_dims}
+    if contender.arch == "unet++":
+        return UNetPlusPlus(material.channels, material.classes, **options, deep_supervision=contender.deep_supervision)
+    return UNet(material.channels, material.classes, **options)
+
+
+def _train(
+    material: Material, contender: Contender, seed: int, width: float, out: Path, device: torch.device,
+    after_epoch: Callable[[], object],
+) -> dict:  # fmt: skip
+    torch.manual_seed(seed)
+    network = build(contender, material, width).to(device)
+    folder = out / f"{contender.folder}-{seed}"
+    patches = Patches(material.training, material.task.patch, material.per_image, seed)
+    trainer = Trainer(network, patches, material.validation, replace(material.recipe, seed=seed), folder)
+    if (folder / "last.pt").exists():
+        trainer.resume()
+    began = time.perf_counter()
+    history = trainer.fit(progress=False, after_epoch=lambda _: after_epoch())
+    seconds = time.perf_counter() - began
+    if material.validation:
+        network, _ = load_model(folder / "best.pt", device)
+    scores = evaluate(network, material.test, dtype=material.recipe.dtype)
+    values = (contender.name, seed, parameter_count(network), scores["iou"], scores["dice"], len(history), seconds)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _write(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(out / "compare.csv", lambda stream: stream.write(text.getvalue().encode()))
+    content = json.dumps({"settings": settings, "rows": rows}, indent=1)
+    write_atomic(out / "compare.json", lambda stream: stream.write(content.encode()))
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """A line a contender: parameters, IoU and its gain over U-Net with the same seed, each mean ± standard deviation and
+    range over the seeds."""
+    ious = {contender.name: {} for contender in CONTENDERS}
+    for row in rows:
+        ious[row["model"]][row["seed"]] = row["iou"]
+    parameters = {row["model"]: row["parameters"] for row in rows}
+    lines = [f"{'model':<28} {'parameters':>11}  {'IoU':<31} gain over {BASELINE}"]
+    for name, mine in ious.items():
+        gains = [mine[seed] - ious[BASELINE][seed] for seed in mine]
+        gain = "" if name == BASELINE else spread(gains, "+")
+        lines.append(f"{name:<28} {parameters[name]:>11,}  {spread(list(mine.values())):<31} {gain}".rstrip())
+    seeds = ", ".join(str(seed) for seed in ious[BASELINE])
+    return "\n".join([*lines, f"seeds {seeds}: mean ± standard deviation (smallest to largest)"])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """`0.8531 ± 0.0040 (0.8490 to 0.8570)`; of a single value just that."""
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.4f} ({min(values):{sign}.4f} to {max(values):{sign}.4f})"

@@ -1,0 +1,1 @@
+"""The networks that people build, and prediction with them."""

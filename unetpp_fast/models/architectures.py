@@ -1,0 +1,115 @@
+"""The networks by name: UNet++, U-Net and those of the paper's comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..architecture.options import Option, reduces_channels
+from ..architecture.topology import Topology, check_features
+from .network import Network
+
+PAPER_FEATURES = {
+    "unet": (32, 64, 128, 256, 512),
+    "wide_unet": (35, 70, 140, 280, 560),
+    "unet++": (32, 64, 128, 256, 512),
+}
+
+
+class UNetPlusPlus(Network):
+    """UNet++ (Zhou et al., 2018): U-Net with nested, dense skip pathways.
+
+    Args:
+        in_channels, out_channels: channels of the image and classes of the mask.
+        spatial_dims: 2 or 3.
+        features: width of each level, finest first; depth is `len(features) - 1` (1 to 6).
+        norm: None (the paper), "batch" or "instance"; `("batch", {"eps": 1e-3})` sets keywords.
+        act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
+        upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear"
+            (all channels are passed on), `("linear", {"align_corners": True})`. `"project": True` puts a 1x1
+            convolution to the level's width before the interpolation. "pixelshuffle" and `("deconv", {"bias": False})`
+            run on the reference alone.
+        dropout: probability, after each activation.
+        deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
+        backend: "auto" or the name of one (`unetpp_fast.execution.dispatch.BACKENDS`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        *,
+        spatial_dims: int = 2,
+        features: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Option | None = "batch",
+        act: Option = "relu",
+        upsample: Option = "deconv",
+        dropout: float = 0.0,
+        deep_supervision: bool = False,
+        backend: str = "auto",
+    ):
+        topology = Topology.nested(
+            in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision,
+            up_width=_up_width(features, upsample),
+        )  # fmt: skip
+        super().__init__(
+            topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout,
+            deep_supervision=deep_supervision, backend=backend,
+        )  # fmt: skip
+
+
+class UNet(Network):
+    """U-Net on the same grid: the first column and the last diagonal. Arguments as in `UNetPlusPlus`."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        *,
+        spatial_dims: int = 2,
+        features: Sequence[int] = (32, 64, 128, 256, 512),
+        norm: Option | None = "batch",
+        act: Option = "relu",
+        upsample: Option = "deconv",
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
+        topology = Topology.plain(in_channels, features, spatial_dims=spatial_dims, up_width=_up_width(features, upsample))
+        super().__init__(topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, backend=backend)
+
+
+def from_paper(
+    name: str,
+    in_channels: int = 1,
+    out_channels: int = 1,
+    spatial_dims: int = 2,
+    deep_supervision: bool = False,
+) -> Network:
+    """A network of the paper's comparison (table 2): no norm, ReLU, dropout 0.5, transposed convolutions.
+
+    Args:
+        name: "unet" (7,759,521 parameters with one channel and one class), "wide_unet" (9,282,246; the paper
+            prints 9.13 M) or "unet++" (9,041,601 with one head).
+        deep_supervision: heads on X(0,1)..X(0,4); "unet++" only.
+    """
+    if name not in PAPER_FEATURES:
+        raise ValueError(f"from_paper knows {sorted(PAPER_FEATURES)}, not {name!r}")
+    options = {"spatial_dims": spatial_dims, "features": PAPER_FEATURES[name], "norm": None, "dropout": 0.5}
+    if name == "unet++":
+        return UNetPlusPlus(in_channels, out_channels, deep_supervision=deep_supervision, **options)
+    if deep_supervision:
+        raise ValueError(f"deep_supervision needs the nested nodes of 'unet++'; {name!r} has one head")
+    return UNet(in_channels, out_channels, **options)
+
+
+def _up_width(features: Sequence[int], upsample: Option):
+    check_features(features)
+    if reduces_channels(upsample):
+        return lambda low_width, level: features[level]
+    return lambda low_width, level: low_width
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Trainable parameters of a module."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,69 @@
+"""The maps of UNet++ as a feature pyramid, for detectors such as torchvision's Mask R-CNN, which the paper suggests."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from ..architecture.input_checks import check_input
+from ..architecture.layers import make_conv
+from ..execution import reference
+from .network import Network
+
+OUT_CHANNELS = 256  # as torchvision's feature pyramid networks
+
+
+class Backbone(nn.Module):
+    """X(0,d), X(1,d-1), ..., X(d,0) of a network of depth d as an ordered dictionary "0", "1", ..., finest first.
+
+    Computed by the reference backend, heads left out, differentiable; the nodes are the model's own, not copies. In 3D too.
+
+    Args:
+        model: of which the last diagonal is taken; a pruned one gives the diagonal that is left.
+        out_channels: of every map, by a 1x1 convolution each, as detectors share one head; None: 256, or, where all maps
+            are of one width, that width and no convolution.
+
+    Attributes:
+        out_channels: see above; torchvision reads it.
+
+    Raises:
+        ValueError: a node of the diagonal is missing, as in some converted models.
+    """
+
+    def __init__(self, model: Network, out_channels: int | None = None):
+        super().__init__()
+        topology = model.topology
+        positions = {node.position: node.width for node in topology.nodes}
+        self.diagonal = [(level, topology.depth - level) for level in range(topology.depth + 1)]
+        missing = [position for position in self.diagonal if position not in positions]
+        if missing:
+            raise ValueError(f"this network has no node X{missing[0]}: a pyramid needs X(0,d), X(1,d-1), ..., X(d,0)")
+        self.network = model.subnetwork(topology, deep_supervision=False)
+        self.network.heads = nn.ModuleDict()  # a parameter that is never used would stop DistributedDataParallel
+        widths = [positions[position] for position in self.diagonal]
+        alike = set(widths) == {out_channels or widths[0]}
+        self.out_channels = out_channels or (widths[0] if alike else OUT_CHANNELS)
+        self.lateral = nn.ModuleList(nn.Identity() if alike else self._lateral(width) for width in widths)
+
+    def _lateral(self, width: int) -> nn.Module:
+        conv = make_conv(width, self.out_channels, self.network.topology.spatial_dims, 1)
+        nn.init.kaiming_uniform_(conv.weight, a=1)  # as in feature pyramid networks: no activation follows
+        nn.init.zeros_(conv.bias)
+        return conv
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """`[N, out_channels, *S / 2^i]` under the name of each level i, for `[N, in_channels, *S]`, S multiples of 2^d.
+
+        Raises:
+            TypeError, ValueError: as `Network.forward`.
+        """
+        check_input(self.network, x)
+        maps = reference.node_maps(self.network, x)
+        pairs = zip(self.diagonal, self.lateral, strict=True)
+        return OrderedDict((str(position[0]), conv(maps[position])) for position, conv in pairs)
+
+
+def backbone(model: Network, out_channels: int | None = None) -> Backbone:
+    """The feature pyramid of a model, as torchvision's `MaskRCNN(backbone, num_classes)` takes it; see `Backbone`."""
+    return Backbone(model, out_channels)

@@ -1,0 +1,211 @@
+"""UNet++, its pruned forms and U-Net as one `nn.Module` over any topology."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ..architecture.input_checks import check_input
+from ..architecture.layers import NodeModule, initialise, make_conv
+from ..architecture.options import DOWNSAMPLES, UPSAMPLES, Option, parse_option
+from ..architecture.output_forms import FORMS, Outputs, check_form
+from ..architecture.topology import Topology
+from ..execution import dispatch
+from ..execution.fused.structure import structure_of
+from . import prediction
+
+
+class Network(nn.Module):
+    """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and `convert` build.
+
+    Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
+    `[N, out_channels, *S]`, or a list of them, one a head, with `deep_supervision`.
+
+    Args, beyond those of `UNetPlusPlus` (what other implementations of UNet++ need):
+        bias, head_bias: whether the 3x3 convolutions, and the heads, add one.
+        downsample: "pool" (2x2 maxima) or "stride" (the first convolution of a level halves the map).
+        odd_sizes: also take sizes that are no multiple of 2^depth: the pooling drops the last pixel of an odd axis, an
+            up-sampled map repeats its last one. Such sizes run on the reference.
+        form: how `forward` hands over the logits, a name in `unetpp_fast.architecture.output_forms`.
+        spare_heads: columns of level 0 whose head is kept, frozen, and never run.
+    """
+
+    sync_group = ""  # the name of the processes over which batch norms take statistics; `sync_batch_norm` sets it
+    recompute = False  # backward passes compute the inside of nodes again instead of keeping it: less memory, more time
+
+    def __init__(
+        self,
+        topology: Topology,
+        out_channels: int = 1,
+        *,
+        norm: Option | None = "batch",
+        act: Option = "relu",
+        upsample: Option = "deconv",
+        dropout: float = 0.0,
+        bias: bool = True,
+        deep_supervision: bool = False,
+        backend: str = "auto",
+        downsample: str = "pool",
+        head_bias: bool = True,
+        odd_sizes: bool = False,
+        form: str = "plain",
+        spare_heads: Sequence[int] = (),
+    ):
+        super().__init__()
+        if not isinstance(out_channels, int) or isinstance(out_channels, bool) or out_channels < 1:
+            raise ValueError(f"out_channels must be a positive integer, not {out_channels!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
+        self.topology = topology
+        self.out_channels = out_channels
+        self.deep_supervision = deep_supervision
+        if downsample not in DOWNSAMPLES:
+            raise ValueError(f"downsample must be one of {DOWNSAMPLES}, not {downsample!r}")
+        self.form = check_form(form)
+        shared = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias, "odd_sizes": odd_sizes}
+        self.options = {**shared, "downsample": downsample, "head_bias": head_bias}
+        self.backend = dispatch.check(backend)
+        dims = topology.spatial_dims
+        self.nodes = nn.ModuleDict()
+        for node in topology.nodes:
+            up = (topology.low_width(node), node.up_width) if node.column else None
+            stride = 2 if downsample == "stride" and node.level and not node.column else 1
+            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, stride=stride, **shared)
+        self.heads = nn.ModuleDict()
+        for column in sorted({*topology.heads, *spare_heads}):
+            head = topology[0, column]
+            self.heads[head.name] = make_conv(head.width, out_channels, dims, 1, head_bias)
+        for column in spare_heads:
+            self.heads[topology[0, column].name].requires_grad_(False)
+        initialise(self, act)
+        self.refresh_handle()
+
+    def refresh_handle(self) -> None:
+        """Tells the fused operators what the layers are now: after they were made, unpickled, or changed on purpose."""
+        self._parts: dict[tuple[int, bool], Network] = {}
+        self.structure = structure_of(self)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "structure")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.refresh_handle()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)  # what .to(), .cuda() and .half() go through
+        dispatch.prepare(self)
+        return self
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first; after `convert` what the
+        original returns (`unetpp_fast.architecture.output_forms`).
+
+        Raises:
+            TypeError: x is not a floating-point tensor.
+            ValueError: x has the wrong rank, channel count or size; the message names what is expected.
+        """
+        check_input(self, x, any_size=self.options["odd_sizes"])
+        return self.shaped(self.logits(x))
+
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """Logits `[N, out_channels, *S]` of each head, X(0,1) first, for an `x` that `check_input` takes."""
+        return dispatch.forward(self, x)
+
+    def shaped(self, logits: Sequence[Tensor]) -> Outputs:
+        """What `forward` returns for the logits of each head, X(0,1) first."""
+        return FORMS[self.form](logits, self.deep_supervision)
+
+    def prune(self, level: int) -> Network:
+        """The network of the nodes with i + j <= level and the head of X(0,level); it shares parameters and modules.
+
+        Moving or training the pruned model therefore moves or trains those nodes of this one too:
+        `copy.deepcopy(model.prune(2))` gives an independent model.
+
+        Raises:
+            ValueError: there is no head at `level`.
+        """
+        return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
+
+    def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> Network:
+        """A network over part of this one's nodes and heads, with the same modules and nothing allocated."""
+        part = Network.__new__(Network)
+        nn.Module.__init__(part)
+        part.topology, part.out_channels, part.deep_supervision = topology, self.out_channels, deep_supervision
+        part.options, part.form, part.backend, part.training = self.options, form, self.backend, self.training
+        part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes})
+        heads = [topology[0, column].name for column in topology.heads]
+        part.heads = nn.ModuleDict({name: self.heads[name] for name in heads})
+        part.sync_group, part.recompute = self.sync_group, self.recompute
+        part.refresh_handle()
+        return part
+
+    def part(self, level: int, keep_heads: bool) -> Network:
+        """The nodes with i + j <= level and the heads up to `level`, or that one alone, as a network on the same modules.
+
+        Made once, and again only when a node or head was replaced.
+        """
+        part = self._parts.get((level, keep_heads))
+        if part is None or not part._is_of(self):
+            topology = self.topology.pruned(level, keep_heads=keep_heads)
+            part = self._parts[level, keep_heads] = self.subnetwork(topology, deep_supervision=True)
+        part.backend, part.training, part.options = self.backend, self.training, self.options
+        part.sync_group, part.recompute = self.sync_group, self.recompute
+        return part
+
+    def _is_of(self, whole: Network) -> bool:
+        """Whether this network's nodes and heads are modules of `whole`, as its operators know them."""
+        mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
+        same = all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
+        return same and (self.structure is None or self.structure.layers is not None)
+
+    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
+        """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
+
+        Args:
+            x: `[N, in_channels, *S]`, floating point, finite. From half precision the probabilities are float32.
+            mode: "accurate": the mean over the heads up to `level`; "fast": the head at `level` alone,
+                with nothing else computed (sec. 3 of the paper).
+            level: default the deepest head.
+            activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
+
+        Raises:
+            TypeError, ValueError: x has the wrong type, rank or channels, or holds NaN; an argument is unknown.
+        """
+        return prediction.predict(self, x, mode, level, activation)
+
+    def gflop(self, size: Sequence[int]) -> float:
+        """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
+        name, keywords = parse_option(self.options["upsample"], "upsample", UPSAMPLES)
+        learned = {"deconv": name == "deconv", "pixelshuffle": name == "pixelshuffle"}
+        learned["project"] = bool(keywords.get("project"))
+        return self.topology.gflop(size, out_channels=self.out_channels, **learned)
+
+    @property
+    def spare_heads(self) -> list[int]:
+        """Columns of level 0 whose head is kept and never run."""
+        nodes = self.topology.nodes
+        return [node.column for node in nodes if node.name in self.heads and node.column not in self.topology.heads]
+
+    @property
+    def config(self) -> dict:
+        """Plain data that rebuilds this network through `from_config` (weights apart)."""
+        return {
+            "topology": self.topology.to_dict(),
+            "out_channels": self.out_channels,
+            "deep_supervision": self.deep_supervision,
+            "form": self.form,
+            "spare_heads": self.spare_heads,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping, backend: str = "auto") -> Network:
+        """The network, with fresh weights, that `config` describes."""
+        rest = {key: value for key, value in config.items() if key != "topology"}
+        return Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
+
+    def extra_repr(self) -> str:
+        heads = ", ".join(f"X(0,{column})" for column in self.topology.heads)
+        return f"spatial_dims={self.topology.spatial_dims}, depth={self.topology.depth}, heads: {heads}"

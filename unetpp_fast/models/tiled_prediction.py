@@ -1,0 +1,253 @@
+"""Prediction of images and volumes too large for one pass: overlapping tiles, blended, in a fixed amount of memory.
+
+Tiles begin at multiples of 2^depth, as the pixels that the network pools together do, and past the end of the image they
+see what `predict` pads it with. So a tile differs from one pass over the whole image only by what it does not see, and
+in the middle of a tile, further from its edge than the network looks, not at all. (Instance norm looks at all of a tile.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..architecture.input_checks import check_input
+from ..common.extras import need
+
+BLENDS = ("gaussian", "constant")
+SIGMA = 1 / 8  # of a tile, as in MONAI's sliding_window_inference and nnU-Net
+SMALLEST_TILE = 2  # times 2^depth: a smaller one sees next to nothing
+HEAP = 2  # peaks of the reference on a CPU were up to 1.7 times what is counted otherwise
+RESERVE = 2**24  # bytes on a CPU for code and tables that the libraries make for each new shape
+UNFOLDED = 20480  # elements of [C, D, H] up to which PyTorch unfolds a 3D convolution's input on a CPU
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+Axis = list[tuple[slice, Tensor]]  # of each tile along an axis: where it lies, and its weights
+
+
+@torch.no_grad()
+def predict_tiled(
+    model: nn.Module,
+    image: Any,
+    *,
+    tile: int | Sequence[int] | None = None,
+    overlap: float = 0.25,
+    blend: str = "gaussian",
+    max_memory: int | str = "2G",
+    out: Any = None,
+    progress: bool = False,
+    **options: Any,
+) -> Any:
+    """Probabilities `[N, out_channels, *S]` of an image or volume of any size, predicted tile by tile.
+
+    Only a band of tiles is held in float32: `image` and `out` may be memory-mapped files larger than the memory.
+
+    Args:
+        model: anything with a `predict` of ours: a network, what `convert` or `optimize` gives.
+        image: `[N, in_channels, *S]`: a tensor, a numpy array or memmap, or whatever has a `shape` and gives arrays for
+            slices (zarr, h5py). Tiles are converted to the model's precision; values are taken as they are.
+        tile: size in pixels, one for all axes or one an axis, multiples of 2^depth; default the largest within `max_memory`.
+        overlap: share of a tile, 0 or more and below 1, that at least lies in its neighbour too; the step is rounded down to
+            a multiple of 2^depth.
+        blend: "gaussian" (weights fall off from the middle of a tile, sigma 1/8 of its size) or "constant". The weights of
+            a pixel add up to 1.
+        max_memory: bytes, or a text such as "512M", for the maps of a tile and for the band of results; the program, the
+            weights, `image` and `out` come on top. Not used where `tile` is given.
+        out: array, memmap or tensor `[N, out_channels, *S]`, floating point, to write the probabilities into.
+        progress: show a bar.
+        **options: for `model.predict`: mode, level, activation.
+
+    Returns:
+        `out`, or a new tensor on the CPU, in float32 (float64 for a model in float64).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, the image holds NaN, or `max_memory` is too small for any tile.
+    """
+    shape = tuple(image.shape)
+    network = network_of(model)
+    check_input(network, torch.empty(shape, dtype=_sample(model).dtype, device="meta"), any_size=True)
+    if tile is None:
+        tile = choose_tile(model, shape[2:], max_memory, options)
+    grid = make_grid(model, shape[2:], tile, overlap, blend)
+    wanted = (shape[0], network.out_channels, *shape[2:])
+    if out is None:
+        out = torch.empty(wanted, dtype=torch.promote_types(_sample(model).dtype, torch.float32))
+    elif tuple(out.shape) != wanted:
+        raise ValueError(f"out must have the shape {wanted}, not {tuple(out.shape)}")
+    elif not str(out.dtype).removeprefix("torch.").startswith(("float", "bfloat")):
+        raise TypeError(f"out must be of a floating-point type to hold probabilities, not {out.dtype}")
+    for index, first, band in bands(model, image, grid, progress=progress, **options):
+        rows = slice(first, first + band.shape[1])
+        out[index, :, rows] = band if isinstance(out, Tensor) else band.numpy()
+    return out
+
+
+def bands(
+    model: nn.Module, image: Any, grid: Sequence[Axis], *, progress: bool = False, **options: Any
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Finished rows of the probabilities of `image` `[N, in_channels, *S]` over a grid of `make_grid`, in order.
+
+    Yields:
+        Which image, the first row (along the first axis of S), and `[out_channels, rows, ...]` on the CPU. This tensor is
+        used again: copy what is to be kept.
+    """
+    rows, *others = grid
+    size = [axis[-1][0].stop for axis in grid]
+    like = _sample(model)
+    height = max(where.stop - where.start for where, _ in rows)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    band = torch.zeros(network_of(model).out_channels, height, *size[1:], dtype=dtype)
+    total = image.shape[0] * math.prod(map(len, grid))
+    bar = need("tqdm", "commands").tqdm(total=total, desc="tiles", unit="tile", leave=False) if progress else None
+    with bar if progress else nullcontext():
+        for index, (number, (where, weights)) in itertools.product(range(image.shape[0]), enumerate(rows)):
+            for rest in itertools.product(*others):
+                window = (where, *(each for each, _ in rest))
+                part = model.predict(_read(image[(index, slice(None), *window)], like), **options)[0].to(band)
+                for axis, factors in enumerate((weights, *(each for _, each in rest)), start=1):
+                    part *= factors.to(part).view(-1, *[1] * (part.ndim - axis - 1))
+                band[(slice(None), slice(where.stop - where.start), *window[1:])] += part
+                if progress:
+                    bar.update()
+            done = (rows[number + 1][0].start if number + 1 < len(rows) else where.stop) - where.start
+            yield index, where.start, band[:, :done]
+            for row in range(height):  # one at a time: the places overlap
+                band[:, row] = band[:, row + done] if row + done < height else 0
+
+
+def make_grid(
+    model: nn.Module, size: Sequence[int], tile: int | Sequence[int] | None, overlap: float = 0.25, blend: str = "gaussian"
+) -> list[Axis]:
+    """The tiles along each axis of an image of `size`; `tile` None means one tile.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    multiple = multiple_of(model)
+    tiles = [tile] * len(size) if tile is None or isinstance(tile, int) else list(tile)
+    if len(tiles) != len(size) or any(each is not None and (each < 1 or each % multiple) for each in tiles):
+        raise ValueError(f"tile must be a positive multiple of {multiple} (2^depth), or {len(size)} of them, not {tile!r}")
+    if not 0.0 <= overlap < 1.0:
+        raise ValueError(f"overlap must be 0 or more and below 1, not {overlap!r}")
+    if blend not in BLENDS:
+        raise ValueError(f"blend must be one of {BLENDS}, not {blend!r}")
+    return [_axis(length, each or length, overlap, multiple, blend) for length, each in zip(size, tiles, strict=True)]
+
+
+def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Axis:
+    """Tiles of an axis with weights, float64, that add up to 1 for each pixel. A grid of tiles is a product of axes, so
+    the product of these weights needs no further normalisation."""
+    padded = _round_up(size, multiple)
+    tile = min(_round_up(tile, multiple), padded)
+    step = max(multiple, int(tile * (1 - overlap) + 1e-9) // multiple * multiple)
+    places = [slice(first, min(first + tile, size)) for first in [*range(0, padded - tile, step), padded - tile]]
+    at = np.arange(tile) - (tile - 1) / 2
+    curve = np.exp(-0.5 * (at / (SIGMA * tile)) ** 2) if blend == "gaussian" else np.ones(tile)
+    total = np.zeros(size)
+    for where in places:
+        total[where] += curve[: where.stop - where.start]
+    return [(where, torch.from_numpy(curve[: where.stop - where.start] / total[where])) for where in places]
+
+
+def choose_tile(
+    model: nn.Module, size: Sequence[int], max_memory: int | str, options: dict[str, Any] | None = None
+) -> tuple[int, ...]:
+    """The largest tile, of equal sides but for what the image is smaller, that is predicted within `max_memory`.
+
+    Raises:
+        ValueError: even the smallest one needs more, or it is not known what the model needs.
+    """
+    multiple, budget = multiple_of(model), parse_bytes(max_memory)
+    padded = [_round_up(length, multiple) for length in size]
+    for side in range(max(padded), 0, -multiple):
+        tile = tuple(min(side, length) for length in padded)
+        needed = memory(model, tile, size, options)
+        if needed <= budget:
+            return tile
+        if side <= SMALLEST_TILE * multiple:
+            break
+    least = f"{math.ceil(needed / 2**20)}M"
+    raise ValueError(f"max_memory {max_memory} is too small for tiles of {'x'.join(map(str, tile))}: they need {least}")
+
+
+def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: dict[str, Any] | None = None) -> int:
+    """Bytes that predicting an image of `size` by tiles of `tile` takes at its peak, counted from the topology.
+
+    The reference is what needs most: it keeps the map of every node that has run, and beside them what the running node
+    works on. That is the input and the output of a convolution, each of them twice, because convolution libraries
+    reorder them. On a CPU PyTorch unfolds the input of some instead, one copy a tap, and what was freed is not all used
+    again: there the sum counts twice. Heads, the image and the band of results come on top, and on a CPU 16 MiB for what
+    the libraries make themselves.
+
+    Raises:
+        ValueError: the model is more than its topology, or `options` name a level that it does not have.
+    """
+    network = network_of(model)
+    if hasattr(network, "encoder"):
+        raise ValueError("what this model needs cannot be counted: give the size of the tiles instead of max_memory")
+    topology = network.topology
+    level, mode = (options or {}).get("level"), (options or {}).get("mode", "accurate")
+    if level is not None or mode == "fast":
+        topology = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=mode == "accurate")
+    like = _sample(model)
+    width, on_cpu = max(4, like.dtype.itemsize), like.device.type == "cpu"
+    kept = peak = 0
+    for node in topology.nodes:
+        sides = [max(1, side >> node.level) for side in tile]
+        pixels = math.prod(sides)
+        for cin, cout in topology.convolutions(node):
+            unfolds = on_cpu and (width == 8 or (len(sides) == 3 and cin * sides[0] * sides[1] <= UNFOLDED))
+            copies = 1 + 3 ** len(sides) if unfolds else 2
+            peak = max(peak, kept + pixels * (copies * cin + 2 * cout))
+        kept += pixels * node.width
+    heads = (3 * len(topology.heads) + 2) * network.out_channels
+    image = 24 * topology.in_channels  # bytes: as read, in float64, and in the model's precision
+    maps = width * peak * (HEAP if on_cpu else 1)
+    band = width * network.out_channels * tile[0] * math.prod(size[1:])
+    return maps + (width * heads + image) * math.prod(tile) + band + (RESERVE if on_cpu else 0)
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes of a number, or of a text such as "512M" or "1.5G" (of 1024).
+
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), flags=re.IGNORECASE)
+    count = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is no amount of memory such as 512M or 2G")
+    return count
+
+
+def multiple_of(model: nn.Module) -> int:
+    """What every axis of the model's input is padded to a multiple of."""
+    network = network_of(model)
+    return network.multiple if hasattr(network, "multiple") else network.topology.multiple
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network with a topology that `model` is, or that `optimize` put into it."""
+    return getattr(model, "network", model)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return size + -size % multiple
+
+
+def _sample(model: nn.Module) -> Tensor:
+    """A tensor of the device and precision that the model takes."""
+    return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+
+
+def _read(part: Any, like: Tensor) -> Tensor:
+    """`[1, C, *tile]` of what slicing an image gave."""
+    if not isinstance(part, Tensor):
+        part = torch.from_numpy(np.array(part, np.float64 if like.dtype == torch.float64 else np.float32))
+    return part[None].to(like)

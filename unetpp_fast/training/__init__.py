@@ -1,0 +1,1 @@
+"""The training recipe, its loss and metrics, checkpoints, several processes."""

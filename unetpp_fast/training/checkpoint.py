@@ -1,0 +1,58 @@
+"""Checkpoints: written atomically, read without running code."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.atomic_files import write_atomic
+from ..common.errors import InputError
+from ..models.network import Network
+
+CHECKPOINT_FORMAT = 1
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes plain data and tensors, atomically; `load_checkpoint` reads them."""
+    packed = io.BytesIO()  # torch.save hides why a file could not be written
+    torch.save({"unetpp_fast": CHECKPOINT_FORMAT, **content}, packed)
+    write_atomic(path, lambda stream: stream.write(packed.getbuffer()))
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint of ours; no code in it can run (`weights_only`).
+
+    Raises:
+        InputError: the file is missing, truncated, or none of ours.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'best.pt'}")
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a zip archive")
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is no readable checkpoint (truncated, or another format): {first}") from error
+    if not isinstance(content, dict) or content.get("unetpp_fast") != CHECKPOINT_FORMAT or "config" not in content:
+        raise InputError(f"{path} is no checkpoint of `unetpp-fast train` (format {CHECKPOINT_FORMAT})")
+    return content
+
+
+def load_model(path: Path, device: str | torch.device = "cpu"):
+    """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`."""
+    content = load_checkpoint(path, device)
+    try:
+        network = Network.from_config(content["config"])
+        network.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} does not hold the weights of the network it describes: {first}") from error
+    return network.to(device).eval(), content

@@ -1,0 +1,43 @@
+"""Mean scores of a network over whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..architecture.input_checks import check_input
+from ..architecture.precision import autocast
+from ..data.samples import ArraySample, Sample
+from ..models.network import Network
+from ..models.prediction import evaluating, logits_of_any_size, mean_probabilities
+from . import processes
+from .metrics import dice_score, iou_score
+
+
+def evaluate(
+    network: Network,
+    samples: Sequence[Sample | ArraySample],
+    *,
+    dtype: str = "float32",
+    loss: nn.Module | None = None,
+) -> dict[str, float]:
+    """Mean IoU and Dice (and loss) of the accurate mode over whole images, each padded to the size it needs.
+
+    With several processes each takes its share of the images, and all of them have to call this; the means are the same.
+    """
+    device = next(network.parameters()).device
+    rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each filled by one process
+    with evaluating(network):
+        for index in range(processes.rank(), len(samples), processes.size()):
+            image, mask = (torch.from_numpy(values)[None].to(device) for values in samples[index].load())
+            with autocast(device, dtype):
+                check_input(network, image, any_size=True)
+                outputs = logits_of_any_size(network, image)
+            probabilities = mean_probabilities(outputs)
+            rows[index, 0] = float(loss(outputs, mask.float())) if loss else 0.0
+            rows[index, 1] = float(iou_score(probabilities, mask))
+            rows[index, 2] = float(dice_score(probabilities, mask))
+    means = dict(zip(("loss", "iou", "dice"), processes.summed(rows).mean(dim=0).tolist(), strict=True))
+    return {key: value for key, value in means.items() if loss or key != "loss"}

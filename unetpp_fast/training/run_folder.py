@@ -1,0 +1,95 @@
+"""What a run leaves in its folder for people: the settings it was started with, its log, curves, TensorBoard's events."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.atomic_files import write_atomic
+from ..common.extras import need
+
+COLUMNS = ("epoch", "train_loss", "train_iou", "val_loss", "val_iou", "val_dice")
+DRAW_SECONDS = 30.0
+
+
+def write_config(path: Path, settings: Mapping[str, Any]) -> None:
+    """Plain settings as JSON; paths and tuples as their text and lists."""
+    text = json.dumps(dict(settings), indent=1, default=str, sort_keys=True)
+    write_atomic(path, lambda stream: stream.write(text.encode() + b"\n"))
+
+
+def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """A row an epoch, under the names of `COLUMNS`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomic(path, lambda stream: stream.write(text.getvalue().encode()))
+
+
+def line(row: Mapping[str, float]) -> str:
+    """A row of the log as text, without the columns that have no value."""
+    values = [f"{key} {value:.4f}" for key, value in row.items() if key != "epoch" and value == value]
+    return "  ".join([f"epoch {row['epoch']:3d}", *values])
+
+
+def draw_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Loss and IoU of training and validation over the epochs, as PNG."""
+    figure = need("matplotlib.figure", "demo").Figure(figsize=(8.0, 3.4), layout="constrained", facecolor="white")
+    epochs = [row["epoch"] for row in history]
+    for axis, name in zip(figure.subplots(1, 2), ("loss", "iou"), strict=True):
+        for part, colour in (("train", "#9aa5b1"), ("val", "#d9483b")):
+            axis.plot(epochs, [row[f"{part}_{name}"] for row in history], color=colour, label=part, marker=".")
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_title({"loss": "loss", "iou": "IoU"}[name], fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=120, metadata={"Software": None}))
+
+
+class Report:
+    """Draws `curves.png`, if matplotlib is there, and feeds TensorBoard, if it is asked for; call it after each epoch.
+
+    Args:
+        out: the folder of the run.
+        history: the rows of the run, to which the trainer adds.
+        tensorboard: write events to the folder `tensorboard`.
+    """
+
+    def __init__(self, out: Path, history: Sequence[Mapping[str, float]], tensorboard: bool = False):
+        self.out, self.history = out, history
+        self.draws = importlib.util.find_spec("matplotlib") is not None
+        self.drawn, self.last = 0, time.monotonic()
+        self.writer = None
+        if tensorboard:
+            need("tensorboard", "tensorboard")
+            writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter
+            self.writer = writer(str(out / "tensorboard"), purge_step=len(history) + 1)
+
+    def __call__(self, row: Mapping[str, float]) -> None:
+        if self.writer:
+            for name in COLUMNS[1:]:
+                if row[name] == row[name]:
+                    self.writer.add_scalar(name.replace("_", "/"), row[name], row["epoch"])
+            self.writer.flush()
+        if time.monotonic() - self.last > DRAW_SECONDS:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draws what has been added since the last time."""
+        if self.draws and len(self.history) > self.drawn:
+            draw_curves(self.out / "curves.png", self.history)
+            self.drawn, self.last = len(self.history), time.monotonic()
+
+    def close(self) -> None:
+        """After the last epoch, or where the run breaks off."""
+        self.draw()
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,352 @@
+"""The training recipe: Adam, the paper's loss, early stopping, checkpoints from which a run goes on exactly.
+
+Adam at 3e-4 and early stopping on the validation set are the paper's (sec. 3). An interrupted run, even a killed one,
+continues from `last.pt` with the same log and weights that an unbroken one has on the same CPU; a GPU may add in
+another order from run to run. With several processes (`processes.py`) each takes its share of every batch; on a CPU the
+weights can be made not to depend on how many there are (`reproducible.py`).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..architecture.precision import autocast
+from ..common.errors import InputError
+from ..common.extras import need
+from ..data.patches import Patches, load_batches
+from ..data.samples import ArraySample, Sample
+from ..models.network import Network
+from . import processes, reproducible, run_folder
+from .checkpoint import load_checkpoint, save_checkpoint
+from .evaluation import evaluate
+from .losses import BCEDiceLoss
+from .metrics import iou_score
+from .processes import sync_batch_norm
+from .recipe import Recipe
+
+CHECK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device and the other processes
+SAVE_SECONDS = 300.0
+SMALLEST_SCALE = 1.0  # the loss scale of float16 starts at 2^16 and is halved by every step whose gradients overflow
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (Ctrl-C, SIGTERM); its state is saved."""
+
+
+class Trainer:
+    """Trains a network on patches and keeps `last.pt`, `best.pt` and `log.csv` in a folder.
+
+    With several processes (torchrun) every one of them makes a trainer of the same arguments; the first writes the files.
+
+    Args:
+        network: on the device to train on; with several processes its batch norms take statistics over all of them.
+        patches: what to draw batches from.
+        validation: whole images for early stopping and for the choice of the best epoch, by IoU; without any,
+            every epoch runs and there is no `best.pt`.
+        recipe: see `Recipe`.
+        out: the folder, or None to keep nothing.
+        about: plain data that goes into every checkpoint; a run is resumed only where it is the same.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        patches: Patches,
+        validation: Sequence[Sample | ArraySample],
+        recipe: Recipe,
+        out: Path | None = None,
+        about: dict[str, Any] | None = None,
+    ):
+        self.network, self.patches, self.validation = network, patches, validation
+        self.recipe, self.out, self.about = recipe, out, about or {}
+        if network.form not in ("plain", "always_list"):
+            raise InputError(f'set network.form = "plain" to train on logits: in its form {network.form!r} it gives others')
+        self.device = next(network.parameters()).device
+        self.model: nn.Module = network  # what training steps call
+        if recipe.reproducible:
+            reproducible.check(network, self.device, recipe.dtype)
+            reproducible.same_weights(network)
+        elif processes.size() > 1:
+            self.model = processes.parallel(sync_batch_norm(network))
+        self.loss = BCEDiceLoss()
+        self._idle = _without_effect(network)
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
+        self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running one
+        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
+        self.best, self.stale = -1.0, 0
+        self.history: list[dict[str, float]] = []
+        self._stop = False
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there are epochs to run and the validation IoU rose in the last `patience` ones."""
+        return self.epoch < self.recipe.epochs and self.stale < self.recipe.patience
+
+    def fit(
+        self, progress: bool = True, after_epoch: Callable[[dict[str, float]], object] | None = None
+    ) -> list[dict[str, float]]:
+        """Trains to the last epoch or until `patience` epochs bring no better validation IoU.
+
+        Args:
+            progress: shows a bar and a line an epoch, in the first process.
+            after_epoch: called with the row of each epoch, in every process.
+
+        Returns:
+            One row an epoch, keys `runs.COLUMNS`.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came, to any process; the state is saved.
+            InputError: the loss or a weight became NaN or infinite; the message names the batch, `bad-batch.pt` holds it.
+            processes.Lost: another process ended; `last.pt` holds the last state that was saved.
+        """
+        progress = progress and processes.is_first()
+        with self._signals(), processes.watching():
+            while self.unfinished:
+                row = self._run_epoch(progress)
+                if after_epoch:
+                    after_epoch(row)
+                if progress:
+                    print(run_folder.line(row), flush=True)
+                if any(processes.any_of(self._stop)) and self.unfinished:
+                    raise Interrupted
+        return self.history
+
+    def _run_epoch(self, progress: bool) -> dict[str, float]:
+        self.model.train()
+        batches = self.patches.batches(self.epoch, self.recipe.batch_size, self.step)
+        total = self.step + len(batches)
+        saved = time.monotonic()
+        bar = need("tqdm", "commands").tqdm(
+            total=total, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
+            disable=None if progress else True, leave=False, unit="batch",
+        )  # fmt: skip
+        recent: list[Tensor] = []  # what the steps since the last look gave
+        with bar:
+            for batch, (image, mask) in zip(batches, self._shares(batches), strict=True):
+                recent.append(self._train_step(image, mask, len(batch)))
+                self.step += 1
+                bar.update()
+                due = self.step % CHECK_EVERY == 0 or self.step == total
+                if not due and (processes.size() > 1 or not self._stop):
+                    continue
+                self._look(recent)
+                recent = []
+                loss, iou = self._means()
+                bar.set_postfix(loss=f"{loss:.4f}", iou=f"{iou:.4f}")
+                stop, save = processes.any_of(self._stop, time.monotonic() - saved > SAVE_SECONDS)
+                if self.step < total and (stop or save):
+                    saved = time.monotonic()
+                    self._check_weights()
+                    self._save("last.pt", resumable=True)
+                    if stop:
+                        raise Interrupted
+        return self._finish_epoch()
+
+    def _shares(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images `[N, C, *S]` and masks `[N, classes, *S]` of each batch, N = 0 where it gets none."""
+        mine = [[batch[place] for part in self._parts(len(batch)) for place in part] for batch in batches]
+        read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]  # no loader stacks nothing
+        loader = load_batches(self.patches, read, self.recipe.workers, self.device.type == "cuda")
+        for items, (image, mask) in zip(mine, loader, strict=True):
+            yield image[: len(items)], mask[: len(items)]
+
+    def _parts(self, whole: int) -> list[list[int]]:
+        return self.recipe.shares(whole, processes.rank(), processes.size())
+
+    def _train_step(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
+        """One optimizer step on this process's share of a batch of `whole` images.
+
+        Returns (loss, IoU of the last head, 1), each times the number of images here.
+        """
+        if processes.size() > 1:
+            processes.seed_step(self.recipe.seed, self.epoch, self.step)
+        image = image.to(self.device, non_blocking=True)
+        mask = mask.to(self.device, non_blocking=True)
+        sizes = [len(part) for part in self._parts(whole)]
+        found = torch.zeros(3, device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        with reproducible.each_image(self.network) if self.recipe.reproducible else nullcontext():
+            for number, (x, y) in enumerate(zip(image.split(sizes), mask.split(sizes), strict=True), start=1):
+                waits = number < len(sizes) and isinstance(self.model, DistributedDataParallel)
+                with self.model.no_sync() if waits else nullcontext():
+                    found = found + self._backward(x, y, whole)
+            for bias in self._idle:
+                bias.grad = None
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return found
+
+    def _backward(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
+        """Adds the gradients of a part of a batch; returns as `_train_step`."""
+        count = len(image)
+        with autocast(self.device, self.recipe.dtype):
+            outputs = self.model(image)
+        heads = outputs if isinstance(outputs, list) else [outputs]
+        if self.recipe.reproducible:
+            total = reproducible.sum_over_images(self.loss, heads, mask)
+            (total / whole).backward()
+            loss = total / max(count, 1)
+        else:
+            loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
+            # The gradients of the processes are averaged, those of the parts summed: together the mean over all images.
+            self.scaler.scale(loss * (count * processes.size() / whole)).backward()
+        if not count:
+            return torch.zeros(3, device=self.device)
+        with torch.no_grad():
+            iou = iou_score(heads[-1] > 0, mask)
+            return torch.stack([loss.detach().to(iou.dtype), iou, torch.ones_like(iou)]) * count
+
+    def _look(self, recent: list[Tensor]) -> None:
+        """Adds what the last steps gave, in all processes, to the sums of the epoch.
+
+        Raises:
+            InputError: a loss is not finite, or float16 cannot hold the gradients.
+        """
+        for index, step in enumerate(processes.summed(torch.stack(recent).cpu().double())):
+            if not torch.isfinite(step).all():
+                raise self._diverged(f"the loss became {float(step[0])}", self.step - len(recent) + index)
+            self.sums += step
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise self._diverged("step after step overflowed float16", self.step - 1)
+
+    def _check_weights(self) -> None:
+        """Raises InputError if the last step, whose effect no loss has shown yet, left a weight that is not finite."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
+            raise self._diverged("a weight became infinite or NaN", self.step - 1)
+
+    def _means(self) -> tuple[float, float]:
+        """Mean loss and IoU of the running epoch so far."""
+        loss, iou = (self.sums[:2] / self.sums[2]).tolist()
+        return loss, iou
+
+    def _diverged(self, what: str, step: int) -> InputError:
+        """The error of a batch of the running epoch, which it keeps in `bad-batch.pt`."""
+        (batch, *_) = self.patches.batches(self.epoch, self.recipe.batch_size, step)
+        names = [self.patches.samples[draw % len(self.patches.samples)].name for _, draw in batch]
+        text = f"{what} in epoch {self.epoch + 1}: lower the learning rate, or use float32; it was batch {step + 1}, of "
+        text += f"{', '.join(dict.fromkeys(names))}"
+        if not self.out:
+            return InputError(text)
+        if processes.is_first():
+            image, mask = (torch.stack(values) for values in zip(*(self.patches[item] for item in batch), strict=True))
+            content = {"image": image, "mask": mask, "names": names, "epoch": self.epoch + 1, "batch": step + 1}
+            save_checkpoint(self.out / "bad-batch.pt", content)
+        kept = f"; {self.out / 'last.pt'} holds the last good state" if (self.out / "last.pt").exists() else ""
+        return InputError(f"{text}, kept in {self.out / 'bad-batch.pt'}{kept}")
+
+    def _finish_epoch(self) -> dict[str, float]:
+        train_loss, train_iou = self._means()
+        self._check_weights()
+        with reproducible.one_thread() if self.recipe.reproducible else nullcontext():
+            settings = {"dtype": self.recipe.dtype, "loss": self.loss}
+            scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums = torch.zeros_like(self.sums)
+        values = (self.epoch, train_loss, train_iou, *(scores.get(key, float("nan")) for key in ("loss", "iou", "dice")))
+        row = dict(zip(run_folder.COLUMNS, values, strict=True))
+        self.history.append(row)
+        if self.validation:
+            better = row["val_iou"] > self.best
+            self.best, self.stale = (row["val_iou"], 0) if better else (self.best, self.stale + 1)
+            if better:
+                self._save("best.pt", resumable=False)
+        self._save("last.pt", resumable=True)
+        self._write_log()
+        return row
+
+    def _write_log(self) -> None:
+        if self.out and processes.is_first():
+            run_folder.write_log(self.out / "log.csv", self.history)
+
+    def _save(self, name: str, resumable: bool) -> None:
+        if not self.out or not processes.is_first():
+            return
+        content = {"config": self.network.config, "model": self.network.state_dict(), "about": self.about}
+        content |= {"epoch": self.epoch, "best": self.best}
+        if resumable:
+            cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+            content |= {
+                "recipe": asdict(self.recipe),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+                "progress": {"step": self.step, "sums": self.sums.tolist(), "stale": self.stale},
+                "history": self.history,
+            }
+        save_checkpoint(self.out / name, content)
+
+    def resume(self) -> None:
+        """Takes up the run that `last.pt` in the folder holds.
+
+        Raises:
+            InputError: there is none, it cannot be read, or it was made with other settings; the message names them.
+        """
+        path = self.out / "last.pt"
+        content = load_checkpoint(path)
+        if "optimizer" not in content:
+            raise InputError(f"{path} holds a model but not the state of a training: it cannot be resumed")
+        now = {**asdict(self.recipe), **self.about, "model": self.network.config}
+        then = {**asdict(Recipe()), **content["recipe"], **content["about"], "model": content["config"]}
+        changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
+        if changed:
+            key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
+            shown = f"{key}={values}" if len(values) < 80 else f"{key} set" if key in self.about else key
+            raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
+        self.network.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["random"]["cpu"])
+        if self.device.type == "cuda" and content["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
+        self.epoch, self.best, self.history = content["epoch"], content["best"], content["history"]
+        self.step, self.stale = content["progress"]["step"], content["progress"]["stale"]
+        self.sums = torch.tensor(content["progress"]["sums"], dtype=torch.float64)
+        self._write_log()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, SIGINT and SIGTERM let the running step finish, save and raise `Interrupted`; a second acts at once."""
+        if threading.current_thread() is not threading.main_thread() or not self.out:
+            yield
+            return
+
+        def stop(number, frame) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except processes.Lost:  # torchrun now ends the others by SIGTERM: there must be time to say why
+            before[signal.SIGTERM] = signal.SIG_IGN
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _without_effect(network: Network) -> list[nn.Parameter]:
+    """Biases that the norm behind them subtracts again: their gradients are rounding errors, which Adam makes whole steps
+    of, others for each number of processes or threads."""
+    pairs = [pair for node in network.nodes.values() for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
+    return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as a checkpoint may give them back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
