@@ -19,7 +19,7 @@ from unetpp_fast.benchmarking import measuring
 from unetpp_fast.benchmarking.harness import Case, Outcome, rows_of
 from unetpp_fast.benchmarking.records import DTYPES
 from unetpp_fast.execution import acceptance
-from unetpp_fast.execution.fused import ops
+from unetpp_fast.execution.fused.ops import load_ops
 from unetpp_fast.kernels import naive
 from unetpp_fast.kernels import tuning as kernel_tuning
 
@@ -118,7 +118,7 @@ def measure(
 def load(name: str) -> ModuleType | None:
     """The ops that an implementation runs, None where this version does not have them."""
     try:
-        return ops.load_ops(name.partition("-")[2])
+        return load_ops(name.partition("-")[2])
     except (KeyError, ImportError):
         return None
 

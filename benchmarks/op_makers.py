@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from unetpp_fast.benchmarking.harness import Case
 from unetpp_fast.execution.fused import buffers
-from unetpp_fast.execution.plan import operands, weight_composition
+from unetpp_fast.execution.plan import weight_composition
+from unetpp_fast.execution.plan.operands import cast
 from unetpp_fast.kernels import naive
 from unetpp_fast.models.architectures import PAPER_FEATURES
 
@@ -78,7 +79,7 @@ class Maps:
         return (1 + 0.3 * self.values(channels, seed=seed)).to(self.device, self.sum_dtype)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        return operands.cast(weight, self.dtype)
+        return cast(weight, self.dtype)
 
     def torch_map(self, x: Tensor) -> Tensor:
         """As PyTorch takes it: `[N, C, *S]`, channels-last, alone in its memory."""

@@ -17,6 +17,7 @@ from PIL import Image
 
 from unetpp_fast.common import errors
 from unetpp_fast.data import images
+from unetpp_fast.training.checkpoint import load_model
 
 MAX_BYTES, MAX_PIXELS = 2**24, 2**22
 
@@ -44,7 +45,7 @@ def _check_size(width: int, height: int) -> None:
 
 def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
     """A server on this machine's own address; the checkpoint is read without running code in it."""
-    (network, content), lock = checkpoint.load_model(checkpoint), threading.Lock()
+    (network, content), lock = load_model(checkpoint), threading.Lock()
     if content["about"].get("prepare"):
         raise errors.InputError(f"{checkpoint} wants its images prepared by {content['about']['prepare']}: add that here")
 

@@ -90,7 +90,6 @@ PLANTED = """
 import sys, pytest
 sys.path.insert(0, "benchmarks")
 import implementations
-from unetpp_fast import bench
 right = implementations.get
 
 def planted(name):

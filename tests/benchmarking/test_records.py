@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support.rows import row
+from support.rows import FACTS, row
 
 from unetpp_fast import info
 from unetpp_fast.benchmarking import records

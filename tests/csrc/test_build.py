@@ -97,6 +97,6 @@ def test_the_backend_says_why_it_is_off(monkeypatch: pytest.MonkeyPatch):
     expected = model(x)
     model.backend = "reference"
     assert torch.equal(model(x), expected)
-    monkeypatch.setattr(dispatch, "can_run_triton", lambda network, x: (True, ""))
+    monkeypatch.setattr(dispatch, "can_run_triton", lambda call: (True, ""))
     if torch.version.cuda is None:
         assert dispatch.can_run_cuda(Call(model, x)) == (False, "the CUDA kernels are off: this torch has no CUDA")

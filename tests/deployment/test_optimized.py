@@ -15,6 +15,7 @@ from torch import nn
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.deployment import optimized
 from unetpp_fast.execution import acceptance, dispatch, reference
 from unetpp_fast.execution.cpu import packed_weights
 from unetpp_fast.execution.fused import ops
@@ -217,7 +218,7 @@ def test_the_engine_runs_with_operands_composed_once(axes, options, dtype, monke
     """The way of a GPU, with plain operators in place of the kernels."""
     model, x = network(axes, **options), image(axes)
     model.backend = "triton"
-    monkeypatch.setattr(ops, "load_ops", lambda name: naive)
+    monkeypatch.setattr(optimized, "load_ops", lambda name: naive)
     monkeypatch.setattr(ops, "HAS_TRITON", True)
     monkeypatch.setattr(ops, "INTERPRETED", True)
     composed, compose = [], operands.node_operands

@@ -151,7 +151,7 @@ def test_public_operators_take_over_where_onednn_cannot_be_used(monkeypatch):
         assert_same(model, image(axes))
         assert "switched off by a test" in dispatch.choose(Call(model.requires_grad_(False), image(axes)))[1]
         model.backend = "auto"
-        monkeypatch.setattr(dispatch.fused, "INTERPRETED", False)
+        monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
         monkeypatch.setattr(dispatch, "MIN_CPU_PIXELS", 0)
         assert dispatch.choose(Call(model, image(axes))) == ("reference", "switched off by a test")
 

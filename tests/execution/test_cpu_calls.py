@@ -186,7 +186,7 @@ def test_packed_weights_go_with_the_model():
 
 
 def test_auto_takes_the_cpu_backend_for_inference_alone(monkeypatch):
-    monkeypatch.setattr(dispatch.fused, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
     model, x = network(backend="auto"), make_input(1, 1, 8, 12)
     with torch.no_grad():
         assert "fewer than 8192 pixels" in dispatch.choose(Call(model, x))[1]

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import unetpp_fast as uf
 from unetpp_fast.execution import dispatch, explanation
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.fused import ops, tuning
+from unetpp_fast.execution.fused import operators, tuning
+from unetpp_fast.execution.fused.ops import HAS_TRITON, INTERPRETED
 from unetpp_fast.kernels import tuning as kernel_tuning
 
-pytestmark = pytest.mark.skipif(not (ops.HAS_TRITON and ops.INTERPRETED), reason="needs Triton and its interpreter")
+pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs Triton and its interpreter")
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,12 @@ def test_the_cuda_kernels_are_named_where_they_serve():
 @pytest.mark.parametrize("faster", ["triton", "cuda"])
 def test_the_faster_of_both_kernels_is_taken(cache, at_first_call, monkeypatch, faster):
     """Here the kernels of csrc/ are those of Triton under another name."""
-    monkeypatch.setitem(ops._MODULES, "cuda", "triton_ops")
+    from unetpp_fast.kernels import triton_ops
+
+    monkeypatch.setattr(operators, "load_ops", lambda name: triton_ops)
     monkeypatch.setattr(dispatch, "can_run_cuda", lambda *_: (True, ""))
     loaded = [True]
-    monkeypatch.setattr(dispatch.extension, "load", lambda: (loaded[0], ""))
+    monkeypatch.setattr(dispatch.cuda_library, "load", lambda: (loaded[0], ""))
     times = iter([4.0, 2.0 if faster == "triton" else 3.0, 4.0, 2.0 if faster == "cuda" else 3.0])
     monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
     model, x = small()
@@ -202,7 +205,8 @@ def test_the_faster_of_both_kernels_is_taken(cache, at_first_call, monkeypatch, 
 
 def test_a_backend_that_fails_does_not_take_the_other_with_it(cache, at_first_call, monkeypatch):
     monkeypatch.setattr(dispatch, "can_run_cuda", lambda *_: (True, ""))
-    monkeypatch.setitem(ops._MODULES, "cuda", "no_such_module")
+    load = operators.load_ops
+    monkeypatch.setattr(operators, "load_ops", lambda name: load("missing" if name == "cuda" else name))
     times = iter([4.0, 2.0, 4.0])
     monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
     model, x = small()

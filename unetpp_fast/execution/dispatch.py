@@ -147,7 +147,8 @@ def can_run_triton(call: Call) -> tuple[bool, str]:
         return False, "triton is not installed"
     if network.out_channels > MOST_CLASSES:
         return False, f"the kernels of the heads take up to {MOST_CLASSES} classes, not {network.out_channels}"
-    return True, ""
+    reason = unsupported_dtype(call.dtype, "triton")
+    return not reason, reason
 
 
 def can_run_cuda(call: Call) -> tuple[bool, str]:
@@ -191,6 +192,8 @@ def can_run_cpu(call: Call) -> tuple[bool, str]:
     runs, reason = can_run_fused(call, "cpu")
     if not runs:
         return runs, reason
+    if reason := unsupported_dtype(call.dtype, "cpu"):
+        return False, reason
     internal = convolutions.internal_reason(network.topology.spatial_dims, call.dtype)
     if internal and network.backend == "auto":
         return False, internal
@@ -198,7 +201,7 @@ def can_run_cpu(call: Call) -> tuple[bool, str]:
 
 
 def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
-    """Whether a backend can compute `call` over its plan, wherever its input is, and if not, why."""
+    """Whether a backend can compute a network like this one, in whatever precision and place, and if not, why."""
     network, x, structure = call.network, call.x, call.network.structure
     if structure is None:
         return False, steps.unsupported(network.topology, network.options)
@@ -219,8 +222,7 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
         return False, f"the input is {x.dtype} and the weights are {weight.dtype}"
     if weight.device != x.device:
         return False, f"the input is on {x.device} and the weights are on {weight.device}"
-    reason = unsupported_dtype(call.dtype, backend)
-    return not reason, reason
+    return True, ""
 
 
 def forward(network: NetworkSpec, x: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.errors import InputError
-from .. import images
+from ..images import check_size, rescale
 from ..samples import Found
 from .nifti import check_finite, check_geometry, first_line, open_nifti, read_part, to_labels
 
@@ -39,9 +39,9 @@ class CropSample:
             if not path.suffix == self.image.suffix == ".npy":
                 check_geometry(open_nifti(self.image), open_nifti(path), self.image, path)
             mask = to_labels(path, _read_volume(path))
-            images.check_size(path, mask, self.image, values)
+            check_size(path, mask, self.image, values)
             masks.append(mask)
-        return images.rescale(values, LUNG_WINDOW), np.stack(masks)
+        return rescale(values, LUNG_WINDOW), np.stack(masks)
 
 
 def crop_folders(root: Path) -> Found | None:
