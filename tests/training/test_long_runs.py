@@ -21,7 +21,6 @@ import unetpp_fast as uf
 from unetpp_fast.cli import parser, train
 from unetpp_fast.common import atomic_files
 from unetpp_fast.common.errors import InputError
-from unetpp_fast.data import images
 from unetpp_fast.data.patches import Patches, load_batches
 from unetpp_fast.data.samples import ArraySample, find_samples
 from unetpp_fast.execution import reference
@@ -152,7 +151,7 @@ def full_disk(monkeypatch):
             return self.stream.write(values)
 
     fdopen = os.fdopen
-    return lambda: monkeypatch.setattr(images.os, "fdopen", lambda *rest: Full(fdopen(*rest)))
+    return lambda: monkeypatch.setattr(atomic_files.os, "fdopen", lambda *rest: Full(fdopen(*rest)))
 
 
 def test_a_disk_that_fills_leaves_the_last_good_checkpoint(folder, tmp_path, full_disk):
@@ -170,7 +169,9 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(folder, tmp_path, ful
 def test_a_disk_that_fills_at_the_last_moment(tmp_path, monkeypatch):
     """When the buffers of the system are written out."""
     atomic_files.write_atomic(tmp_path / "a", lambda stream: stream.write(b"old"))
-    monkeypatch.setattr(images.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded")))
+    monkeypatch.setattr(
+        atomic_files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    )
     with pytest.raises(OSError, match=r"Disk quota exceeded.*what was there before is whole"):
         atomic_files.write_atomic(tmp_path / "a", lambda stream: stream.write(b"new"))
     with pytest.raises(InputError, match=r"make room$"):
