@@ -138,7 +138,9 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
 def can_run_triton(call: Call) -> tuple[bool, str]:
     """Whether the Triton kernels can compute `call`, and if not, why."""
     network, x = call.network, call.x
-    if x.device.type != "cuda" and not ops.INTERPRETED:  # first: it costs nothing on a CPU
+    if reason := never_runs(network, "triton"):
+        return False, reason
+    if x.device.type != "cuda" and not ops.INTERPRETED:
         return False, f"the kernels need a CUDA device, the input is on {x.device}"
     runs, reason = can_run_fused(call, "triton")
     if not runs:
@@ -156,7 +158,7 @@ def can_run_cuda(call: Call) -> tuple[bool, str]:
     runs, reason = can_run_triton(call)
     if not runs:
         return runs, reason
-    if reason := call.network.structure.unsupported["cuda"]:
+    if reason := never_runs(call.network, "cuda"):
         return False, reason
     loaded, reason = cuda_library.load()
     if not loaded:
@@ -179,6 +181,8 @@ def _is_for_cpu(x: Tensor) -> bool:
 def can_run_cpu(call: Call) -> tuple[bool, str]:
     """Whether the CPU backend can compute `call`; if not, why, and else with which operators."""
     network, x = call.network, call.x
+    if reason := never_runs(network, "cpu"):
+        return False, reason
     if x.device.type != "cpu":
         return False, f"the CPU backend needs its input on a CPU, it is on {x.device}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
@@ -200,12 +204,17 @@ def can_run_cpu(call: Call) -> tuple[bool, str]:
     return True, f"PyTorch's operators and in-place sums: {internal}" if internal else "oneDNN writes into kept memory"
 
 
+def never_runs(network: NetworkSpec, backend: str) -> str:
+    """Why a backend can compute no call of this network, because of its topology or options; "" if it may."""
+    if network.structure is None:
+        return steps.unsupported(network.topology, network.options)
+    return network.structure.unsupported[backend]
+
+
 def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
     """Whether a backend can compute a network like this one, in whatever precision and place, and if not, why."""
     network, x, structure = call.network, call.x, call.network.structure
-    if structure is None:
-        return False, steps.unsupported(network.topology, network.options)
-    if reason := structure.unsupported[backend]:
+    if reason := never_runs(network, backend):
         return False, reason
     if not structure.fits(network, call.modules):
         return False, "a layer was replaced, changed or given hooks, or this is a replica of nn.DataParallel"
