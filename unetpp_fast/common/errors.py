@@ -8,4 +8,9 @@ class InputError(ValueError):
 
 
 class WriteError(InputError, OSError):
-    """A file could not be written; what was there before is whole."""
+    """A file could not be written; an earlier version of it is unchanged."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
