@@ -196,7 +196,7 @@ def test_a_bad_file_is_one_line(name, content, says, tmp_path, capsys):
         (("--tile", "big"), "'big' is no size such as 512"),
         (("--tile", "32x32x32"), "or 2 of them"),
         (("--overlap", "1", "--tile", "32"), "overlap must be 0 or more and below 1"),
-        (("--max-memory", "much"), "'much' is no amount of memory"),
+        (("--max-memory", "much"), "'much' is not an amount of memory"),
         (("--max-memory", "1K"), "is too small for tiles"),
     ],
 )

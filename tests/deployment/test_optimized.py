@@ -188,7 +188,7 @@ def test_loading_other_weights_is_noticed():
 def test_what_cannot_be_loaded_is_said(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"no archive")
     torch.save(network().state_dict(), tmp_path / "other.pt")
-    for name, message in (("none.pt", "does not exist"), ("damaged.pt", "cannot be read"), ("other.pt", "no state_dict of")):
+    for name, message in (("none.pt", "does not exist"), ("damaged.pt", "cannot be read"), ("other.pt", "not a state_dict of")):
         with pytest.raises(InputError, match=message):
             uf.load_optimized(tmp_path / name)
 

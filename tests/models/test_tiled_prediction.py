@@ -56,7 +56,7 @@ def test_one_tile_is_one_pass(size, norm):
 
 @pytest.mark.parametrize("size, tile, overlap", [((118, 96), 48, 0.5), ((131, 77), (40, 48), 0.25), ((50, 48, 30), 32, 0.5)])
 def test_the_middle_of_tiles_is_one_pass(size, tile, overlap):
-    """Also of a size that is no multiple of 2: the last tile is padded as one pass pads."""
+    """Also of a size that is not a multiple of 2: the last tile is padded as one pass pads."""
     model = network(len(size), features=(3, 4))
     x = make_input(1, 1, *size)
     expected, found = model.predict(x)[0], uf.predict_tiled(model, x, tile=tile, overlap=overlap)[0]
@@ -160,8 +160,8 @@ def test_the_bar_is_shown_only_when_asked(capfd):
         ({"overlap": 1.0}, ValueError, "overlap must be 0 or more and below 1"),
         ({"overlap": math.nan}, ValueError, "overlap must be"),
         ({"blend": "linear"}, ValueError, "blend must be one of"),
-        ({"max_memory": "lots"}, ValueError, "'lots' is no amount of memory"),
-        ({"max_memory": 0}, ValueError, "0 is no amount of memory"),
+        ({"max_memory": "lots"}, ValueError, "'lots' is not an amount of memory"),
+        ({"max_memory": 0}, ValueError, "0 is not an amount of memory"),
         ({"max_memory": "1K"}, ValueError, "max_memory 1K is too small for tiles of 8x8: they need"),
         ({"out": np.zeros((1, 2, 39, 40), np.float32)}, ValueError, "out must have the shape (1, 2, 40, 40)"),
         ({"out": np.zeros((1, 2, 40, 40), np.uint8)}, TypeError, "floating-point type to hold probabilities, not uint8"),
@@ -181,7 +181,7 @@ def test_a_mistake_is_said_clearly(options, error, says):
 def test_what_cannot_be_counted_asks_for_the_tile():
     model = network()
     model.encoder = nn.Identity()
-    with pytest.raises(ValueError, match="give the size of the tiles instead of max_memory"):
+    with pytest.raises(ValueError, match="give tile= instead of max_memory="):
         uf.predict_tiled(model, make_input(1, 1, 16, 16))
 
 

@@ -1,4 +1,4 @@
-"""What a network accepts, said in one clear error."""
+"""Checks of a network's input; each failure is one clear error."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .options import norm_name
 
 
 def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None:
-    """Raises one clear error if `x` is not what `network` takes; sizes are free with `any_size`."""
+    """Raises one clear error if `network` does not take `x`; with `any_size` every size is accepted."""
     topology = network.topology
     dims, multiple = topology.spatial_dims, topology.multiple
     axes = "N, C, H, W" if dims == 2 else "N, C, D, H, W"
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert with x.float() / 255 or alike")
+        raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert it, e.g. with x.float() / 255")
     weight = next(network.parameters(), None)  # a replica of nn.DataParallel has none
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
@@ -37,13 +37,13 @@ def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None
     if not any_size and leaves_one_value(network, x):
         norm = norm_name(network.options["norm"])
         raise ValueError(
-            f"{norm} norm needs more than one value a channel at the lowest level, where shape {tuple(x.shape)} leaves one"
+            f"{norm} norm needs more than one value per channel at the lowest level, where shape {tuple(x.shape)} leaves one"
             f" pixel: use a larger size" + (", a larger batch" if norm == "batch" else "") + " or fewer levels"
         )
 
 
 def leaves_one_value(network: NetworkSpec, x: Tensor) -> bool:
-    """Whether the lowest maps have a single value for each statistic: normalised, they would be zero everywhere."""
+    """Whether each statistic of the lowest level is over a single value: normalised, its maps would be zero everywhere."""
     name = norm_name(network.options["norm"])
     synced = getattr(network, "sync_group", "")  # then the other processes have values too
     if name is None or (name == "batch" and (synced or not network.training)):

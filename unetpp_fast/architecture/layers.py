@@ -1,4 +1,4 @@
-"""The parts of a node in plain PyTorch: the reference that every faster backend is judged by."""
+"""The layers of a node in plain PyTorch: the reference by which every faster backend is judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .options import ACTIVATIONS, NORMS, UPSAMPLES, Option, parse_option
 
 
 class InstanceNorm(nn.Module):
-    """Instance norm over [N, C, *S], with a learned scale and shift if `affine`, defined for an empty batch too."""
+    """Instance norm over [N, C, *S], with learned scale and shift if `affine`; an empty batch is allowed."""
 
     def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
@@ -33,7 +33,7 @@ class InstanceNorm(nn.Module):
 
 
 def make_norm(option: Option | None, channels: int, spatial_dims: int) -> nn.Module:
-    """`None`, "batch" or "instance" over `channels`."""
+    """The layer of a norm in `options.NORMS` over `channels`; an identity for None."""
     if option is None:
         return nn.Identity()
     name, keywords = parse_option(option, "norm", NORMS)
@@ -54,7 +54,7 @@ def make_conv(cin: int, cout: int, spatial_dims: int, kernel: int, bias: bool = 
 
 
 class Interpolate(nn.Module):
-    """Doubles every axis by nearest-neighbour or linear interpolation, after a 1x1 convolution if it projects."""
+    """Doubles every axis by nearest-neighbour or linear interpolation, after a 1x1 convolution if `project`."""
 
     def __init__(
         self, mode: str, cin: int, cout: int, spatial_dims: int, align_corners: bool = False, project: bool = False
@@ -73,8 +73,8 @@ class Interpolate(nn.Module):
 
 
 class PixelShuffle(nn.Module):
-    """Doubles every axis by a 3x3 convolution to 2^d times the channels, whose values become the new pixels, and a mean
-    over 2x2 of them against checkerboards (Aitken et al., 2017), with zeros before the first pixel."""
+    """Doubles every axis with a 3x3 convolution to 2^d times the channels, whose values become the new pixels, and a 2x2
+    mean against checkerboard artefacts (Aitken et al., 2017), padded with zeros before the first pixel."""
 
     def __init__(self, cin: int, cout: int, spatial_dims: int):
         super().__init__()
@@ -91,7 +91,7 @@ class PixelShuffle(nn.Module):
 
 
 def make_upsample(option: Option, cin: int, cout: int, spatial_dims: int) -> nn.Module:
-    """[N, cin, *S] -> [N, cout, *2S]: 2x2 transposed convolution, nearest-neighbour, linear or shuffled channels."""
+    """The layer of an up-sampling in `options.UPSAMPLES`: [N, cin, *S] -> [N, cout, *2S]."""
     name, keywords = parse_option(option, "upsample", UPSAMPLES)
     if name == "deconv":
         deconv = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
@@ -137,7 +137,7 @@ class NodeModule(nn.Module):
         return self.convolve(self.join(prefix, low))
 
     def join(self, prefix: list[Tensor], low: Tensor | None) -> Tensor:
-        """What the first convolution reads: the prefix, then the up-sampled low source, in one tensor."""
+        """The input of the first convolution: the prefix, then the up-sampled low source, in one tensor."""
         operands = list(prefix)
         if low is not None:
             up = self.up(low)
@@ -170,6 +170,6 @@ def initialise(module: nn.Module, act: Option) -> None:
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     for layer in module.modules():
-        if isinstance(layer, PixelShuffle):  # equal filters for the pixels of a group: no checkerboard at the start
+        if isinstance(layer, PixelShuffle):  # equal filters within a group: no checkerboard at the start
             group = 2 ** (layer.conv.weight.ndim - 2)
             layer.conv.weight.copy_(layer.conv.weight[::group].repeat_interleave(group, dim=0))

@@ -1,4 +1,4 @@
-"""What the layers below the models know of a network: everything that computes a pass takes a `NetworkSpec`."""
+"""What the code below `models` knows of a network: everything that computes a pass takes a `NetworkSpec`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .topology import Topology
 
 
 class NetworkSpec(Protocol):
-    """A network over a topology, as `unetpp_fast.models.network.Network` is one.
+    """A network over a topology; `unetpp_fast.models.network.Network` is the implementation.
 
-    options: those that all nodes share, by the names of `Network`'s arguments.
-    backend: "auto" or the name of one (`execution.dispatch.BACKENDS`).
-    structure: what the fused operators know of it (`execution.fused.structure.Structure`); None where they cannot run it.
-    sync_group: the name of the processes over which batch norms take their statistics, "" for this process alone.
-    recompute: backward passes compute the inside of nodes again.
+    options: the options that all nodes share, by the names of `Network`'s arguments.
+    backend: "auto" or a name in `execution.dispatch.BACKENDS`.
+    structure: what the fused operators know of it (`execution.fused.structure.Structure`); None if they cannot run it.
+    sync_group: the name of the process group over which batch norms take their statistics, "" for this process only.
+    recompute: whether backward passes recompute the inside of nodes.
     """
 
     topology: Topology

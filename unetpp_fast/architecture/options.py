@@ -1,8 +1,8 @@
 """What a network can be made of: one table each for activations, norms, up-samplings and down-samplings.
 
-An entry says which layer it is in PyTorch, which keywords it takes, and what each backend can do with it. To add one that
-only the reference computes, add one entry with `unsupported=reference_only("...")`: networks, checkpoints, `convert` and
-`explain` read these tables. Precisions have theirs in `precision.py`.
+An entry names the PyTorch layer, its keywords, and what each backend can do with it. To add an option that only the
+reference computes, add one entry with `unsupported=reference_only("...")`: networks, checkpoints, `convert` and `explain`
+all read these tables. Precisions have their table in `precision.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-ENGINES = ("triton", "cuda", "cpu")  # the backends beside the reference
+ENGINES = ("triton", "cuda", "cpu")  # every backend except the reference
 Option = str | tuple[str, Mapping[str, Any]]
 Keywords = Mapping[str, Any]
 Unsupported = Callable[[str, Keywords], str]
@@ -25,17 +25,17 @@ def every_backend(backend: str, keywords: Keywords) -> str:
 
 
 def reference_only(what: str) -> Unsupported:
-    """No backend but the reference computes it: `what`, a plural, runs on the reference."""
+    """Only the reference computes it; `what` names it in the plural."""
     return lambda backend, keywords: f"{what} run on the reference"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is common to the entries of all tables.
+    """What all entries have.
 
-    keywords: those that the option takes, with their defaults.
-    unsupported: from the name of a backend and the keywords, why that backend cannot compute it; "" where it can. The
-        reference computes everything and is never asked.
+    keywords: the option's keywords with their defaults.
+    unsupported: takes the name of a backend and the keywords; returns why that backend cannot compute it, "" if it can.
+        The reference computes everything and is never asked.
     """
 
     keywords: Keywords = field(default_factory=dict)
@@ -44,8 +44,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Activation(Entry):
-    """layer: the module, made with the keywords. slope: for the backends, which compute max(x, slope x) or x below 0 times
-    the slope; gain: for initial weights (He et al., 2015)."""
+    """layer: the module, made with the keywords. slope: of the leaky ReLU that the backends compute, 0 for ReLU. gain: for
+    the initial weights (He et al., 2015)."""
 
     layer: type[nn.Module] = nn.ReLU
     slope: Callable[[Keywords], float] = lambda keywords: 0.0
@@ -54,15 +54,17 @@ class Activation(Entry):
 
 @dataclass(frozen=True)
 class Norm(Entry):
-    """per_image: statistics are of one image, in evaluation too; else of the batch, running ones in evaluation."""
+    """per_image: whether statistics are taken per image, in evaluation too; otherwise over the batch, with running
+    statistics in evaluation."""
 
     per_image: bool = False
 
 
 @dataclass(frozen=True)
 class Upsample(Entry):
-    """reduces: whether it chooses how many channels it hands over, or passes all of them on. phases: whether a convolution
-    that follows can be computed from the low-resolution map, by phases; else the up-sampled map is materialised."""
+    """reduces: whether the number of output channels can be chosen; otherwise all channels are passed on. phases: whether
+    the next convolution can be computed from the low-resolution map, phase by phase; otherwise the up-sampled map is
+    materialised."""
 
     reduces: Callable[[Keywords], bool] = lambda keywords: bool(keywords["project"])
     phases: bool = False
@@ -102,10 +104,10 @@ DOWNSAMPLES: dict[str, Entry] = {
 
 
 def parse_option(value: Option | None, what: str, table: Mapping[str, Entry]) -> tuple[str, dict[str, Any]]:
-    """Splits `"name"` or `("name", {keyword: value})` into the name and all its keywords, defaults included.
+    """Splits `"name"` or `("name", {keyword: value})` into the name and all of its keywords, with defaults filled in.
 
     Raises:
-        ValueError: the table has no such name, or its entry no such keyword; the message says which there are.
+        ValueError: unknown name or keyword; the message lists the known ones.
     """
     named = isinstance(value, str)
     pair = isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[1], Mapping)
@@ -121,7 +123,7 @@ def parse_option(value: Option | None, what: str, table: Mapping[str, Entry]) ->
 
 
 def reduces_channels(upsample: Option) -> bool:
-    """Whether an up-sampling chooses how many channels it hands over, or passes all of them on."""
+    """Whether the number of output channels of an up-sampling can be chosen; otherwise all channels are passed on."""
     name, keywords = parse_option(upsample, "upsample", UPSAMPLES)
     return UPSAMPLES[name].reduces(keywords)
 
@@ -132,9 +134,9 @@ def norm_name(norm: Option | None) -> str | None:
 
 
 def unsupported(options: Mapping[str, Any], backend: str) -> str:
-    """Why a backend cannot compute a network with these options (`Network.options`); "" where it can.
+    """Why a backend cannot compute a network with these options (`Network.options`); "" if it can.
 
-    Training needs more: `training_unsupported`.
+    Training has further conditions: `training_unsupported`.
     """
     tables = {"downsample": DOWNSAMPLES, "upsample": UPSAMPLES, "norm": NORMS, "act": ACTIVATIONS}
     for what, table in tables.items():
@@ -151,5 +153,5 @@ def unsupported(options: Mapping[str, Any], backend: str) -> str:
 
 
 def training_unsupported(options: Mapping[str, Any]) -> str:
-    """Why a backend other than the reference cannot train a network with these options; "" where it can."""
+    """Why a backend other than the reference cannot train a network with these options; "" if it can."""
     return "dropout in training runs on the reference" if options["dropout"] > 0 else ""

@@ -1,4 +1,4 @@
-"""In which form a network hands over the logits of its heads: its own, or that of what it was converted from."""
+"""The forms in which a network returns the logits of its heads: ours, or that of the model it was converted from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def plain(logits: Sequence[Tensor], several: bool) -> Outputs:
 
 
 def always_list(logits: Sequence[Tensor], several: bool) -> list[Tensor]:
-    """A list, X(0,1) first; of the deepest head alone without deep supervision (MONAI)."""
+    """A list, X(0,1) first; without deep supervision a list of the deepest head only (MONAI)."""
     return list(logits) if several else [logits[-1]]
 
 
@@ -26,17 +26,17 @@ def deepest_first(logits: Sequence[Tensor], several: bool) -> Outputs:
 
 def sigmoid(logits: Sequence[Tensor], several: bool) -> Outputs:
     """As `plain`, each map through a sigmoid (UNET-ZOO, the paper's Keras code)."""
-    return plain([each.sigmoid() for each in logits], several)
+    return plain([head.sigmoid() for head in logits], several)
 
 
 def softmax(logits: Sequence[Tensor], several: bool) -> Outputs:
     """As `plain`, each map through a softmax over the classes."""
-    return plain([each.softmax(dim=1) for each in logits], several)
+    return plain([head.softmax(dim=1) for head in logits], several)
 
 
 def softmax_deepest_first(logits: Sequence[Tensor], several: bool) -> Outputs:
     """As `deepest_first`, each map through a softmax over the classes (nnU-Net++ with its final non-linearity)."""
-    return deepest_first([each.softmax(dim=1) for each in logits], several)
+    return deepest_first([head.softmax(dim=1) for head in logits], several)
 
 
 FORMS: dict[str, Callable[[Sequence[Tensor], bool], Outputs]] = {
@@ -45,7 +45,7 @@ FORMS: dict[str, Callable[[Sequence[Tensor], bool], Outputs]] = {
 
 
 def check_form(name: str) -> str:
-    """`name` if it is a form's, else a ValueError that says which there are."""
+    """`name` if there is a form of that name, else a ValueError that lists the names."""
     if name not in FORMS:
         raise ValueError(f"form={name!r} is not known: use one of {sorted(FORMS)}")
     return name

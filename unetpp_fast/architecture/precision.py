@@ -1,7 +1,4 @@
-"""The precisions that maps may have, in one table, and the one that a pass computes in.
-
-A precision is known by the name that torch gives it: "float32", "bfloat16".
-"""
+"""The precisions of maps, in one table by their names in torch ("float32", "bfloat16"), and that of a pass."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ _CPU = "the CPU backend computes in float32 and bfloat16, not"
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype: of the maps. training: whether `Recipe` and records take it. half: whether autocast brings it about, over
-    weights in float32. unsupported: by backend, why it cannot compute in it."""
+    """dtype: of the maps. training: whether `Recipe` and records accept it. half: whether it is reached by autocast, with
+    weights in float32. unsupported: by backend, why it cannot compute in this precision."""
 
     dtype: torch.dtype
     training: bool = True
@@ -43,12 +40,12 @@ TRAINED = tuple(name for name, precision in PRECISIONS.items() if precision.trai
 
 
 def precision_of(dtype: torch.dtype) -> Precision | None:
-    """The entry of a dtype, None where the table has none."""
+    """The entry of a dtype, None if the table has none."""
     return PRECISIONS.get(str(dtype).removeprefix("torch."))
 
 
 def unsupported_dtype(dtype: torch.dtype, backend: str) -> str:
-    """Why a backend other than the reference cannot compute maps of `dtype`; "" where it can."""
+    """Why a backend other than the reference cannot compute maps of `dtype`; "" if it can."""
     precision = precision_of(dtype)
     return (
         f"no backend but the reference computes in {dtype}" if precision is None else precision.unsupported.get(backend, "")
@@ -56,7 +53,7 @@ def unsupported_dtype(dtype: torch.dtype, backend: str) -> str:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision of the maps: autocast's where it is on, else the input's."""
+    """The precision of the maps: autocast's if it is enabled, otherwise the input's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -65,7 +62,7 @@ def autocast_dtype(name: str) -> torch.dtype | None:
     """None for "float32" (no autocast), else the half-precision dtype.
 
     Raises:
-        InputError: networks are not trained in a precision of that name.
+        InputError: networks cannot be trained in this precision.
     """
     if name not in TRAINED:
         raise InputError(f"dtype must be one of {', '.join(TRAINED)}, not {name!r}")
@@ -79,7 +76,7 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
-    """`name`, or for "auto" bfloat16 on a GPU that has it and float32 elsewhere."""
+    """`name`; for "auto", bfloat16 on a GPU that supports it and float32 elsewhere."""
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

@@ -1,12 +1,12 @@
-"""Which nodes a network has, what each of them reads, and how wide everything is.
+"""The nodes of a network, what each of them reads, and their widths.
 
 The nested skip pathways of UNet++ (Zhou et al., 2018, sec. 2.1, eq. 1)::
 
     X(i,0) = H(pool(X(i-1,0)))                      the encoder
     X(i,j) = H([X(i,0), ..., X(i,j-1), up(X(i+1,j-1))])      j > 0
 
-`Topology` describes this grid, its pruned forms (the nodes with i + j <= level) and U-Net, which is the same
-grid with only the first column and the last diagonal. Models, converters, kernels and pictures all read it.
+`Topology` describes this grid, its pruned forms (the nodes with i + j <= level) and U-Net, which is the same grid with
+only the first column and the last diagonal. Models, converters, kernels and figures all read it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Position = tuple[int, int]
 class Node:
     """X(level, column): two convolutions over the prefix and the up-sampled node one level below.
 
-    `prefix` are the columns of the same level it reads (for a nested node 0..column-1); `up_width` the channels
-    that arrive from X(level+1, column-1) after up-sampling, 0 in the encoder.
+    `prefix`: the columns of the same level that it reads (0..column-1 for a nested node). `up_width`: the channels of the
+    up-sampled X(level+1, column-1), 0 in the encoder.
     """
 
     level: int
@@ -49,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Topology:
-    """A grid of nodes in an order in which they can run, and the columns of level 0 that carry a head."""
+    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head."""
 
     in_channels: int
     spatial_dims: int
@@ -69,8 +69,8 @@ class Topology:
     ) -> Topology:
         """UNet++: every node with i + j <= depth = len(features) - 1.
 
-        `widths` overrides the width of single nodes; `up_width(low_width, level)` gives the channels that the
-        up-sampling hands over (default: the level's own feature width).
+        `widths` overrides the width of single nodes; `up_width(low_width, level)` gives the output channels of the
+        up-sampling (default: the level's feature width).
         """
         depth = check_features(features) - 1
         grid = [(d - j, j) for d in range(depth + 1) for j in range(d + 1)]
@@ -112,7 +112,7 @@ class Topology:
 
     @property
     def multiple(self) -> int:
-        """Every spatial axis must be a multiple of this: 2^depth."""
+        """2^depth: every spatial axis must be a multiple of it."""
         return 2**self.depth
 
     def __getitem__(self, position: Position) -> Node:
@@ -137,7 +137,7 @@ class Topology:
         `keep_heads` keeps the shallower heads too.
 
         Raises:
-            ValueError: no head stands at `level`.
+            ValueError: there is no head at `level`.
         """
         if level not in self.heads:
             have = ", ".join(str(head) for head in self.heads)
@@ -179,7 +179,7 @@ class Topology:
             pixels = math.prod(axis // 2**node.level for axis in size)
             multiply_adds += pixels * sum(taps * cin * cout for cin, cout in self.convolutions(node))
             if node.column and (deconv or project or pixelshuffle):
-                # A deconv has one tap a pixel of this level, a 1x1 one a pixel below, a shuffled 3x3 one all its taps.
+                # A deconv has one tap per pixel here, a 1x1 convolution one per pixel below, a shuffled 3x3 all of them.
                 below = math.prod(axis // 2 ** (node.level + 1) for axis in size)
                 places = pixels if deconv else taps * 2**self.spatial_dims * below if pixelshuffle else below
                 multiply_adds += places * self.low_width(node) * node.up_width
@@ -188,7 +188,7 @@ class Topology:
         return 2e-9 * multiply_adds
 
     def to_dict(self) -> dict:
-        """Plain lists and numbers, for checkpoints; `from_dict` reads them back."""
+        """Plain lists and numbers, for checkpoints; the inverse of `from_dict`."""
         return {
             "in_channels": self.in_channels,
             "spatial_dims": self.spatial_dims,
@@ -210,7 +210,7 @@ def check_features(features: Sequence[int]) -> int:
     except TypeError:
         levels, good = 0, False
     if not good or not 2 <= levels <= MAX_DEPTH + 1:
-        raise ValueError(f"features must be 2 to {MAX_DEPTH + 1} positive integers, one width a level, not {features!r}")
+        raise ValueError(f"features must be 2 to {MAX_DEPTH + 1} positive integers, one width per level, not {features!r}")
     return levels
 
 

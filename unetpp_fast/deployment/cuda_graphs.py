@@ -1,4 +1,4 @@
-"""A pass on a GPU as the replay of a CUDA graph: one launch in place of hundreds."""
+"""A pass on a GPU as the replay of a CUDA graph: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _capturing = threading.Lock()  # a process captures one graph at a time
 
 
 class Graph:
-    """One pass for inputs of one size, captured with an input and outputs of its own; calls wait for one another."""
+    """A captured pass for one input size, with static input and output tensors; calls wait for one another."""
 
     def __init__(self, run: Run, x: Tensor):
-        with torch.inference_mode(False):  # else no call outside of that mode could write to it
+        with torch.inference_mode(False):  # otherwise no call outside of that mode could write to it
             self.x = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.x.copy_(x)
         self.done = torch.cuda.Event()
@@ -26,7 +26,7 @@ class Graph:
         stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels and chooses between them
+            for _ in range(2):  # compile kernels and choose between them
                 run(self.x)
         current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -34,10 +34,10 @@ class Graph:
             self.outputs = run(self.x)
 
     def replay(self, x: Tensor) -> list[Tensor]:
-        """The outputs for `x`, in memory of their own."""
+        """Copies of the outputs for `x`."""
         with self.lock:
             stream = torch.cuda.current_stream(x.device)
-            stream.wait_event(self.done)  # a replay on another stream may still read what the next line writes
+            stream.wait_event(self.done)  # a replay on another stream may still read the input that the next line writes
             self.x.copy_(x)
             self.graph.replay()
             outputs = [output.clone() for output in self.outputs]
@@ -46,7 +46,7 @@ class Graph:
 
 
 class Graphs:
-    """The graphs of the latest sizes. Where capturing fails, `reason` says why, and passes are launched one by one."""
+    """The graphs of the latest sizes. If capturing fails, `reason` says why, and kernels are launched one by one."""
 
     def __init__(self, kept: int = KEPT_GRAPHS):
         self.kept, self.reason = kept, ""
@@ -54,7 +54,7 @@ class Graphs:
         self._lock = threading.Lock()
 
     def run(self, run: Run, x: Tensor, key: tuple) -> list[Tensor]:
-        """`run(x)`; `key` tells passes apart that differ in more than the input's size."""
+        """`run(x)`; `key` distinguishes passes that differ in more than the input size."""
         if self.reason or x.numel() == 0 or torch.cuda.is_current_stream_capturing():
             return run(x)
         with torch.cuda.device(x.device):

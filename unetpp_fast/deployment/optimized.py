@@ -1,4 +1,4 @@
-"""A trained network as a module for inference alone: pruned, folded, fused, its memory kept, its launches captured."""
+"""A trained network as an inference-only module: pruned, folded, fused, with preallocated memory and captured launches."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ DTYPES = tuple(precision.dtype for precision in PRECISIONS.values())
 
 
 class Optimized(nn.Module):
-    """What `optimize` returns. It stays in eval mode, and gives no gradients.
+    """What `optimize` returns. It stays in eval mode and gives no gradients.
 
-    Its `state_dict()` holds the weights and all that rebuilds it: `unetpp_fast.load_optimized` reads it anywhere. Weights
-    are composed at the first call in a precision and device, and again after `load_state_dict` and `to`; they are not to
-    be changed in any other way. Calls may come from several threads and streams at once.
+    Its `state_dict()` holds the weights and everything that `unetpp_fast.load_optimized` needs to rebuild it. Weights are
+    composed at the first call with a precision and device, and again after `load_state_dict` and `to`; do not change them
+    in any other way. Several threads and streams may call it at once.
     """
 
     def __init__(self, network: Network, *, pruned: bool, dtype: torch.dtype | None, mode: str):
@@ -50,7 +50,7 @@ class Optimized(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        """What was composed or captured: the weights have changed, or moved."""
+        """Drops what was composed or captured: the weights have changed or moved."""
         if self.network.backend in ("auto", "cpu", "reference"):
             on_cpu = next(self.network.parameters()).device.type == "cpu"
             self.network.backend = "cpu" if on_cpu else "auto"
@@ -75,7 +75,7 @@ class Optimized(nn.Module):
         self._forget()
 
     def train(self, mode: bool = True) -> Optimized:
-        """Does nothing: this module is for inference."""
+        """Does nothing: this module is for inference only."""
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Optimized(nn.Module):
         self.pruned, self.dtype, self.mode = _settings(state)
 
     def forward(self, x: Tensor) -> Outputs:
-        """What the model it was made from, pruned, returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
+        """What the original model, pruned, returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
 
         Raises:
             TypeError, ValueError: the network does not take `x`.
@@ -103,13 +103,13 @@ class Optimized(nn.Module):
         return network.shaped(self._logits(x, columns))
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
-        """Probabilities `[N, out_channels, *S]`, in float32 at least, for `[N, C, *S]` of any size.
+        """Probabilities `[N, out_channels, *S]`, at least in float32, for `[N, C, *S]` of any size.
 
         In mode "accurate" the mean over the heads up to this module's level, in mode "fast" the head at that level.
         activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
 
         Raises:
-            TypeError, ValueError: x has the wrong type, rank or channels, or holds NaN; an argument is unknown.
+            TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
         x = self._cast(x)
         check_image(self.network, x, activation)
@@ -119,7 +119,7 @@ class Optimized(nn.Module):
         return mean_probabilities(logits, activation)
 
     def explain(self, x: Tensor) -> str:
-        """Prints and returns what runs for `x`, node by node, and why; nothing is computed."""
+        """Prints and returns what computes each node for `x`, and why; nothing is computed."""
         x = self._cast(x)
         with self._precision(x), torch.no_grad():
             check_input(self.network, x, any_size=self.network.options["odd_sizes"])
@@ -131,12 +131,12 @@ class Optimized(nn.Module):
         return text
 
     def _cast(self, x: Tensor) -> Tensor:
-        """Images in the precision of the stored weights; that of the maps is chosen by autocast."""
+        """Images in the precision of the stored weights; autocast chooses that of the maps."""
         weight = next(self.network.parameters())
         return x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def _precision(self, x: Tensor) -> torch.autocast:
-        """Autocast to this module's precision; as the caller has it where none was asked for."""
+        """Autocast to this module's precision; the caller's if it has none."""
         return _autocast(x.device.type, self.dtype)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Optimized(nn.Module):
             return run(x, columns)
 
     def _choose(self, call: Call) -> tuple[str, str]:
-        """The backend and the reason, as `dispatch.choose`; batch norms are folded on the reference too."""
+        """As `dispatch.choose`; on the reference, batch norms are folded too."""
         x = call.x
         if x.device.type == "cpu":
             gflop = x.shape[0] * self._once(("gflop", *x.shape[2:]), lambda: self.network.gflop(x.shape[2:]))
@@ -166,7 +166,7 @@ class Optimized(nn.Module):
     def _plain(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
         wanted = [column in columns for column in self.network.topology.heads]
         logits = reference.forward(self._once(("plain",), lambda: folded(self.network)), x)
-        return [each for each, one in zip(logits, wanted, strict=True) if one]
+        return [head for head, one in zip(logits, wanted, strict=True) if one]
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         with self._lock:
@@ -180,7 +180,7 @@ class Optimized(nn.Module):
         return self._once(("cpu", call.dtype), lambda: packed_weights.pack(plan, call.tensors(), call.dtype))
 
     def _by_engine(self, name: str, call: Call) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
-        """A pass of the engine with the ops `name`, its operands composed once."""
+        """A fused pass with the ops `name` and operands composed once."""
         structure, dtype = self.network.structure, call.dtype
         modes = structure.modes("0" * len(structure.norms), keep=False)
 
@@ -196,13 +196,13 @@ class Optimized(nn.Module):
                 forward = Forward(structure.plan, load_ops(name), modes, tensors, dtype, operands=composed)
                 logits, _ = forward.run(image, keep=False)
             pairs = zip(structure.plan.topology.heads, logits, strict=True)
-            return [each for column, each in pairs if column in columns]
+            return [head for column, head in pairs if column in columns]
 
         return run
 
 
 def folded(network: Network) -> Network:
-    """The network without its batch norms, which in eval mode are a factor and a bias of the convolution before them."""
+    """The network with its batch norms folded into the convolutions before them, as they compute in eval mode."""
     if norm_name(network.options["norm"]) != "batch":
         return network
     with torch.device("meta"):
@@ -214,22 +214,22 @@ def folded(network: Network) -> Network:
             bias = None if conv.bias is None else conv.bias.double()
             parts = tuple(part.double() for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
             key = f"nodes.{name}.conv{place}"
-            found = weight_composition.fold(conv.weight.double(), bias, parts, norm.eps)
-            values[f"{key}.weight"], values[f"{key}.bias"] = (value.to(conv.weight.dtype) for value in found)
+            folded_values = weight_composition.fold(conv.weight.double(), bias, parts, norm.eps)
+            values[f"{key}.weight"], values[f"{key}.bias"] = (value.to(conv.weight.dtype) for value in folded_values)
     result.load_state_dict(values, assign=True)
     return result.requires_grad_(False).eval()
 
 
 class OptimizedModule(nn.Module):
-    """A converted network that has no plan of its own yet, such as one over an encoder: in eval mode, without gradients, in
-    the precision asked for. `explain` says why nothing is fused."""
+    """A converted network over an encoder, which has no plan yet: in eval mode, without gradients, in the given precision.
+    `explain` says why nothing is fused."""
 
     def __init__(self, network: EncodedNetwork, dtype: torch.dtype | None):
         super().__init__()
         self.network, self.dtype = network.requires_grad_(False).eval(), dtype
 
     def train(self, mode: bool = True) -> OptimizedModule:
-        """Does nothing: this module is for inference."""
+        """Does nothing: this module is for inference only."""
         return self
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -246,13 +246,13 @@ class OptimizedModule(nn.Module):
 
     def explain(self, x: Tensor) -> str:
         """Prints and returns why nothing is fused."""
-        text = "reference: a nest over another library's encoder runs in plain PyTorch"
+        text = "reference: a network over another library's encoder runs in plain PyTorch"
         print(text)
         return text
 
 
 def _autocast(kind: str, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype` on a kind of device; as the caller has it for None, off for float32 and above."""
+    """Autocast to `dtype` on a type of device; the caller's for None, disabled for float32 and float64."""
     if dtype is None:
         return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
     return torch.autocast(kind, dtype) if dtype.itemsize < 4 else torch.autocast(kind, enabled=False)
@@ -261,18 +261,18 @@ def _autocast(kind: str, dtype: torch.dtype | None) -> torch.autocast:
 def optimize(
     model: nn.Module, *, level: int | None = None, dtype: torch.dtype | None = None, mode: str = "accurate"
 ) -> Optimized | OptimizedModule:
-    """A module for inference alone that computes what `model` computes in eval mode, as fast as this machine can.
+    """An inference-only module that computes what `model` computes in eval mode, as fast as this machine can.
 
-    Batch norms are folded into weights and up-sampling into convolutions, both in float32 at least with the exact eps;
-    memory is kept between calls; on a GPU every size is captured as a CUDA graph. What cannot be fused runs as it is, and
+    Batch norms are folded into weights and up-sampling into convolutions, at least in float32 and with the exact eps; memory
+    is kept between calls; on a GPU each size is captured as a CUDA graph. What cannot be fused runs unchanged, and
     `explain(x)` says why. The model is copied: training it further does not change the result.
 
     Args:
-        model: a model of this package, or another implementation's that `unetpp_fast.convert` knows.
+        model: a model of this package, or one that `unetpp_fast.convert` knows.
         level: compute only the nodes that X(0,level) needs, and return its head, as `model.prune(level)` does.
         dtype: the precision of the maps, and so of the logits: float32, bfloat16, float16 or float64. Inputs of any
-            precision are cast. Default the model's own, or autocast's where a call is under it.
-        mode: of `predict`: "accurate", the mean over the heads up to `level`, or "fast", the head at `level` alone.
+            precision are cast. Default: the model's, or autocast's if a call is under autocast.
+        mode: of `predict`: "accurate", the mean over the heads up to `level`, or "fast", only the head at `level`.
 
     Raises:
         ValueError: an argument is unknown, there is no head at `level`, or `convert` does not know the model.
@@ -280,24 +280,24 @@ def optimize(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {[str(each) for each in DTYPES]}, not {dtype!r}")
+        raise ValueError(f"dtype must be one of {[str(known) for known in DTYPES]}, not {dtype!r}")
     if not isinstance(model, (Network, EncodedNetwork)):
         with evaluating(model):
             model = convert(model)
     if isinstance(model, EncodedNetwork):
         if level is not None:
-            raise ValueError("a nest over an encoder has one head: leave level=None")
+            raise ValueError("a network over an encoder has one head: leave level=None")
         own = next(model.parameters()).dtype
-        return OptimizedModule(_own(model, dtype), dtype or (own if own.itemsize < 4 else None))
+        return OptimizedModule(_own_copy(model, dtype), dtype or (own if own.itemsize < 4 else None))
     topology, pruned = model.topology, level is not None
     kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
     part = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
     own = next(model.parameters()).dtype
-    return Optimized(_own(part, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
+    return Optimized(_own_copy(part, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
 
 
-def _own(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy with memory of its own in float32 at least: weights are rounded only after they are folded."""
+def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy, at least in float32: weights are rounded only after folding."""
     with torch.inference_mode(False), torch.no_grad():
         network = copy.deepcopy(network)
         wide = dtype if dtype == torch.float64 else torch.float32
@@ -306,10 +306,10 @@ def _own(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | torch.device = "cpu") -> Optimized:
-    """The module of which `source` is the `state_dict()`, or a file with it; no code in a file can run (`weights_only`).
+    """Rebuilds a module from its `state_dict()` or a file with it; no code in a file can run (`weights_only`).
 
     Raises:
-        InputError: the file does not exist, is damaged, or is none of an optimized module.
+        InputError: the file does not exist, is damaged, or is not of an optimized module.
     """
     state = source
     if not isinstance(source, Mapping):
@@ -322,7 +322,7 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
             raise InputError(f"{source} cannot be read as a state_dict: {type(error).__name__}: {first}") from error
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None
     if not isinstance(extra, Mapping) or extra.get("unetpp_fast_optimized") != FORMAT:
-        raise InputError(f"this is no state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
+        raise InputError(f"this is not a state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
     try:
         pruned, dtype, mode = _settings(extra)
         own = next(value.dtype for name, value in state.items() if name.endswith("conv1.weight"))
@@ -335,5 +335,5 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
 
 
 def _settings(extra: Mapping[str, Any]) -> tuple[bool, torch.dtype | None, str]:
-    dtype = None if extra["dtype"] is None else {str(each).removeprefix("torch."): each for each in DTYPES}[extra["dtype"]]
+    dtype = None if extra["dtype"] is None else PRECISIONS[extra["dtype"]].dtype
     return extra["pruned"], dtype, extra["mode"]

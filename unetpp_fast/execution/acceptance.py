@@ -1,4 +1,4 @@
-"""When a result counts as right: as near to float64 as twice PyTorch's own error in that precision."""
+"""When a result is accepted: within twice PyTorch's own error against float64 in that precision."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SINGLE = 1e-5  # of the norm: what another order of summation may cost in single precision
+SINGLE = 1e-5  # relative error that another order of summation may cause in single precision
 
 
-def disagreement(exact: Sequence[Tensor], usual: Sequence[Tensor], found: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Why a result is not as near to float64 as it must be; "" where it is.
+def disagreement(exact: Sequence[Tensor], usual: Sequence[Tensor], actual: Sequence[Tensor], dtype: torch.dtype) -> str:
+    """Why a result is not accepted; "" if it is.
 
-    For each pair of vectors (outputs, gradients): ``|found - exact| <= 2 |usual - exact| + eps |exact|``, in Euclidean
-    norms; `usual` is what PyTorch gives in that precision. In float32, 1e-5 of the norm is right too.
+    For each pair of vectors (outputs, gradients): ``|actual - exact| <= 2 |usual - exact| + eps |exact|``, in Euclidean
+    norms; `usual` is PyTorch's own result in that precision. In float32 a relative error of 1e-5 is accepted too.
     """
-    for index, (e, u, f) in enumerate(zip(exact, usual, found, strict=True)):
+    for index, (e, u, a) in enumerate(zip(exact, usual, actual, strict=True)):
         what = ("outputs", "gradients")[index] if len(exact) <= 2 else f"result {index}"
-        if f.shape != e.shape:
-            return f"{what} are {f.numel()} values, not {e.numel()}"
-        error, allowed = (f - e).norm(), 2 * (u - e).norm() + torch.finfo(dtype).eps * e.norm()
+        if a.shape != e.shape:
+            return f"{what} are {a.numel()} values, not {e.numel()}"
+        error, allowed = (a - e).norm(), 2 * (u - e).norm() + torch.finfo(dtype).eps * e.norm()
         if dtype == torch.float32:
             allowed = max(allowed, SINGLE * e.norm())
         if not bool(error <= allowed):  # NaN too
-            return f"{what} are {error:.3g} off float64, allowed are {allowed:.3g} (of {e.norm():.3g})"
+            return f"{what} are {error:.3g} off float64, allowed are {allowed:.3g} (norm {e.norm():.3g})"
     return ""
 
 
 def as_vector(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors as one float64 vector."""
+    """The values of all tensors as one float64 vector."""
     return torch.cat([tensor.detach().flatten().double() for tensor in tensors])

@@ -1,4 +1,4 @@
-"""Several processes, one for each GPU: statistics of batch norm over all of them, on the reference and in the engine.
+"""Batch norm statistics over several processes, on the reference and in the engine.
 
 `training.processes.sync_batch_norm` replaces the batch norms of a network by ones whose training statistics are those of
 the whole batch, wherever its images lie. Sums of squares are taken around the mean, and the parts of each process combined
@@ -17,20 +17,20 @@ from ..architecture.network_spec import NetworkSpec
 
 
 def group_of(name: str) -> dist.ProcessGroup | None:
-    """The process group of that name; None for "", this process alone."""
+    """The process group of that name; None for "", this process only."""
     return dist.distributed_c10d._resolve_process_group(name) if name else None
 
 
 def agreed(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """What the first process of a group says."""
-    said = torch.tensor(value, device=device)
-    dist.broadcast(said, dist.get_global_rank(group, 0), group=group)
-    return int(said)
+    """The value that the first process of a group passes."""
+    chosen = torch.tensor(value, device=device)
+    dist.broadcast(chosen, dist.get_global_rank(group, 0), group=group)
+    return int(chosen)
 
 
 def gathered_statistics(mean: Tensor, variance: Tensor, pixels: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """From each process's mean and biased variance `[1, C]` over its `pixels`: parts `[1, processes, 3, C]` as
-    `naive.norm_finalise` takes them, and the pixels of all."""
+    `naive.norm_finalise` takes them, and the pixels of all processes."""
     count = torch.full_like(mean[0], pixels)
     mine = torch.stack((count, mean[0], variance[0] * count))
     parts = [torch.empty_like(mine) for _ in range(group.size())]
@@ -40,19 +40,19 @@ def gathered_statistics(mean: Tensor, variance: Tensor, pixels: int, group: dist
 
 
 def averages_of(sums: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
-    """`[2, C]` sums over the pixels of every process, divided by how many those are (`naive.norm_backward`)."""
+    """`[2, C]` sums over the pixels of every process, divided by their number (`naive.norm_backward`)."""
     packed = torch.cat((sums.flatten(), sums.new_full((1,), count)))
     dist.all_reduce(packed, group=group)
     return (packed[:-1] / packed[-1]).view_as(sums)
 
 
 def unbiased(variance: Tensor, count: int | Tensor) -> Tensor:
-    """The unbiased variance, as running statistics keep it, from the biased one of `count` values."""
+    """The unbiased variance, which running statistics hold, from the biased variance of `count` values."""
     return variance * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / max(count - 1, 1))
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; so is its gradient, for every process's loss depends on it."""
+    """The sum over processes. Its gradient is summed too: the loss of every process depends on it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -71,7 +71,7 @@ class _Sum(torch.autograd.Function):
 class SyncedBatchNorm:
     """What `SyncedBatchNorm2d` and `3d` add to PyTorch's batch norm, whose parameters, buffers and modes they keep.
 
-    `nn.SyncBatchNorm` does the same on CUDA devices alone.
+    `nn.SyncBatchNorm` does the same, only on CUDA devices.
     """
 
     group_name = ""

@@ -12,12 +12,12 @@ from ..architecture.precision import compute_dtype
 class Call:
     """A network, its layers as they are now, and the input of one forward pass.
 
-    The layers are walked once per call, for a walk takes as long as launching twenty kernels; every question about them
-    (what has changed, which norms are in training, which tensors the operators take) is answered from here.
+    The layers are walked once per call, because a walk takes as long as launching twenty kernels. Whatever is asked about
+    them later (which have changed, which norms are in training, which tensors the operators take) is answered from here.
 
     Attributes:
-        network, x: as given; x `[N, in_channels, *S]`.
-        dtype: of the maps; as autocast or the input has it where it is not given.
+        network, x: the arguments; x is `[N, in_channels, *S]`.
+        dtype: of the maps; by default autocast's or the input's.
         modules: the network and all its layers, as `modules()` gives them.
     """
 
@@ -27,7 +27,7 @@ class Call:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """In the order of the network's structure."""
+        """Those of all layers, in the order of the network's structure."""
         return [value for module in self.modules for value in module._parameters.values() if value is not None]
 
     @property
@@ -36,7 +36,7 @@ class Call:
         return [value for module in self.modules for value in module._buffers.values()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their names in the network, without gradients; of a network with a structure."""
+        """Parameters and buffers, detached, by their names in the network; the network must have a structure."""
         structure = self.network.structure
         names, values = structure.parameters + structure.buffers, self.parameters + self.buffers
         return {name: value.detach() for name, value in zip(names, values, strict=True)}

@@ -1,7 +1,7 @@
-"""Who computes a forward pass, and why.
+"""Chooses the backend that computes a forward pass, and says why.
 
-`reference` is plain PyTorch. `triton` runs the whole pass as one operator over level buffers (`fused/`), with the kernels
-of `kernels/`; `cuda` does the same, its narrow convolutions by the kernels of `csrc/`. `cpu` does inference on a CPU with
+`reference` is plain PyTorch. `triton` runs the whole pass as one operator over level buffers (`fused/`) with the kernels of
+`kernels/`; `cuda` does the same but uses the kernels of `csrc/` for narrow convolutions. `cpu` does inference on a CPU with
 oneDNN's convolutions (`cpu/`). A backend that cannot run says why, and the reference takes over.
 """
 
@@ -25,8 +25,8 @@ from .plan import steps
 
 BACKENDS = ("reference", *ENGINES)
 MODE_DEPENDENT_LAYERS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
-MIN_CPU_PIXELS = 8192  # per batch; with fewer, comparing the weights costs more than the backend gains
-MIN_GFLOP_PER_NODE = 0.014  # per batch, with packed weights; with fewer, the calls of a node outweigh its convolutions
+MIN_CPU_PIXELS = 8192  # per batch; below, comparing the weights costs more than the backend gains
+MIN_GFLOP_PER_NODE = 0.014  # per batch, with packed weights; below, calling a node takes longer than its convolutions
 _agreements: dict[tuple, str] = {}  # by structure, precision and process group
 
 
@@ -34,7 +34,7 @@ def check(name: str) -> str:
     """`name` if it is "auto" or a backend of this version.
 
     Raises:
-        ValueError: it is not; the message says which there are.
+        ValueError: it is not; the message lists the backends.
     """
     if name == "auto" or name in BACKENDS:
         return name
@@ -44,10 +44,10 @@ def check(name: str) -> str:
 def choose(call: Call) -> tuple[str, str]:
     """The backend that computes `call`, and the reason.
 
-    "auto" takes the kernels where they were found right and faster on this GPU, the reference elsewhere. That is measured
-    by the first call of each size, or beforehand by `unetpp_fast.tune`, which looks for the fastest way of every node too.
-    On a CPU it takes the CPU backend for inference. Weights may change between calls in any way: they are compared by value
-    with those that were packed.
+    On a GPU "auto" takes the kernels if they were measured to be right and faster, otherwise the reference. The first call
+    of each size measures, or `unetpp_fast.tune` does so beforehand and also finds the fastest way of every node. On a CPU
+    "auto" takes the CPU backend for inference. Weights may change between calls in any way: they are compared by value with
+    those that were packed.
     """
     backend, x = call.network.backend, call.x
     if backend == "reference":
@@ -66,7 +66,7 @@ def choose(call: Call) -> tuple[str, str]:
 
 
 def _agreed(call: Call) -> tuple[str, str]:
-    """One backend for all processes that share statistics: they exchange them in a backend's own way."""
+    """One backend for all processes that share statistics: each backend exchanges them in its own way."""
     network = call.network
     place = network.structure.handle, call.dtype, network.sync_group
     if place not in _agreements:
@@ -78,28 +78,28 @@ def _agreed(call: Call) -> tuple[str, str]:
 
 def _measured(call: Call) -> tuple[str, str]:
     training = torch.is_grad_enabled() and call.network.training
-    found = tuning.verdict(call, training)
-    if found and found.get("backend") == "cuda" and not cuda_library.load()[0]:
-        found = None  # they were there when it was measured
-    if found is None and tuning.may_measure(call.x):
-        found = tuning.judge(call, training, _kernels(call))
-    if found is None:
+    verdict = tuning.verdict(call, training)
+    if verdict and verdict.get("backend") == "cuda" and not cuda_library.load()[0]:
+        verdict = None  # the library was there when this was measured
+    if verdict is None and tuning.may_measure(call.x):
+        verdict = tuning.judge(call, training, _kernels(call))
+    if verdict is None:
         return "reference", "not measured on this GPU for this size: unetpp_fast.tune(model, x) does"
-    if "error" in found:
-        return "reference", f"the kernels failed when they were tried: {found['error']}"
-    if not found["right"]:
+    if "error" in verdict:
+        return "reference", f"the kernels failed when they were tried: {verdict['error']}"
+    if not verdict["right"]:
         return "reference", "the kernels gave a wrong result on this GPU when they were measured"
-    name = found["backend"] if found["ratio"] > 1 else "reference"
-    return name, f"measured: the kernels take {1 / found['ratio']:.2f} of the reference's time"
+    name = verdict["backend"] if verdict["ratio"] > 1 else "reference"
+    return name, f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
 
 
 def _kernels(call: Call) -> list[str]:
-    """The backends for a GPU that can compute `call`."""
+    """The GPU backends that can compute `call`."""
     return ["triton", *(["cuda"] if can_run_cuda(call)[0] else [])]
 
 
 def prepare(network: NetworkSpec) -> None:
-    """Reads what earlier measurements found about the GPU that a network was just moved to."""
+    """Reads earlier measurements of the GPU that a network was just moved to."""
     device = next(network.parameters()).device
     if device.type == "cuda" and ops.HAS_TRITON:
         tuning.load(device)
@@ -108,21 +108,20 @@ def prepare(network: NetworkSpec) -> None:
 def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bool = True) -> dict[str, dict]:
     """Measures the kernels on this GPU for inputs like `x`, once; `backend="auto"` then uses them where they win.
 
-    Without it, "auto" compares the kernels as they come with the reference. This times every way of each convolution
-    first; then it checks the whole pass against float64 and times it against the reference. Takes minutes, mostly of
-    compiling; what was found is kept on disk for this GPU, torch, triton and version of the kernels. Run it under
-    `torch.autocast` to tune for half precision.
+    Without it, "auto" compares the default kernels with the reference. This first times every way of each convolution; then
+    it checks the whole pass against float64 and times it against the reference. It takes minutes, mostly to compile. Results
+    are kept on disk by GPU, torch, triton and kernel sources. Run it under `torch.autocast` to tune for half precision.
 
     Args:
-        network: a model of this package, on a GPU; it is not changed.
-        x: an input it takes, `[N, in_channels, *S]`, of the size and batch to tune for.
+        network: a model of this package on a GPU; it is not changed.
+        x: `[N, in_channels, *S]`, of the size and batch to tune for.
         training: measure forward and backward passes too.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        For "inference" (and "training"): "backend", the faster of those that are right; "right", whether the error of
-        outputs (and gradients) against float64 is at most twice the reference's; "ratio", the reference's time over the
-        kernels'; "reference_ms", "fused_ms".
+        For "inference" (and "training"): "backend", the fastest that is right; "right", whether outputs (and gradients) are
+        within twice the reference's error against float64; "ratio", the reference's time over the kernels'; "reference_ms",
+        "fused_ms".
 
     Raises:
         RuntimeError: the kernels cannot run `network(x)` here; the message says why.
@@ -136,7 +135,7 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
 
 
 def can_run_triton(call: Call) -> tuple[bool, str]:
-    """Whether the Triton kernels can compute `call`, and if not, why."""
+    """Whether the Triton kernels can compute `call`; if not, why."""
     network, x = call.network, call.x
     if reason := never_runs(network, "triton"):
         return False, reason
@@ -154,7 +153,7 @@ def can_run_triton(call: Call) -> tuple[bool, str]:
 
 
 def can_run_cuda(call: Call) -> tuple[bool, str]:
-    """Whether the kernels of `csrc/` can compute narrow convolutions of `call`, Triton's the rest; if not, why."""
+    """Whether the kernels of `csrc/` can compute the narrow convolutions of `call`, and Triton's the rest; if not, why."""
     runs, reason = can_run_triton(call)
     if not runs:
         return runs, reason
@@ -171,15 +170,15 @@ def can_run_cuda(call: Call) -> tuple[bool, str]:
 
 
 def _is_for_cpu(x: Tensor) -> bool:
-    """Whether "auto" asks for the CPU backend: not where Triton's interpreter is to run on the CPU, nor while someone
-    watches the operators that run."""
+    """Whether "auto" considers the CPU backend: not when Triton's interpreter runs on the CPU, nor inside a dispatch mode
+    that observes operators."""
     if x.device.type != "cpu" or ops.INTERPRETED or torch.compiler.is_compiling():
         return False
     return torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 def can_run_cpu(call: Call) -> tuple[bool, str]:
-    """Whether the CPU backend can compute `call`; if not, why, and else with which operators."""
+    """Whether the CPU backend can compute `call`, and with which operators; if not, why."""
     network, x = call.network, call.x
     if reason := never_runs(network, "cpu"):
         return False, reason
@@ -205,14 +204,14 @@ def can_run_cpu(call: Call) -> tuple[bool, str]:
 
 
 def never_runs(network: NetworkSpec, backend: str) -> str:
-    """Why a backend can compute no call of this network, because of its topology or options; "" if it may."""
+    """Why a backend can never compute this network, because of its topology or options; "" if it may."""
     if network.structure is None:
         return steps.unsupported(network.topology, network.options)
     return network.structure.unsupported[backend]
 
 
 def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
-    """Whether a backend can compute a network like this one, in whatever precision and place, and if not, why."""
+    """Whether a backend can compute `call` in some precision and on some device; if not, why."""
     network, x, structure = call.network, call.x, call.network.structure
     if reason := never_runs(network, backend):
         return False, reason
@@ -223,7 +222,7 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
     if network.options["odd_sizes"] and network.sync_group and network.training:
         return False, "processes that share statistics must not differ in their backend, which odd sizes may make them"
     if network.options["odd_sizes"] and any(size % network.topology.multiple for size in x.shape[2:]):
-        return False, f"sizes that are no multiple of {network.topology.multiple} run on the reference"
+        return False, f"sizes that are not a multiple of {network.topology.multiple} run on the reference"
     if network.training and (reason := training_unsupported(network.options)):
         return False, reason
     weight = next(network.parameters())

@@ -1,4 +1,4 @@
-"""What runs for a network and an input, node by node, in words."""
+"""What computes each node of a network for an input, in words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .fused.structure import NORMS
 
 
 def explain(network: NetworkSpec, x: Tensor) -> str:
-    """Prints and returns, for each node of `network(x)`, the backend that runs it, what it reads and the reason.
+    """Prints and returns, for each node of `network(x)`, the backend that computes it, what it reads and the reason.
 
     Args:
         network: a model of this package.
-        x: an input it takes, `[N, in_channels, *S]`; nothing is computed, unless `backend="auto"` has to compare first.
+        x: an input it takes, `[N, in_channels, *S]`; nothing is computed, unless `backend="auto"` has to measure first.
 
     Raises:
         TypeError, ValueError: the network does not take `x`.
@@ -55,21 +55,21 @@ def _describe(network: NetworkSpec, node: Node) -> str:
 
 
 class _Ways:
-    """Ops that compute nothing and keep how the kernels would do each convolution."""
+    """Ops that compute nothing and record how the kernels would do each convolution."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self.found: list[str] = []
+        self.ways: list[str] = []
 
     def conv(self, out: Tensor, a: Tensor, wa: Tensor, *, stats: bool = False, **options) -> Tensor | None:
         from ..kernels import cuda_ops, triton_ops
 
         geometry = {key: options[key] for key in ("taps", "stride", "phased") if key in options}
         if self.backend == "cuda" and cuda_ops.can_run_conv(out, a, **geometry)[0]:
-            self.found.append("the CUDA kernel, unless Triton's was measured to be faster")
+            self.ways.append("the CUDA kernel, unless Triton's was measured to be faster")
             return self._statistics(out, stats)
         way, measured = triton_ops.way_of_conv(out, a, lambda way: None, stats=stats, **options)
-        self.found.append(f"{way} ({'measured' if measured else 'not measured: unetpp_fast.tune(model, x) does'})")
+        self.ways.append(f"{way} ({'measured' if measured else 'not measured: unetpp_fast.tune(model, x) does'})")
         return self._statistics(out, stats)
 
     def _statistics(self, out: Tensor, stats: bool) -> Tensor | None:
@@ -90,4 +90,4 @@ def _ways(call: Call, backend: str) -> dict[str, tuple[str, str]]:
     tensors = {name: value.to("meta") for name, value in call.tensors().items()}
     modes = structure.modes(training, call.needs_gradients)
     Forward(structure.plan, ops, modes, tensors, call.dtype).run(call.x.to("meta"), call.needs_gradients)
-    return {node.name: tuple(ops.found[2 * index : 2 * index + 2]) for index, node in enumerate(network.topology.nodes)}
+    return {node.name: tuple(ops.ways[2 * index : 2 * index + 2]) for index, node in enumerate(network.topology.nodes)}

@@ -1,4 +1,4 @@
-"""The forward pass in plain PyTorch: any device, any dtype, differentiable, exportable. The oracle of the others."""
+"""The forward pass in plain PyTorch: any device, any dtype, differentiable, exportable. The oracle of other backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def node_maps(network: NetworkSpec, x: Tensor) -> dict[tuple[int, int], Tensor]:
     """The output `[N, width, *S / 2^i]` of every node (i, j), for `x` `[N, in_channels, *S]`."""
     topology = network.topology
     pool = F.max_pool2d if topology.spatial_dims == 2 else F.max_pool3d
-    strided = network.options["downsample"] == "stride"  # then a level's first convolution halves the map
+    strided = network.options["downsample"] == "stride"  # the first convolution of a level halves the map
     maps: dict[tuple[int, int], Tensor] = {}
     for node in topology.nodes:
         if node.column:
@@ -45,7 +45,7 @@ def _node(module: nn.Module, prefix: list[Tensor], low: Tensor | None, recompute
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, norms update copies of their running statistics: those of this pass are in already."""
+    """Inside, norms update copies of their running statistics, which already include this pass."""
     before = [(part, dict(part._buffers)) for part in module.modules()]
     for part, buffers in before:
         part._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})

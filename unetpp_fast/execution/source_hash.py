@@ -1,4 +1,4 @@
-"""Which sources a measurement depends on, as one hash: a figure of other sources is stale and shows as such."""
+"""One hash of the sources that a measurement depends on, so that figures of older sources are seen to be stale."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-FOLDERS = ("architecture", "execution", "models", "deployment")  # of the package: all that a pass goes through
+FOLDERS = ("architecture", "execution", "models", "deployment")  # of the package: the code that a pass runs
 BUILT = {".pyc", ".so", ".o", ".d", ".md"}
 
 
 def pass_files(package: Path = PACKAGE) -> dict[str, Path]:
-    """The kernels, the CUDA sources where they are, and the folders that a pass goes through: each file by its path
-    relative to the package's parent, sorted."""
+    """Every file of `FOLDERS`, of the kernels and, in a repository, of csrc, by its path relative to the package's parent;
+    sorted."""
     inside, beside = package / "kernels", package.parent / "kernels"  # installed, or in the repository
     folders = {"kernels": inside if inside.is_dir() else beside, "csrc": package.parent / "csrc"}
     folders |= {f"{package.name}/{name}": package / name for name in FOLDERS}
-    found = {
+    files = {
         f"{name}/{path.relative_to(folder).as_posix()}": path
         for name, folder in folders.items()
         for path in folder.rglob("*")
         if path.is_file() and path.suffix not in BUILT
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""The networks by name: UNet++, U-Net and those of the paper's comparison."""
+"""UNet++, U-Net and the networks of the paper's comparison."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ class UNetPlusPlus(Network):
         features: width of each level, finest first; depth is `len(features) - 1` (1 to 6).
         norm: None (the paper), "batch" or "instance"; `("batch", {"eps": 1e-3})` sets keywords.
         act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
-        upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear"
-            (all channels are passed on), `("linear", {"align_corners": True})`. `"project": True` puts a 1x1
-            convolution to the level's width before the interpolation. "pixelshuffle" and `("deconv", {"bias": False})`
-            run on the reference alone.
+        upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear" (all channels are
+            passed on), `("linear", {"align_corners": True})`. `"project": True` adds a 1x1 convolution to the level's
+            width before the interpolation. "pixelshuffle" and `("deconv", {"bias": False})` only run on the reference.
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
-        backend: "auto" or the name of one (`unetpp_fast.execution.dispatch.BACKENDS`).
+        backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.
     """
 
     def __init__(

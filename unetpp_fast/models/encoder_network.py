@@ -1,7 +1,7 @@
-"""UNet++ over any encoder: the first column of the grid is somebody else's module, the rest is ours.
+"""UNet++ over any encoder: the first column of the grid is another library's module, the rest is ours.
 
-This is how segmentation_models_pytorch (smp) lays it out: the encoder gives maps at 1/2, 1/4, ... of the image; the nest
-spans them; a last block without a skip connection brings X(0,depth) to the size of the image, and a 3x3 head follows.
+The layout is that of segmentation_models_pytorch (smp): the encoder returns maps at 1/2, 1/4, ... of the image size; the
+nest spans them; a last block without a skip connection brings X(0,depth) to the image size, and a 3x3 head follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .prediction import check_image, crop, evaluating, mean_probabilities, pad_t
 
 
 class ChannelSpatialGate(nn.Module):
-    """Scales each channel, and beside it each pixel, and adds both (scSE; Roy et al., 2018). `[N, C, *S]` to the same."""
+    """The input scaled per channel plus the input scaled per pixel (scSE; Roy et al., 2018): `[N, C, *S]` to the same."""
 
     def __init__(self, channels: int, spatial_dims: int, reduction: int = 16):
         super().__init__()
@@ -32,8 +32,8 @@ class ChannelSpatialGate(nn.Module):
 
 
 class GatedNode(NodeModule):
-    """A node with a `ChannelSpatialGate` over what its first convolution reads, if that includes a skip connection, and
-    one over its result."""
+    """A node with a `ChannelSpatialGate` on the input of its first convolution, if that includes a skip connection, and one
+    on its output."""
 
     def __init__(self, convolutions: tuple, up: tuple[int, int], spatial_dims: int, **options):
         super().__init__(convolutions, up, spatial_dims, **options)
@@ -50,14 +50,14 @@ class EncodedNetwork(nn.Module):
     """A nest over the maps of an encoder.
 
     Args:
-        encoder: takes `[N, C, *S]` and returns maps of `[N, C_k, *S / 2^k]`, k = 0, 1, ... `topology.depth` + 1. The first,
-            at the size of the image, is not used.
+        encoder: maps `[N, C, *S]` to a list of `[N, C_k, *S / 2^k]`, k = 0, 1, ... `topology.depth` + 1. The first, at the
+            image size, is not used.
         topology: the nest; its level i has the encoder's map at 1/2^(i+1), and its column 0 is the encoder's.
-        last_width: channels of the last block, at the size of the image.
+        last_width: channels of the last block, at the image size.
         out_channels: classes of the mask.
-        norm, act, upsample, bias: as in `Network`; `attention` puts gates into every node.
-        form: how the logits are handed over, a name in `unetpp_fast.architecture.output_forms`.
-        unused: a module that is kept for its weights and never run.
+        norm, act, upsample, bias: as in `Network`; `attention` adds gates to every node.
+        form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
+        unused: a module kept for its weights and never run.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class EncodedNetwork(nn.Module):
         return 2 * self.topology.multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map `[N, out_channels, *S]` for `[N, C, *S]`: logits, or what `form` makes of them.
+        """The map `[N, out_channels, *S]` for `[N, C, *S]`: logits, or their form (`form`).
 
         Raises:
-            TypeError, ValueError: x has the wrong type, rank or channels, or a size that is no multiple of `multiple`.
+            TypeError, ValueError: x has the wrong type, rank or channels, or a size that is not a multiple of `multiple`.
         """
         check_input(self, x, any_size=True)
         if any(size % self.multiple for size in x.shape[2:]):
@@ -111,7 +111,7 @@ class EncodedNetwork(nn.Module):
         return FORMS[self.form]([self.logits(x)], False)
 
     def logits(self, x: Tensor) -> Tensor:
-        """`[N, out_channels, *S]` for an image whose size is a multiple of `multiple`."""
+        """`[N, out_channels, *S]` for an image size that is a multiple of `multiple`."""
         features = self.encoder(x)[1:]
         maps = {(level, 0): feature for level, feature in enumerate(features)}
         for node in self.topology.nodes:

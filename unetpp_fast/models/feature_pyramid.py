@@ -17,15 +17,16 @@ OUT_CHANNELS = 256  # as torchvision's feature pyramid networks
 class Backbone(nn.Module):
     """X(0,d), X(1,d-1), ..., X(d,0) of a network of depth d as an ordered dictionary "0", "1", ..., finest first.
 
-    Computed by the reference backend, heads left out, differentiable; the nodes are the model's own, not copies. In 3D too.
+    Computed by the reference backend without the heads; differentiable, 2D and 3D. The nodes are those of the model, not
+    copies.
 
     Args:
-        model: of which the last diagonal is taken; a pruned one gives the diagonal that is left.
-        out_channels: of every map, by a 1x1 convolution each, as detectors share one head; None: 256, or, where all maps
-            are of one width, that width and no convolution.
+        model: the network whose last diagonal is returned; of a pruned one, the diagonal that is left.
+        out_channels: of every map, by a 1x1 convolution each, because detectors share one head. None: 256, or the common
+            width, without convolutions, if all maps have the same width.
 
     Attributes:
-        out_channels: see above; torchvision reads it.
+        out_channels: as above; torchvision reads it.
 
     Raises:
         ValueError: a node of the diagonal is missing, as in some converted models.
@@ -40,7 +41,7 @@ class Backbone(nn.Module):
         if missing:
             raise ValueError(f"this network has no node X{missing[0]}: a pyramid needs X(0,d), X(1,d-1), ..., X(d,0)")
         self.network = model.subnetwork(topology, deep_supervision=False)
-        self.network.heads = nn.ModuleDict()  # a parameter that is never used would stop DistributedDataParallel
+        self.network.heads = nn.ModuleDict()  # DistributedDataParallel does not accept unused parameters
         widths = [positions[position] for position in self.diagonal]
         alike = set(widths) == {out_channels or widths[0]}
         self.out_channels = out_channels or (widths[0] if alike else OUT_CHANNELS)
@@ -53,7 +54,7 @@ class Backbone(nn.Module):
         return conv
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """`[N, out_channels, *S / 2^i]` under the name of each level i, for `[N, in_channels, *S]`, S multiples of 2^d.
+        """`[N, out_channels, *S / 2^i]` by the name of each level i, for `[N, in_channels, *S]` with S multiples of 2^d.
 
         Raises:
             TypeError, ValueError: as `Network.forward`.
@@ -65,5 +66,5 @@ class Backbone(nn.Module):
 
 
 def backbone(model: Network, out_channels: int | None = None) -> Backbone:
-    """The feature pyramid of a model, as torchvision's `MaskRCNN(backbone, num_classes)` takes it; see `Backbone`."""
+    """The feature pyramid of a model, for torchvision's `MaskRCNN(backbone, num_classes)`; see `Backbone`."""
     return Backbone(model, out_channels)

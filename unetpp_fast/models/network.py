@@ -20,19 +20,19 @@ class Network(nn.Module):
     """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and `convert` build.
 
     Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
-    `[N, out_channels, *S]`, or a list of them, one a head, with `deep_supervision`.
+    `[N, out_channels, *S]`, or a list with one per head, with `deep_supervision`.
 
-    Args, beyond those of `UNetPlusPlus` (what other implementations of UNet++ need):
-        bias, head_bias: whether the 3x3 convolutions, and the heads, add one.
+    Args, beyond those of `UNetPlusPlus` (other implementations of UNet++ need them):
+        bias, head_bias: whether the 3x3 convolutions, and the heads, have a bias.
         downsample: "pool" (2x2 maxima) or "stride" (the first convolution of a level halves the map).
-        odd_sizes: also take sizes that are no multiple of 2^depth: the pooling drops the last pixel of an odd axis, an
+        odd_sizes: also accept sizes that are not a multiple of 2^depth: pooling drops the last pixel of an odd axis, an
             up-sampled map repeats its last one. Such sizes run on the reference.
-        form: how `forward` hands over the logits, a name in `unetpp_fast.architecture.output_forms`.
-        spare_heads: columns of level 0 whose head is kept, frozen, and never run.
+        form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
+        spare_heads: columns of level 0 whose heads are kept, frozen, and never run.
     """
 
-    sync_group = ""  # the name of the processes over which batch norms take statistics; `sync_batch_norm` sets it
-    recompute = False  # backward passes compute the inside of nodes again instead of keeping it: less memory, more time
+    sync_group = ""  # the process group over which batch norms take statistics; set by `sync_batch_norm`
+    recompute = False  # backward passes recompute the inside of nodes instead of keeping it: less memory, more time
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Network(nn.Module):
         self.refresh_handle()
 
     def refresh_handle(self) -> None:
-        """Tells the fused operators what the layers are now: after they were made, unpickled, or changed on purpose."""
+        """Registers the layers as they are now with the fused operators: after building, unpickling, or changing them."""
         self._parts: dict[tuple[int, bool], Network] = {}
         self.structure = structure_of(self)
 
@@ -99,29 +99,29 @@ class Network(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Outputs:
-        """Logits `[N, out_channels, *S]`; with `deep_supervision` a list of them, X(0,1) first; after `convert` what the
-        original returns (`unetpp_fast.architecture.output_forms`).
+        """Logits `[N, out_channels, *S]`; with `deep_supervision` a list, X(0,1) first; after `convert` what the original
+        returns (`unetpp_fast.architecture.output_forms`).
 
         Raises:
             TypeError: x is not a floating-point tensor.
-            ValueError: x has the wrong rank, channel count or size; the message names what is expected.
+            ValueError: x has the wrong rank, channel count or size; the message says what is expected.
         """
         check_input(self, x, any_size=self.options["odd_sizes"])
         return self.shaped(self.logits(x))
 
     def logits(self, x: Tensor) -> list[Tensor]:
-        """Logits `[N, out_channels, *S]` of each head, X(0,1) first, for an `x` that `check_input` takes."""
+        """Logits `[N, out_channels, *S]` of each head, X(0,1) first, for an `x` that `check_input` accepts."""
         return dispatch.forward(self, x)
 
     def shaped(self, logits: Sequence[Tensor]) -> Outputs:
-        """What `forward` returns for the logits of each head, X(0,1) first."""
+        """What `forward` returns for these logits of each head, X(0,1) first."""
         return FORMS[self.form](logits, self.deep_supervision)
 
     def prune(self, level: int) -> Network:
         """The network of the nodes with i + j <= level and the head of X(0,level); it shares parameters and modules.
 
-        Moving or training the pruned model therefore moves or trains those nodes of this one too:
-        `copy.deepcopy(model.prune(2))` gives an independent model.
+        Moving or training the pruned model therefore moves or trains these nodes of this model too;
+        `copy.deepcopy(model.prune(2))` is independent.
 
         Raises:
             ValueError: there is no head at `level`.
@@ -129,7 +129,7 @@ class Network(nn.Module):
         return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
 
     def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> Network:
-        """A network over part of this one's nodes and heads, with the same modules and nothing allocated."""
+        """A network over some of this network's nodes and heads: the same modules, nothing allocated."""
         part = Network.__new__(Network)
         nn.Module.__init__(part)
         part.topology, part.out_channels, part.deep_supervision = topology, self.out_channels, deep_supervision
@@ -142,9 +142,9 @@ class Network(nn.Module):
         return part
 
     def part(self, level: int, keep_heads: bool) -> Network:
-        """The nodes with i + j <= level and the heads up to `level`, or that one alone, as a network on the same modules.
+        """The nodes with i + j <= level and the heads up to `level`, or only that head, as a network on the same modules.
 
-        Made once, and again only when a node or head was replaced.
+        Built once, and again only after a node or head was replaced.
         """
         part = self._parts.get((level, keep_heads))
         if part is None or not part._is_of(self):
@@ -155,7 +155,7 @@ class Network(nn.Module):
         return part
 
     def _is_of(self, whole: Network) -> bool:
-        """Whether this network's nodes and heads are modules of `whole`, as its operators know them."""
+        """Whether this network's nodes and heads are still modules of `whole`, and known to the fused operators."""
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
         same = all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
         return same and (self.structure is None or self.structure.layers is not None)
@@ -165,13 +165,13 @@ class Network(nn.Module):
 
         Args:
             x: `[N, in_channels, *S]`, floating point, finite. From half precision the probabilities are float32.
-            mode: "accurate": the mean over the heads up to `level`; "fast": the head at `level` alone,
-                with nothing else computed (sec. 3 of the paper).
+            mode: "accurate": the mean over the heads up to `level`; "fast": only the head at `level`,
+                and only the nodes it needs (sec. 3 of the paper).
             level: default the deepest head.
             activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
 
         Raises:
-            TypeError, ValueError: x has the wrong type, rank or channels, or holds NaN; an argument is unknown.
+            TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
         return prediction.predict(self, x, mode, level, activation)
 
@@ -190,7 +190,7 @@ class Network(nn.Module):
 
     @property
     def config(self) -> dict:
-        """Plain data that rebuilds this network through `from_config` (weights apart)."""
+        """Plain data from which `from_config` rebuilds this network, without weights."""
         return {
             "topology": self.topology.to_dict(),
             "out_channels": self.out_channels,
@@ -202,7 +202,7 @@ class Network(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping, backend: str = "auto") -> Network:
-        """The network, with fresh weights, that `config` describes."""
+        """The network that `config` describes, with new weights."""
         rest = {key: value for key, value in config.items() if key != "topology"}
         return Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
 

@@ -32,7 +32,7 @@ def crop(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every module has the mode it had, frozen ones included."""
+    """Eval mode and no gradients inside; afterwards every module has its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     if any(mode for _, mode in modes):
         model.eval()
@@ -45,10 +45,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of_any_size(network: NetworkSpec, x: Tensor, run: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
-    """Logits `[N, out_channels, *S]` of each head for `x` of any size, which `check_input` takes: padded to what the network
-    needs, cropped back.
+    """Logits `[N, out_channels, *S]` of each head for an `x` of any size that `check_input` accepts; padded and cropped.
 
-    run: computes them in place of `network.logits`.
+    run: replaces `network.logits`.
     """
     multiple = network.topology.multiple
     padded = pad_to_multiple(x, multiple)
@@ -63,7 +62,7 @@ def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
         raise ValueError(f"activation must be one of {PROBABILITIES}, not {activation!r}")
     check_input(network, x, any_size=True)
     if not torch.isfinite(x).all():
-        raise ValueError("the image holds NaN or infinite values: replace them first, e.g. x.nan_to_num()")
+        raise ValueError("the image contains NaN or infinite values: replace them first, e.g. x.nan_to_num()")
 
 
 def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str) -> Tensor:
@@ -77,7 +76,7 @@ def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activ
 
 
 def mean_probabilities(outputs: list[Tensor], activation: str = "sigmoid") -> Tensor:
-    """The mean over the heads of the probabilities of `[N, out_channels, *S]` logits, in float32 at least."""
+    """The mean over the heads of the probabilities of `[N, out_channels, *S]` logits, at least in float32."""
     wide = [logits if logits.dtype.itemsize >= 4 else logits.float() for logits in outputs]
-    each = [logits.sigmoid() if activation == "sigmoid" else logits.softmax(dim=1) for logits in wide]
-    return torch.stack(each).mean(dim=0)
+    probabilities = [logits.sigmoid() if activation == "sigmoid" else logits.softmax(dim=1) for logits in wide]
+    return torch.stack(probabilities).mean(dim=0)

@@ -1,8 +1,8 @@
 """Prediction of images and volumes too large for one pass: overlapping tiles, blended, in a fixed amount of memory.
 
-Tiles begin at multiples of 2^depth, as the pixels that the network pools together do, and past the end of the image they
-see what `predict` pads it with. So a tile differs from one pass over the whole image only by what it does not see, and
-in the middle of a tile, further from its edge than the network looks, not at all. (Instance norm looks at all of a tile.)
+Tiles start at multiples of 2^depth, aligned with the pooling windows, and beyond the image they see the padding of
+`predict`. So the result differs from one pass over the whole image only near the edges of a tile; further inside than the
+receptive field it is the same. (Instance norm takes statistics of the whole tile.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..common.extras import need
 
 BLENDS = ("gaussian", "constant")
 SIGMA = 1 / 8  # of a tile, as in MONAI's sliding_window_inference and nnU-Net
-SMALLEST_TILE = 2  # times 2^depth: a smaller one sees next to nothing
-HEAP = 2  # peaks of the reference on a CPU were up to 1.7 times what is counted otherwise
-RESERVE = 2**24  # bytes on a CPU for code and tables that the libraries make for each new shape
+SMALLEST_TILE = 2  # times 2^depth: a smaller tile has next to no context
+HEAP = 2  # on a CPU the reference's peaks were up to 1.7 times the count
+RESERVE = 2**24  # bytes on a CPU for code and tables that libraries create for each new shape
 UNFOLDED = 20480  # elements of [C, D, H] up to which PyTorch unfolds a 3D convolution's input on a CPU
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-Axis = list[tuple[slice, Tensor]]  # of each tile along an axis: where it lies, and its weights
+Axis = list[tuple[slice, Tensor]]  # position and weights of each tile along an axis
 
 
 @torch.no_grad()
@@ -46,28 +46,28 @@ def predict_tiled(
 ) -> Any:
     """Probabilities `[N, out_channels, *S]` of an image or volume of any size, predicted tile by tile.
 
-    Only a band of tiles is held in float32: `image` and `out` may be memory-mapped files larger than the memory.
+    Only one band of tiles is held in float32: `image` and `out` may be memory-mapped files larger than the memory.
 
     Args:
-        model: anything with a `predict` of ours: a network, what `convert` or `optimize` gives.
-        image: `[N, in_channels, *S]`: a tensor, a numpy array or memmap, or whatever has a `shape` and gives arrays for
-            slices (zarr, h5py). Tiles are converted to the model's precision; values are taken as they are.
-        tile: size in pixels, one for all axes or one an axis, multiples of 2^depth; default the largest within `max_memory`.
-        overlap: share of a tile, 0 or more and below 1, that at least lies in its neighbour too; the step is rounded down to
-            a multiple of 2^depth.
-        blend: "gaussian" (weights fall off from the middle of a tile, sigma 1/8 of its size) or "constant". The weights of
+        model: a network, or the result of `convert` or `optimize`.
+        image: `[N, in_channels, *S]`: a tensor, a numpy array or memmap, or anything with a `shape` that returns arrays
+            for slices (zarr, h5py). Tiles are converted to the model's precision; values are not changed.
+        tile: size in pixels, for all axes or one per axis, multiples of 2^depth; default the largest within `max_memory`.
+        overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too; the step is rounded down
+            to a multiple of 2^depth.
+        blend: "gaussian" (weights fall off from the centre of a tile, sigma 1/8 of its size) or "constant". The weights of
             a pixel add up to 1.
         max_memory: bytes, or a text such as "512M", for the maps of a tile and for the band of results; the program, the
-            weights, `image` and `out` come on top. Not used where `tile` is given.
+            weights, `image` and `out` are not counted. Ignored if `tile` is given.
         out: array, memmap or tensor `[N, out_channels, *S]`, floating point, to write the probabilities into.
-        progress: show a bar.
+        progress: show a progress bar.
         **options: for `model.predict`: mode, level, activation.
 
     Returns:
         `out`, or a new tensor on the CPU, in float32 (float64 for a model in float64).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, the image holds NaN, or `max_memory` is too small for any tile.
+        TypeError, ValueError: an argument does not fit, the image contains NaN, or `max_memory` is too small for any tile.
     """
     shape = tuple(image.shape)
     network = network_of(model)
@@ -94,8 +94,8 @@ def bands(
     """Finished rows of the probabilities of `image` `[N, in_channels, *S]` over a grid of `make_grid`, in order.
 
     Yields:
-        Which image, the first row (along the first axis of S), and `[out_channels, rows, ...]` on the CPU. This tensor is
-        used again: copy what is to be kept.
+        Which image, the first row (along the first axis of S), and `[out_channels, rows, ...]` on the CPU. The tensor
+        is reused: copy what you keep.
     """
     rows, *others = grid
     size = [axis[-1][0].stop for axis in grid]
@@ -108,9 +108,9 @@ def bands(
     with bar if progress else nullcontext():
         for index, (number, (where, weights)) in itertools.product(range(image.shape[0]), enumerate(rows)):
             for rest in itertools.product(*others):
-                window = (where, *(each for each, _ in rest))
+                window = (where, *(part for part, _ in rest))
                 part = model.predict(_read(image[(index, slice(None), *window)], like), **options)[0].to(band)
-                for axis, factors in enumerate((weights, *(each for _, each in rest)), start=1):
+                for axis, factors in enumerate((weights, *(axis_weights for _, axis_weights in rest)), start=1):
                     part *= factors.to(part).view(-1, *[1] * (part.ndim - axis - 1))
                 band[(slice(None), slice(where.stop - where.start), *window[1:])] += part
                 if progress:
@@ -131,13 +131,13 @@ def make_grid(
     """
     multiple = multiple_of(model)
     tiles = [tile] * len(size) if tile is None or isinstance(tile, int) else list(tile)
-    if len(tiles) != len(size) or any(each is not None and (each < 1 or each % multiple) for each in tiles):
+    if len(tiles) != len(size) or any(side is not None and (side < 1 or side % multiple) for side in tiles):
         raise ValueError(f"tile must be a positive multiple of {multiple} (2^depth), or {len(size)} of them, not {tile!r}")
     if not 0.0 <= overlap < 1.0:
         raise ValueError(f"overlap must be 0 or more and below 1, not {overlap!r}")
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {BLENDS}, not {blend!r}")
-    return [_axis(length, each or length, overlap, multiple, blend) for length, each in zip(size, tiles, strict=True)]
+    return [_axis(length, side or length, overlap, multiple, blend) for length, side in zip(size, tiles, strict=True)]
 
 
 def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Axis:
@@ -158,10 +158,10 @@ def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Ax
 def choose_tile(
     model: nn.Module, size: Sequence[int], max_memory: int | str, options: dict[str, Any] | None = None
 ) -> tuple[int, ...]:
-    """The largest tile, of equal sides but for what the image is smaller, that is predicted within `max_memory`.
+    """The largest tile that is predicted within `max_memory`: a cube, cut where the image is smaller.
 
     Raises:
-        ValueError: even the smallest one needs more, or it is not known what the model needs.
+        ValueError: even the smallest tile needs more, or the model's memory cannot be counted.
     """
     multiple, budget = multiple_of(model), parse_bytes(max_memory)
     padded = [_round_up(length, multiple) for length in size]
@@ -179,18 +179,17 @@ def choose_tile(
 def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: dict[str, Any] | None = None) -> int:
     """Bytes that predicting an image of `size` by tiles of `tile` takes at its peak, counted from the topology.
 
-    The reference is what needs most: it keeps the map of every node that has run, and beside them what the running node
-    works on. That is the input and the output of a convolution, each of them twice, because convolution libraries
-    reorder them. On a CPU PyTorch unfolds the input of some instead, one copy a tap, and what was freed is not all used
-    again: there the sum counts twice. Heads, the image and the band of results come on top, and on a CPU 16 MiB for what
-    the libraries make themselves.
+    The reference needs most: it keeps the map of every node that has run, and the operands of the running one: input and
+    output of a convolution, each twice, because convolution libraries reorder them. On a CPU PyTorch unfolds the input of
+    some convolutions instead, one copy per tap, and freed memory is not all reused: there the sum counts twice. Added to
+    this are the heads, the image, the band of results and, on a CPU, 16 MiB for the libraries.
 
     Raises:
-        ValueError: the model is more than its topology, or `options` name a level that it does not have.
+        ValueError: the model has an encoder, or `options` name a level that it does not have.
     """
     network = network_of(model)
     if hasattr(network, "encoder"):
-        raise ValueError("what this model needs cannot be counted: give the size of the tiles instead of max_memory")
+        raise ValueError("the memory of this model cannot be counted: give tile= instead of max_memory=")
     topology = network.topology
     level, mode = (options or {}).get("level"), (options or {}).get("mode", "accurate")
     if level is not None or mode == "fast":
@@ -217,12 +216,12 @@ def parse_bytes(text: int | str) -> int:
     """Bytes of a number, or of a text such as "512M" or "1.5G" (of 1024).
 
     Raises:
-        ValueError: it is neither, or not positive.
+        ValueError: it is neither, or it is not positive.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), flags=re.IGNORECASE)
-    count = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), flags=re.IGNORECASE)
+    count = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if count < 1:
-        raise ValueError(f"{text!r} is no amount of memory such as 512M or 2G")
+        raise ValueError(f"{text!r} is not an amount of memory such as 512M or 2G")
     return count
 
 
@@ -247,7 +246,7 @@ def _sample(model: nn.Module) -> Tensor:
 
 
 def _read(part: Any, like: Tensor) -> Tensor:
-    """`[1, C, *tile]` of what slicing an image gave."""
+    """A slice of an image as `[1, C, *tile]`."""
     if not isinstance(part, Tensor):
         part = torch.from_numpy(np.array(part, np.float64 if like.dtype == torch.float64 else np.float32))
     return part[None].to(like)

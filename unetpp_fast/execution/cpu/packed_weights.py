@@ -69,7 +69,7 @@ def pack(plan: Plan, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> We
 
 def _node(plan: Plan, step: Step, wide: Mapping[str, Tensor], modes: Mapping[str, str], dtype: torch.dtype) -> NodeWeights:
     name, axes = step.node.name, plan.axes
-    first = operands.first_operands(plan, step, wide, modes)
+    first = operands.conv1_operands(plan, step, wide, modes)
     widths = [plan.topology[step.node.level, column].width for column in step.node.prefix] or [first.wa.shape[1]]
     kernels = list(weight_composition.taps_last(first.wa, axes).split(widths, dim=1))
     if step.form == "full":
@@ -86,7 +86,7 @@ def _node(plan: Plan, step: Step, wide: Mapping[str, Tensor], modes: Mapping[str
     if step.form == "full" and plan.project:
         weight, shift = (wide[f"nodes.{name}.up.project.{key}"] for key in ("weight", "bias"))
         project = (weight.flatten(1).T.contiguous().to(dtype), shift.to(dtype))
-    second = operands.second_operands(plan, step, wide, modes)
+    second = operands.conv2_operands(plan, step, wide, modes)
     norms = ()
     if plan.norm == "instance":
         norms = tuple(

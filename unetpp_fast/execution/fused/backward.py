@@ -1,8 +1,8 @@
-"""Runs a plan backwards: one gradient buffer a level, of the same layout as the level buffer.
+"""Runs a plan backwards: one gradient buffer per level, with the layout of the level buffer.
 
-Columns run from last to first. A node's data gradient adds into the whole prefix at once, and into the slice of the
-level below through phases; the first contribution to a slice writes, later ones add. Every gradient of a weight comes
-as that of an operand of the engine and goes through the composition (`compose.py`) to the parameters.
+Columns are processed from last to first. The data gradient of a node is added to the whole prefix at once, and through
+phases to the slice of the level below; the first contribution to a slice writes, later ones add. Weight gradients are
+computed for the composed operands and mapped back to the parameters by `plan/weight_composition.py`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from ...kernels import naive
 from ..batch_statistics import averages_of
 from ..plan import weight_composition
-from ..plan.operands import Modes, cast, first_operands, prefix_width, upsampling
+from ..plan.operands import Modes, cast, conv1_operands, prefix_width, upsampling
 from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
 from .forward import Forward
 
 
 class Backward:
-    """The backward pass that belongs to a `Forward` and its `Maps`; arguments as there.
+    """The backward pass of a `Forward` and its `Maps`; arguments as there.
 
-    recompute: `Maps.mids` holds nothing, but has room for one node of each level: its first convolution runs again.
+    recompute: `Maps.mids` is empty, with room for one node per level, whose first convolution runs again.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Backward:
         self.plan, self.ops, self.modes, self.parameters, self.dtype = plan, ops, modes, parameters, dtype
         self.group, self.recompute = group, recompute
         self.gradients: dict[str, Tensor] = {}
-        self.written: set[tuple[int, int]] = set()  # (level, column) of the slices that hold a gradient
+        self.written: set[tuple[int, int]] = set()  # (level, column) of slices that hold a gradient
 
     def run(self, maps: Maps, outputs: Sequence[Tensor | None], needs_input: bool) -> Tensor | None:
-        """From the gradients of the heads' logits (None: none) to that of the input, `[N, C, *S]`, if it is needed.
+        """From the gradients of the heads' logits (None for no gradient), that of the input, `[N, C, *S]`, if it is needed.
 
-        `gradients` then holds those of the parameters, by name.
+        Afterwards `gradients` holds those of the parameters, by name.
         """
         self.levels = [torch.empty_like(level) for level in maps.levels]
         of_input = None
@@ -67,7 +67,7 @@ class Backward:
             self.gradients[name] = gradient if have is None else have + gradient
 
     def _claim(self, level: int, columns: Sequence[int]) -> bool:
-        """Whether a contribution to these slices adds (to what is there) or writes (where nothing is)."""
+        """Whether a contribution to these slices must add (something is there) or write."""
         new = [column for column in columns if (level, column) not in self.written]
         self.written |= {(level, column) for column in columns}
         if len(new) < len(columns):
@@ -97,13 +97,13 @@ class Backward:
         self._add(f"{name}.bias", gb)
 
     def _node(self, maps: Maps, step: Step, needs_input: bool) -> Tensor | None:
-        """Through a node whose output's gradient is complete; the input's, where the node reads it."""
+        """Through a node whose output gradient is complete; returns the gradient of the image if the node reads it."""
         plan, node = self.plan, step.node
         g, name = view(self.levels[node.level], step.out), f"nodes.{node.name}"
         if self.recompute:
-            stored = dict.fromkeys(self.modes, "frozen")  # raw, and without statistics, which the tables hold
+            stored = dict.fromkeys(self.modes, "frozen")  # raw, without statistics: the tables hold them
             again = Forward(plan, self.ops, stored, self.parameters, self.dtype)
-            again.first(maps, step, first_operands(plan, step, self.parameters, stored))
+            again.first(maps, step, conv1_operands(plan, step, self.parameters, stored))
         mid, affine_mid = maps.mid(step)
         out, _ = maps.out(step)
         total = self._through_norm(f"{node.name}.norm2", g, out, maps.level_tables[node.level], step.out)
@@ -119,7 +119,7 @@ class Backward:
         return self._first(maps, step, g_mid, needs_input)
 
     def _first(self, maps: Maps, step: Step, g: Tensor, needs_input: bool) -> Tensor | None:
-        """Through a node's first convolution, from the gradient of its activated output."""
+        """Through the first convolution of a node, from the gradient of its activated output."""
         plan, node = self.plan, step.node
         mid, _ = maps.mid(step)
         total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], step.out)
@@ -147,18 +147,18 @@ class Backward:
             wb = self.ops.conv_wgrad(maps.ups[step.node.name], g, axes=plan.axes)
         weight = self.parameters[f"{name}.conv1.weight"]
         parts = [None if part is None else part.to(weight.dtype) for part in (wa, wb, None, border)]
-        found = weight_composition.first_operands_backward(
+        g_weight, g_up, g_up_bias = weight_composition.first_operands_backward(
             weight_composition.Operands(*parts), weight, prefix_width(step, weight), step.form, up, up_bias
         )
-        self._add(f"{name}.conv1.weight", found[0])
+        self._add(f"{name}.conv1.weight", g_weight)
         if f"{name}.conv1.bias" in self.parameters:
             self._add(f"{name}.conv1.bias", total)
         if up is not None and plan.project:
-            self._add(f"{name}.up.project.weight", found[1].transpose(0, 1))
-            self._add(f"{name}.up.project.bias", found[2])
+            self._add(f"{name}.up.project.weight", g_up.transpose(0, 1))
+            self._add(f"{name}.up.project.bias", g_up_bias)
         elif up is not None:
-            self._add(f"{name}.up.weight", found[1])
-            self._add(f"{name}.up.bias", found[2])
+            self._add(f"{name}.up.weight", g_up)
+            self._add(f"{name}.up.bias", g_up_bias)
 
     def _through_norm(self, name: str, g: Tensor, x: Tensor, table: Tensor | None, slot: Slot) -> Tensor:
         """Turns g, in place, from the gradient of an activated map into that of the convolution's output x.
@@ -230,7 +230,7 @@ class Backward:
         weight = self.parameters[f"{name}.weight"]
         gx = torch.empty_like(low, memory_format=torch.contiguous_format)
         g = g.unsqueeze(2) if plan.axes == 2 else g
-        gw, gb = naive.head_backward(  # the kernel is for as few channels as a head has classes
+        gw, gb = naive.head_backward(  # the kernel takes no more channels than a head has classes
             gx, g.contiguous(), low, weight.flatten(1).to(self.dtype), affine=affine_low, slope=plan.slope
         )
         self._add(f"{name}.weight", gw.view_as(weight))

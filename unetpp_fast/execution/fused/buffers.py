@@ -1,4 +1,4 @@
-"""The level buffers of a pass: one channels-last tensor per level, which every node writes its slice of."""
+"""The level buffers of a pass: one channels-last tensor per level, of which each node writes a slice."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ MEAN, INVERSE, SCALE, SHIFT, VARIANCE = range(5)  # the first four are the rows 
 
 @dataclass
 class Maps:
-    """The buffers of a pass. `levels` and `mids` hold the second and the first convolution's output of every node,
-    each level's side by side; the tables `[4, 1 or N, channels]` say how to read them, None where they are activated.
-    Where first outputs are not kept, the nodes of a level have one place for theirs in `mids`, and tables of their own."""
+    """The buffers of a pass.
+
+    levels: per level, the outputs of its nodes' second convolutions side by side, `[N, D, H, W, sum of widths]`.
+    mids: the same for the first convolutions; if they need not be kept, the nodes of a level share one place.
+    level_tables, mid_tables: `[4, 1 or N, sum of widths]`, how to read these maps; None if they are stored activated.
+    pools, ups: the pooled map of a level, and the up-sampled map of a node, where one is materialised.
+    """
 
     image: Tensor
     levels: list[Tensor]
@@ -29,7 +33,7 @@ class Maps:
     ups: dict[str, Tensor] = field(default_factory=dict)
 
     def out(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
-        """A node's output and how to read it."""
+        """The output of a node and how to read it."""
         return view(self.levels[step.node.level], step.out), affine(self.level_tables[step.node.level], step.out)
 
     def mid(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
@@ -38,7 +42,7 @@ class Maps:
         return view(self.mids[step.node.level], slot), affine(self.mid_tables[step.node.level], step.out)
 
     def mid_slot(self, step: Step) -> Slot:
-        """Beside those of the other nodes of the level if they are kept; else all in one place."""
+        """The slot in `mids`: beside the other nodes of the level, or the place that they share."""
         shared = self.mids[step.node.level].shape[-1] < self.levels[step.node.level].shape[-1]
         return Slot(0, step.out.width) if shared else step.out
 
@@ -52,21 +56,21 @@ class Maps:
         return view(self.levels[step.node.level], slot), affine(self.level_tables[step.node.level], slot)
 
     def low(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
-        """The low source of a node, at its own resolution."""
+        """The low source of a node, at low resolution."""
         below = step.node.level + 1
         return view(self.levels[below], step.low), affine(self.level_tables[below], step.low)
 
     def kept(self, plan: Plan, recompute: bool) -> list[Tensor]:
         """The tensors that a backward pass needs beside the image, in the order of `kept_names`.
 
-        recompute: it will compute the outputs of first convolutions again; they are left out.
+        recompute: the backward pass recomputes the outputs of first convolutions; they are left out.
         """
         raw = self.level_tables[0] is not None
         return [getattr(self, name)[key] for name, key in kept_names(plan, raw, recompute)]
 
     @classmethod
     def from_kept(cls, plan: Plan, image: Tensor, kept: Sequence[Tensor], raw: bool, recompute: bool) -> Maps:
-        """The buffers of which `kept` is the list; with `recompute`, with room for one first output per level."""
+        """The inverse of `kept`; with `recompute`, `mids` has room for one node per level."""
         nothing = [None] * len(plan.widths)
         maps = cls(image, list(nothing), list(nothing), list(nothing), list(nothing))
         for (name, key), tensor in zip(kept_names(plan, raw, recompute), kept, strict=True):
@@ -77,9 +81,9 @@ class Maps:
 
 
 def kept_names(plan: Plan, raw: bool, recompute: bool) -> list[tuple[str, int | str]]:
-    """(field of `Maps`, its key) of each tensor that a forward pass keeps for its backward pass.
+    """The (field of `Maps`, key) of each tensor that a forward pass keeps for its backward pass.
 
-    raw: outputs are stored raw, with tables that say how to read them.
+    raw: outputs are stored raw, with tables.
     """
     levels = range(len(plan.widths))
     fields = ["levels", *([] if recompute else ["mids"]), *(["level_tables", "mid_tables"] if raw else [])]
@@ -110,7 +114,7 @@ def from_maps(x: Tensor, axes: int) -> Tensor:
 def allocate(plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool) -> Maps:
     """The buffers for an input `[N, C, *S]`.
 
-    keep: every first convolution's output stays, for a backward pass; raw: outputs are stored raw, with tables.
+    keep: keep the outputs of all first convolutions for a backward pass. raw: store outputs raw, with tables.
     """
     axes, acc = plan.axes, naive.accumulator(dtype)
     image = to_maps(x, axes).to(dtype).contiguous()
@@ -125,6 +129,6 @@ def allocate(plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool) -
 
 
 def shared_mids(plan: Plan, levels: Sequence[Tensor]) -> list[Tensor]:
-    """For each level buffer, room for the output of the first convolution of one node."""
+    """For each level, room for the output of one node's first convolution."""
     widest = [max(step.out.width for step in plan.steps if step.node.level == level) for level in range(len(levels))]
     return [buffer.new_empty((*buffer.shape[:4], width)) for buffer, width in zip(levels, widest, strict=True)]

@@ -1,4 +1,4 @@
-"""The library with the CUDA kernels of `csrc/`, if it was built; it registers `torch.ops.unetpp_fast_cuda`."""
+"""The library of the CUDA kernels in `csrc/`, if it was built; it registers `torch.ops.unetpp_fast_cuda`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARY = Path(__file__).parent / "unetpp_fast_cuda.so"
 
 @lru_cache
 def load(library: Path = LIBRARY) -> tuple[bool, str]:
-    """Whether the library is loaded (now, or by an earlier call), and if not, why."""
+    """Loads the library once; whether it is loaded, and if not, why."""
     if torch.version.cuda is None:
         return False, "this torch has no CUDA"
     if not library.exists():
@@ -25,6 +25,6 @@ def load(library: Path = LIBRARY) -> tuple[bool, str]:
 
 
 def state() -> str:
-    """One line about it, for people."""
+    """One line about the library, for `unetpp_fast.info`."""
     loaded, reason = load()
     return "CUDA kernels loaded" if loaded else f"off: {reason}"

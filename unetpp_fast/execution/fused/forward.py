@@ -1,8 +1,8 @@
 """Runs a plan forwards: level buffers in, logits out, nothing concatenated.
 
-`ops` is a module with the ops of `kernels/naive.py`: the plain-PyTorch ones, or the kernels. A convolution's output is
-stored raw, with a table of (mean, inverse deviation, scale, shift) for each channel, and its readers apply norm and
-activation as they load it. Without a norm, or with a batch norm folded into the weights, it is stored activated.
+`ops` is a module with the ops of `kernels/naive.py`: those in plain PyTorch, or the kernels. The output of a convolution is
+stored raw, with a table of (mean, inverse deviation, scale, shift) per channel; its readers apply norm and activation as
+they load it. Without a norm, or with a batch norm folded into the weights, it is stored activated.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Forward:
         modes: for each norm, by name ("x0_1.norm1"): "folded" (into the weights), "frozen" (running statistics),
             "batch" (the batch's own) or "instance"; empty without a norm.
         parameters: by their names in the network, buffers too.
-        group: of the processes over whose batches statistics are taken, None for this one's alone.
-        operands: of both convolutions by node, from `all_operands`; composed in the pass where they are not given.
+        group: the processes over whose batches statistics are taken; None for this process only.
+        operands: of both convolutions of each node, from `all_operands`; composed during the pass if not given.
     """
 
     plan: Plan
@@ -48,8 +48,8 @@ class Forward:
     def run(self, x: Tensor, keep: bool, recompute: bool = False) -> tuple[list[Tensor], Maps]:
         """Logits `[N, classes, *S]` of each head, and the buffers, complete for a backward pass if `keep`.
 
-        recompute: the backward pass will compute the outputs of first convolutions again (`Backward`).
-        `statistics` then holds mean and unbiased variance of each norm in mode "batch".
+        recompute: the backward pass recomputes the outputs of first convolutions (`Backward`).
+        Afterwards `statistics` holds the mean and unbiased variance of each norm in mode "batch".
         """
         raw = any(mode != "folded" for mode in self.modes.values())
         maps = allocate(self.plan, x, self.dtype, keep and not recompute, raw)
@@ -78,7 +78,7 @@ class Forward:
         self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out, pixels)
 
     def first(self, maps: Maps, step: Step, operands: weight_composition.Operands) -> Tensor | None:
-        """Runs a node's first convolution into its place in `maps.mids`; returns the statistics that its norm needs."""
+        """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
         phased = step.form == "phases"
         a, affine_a = maps.prefix(step)
         b, affine_b = maps.low(step) if phased else (maps.ups.get(step.node.name), None)
@@ -120,16 +120,16 @@ class Forward:
             mean, variance = (self.parameters[f"nodes.{name}.running_{key}"].to(acc)[None] for key in ("mean", "var"))
             inverse = (variance + self.plan.eps).rsqrt()
             scale = weight * inverse
-            found = torch.stack((mean, inverse, scale, bias - mean * scale))
+            table_rows = torch.stack((mean, inverse, scale, bias - mean * scale))
         else:
             count = pixels
             if mode == "batch" and self.group is not None:
                 here = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, False)
                 stats, count = gathered_statistics(here[MEAN], here[VARIANCE], pixels, self.group)
-            found = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, mode == "instance")
+            table_rows = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, mode == "instance")
             if mode == "batch":
-                self.statistics[name] = (found[MEAN, 0], unbiased(found[VARIANCE, 0], count))
-        table[:, :, slot.offset : slot.end] = found[:VARIANCE]
+                self.statistics[name] = (table_rows[MEAN, 0], unbiased(table_rows[VARIANCE, 0], count))
+        table[:, :, slot.offset : slot.end] = table_rows[:VARIANCE]
 
     def _head(self, maps: Maps, column: int) -> Tensor:
         plan = self.plan
@@ -143,7 +143,7 @@ class Forward:
 
 
 def upsample(plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Linear up-sampling of `[N, C, *S]`, after a 1x1 convolution if the plan projects: the one map materialised."""
+    """Linear up-sampling of `[N, C, *S]`, after a 1x1 convolution if the plan projects: the only materialised map."""
     if weight is not None:
         x = (F.conv2d if plan.axes == 2 else F.conv3d)(x, weight.to(x.dtype), bias.to(x.dtype))
     mode = "bilinear" if plan.axes == 2 else "trilinear"

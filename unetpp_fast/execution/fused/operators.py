@@ -29,9 +29,9 @@ from .structure import Structure
 class Settings(NamedTuple):
     """How a pass is computed, as both operators take it.
 
-    handle: of the structure. training: a "1" for each norm that is in training, a "0" for each other. dtype: of the maps.
+    handle: of the structure. training: "1" for each norm in training mode, "0" for the others. dtype: of the maps.
     ops: for `load_ops`. group: the name of the process group over which statistics are taken, "" for none.
-    recompute: the backward pass computes the outputs of first convolutions again; they are not kept.
+    recompute: the backward pass recomputes the outputs of first convolutions; they are not kept.
     """
 
     handle: str
@@ -44,8 +44,8 @@ class Settings(NamedTuple):
 
 @dataclass
 class Results:
-    """What the forward operator returns, in this order: the logits of each head; what the backward pass needs, as
-    `Maps.kept` gives it; the mean and the unbiased variance of each norm in mode "batch"."""
+    """What the forward operator returns, in this order: the logits of each head; the tensors that the backward pass needs
+    (`Maps.kept`); the mean and unbiased variance of each norm in mode "batch"."""
 
     logits: list[Tensor]
     kept: list[Tensor]
@@ -66,7 +66,7 @@ def _in_batch_mode(structure: Structure, modes: dict[str, str]) -> list[str]:
 
 
 def _named(structure: Structure, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers by name, in float32 at least: weights are composed before they are rounded."""
+    """Parameters and buffers by name, at least in float32: weights are composed before they are rounded."""
     names = structure.parameters + structure.buffers
     wide = [tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor for tensor in tensors]
     return dict(zip(names[: len(tensors)], wide, strict=True))
@@ -88,7 +88,7 @@ def forward_op(
     structure = structures.find(handle)
     modes = structure.modes(training, keep)
     run = Forward(structure.plan, load_ops(ops), modes, _named(structure, tensors), dtype, group_of(group))
-    with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here, sums and weights kept wide
+    with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here; sums and weights stay wide
         logits, maps = run.run(x, keep, recompute)
     statistics = [value for name in _in_batch_mode(structure, modes) for value in run.statistics[name]]
     return Results(logits, maps.kept(structure.plan, recompute) if keep else [], statistics).flat()
@@ -118,9 +118,9 @@ def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
 
 
 def _unshared(x: Tensor) -> Tensor:
-    """`x` in memory that no other tensor shares: the results of an operator may not share any."""
-    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
-    return x if alone else x.clone(memory_format=torch.contiguous_format)
+    """`x` in memory of its own, as the results of an operator must be."""
+    unshared = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    return x if unshared else x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("unetpp_fast::backward", mutates_args=())
@@ -138,7 +138,7 @@ def backward_op(
     group: str,
     recompute: bool,
 ) -> list[Tensor]:
-    """The gradients of the parameters that the given heads reach, then that of the input if it is needed."""
+    """The gradients of the parameters that these heads reach, then that of the input if it is needed."""
     structure = structures.find(handle)
     plan, modes = structure.plan, structure.modes(training, True)
     image = to_maps(x, plan.axes).to(dtype).contiguous()
@@ -178,19 +178,19 @@ def _backward(ctx, gradients):
     heads = [gradient is not None for gradient in of_logits]
     given = [gradient for gradient in of_logits if gradient is not None]
     needs_input = ctx.needs_input_grad[0]
-    found = torch.ops.unetpp_fast.backward(
+    results = torch.ops.unetpp_fast.backward(
         x, saved[: ctx.count], saved[ctx.count :], given, heads, needs_input, *ctx.settings
     )
-    named = dict(zip(structure.parameters_of(heads), found, strict=False))
+    named = dict(zip(structure.parameters_of(heads), results, strict=False))
     of_tensors = [named.get(name) for name in structure.parameters + structure.buffers]
-    return found[-1] if needs_input else None, of_tensors, None, *[None] * len(ctx.settings)
+    return results[-1] if needs_input else None, of_tensors, None, *[None] * len(ctx.settings)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def forward(call: Call, ops: str) -> list[Tensor]:
-    """Logits of each head by the engine, with the ops called `ops`; updates running statistics as the reference does."""
+    """Logits of each head, computed with the ops called `ops`; updates running statistics as the reference does."""
     network, structure = call.network, call.network.structure
     norms = [module for module in call.modules if isinstance(module, structures.NORMS)]
     training = "".join("1" if module.training else "0" for module in norms)
@@ -206,7 +206,7 @@ def forward(call: Call, ops: str) -> list[Tensor]:
 
 @torch.no_grad()
 def _update(norms: list[nn.Module], statistics: list[Tensor], any_image: bool) -> None:
-    """Running statistics, with the norm's momentum or, where that is None, as the mean over all batches."""
+    """Updates running statistics with the norm's momentum, or as the mean over all batches if that is None."""
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     if not any_image:
         return
@@ -214,9 +214,9 @@ def _update(norms: list[nn.Module], statistics: list[Tensor], any_image: bool) -
         mine = [index for index, norm in enumerate(norms) if norm.momentum == momentum]
         for key, first in (("running_mean", 0), ("running_var", 1)):
             running = [getattr(norms[index], key) for index in mine]
-            found = [statistics[2 * index + first].to(old.dtype) for index, old in zip(mine, running, strict=True)]
+            batch = [statistics[2 * index + first].to(old.dtype) for index, old in zip(mine, running, strict=True)]
             if momentum is None:
-                for index, old, new in zip(mine, running, found, strict=True):
+                for index, old, new in zip(mine, running, batch, strict=True):
                     old.lerp_(new, norms[index].num_batches_tracked.to(old.dtype).reciprocal())
             else:
-                torch._foreach_lerp_(running, found, momentum)
+                torch._foreach_lerp_(running, batch, momentum)

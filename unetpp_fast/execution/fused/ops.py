@@ -1,4 +1,4 @@
-"""Which module computes the ops of a fused pass. `kernels/naive.py` is the contract that all of them keep."""
+"""The module that computes the ops of a fused pass. `kernels/naive.py` defines the contract of all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_ops(name: str) -> ModuleType:
         ModuleNotFoundError: Triton is not installed.
     """
     if name == "triton":
-        from ...kernels import triton_ops  # here, for Triton need not be installed
+        from ...kernels import triton_ops  # not at the top: Triton is optional
 
         return triton_ops
     if name == "cuda":

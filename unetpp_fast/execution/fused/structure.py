@@ -1,7 +1,7 @@
 """What the fused operators know of a network besides its tensors.
 
-Operators take tensors, numbers and strings alone, so a structure travels as its `handle`. A network holds its structure; the
-table of all of them does not keep any alive.
+Operators only take tensors, numbers and strings, so a structure is passed by its `handle`. Networks hold their structure;
+the table from handles to structures holds weak references.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _SETTINGS = (
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """A plan, and the names of the tensors that a pass takes, in the order in which they are passed.
+    """A plan, and the names of the tensors that a pass takes, in the order in which it takes them.
 
     parameters, buffers: those of the network, in the order of its modules. norms: the norms of its nodes, likewise.
-    layers: what each layer computed when the structure was made, None where one did not fit the plan.
-    unsupported: by backend, why it cannot compute the network's options; "" where it can.
-    key: the same in every process for networks that compute the same from the same weights; measurements are kept under it.
-    handle: equal for equal structures of this process.
+    layers: what each layer computed when the structure was made; None if a layer did not fit the plan.
+    unsupported: by backend, why it cannot compute the network's options; "" if it can.
+    key: equal in every process for networks that compute the same from the same weights; names measurements.
+    handle: equal for equal structures within this process.
     """
 
     plan: Plan
@@ -58,16 +58,16 @@ class Structure:
     def fits(self, network: NetworkSpec, modules: Sequence[nn.Module]) -> bool:
         """Whether the layers of `network`, its `modules()`, are still those that it was built with.
 
-        Layers may be replaced, parametrised, hooked or, in a replica of `nn.DataParallel`, without parameters: then only
-        calling them gives what they compute.
+        Layers may have been replaced, parametrised or hooked, or have no parameters in a replica of `nn.DataParallel`; what
+        they compute is then only known by calling them.
         """
         return self.layers is not None and _layers(network, modules, self.plan) == self.layers
 
     def modes(self, training: str, keep: bool) -> dict[str, str]:
         """How each norm of a pass gets its statistics, by name; see `forward.Forward`.
 
-        training: a "1" for each norm that is in training, a "0" for each other. Batch norms are folded into the weights
-        only where no backward pass follows and none of them is in training.
+        training: "1" for each norm in training mode, "0" for the others. Batch norms are folded into the weights only if no
+        backward pass follows and none of them is in training mode.
         """
         if self.plan.norm == "instance":
             return dict.fromkeys(self.norms, "instance")
@@ -75,7 +75,7 @@ class Structure:
         return {name: "batch" if mine == "1" else still for name, mine in zip(self.norms, training, strict=True)}
 
     def parameters_of(self, heads: Sequence[bool]) -> list[str]:
-        """Names of the parameters that gradients of these heads reach; `heads`: whether each head is among them."""
+        """Names of the parameters that a backward pass reaches; `heads`: whether each head has a gradient."""
         topology = self.plan.topology
         columns = [column for column, given in zip(topology.heads, heads, strict=True) if given]
         reached = {f"nodes.{node.name}" for column in columns for node in topology.pruned(column).nodes}
@@ -84,11 +84,11 @@ class Structure:
 
 
 _alive: WeakValueDictionary[str, Structure] = WeakValueDictionary()
-_kept: set[Structure] = set()  # those that a compiled graph names: it holds nothing but the handle
+_kept: set[Structure] = set()  # those in compiled graphs, which hold only the handle
 
 
 def structure_of(network: NetworkSpec) -> Structure | None:
-    """The structure of a network, shared by those of this process that have the same one; None where it has no plan
+    """The structure of a network, shared by all equal networks of this process; None if it has no plan
     (`plan.steps.unsupported` says why)."""
     if unsupported(network.topology, network.options):
         return None
@@ -103,19 +103,19 @@ def structure_of(network: NetworkSpec) -> Structure | None:
         "unsupported": {backend: options_unsupported(network.options, backend) for backend in ENGINES},
     }
     key, handle = _digest(f"{plan!r} {network.out_channels}"), _digest(repr(facts))
-    found = _alive.get(handle)
-    if found is None:
-        found = _alive[handle] = Structure(**facts, key=key, handle=handle)
-    return found
+    structure = _alive.get(handle)
+    if structure is None:
+        structure = _alive[handle] = Structure(**facts, key=key, handle=handle)
+    return structure
 
 
 def find(handle: str) -> Structure:
-    """The structure with this handle, which a network, a pass in flight or a compiled graph holds."""
+    """The structure with this handle; a network, a pass in flight or a compiled graph must hold it."""
     return _alive[handle]
 
 
 def keep(structure: Structure) -> None:
-    """Keeps a structure for the rest of the process."""
+    """Holds a structure for the rest of the process."""
     _kept.add(structure)
 
 
@@ -124,8 +124,8 @@ def _digest(text: str) -> str:
 
 
 def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> tuple[tuple, ...] | None:
-    """What each layer computes: its type, settings and number of parameters; None where one does not fit the plan."""
-    found = []
+    """What each layer computes: its type, settings and number of parameters; None if a layer does not fit the plan."""
+    layers = []
     for module in modules:
         if module is network:
             continue
@@ -133,5 +133,5 @@ def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> t
         if type(module) not in _KNOWN_LAYERS or any(hooks) or (isinstance(module, NORMS) and module.eps != plan.eps):
             return None
         count = sum(value is not None for value in module._parameters.values())
-        found.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
-    return tuple(found) if all(head.out_channels == network.out_channels for head in network.heads.values()) else None
+        layers.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
+    return tuple(layers) if all(head.out_channels == network.out_channels for head in network.heads.values()) else None

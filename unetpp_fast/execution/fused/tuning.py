@@ -1,8 +1,8 @@
-"""Measures the kernels on the user's own GPU, once, and remembers what was found.
+"""Measures the kernels once on the user's GPU and remembers the results.
 
-`tune(model, x)` times the candidates of every convolution of a pass, checks the fused result against float64 and times
-the whole pass against the reference. `backend="auto"` uses the kernels where such a measurement says that they are
-right and faster there. What was found is kept in a file for each GPU, torch, triton and state of the kernels' sources.
+`tune(model, x)` times the candidates of every convolution of a pass, checks the fused result against float64 and times the
+whole pass against the reference. `backend="auto"` uses the kernels if they were measured to be right and faster. Results
+are kept in one file per GPU, torch, triton and state of the kernel sources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..source_hash import source_hash
 from . import operators
 
 ROUNDS = 15
-NEVER_MS = 1e9  # the reference's time where it does not fit into memory
+NEVER_MS = 1e9  # the reference's time if it does not fit into memory
 _verdicts: dict[str, dict] = {}  # by setting and key
 _latest: dict[str, dict] = {}  # by the key without device and size, for graphs that are being compiled
 _loaded: set[str] = set()
@@ -43,7 +43,7 @@ _loaded: set[str] = set()
 
 @lru_cache
 def setting(device: torch.device) -> str:
-    """A name for all that a measurement depends on besides the model and its input; every call of a model asks for it."""
+    """A name for everything that a measurement depends on besides the model and its input."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     import triton
 
@@ -52,7 +52,7 @@ def setting(device: torch.device) -> str:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where what was measured on a device is kept: under `UNETPP_FAST_CACHE`, else the user's cache folder."""
+    """The file of a device's measurements, in `UNETPP_FAST_CACHE` or the user's cache folder."""
     root = (
         os.environ.get("UNETPP_FAST_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetpp_fast"
@@ -61,7 +61,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def load(device: torch.device) -> None:
-    """Reads what is known of a device, once a process; a file that cannot be read counts as none."""
+    """Reads the measurements of a device, once per process; an unreadable file counts as missing."""
     if setting(device) in _loaded:
         return
     _loaded.add(setting(device))
@@ -76,7 +76,7 @@ def load(device: torch.device) -> None:
 
 
 def save(device: torch.device) -> Path:
-    """Writes what is known of a device, atomically."""
+    """Writes the measurements of a device, atomically."""
     path = cache_file(device)
     mine = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
     verdicts = {key: value for key, value in mine.items() if "error" not in value}  # which may pass
@@ -85,15 +85,15 @@ def save(device: torch.device) -> Path:
     return path
 
 
-def _keep(device: torch.device, key: str, found: dict) -> None:
-    _verdicts[f"{setting(device)}|{key}"] = found
-    _latest[key.rpartition(" ")[0]] = found
+def _keep(device: torch.device, key: str, verdict: dict) -> None:
+    _verdicts[f"{setting(device)}|{key}"] = verdict
+    _latest[key.rpartition(" ")[0]] = verdict
 
 
 def verdict(call: Call, training: bool) -> dict | None:
-    """What `tune` found for such a pass on this device, or None: keys "right" and "ratio" (above 1: faster).
+    """The verdict on such a pass on this device, or None; keys "right" and "ratio" (above 1: faster than the reference).
 
-    While a graph is compiled, whatever was found last for such a pass at any size: sizes may be symbols then.
+    While a graph is compiled, the latest verdict on such a pass at any size: sizes may be symbols.
     """
     if torch.compiler.is_compiling():
         return _latest.get(_pass_key(call, training))
@@ -111,7 +111,7 @@ def _key(call: Call, training: bool) -> str:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Median time of `run`, after two calls that do not count."""
+    """Median time of `run` after two warm-up calls."""
     run(), run()
     times = []
     for _ in range(rounds):
@@ -152,11 +152,11 @@ def may_measure(x: Tensor) -> bool:
 
 
 def judge(call: Call, training: bool, kernels: Sequence[str] = ("triton",)) -> dict:
-    """Checks and times the pass that is about to run, once for this GPU and size; what fails counts against the kernels."""
+    """Checks and times the pass that is about to run, once per GPU and size; a failure counts against the kernels."""
     x, size = call.x, "x".join(map(str, call.x.shape[2:]))
     print(
         f"unetpp_fast: comparing its kernels with the reference for {x.shape[0]} image(s) of {size} pixels in {call.dtype},"
-        " once on this GPU (UNETPP_FAST_MEASURE=0 leaves it out)",
+        " once on this GPU (UNETPP_FAST_MEASURE=0 skips this)",
         file=sys.stderr,
     )
     try:
@@ -170,7 +170,7 @@ def judge(call: Call, training: bool, kernels: Sequence[str] = ("triton",)) -> d
 
 
 def _copy(call: Call, training: bool) -> Call:
-    """The same pass of a copy of the network, which other processes are not asked about."""
+    """The same pass of a copy of the network that exchanges nothing with other processes."""
     return Call(copy_alone(call.network).train(training), call.x.detach(), call.dtype)
 
 
@@ -191,7 +191,7 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool) -> Non
 
 
 def _judge(call: Call, training: bool, kernels: Sequence[str], rounds: int = ROUNDS) -> dict:
-    """The fastest of the backends that are right; one that fails is passed over, unless all do."""
+    """The verdict on the fastest backend that is right; one that fails is skipped, unless all fail."""
 
     def took(forward: Callable) -> float:
         return milliseconds(lambda: _run(forward, call.network, call.x, training), call.x.device, rounds)
@@ -202,7 +202,7 @@ def _judge(call: Call, training: bool, kernels: Sequence[str], rounds: int = ROU
             right = _is_right(call.network, call.x[:2], call.dtype, training, _by(backend, call.dtype))
             try:
                 reference_ms = took(reference.forward)
-            except torch.OutOfMemoryError:  # then the kernels, which need less, are all there is
+            except torch.OutOfMemoryError:  # only the kernels, which need less memory, are left
                 reference_ms = NEVER_MS
             fused_ms = took(_by(backend, call.dtype))
         except Exception as error:
@@ -216,7 +216,7 @@ def _judge(call: Call, training: bool, kernels: Sequence[str], rounds: int = ROU
 
 
 def _run(forward: Callable, network: NetworkSpec, x: Tensor, training: bool) -> list[Tensor]:
-    """The outputs of a pass, as one vector, and in training the gradients of all parameters, as another."""
+    """The outputs of a pass as one vector and, in training, the gradients of all parameters as another."""
     with torch.set_grad_enabled(training):
         outputs = forward(network, x)
         results = [outputs]
@@ -228,9 +228,9 @@ def _run(forward: Callable, network: NetworkSpec, x: Tensor, training: bool) -> 
 
 
 def _is_right(network: NetworkSpec, x: Tensor, dtype: torch.dtype, training: bool, kernels: Callable) -> bool:
-    """Whether outputs (and gradients) are right by the rule of `acceptance.disagreement`."""
+    """Whether outputs (and gradients) are accepted by `acceptance.disagreement`."""
     with torch.autocast(x.device.type, enabled=False):
         exact = _run(reference.forward, copy.deepcopy(network).double(), x.double(), training)
     usual = _run(reference.forward, copy.deepcopy(network), x, training)
-    found = _run(kernels, copy.deepcopy(network), x, training)
-    return not disagreement(exact, usual, found, dtype)
+    actual = _run(kernels, copy.deepcopy(network), x, training)
+    return not disagreement(exact, usual, actual, dtype)

@@ -1,4 +1,4 @@
-"""The weights of each node's convolutions in the form in which the ops take them."""
+"""The weights of each node's convolutions in the form that the ops take."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 from ...kernels import naive
 from . import weight_composition
 from .steps import Plan, Step
+from .weight_composition import Operands
 
 Modes = Mapping[str, str]
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as the ops take it, rounded and laid out in one copy where both are needed."""
+    """A weight rounded to `dtype` and contiguous, in at most one copy."""
     return weight.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def upsampling(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """Weight (as `compose.phase_weights` takes it) and bias of a node's up-sampling by phases, None where it has none."""
+    """Weight (for `weight_composition.phase_weights`) and bias of a node's up-sampling by phases; None if it has none."""
     name = f"nodes.{step.node.name}.up"
     if step.form == "phases" and plan.upsample == "deconv":
         return parameters[f"{name}.weight"], parameters[f"{name}.bias"]
@@ -29,8 +30,8 @@ def upsampling(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> tupl
     return None, None
 
 
-def first_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> weight_composition.Operands:
-    """Weights of a node's first convolution in the engine's form."""
+def conv1_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:
+    """The operands of a node's first convolution."""
     weight, bias = _folded(plan, f"{step.node.name}.norm1", f"nodes.{step.node.name}.conv1", parameters, modes)
     return weight_composition.first_operands(
         weight, bias, prefix_width(step, weight), step.form, *upsampling(plan, step, parameters)
@@ -38,33 +39,31 @@ def first_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
 
 
 def prefix_width(step: Step, weight: Tensor) -> int:
-    """Input channels of a node's first convolution that do not come from below."""
+    """Input channels of a node's first convolution that do not come from the level below."""
     return step.prefix if step.source == "prefix" else weight.shape[1]
 
 
-def second_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> weight_composition.Operands:
-    """As `first_operands`, of the second convolution."""
+def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:
+    """The operands of a node's second convolution."""
     name = f"{step.node.name}.norm2"
     weight, bias = _folded(plan, name, f"nodes.{step.node.name}.conv2", parameters, modes)
-    return weight_composition.Operands(weight_composition.taps_first(weight), bias=bias)
+    return Operands(weight_composition.taps_first(weight), bias=bias)
 
 
-def node_operands(
-    plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes
-) -> tuple[weight_composition.Operands, weight_composition.Operands]:
-    """Of both convolutions of a node."""
-    return first_operands(plan, step, parameters, modes), second_operands(plan, step, parameters, modes)
+def node_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> tuple[Operands, Operands]:
+    """The operands of both convolutions of a node."""
+    return conv1_operands(plan, step, parameters, modes), conv2_operands(plan, step, parameters, modes)
 
 
 def all_operands(
     plan: Plan, parameters: Mapping[str, Tensor], modes: Modes, dtype: torch.dtype
-) -> dict[str, tuple[weight_composition.Operands, weight_composition.Operands]]:
-    """`Forward.operands`: composed in the parameters' precision and rounded as the ops take them."""
+) -> dict[str, tuple[Operands, Operands]]:
+    """`Forward.operands`: composed in the parameters' precision, then rounded."""
     acc = naive.accumulator(dtype)
 
-    def rounded(found: weight_composition.Operands) -> weight_composition.Operands:
-        parts = zip(found.tensors(), (dtype, dtype, acc, acc), strict=True)
-        return weight_composition.Operands(*(None if value is None else cast(value, kind) for value, kind in parts))
+    def rounded(operands: Operands) -> Operands:
+        parts = zip(operands.tensors(), (dtype, dtype, acc, acc), strict=True)
+        return Operands(*(None if value is None else cast(value, kind) for value, kind in parts))
 
     return {step.node.name: tuple(map(rounded, node_operands(plan, step, parameters, modes))) for step in plan.steps}
 

@@ -1,9 +1,9 @@
-"""What a fused pass does, node by node, before it does it.
+"""The plan of a fused pass: what is computed, node by node.
 
-Each level of the grid owns one channels-last buffer `[N, D, H, W, sum of widths]`, and node X(i,j) writes the channels
-that stand behind those of X(i,0..j-1). So "the concatenation of X(i,0..j-1)" is the leading channels of that buffer:
-one operand, nothing copied. A `Plan` says, for each node, which channels it reads and writes and in which form its
-low source arrives; the engine runs it forwards and backwards, and printed it explains itself.
+Each level of the grid owns one channels-last buffer `[N, D, H, W, sum of widths]`, in which the channels of node X(i,j)
+follow those of X(i,0..j-1). So the concatenation of X(i,0..j-1) is the leading channels of that buffer: one operand, nothing
+copied. A `Plan` says which channels each node reads and writes and in which form it reads its low source. The engine runs it
+forwards and backwards; `print(plan)` shows it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Slot:
 class Step:
     """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
 
-    source: where the first operand comes from: "input", "pool" (of the level above) or "prefix" (the leading `prefix`
-    channels of the node's own level). form: how the low source `low`, channels of the level below, arrives: None,
-    "phases" (read at its own resolution) or "full" (up-sampled beforehand).
+    source: of the first operand: "input", "pool" (of the level above) or "prefix" (the leading `prefix` channels of the
+    node's level). form: how the low source `low`, channels of the level below, is read: None, "phases" (at low resolution)
+    or "full" (up-sampled beforehand).
     """
 
     node: Node
@@ -75,7 +75,7 @@ class Plan:
         return "\n".join(self.describe(step) for step in self.steps)
 
     def describe(self, step: Step) -> str:
-        """One line about a node, for people."""
+        """One line about a node, for `explain`."""
         node, (i, j) = step.node, step.node.position
         if step.source == "input":
             reads = f"the image, {self.topology.in_channels} channels"
@@ -93,7 +93,7 @@ class Plan:
 
 
 def unsupported(topology: Topology, options: Options | None = None) -> str:
-    """Why a network has no plan; "" where it has one.
+    """Why a network has no plan; "" if it has one.
 
     Its prefixes must be the leading channels of their level, and some backend must be able to compute its options.
     """
@@ -111,7 +111,7 @@ def make_plan(topology: Topology, options: Options) -> Plan:
     """The plan of a network with these options (`Network.options`).
 
     Raises:
-        ValueError: the topology has none; `unsupported` says why.
+        ValueError: there is none; `unsupported` says why.
     """
     reason = unsupported(topology, options)
     if reason:
@@ -154,5 +154,5 @@ def _slots(topology: Topology) -> tuple[dict[tuple[int, int], Slot], tuple[int, 
 
 
 def head_step(plan: Plan, column: int) -> Step:
-    """The step of the node that a head stands on."""
+    """The step of the node under a head."""
     return next(step for step in plan.steps if step.node.position == (0, column))
