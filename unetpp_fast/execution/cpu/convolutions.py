@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DTYPES = (torch.float32, torch.bfloat16)
 _HINT = (66, 128, 128)  # a size to lay weights out for; the layout does not depend on it much
 
 
