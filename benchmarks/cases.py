@@ -1,6 +1,6 @@
 """The matrix: which networks are measured, at which levels, sizes, batches and precisions, and the quick part of it.
 
-Dropout is off in every network: the paper's 0.5 would make the results of a training step incomparable.
+Dropout is off in every network: with the paper's 0.5 the results of a training step could not be compared.
 """
 
 from __future__ import annotations
@@ -8,10 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import unetpp_fast as uf
-from unetpp_fast.benchmarking.harness import Case, Unavailable
-from unetpp_fast.benchmarking.records import DTYPES
-from unetpp_fast.models.architectures import PAPER_FEATURES
+import torch
+
+from unetpp_fast.architecture.precision import TRAINED
+from unetpp_fast.benchmarking import peers
+from unetpp_fast.benchmarking.case import Case
+from unetpp_fast.benchmarking.implementations import measured_on
+from unetpp_fast.converters.converter import convert
+from unetpp_fast.models.architectures import PAPER_FEATURES, UNet, UNetPlusPlus
 from unetpp_fast.models.network import Network
 
 WIDTHS = PAPER_FEATURES["unet++"]
@@ -20,98 +24,64 @@ LEAKY = ("leaky_relu", {"negative_slope": 0.01})
 
 def nested(**options) -> Network:
     """UNet++ with a head on every level."""
-    return uf.UNetPlusPlus(1, 1, features=WIDTHS, deep_supervision=True, **options)
-
-
-def monai(axes: int = 2) -> Network:
-    """MONAI's own network, as ours: the same weights, the same outputs."""
-    return convert(monai_module(axes))
-
-
-def monai_module(axes: int = 2):
-    """MONAI's UNet++ with instance norm, as MONAI builds it, one class and the paper's widths."""
-    try:
-        from monai.networks.nets import BasicUNetPlusPlus
-    except ImportError as error:
-        raise Unavailable("monai is not installed") from error
-    return BasicUNetPlusPlus(axes, 1, 1, (*WIDTHS, WIDTHS[0]), deep_supervision=True)
-
-
-def smp_module():
-    """smp's UNet++ on a ResNet-34, with random weights."""
-    try:
-        from segmentation_models_pytorch import UnetPlusPlus
-    except ImportError as error:
-        raise Unavailable(f"segmentation_models_pytorch does not import: {error}") from error
-    return UnetPlusPlus("resnet34", encoder_weights=None, in_channels=3, classes=1)
-
-
-def convert(module) -> Network:
-    """A peer's network as ours."""
-    if not hasattr(uf, "convert"):
-        raise Unavailable("this version has no unetpp_fast.convert, which gives both sides the same weights")
-    return uf.convert(module)
+    return UNetPlusPlus(1, 1, features=WIDTHS, deep_supervision=True, **options)
 
 
 MODELS: dict[str, Callable[[], Network]] = {
     "unet++": lambda: nested(norm=None),
     "unet++-bn-nearest": lambda: nested(norm="batch", upsample="nearest"),
     "unet++-bn-bilinear": lambda: nested(norm="batch", upsample=("linear", {"align_corners": True})),
-    "unet": lambda: uf.UNet(1, 1, features=PAPER_FEATURES["unet"], norm=None),
-    "wide-unet": lambda: uf.UNet(1, 1, features=PAPER_FEATURES["wide_unet"], norm=None),
-    "monai-unet++": monai,
-    "smp-unet++": lambda: convert(smp_module()),
+    "unet": lambda: UNet(1, 1, features=PAPER_FEATURES["unet"], norm=None),
+    "wide-unet": lambda: UNet(1, 1, features=PAPER_FEATURES["wide_unet"], norm=None),
+    "monai-unet++": lambda: convert(peers.monai_module(1, 1, WIDTHS)),
+    "smp-unet++": lambda: convert(peers.smp_module(3, 1)),
     "unet++-3d": lambda: nested(spatial_dims=3, norm="instance", act=LEAKY),
 }
-DEEP = ("unet++", "unet++-bn-nearest", "unet++-bn-bilinear", "unet++-3d")  # those that are pruned
+PRUNED = ("unet++", "unet++-bn-nearest", "unet++-bn-bilinear", "unet++-3d")  # measured at every level
+CONVERTED = ("monai-unet++", "smp-unet++")
 PLANES, VOLUMES = [(96, 96), (224, 224), (512, 512)], [(64, 64, 64)]
 BATCHES = (1, 4, 16)
-# The implementations of a case of ours; a peer's own networks stand beside them, where both have the same weights.
-COMMON = (
-    "eager", "eager-channels-last", "compile", "compile-max-autotune", "fused", "fused-triton", "fused-cuda",
-    "fused-cpu", "onnxruntime", "openvino", "tensorrt",
-)  # fmt: skip
-PEERS = {"monai-unet++": ("monai",), "smp-unet++": ("smp",)}
 
 
 def network(case: Case) -> Network:
     """The network of a case, with seeded weights, pruned to its level.
 
-    "fast" has the one head of its level, "accurate" that and the shallower ones.
-    """
-    import torch
+    In mode "fast" it has the head of its level only, in mode "accurate" those of the shallower levels too.
 
+    Raises:
+        Unavailable: the library that it is converted from cannot be imported.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         whole = MODELS[case.model]()
-    if case.model not in DEEP:
+    if case.model not in PRUNED:
         return whole
     topology = whole.topology.pruned(case.level, keep_heads=case.mode == "accurate")
     return whole.subnetwork(topology, deep_supervision=case.mode == "accurate")
 
 
 def levels(model: str) -> list[tuple[int, str]]:
-    """The levels and modes of a model; at L1 both modes are one head."""
-    if model not in DEEP:
-        return [(4, "accurate" if model in PEERS else "fast")]
+    """The levels and modes of a model; at L1 both modes have the same head."""
+    if model not in PRUNED:
+        return [(4, "accurate" if model in CONVERTED else "fast")]
     return [(level, mode) for level in (1, 2, 3, 4) for mode in ("accurate", "fast") if (level, mode) != (1, "accurate")]
 
 
 def matrix() -> list[tuple[Case, str]]:
     """Every case with every implementation."""
-    found = []
-    for model, dtype, batch in itertools.product(MODELS, DTYPES, BATCHES):
+    pairs = []
+    for model, dtype, batch in itertools.product(MODELS, TRAINED, BATCHES):
         for size, (level, mode) in itertools.product(VOLUMES if model.endswith("3d") else PLANES, levels(model)):
             rest = model, level, mode, size, batch, dtype
             cases = [Case("inference", *rest), Case("memory", *rest, "inference")]
-            if level == 4 and (mode == "accurate" or model not in DEEP):
+            if level == 4 and (mode == "accurate" or model not in PRUNED):
                 cases += [Case("training", *rest), Case("memory", *rest, "training")]
-            found += itertools.product(cases, (*COMMON, *PEERS.get(model, ())))
-    return found
+            pairs += itertools.product(cases, measured_on(model))
+    return pairs
 
 
 def quick() -> list[tuple[Case, str]]:
-    """The part that runs in two minutes on two cores: the paper's network at the paper's size, and a little of the rest."""
+    """The part that runs in two minutes on two cores: the paper's network at the paper's size, and some other cases."""
     plain = ("eager", "eager-channels-last", "fused", "fused-triton", "fused-cuda", "fused-cpu")
     runtimes = ("compile", "onnxruntime", "openvino")
     small = (96, 96), 1, "float32"

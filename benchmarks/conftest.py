@@ -1,7 +1,7 @@
 """Options, selection, records and the closing table of `pytest benchmarks`.
 
-Each test is one implementation of one case. The first test of a case measures all of its selected implementations in
-turns; each then shows its own times, or why it has none.
+Each test is one implementation of one case. The first test of a case measures all of its selected implementations
+interleaved; each test then shows the times of its own, or the reason that it has none.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import cases
-import implementations
 import op_cases
 import op_makers
 import pytest
 import torch
 
-import unetpp_fast as uf
-from unetpp_fast.benchmarking import harness, records
-from unetpp_fast.training.trainer import autocast
+from unetpp_fast.architecture.precision import autocast
+from unetpp_fast.benchmarking import backends, harness, records
+from unetpp_fast.benchmarking.case import Case, Unavailable
+from unetpp_fast.benchmarking.harness import Outcome
+from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
+from unetpp_fast.execution.dispatch import tune
 
 
 def pytest_addoption(parser):
@@ -29,18 +31,24 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="the part that takes two minutes on two cores")
     group.addoption(
         "--results", type=Path, default=Path(os.environ.get("UNETPP_FAST_RESULTS") or records.RESULTS),
-        help="folder of the records (or UNETPP_FAST_RESULTS)",
+        help="folder for the records (default: UNETPP_FAST_RESULTS, or benchmarks/results)",
     )  # fmt: skip
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    group.addoption("--seconds", type=float, help="time for the rounds of a case, at least 7; 5, or 2 with --quick")
-    group.addoption("--tune", action="store_true", help="unetpp_fast.tune before the fused implementations, on a GPU")
-    group.addoption("--dry-run", action="store_true", help="tiny sizes, the reference in place of the kernels: proves paths")
+    group.addoption(
+        "--seconds",
+        type=float,
+        help="time per case, for at least 7 rounds (default: 5, or 2 with --quick)",
+    )
+    group.addoption("--tune", action="store_true", help="on a GPU, run unetpp_fast.tune before the fused implementations")
+    group.addoption(
+        "--dry-run", action="store_true", help="tiny sizes, the reference in place of the kernels: tests the benchmark"
+    )
 
 
 def pytest_configure(config):
-    if hasattr(config.option, "benchmark_columns"):  # of pytest-benchmark: what times that were taken in turns can tell
+    if hasattr(config.option, "benchmark_columns"):  # of pytest-benchmark: those that interleaved times give
         config.option.benchmark_columns = ["median", "min", "max", "rounds"]
-    config.addinivalue_line("markers", "benchmark: read by pytest-benchmark where it is installed")
+    config.addinivalue_line("markers", "benchmark: read by pytest-benchmark if it is installed")
     config.suite = Suite(config)
 
 
@@ -64,7 +72,7 @@ def pytest_collection_finish(session):
 
 
 class Suite:
-    """The selected implementations of each case, and what was found."""
+    """The selected implementations of each case, and the outcomes so far."""
 
     def __init__(self, config) -> None:
         self.quick, self.dry_run = config.getoption("quick"), config.getoption("dry_run")
@@ -73,49 +81,49 @@ class Suite:
         self.rounds = 3 if self.dry_run else None
         if self.dry_run:
             cases.WIDTHS = op_makers.WIDTHS = (4, 4, 8, 8, 8)
-            torch.set_num_threads(1)  # tiny maps only wait for a second one
-        self.chosen: dict[harness.Case, list[str]] = defaultdict(list)
-        self.found: dict[harness.Case, harness.Outcome] = {}
+            torch.set_num_threads(1)  # with tiny maps a second thread only adds waiting
+        self.chosen: dict[Case, list[str]] = defaultdict(list)
+        self.outcomes: dict[Case, Outcome] = {}
 
     @property
     def path(self) -> Path:
         return self.folder / f"{records.machine(self.device)}.json"
 
-    def outcome(self, case: harness.Case) -> harness.Outcome:
-        """What measuring the selected implementations of a case gave; measured once, its rows kept at once."""
-        if case not in self.found:
+    def outcome(self, case: Case) -> Outcome:
+        """The outcome of a case with its selected implementations; the first call measures it and records the rows."""
+        if case not in self.outcomes:
             names = list(dict.fromkeys(["eager", *self.chosen[case]]))
-            self.found[case] = self._kernel(case, names) if case.bench == "kernel" else self._model(case, names)
-            if self.found[case].rows:
-                records.merge(self.path, self.found[case].rows)
-        return self.found[case]
+            self.outcomes[case] = self._kernel(case, names) if case.bench == "kernel" else self._model(case, names)
+            if self.outcomes[case].rows:
+                records.merge(self.path, self.outcomes[case].rows)
+        return self.outcomes[case]
 
-    def _model(self, case: harness.Case, names: list[str]) -> harness.Outcome:
-        chosen = {name: implementations.get(name) for name in names}
+    def _model(self, case: Case, names: list[str]) -> Outcome:
+        chosen = {name: IMPLEMENTATIONS[name] for name in names}
         if self.dry_run:
             case = tiny(case)
-            chosen = {name: harness.eager if name.startswith("fused") else build for name, build in chosen.items()}
+            chosen = {name: backends.eager if name.startswith("fused") else build for name, build in chosen.items()}
         try:
             network = cases.network(case)
-        except harness.Unavailable as reason:
-            return harness.Outcome(skipped=dict.fromkeys(names, str(reason)))
+        except Unavailable as reason:
+            return Outcome(skipped=dict.fromkeys(names, str(reason)))
         if self.tune and self.device.type == "cuda" and any(name.startswith("fused") for name in names):
             network = network.to(self.device)
             x, _ = harness.make_input(network, case, self.device)
-            # Where tuning cannot be done, the kernels run as they are, and the case says what could not run.
+            # If tuning fails, the kernels run untuned, and the outcome gives the reason if they fail too.
             with autocast(self.device, case.dtype), contextlib.suppress(RuntimeError):
-                uf.tune(network, x, training=case.training, progress=False)
+                tune(network, x, training=case.training, progress=False)
         return harness.measure(case, network, chosen, self.device, seconds=self.seconds, rounds=self.rounds)
 
-    def _kernel(self, case: harness.Case, names: list[str]) -> harness.Outcome:
+    def _kernel(self, case: Case, names: list[str]) -> Outcome:
         return op_cases.measure(
             tiny(case) if self.dry_run else case, names, self.device, seconds=self.seconds, rounds=self.rounds,
             stand_in=self.dry_run, tune=self.tune,
         )  # fmt: skip
 
 
-def tiny(case: harness.Case) -> harness.Case:
-    """A case of the same kind that takes a moment."""
+def tiny(case: Case) -> Case:
+    """A case of the same kind that runs in a moment."""
     return dataclasses.replace(case, size=(32,) * len(case.size), batch=min(case.batch, 2))
 
 
@@ -125,7 +133,7 @@ def suite(request) -> Suite:
 
 
 class Replay:
-    """A clock that tells times which were measured already, for pytest-benchmark's own tables and files."""
+    """A clock that replays times measured earlier, for the tables and files of pytest-benchmark."""
 
     def __init__(self) -> None:
         self.now, self.steps = 0.0, iter(())
@@ -143,9 +151,9 @@ replay = Replay()
 
 @pytest.fixture
 def show(request):
-    """Gives an implementation's times to pytest-benchmark where it is installed."""
+    """Passes an implementation's times to pytest-benchmark if it is installed."""
 
-    def give(case: harness.Case, times: list[float]) -> None:
+    def give(case: Case, times: list[float]) -> None:
         if request.config.pluginmanager.hasplugin("benchmark"):
             request.node.add_marker(pytest.mark.benchmark(timer=replay))
             benchmark = request.getfixturevalue("benchmark")
@@ -158,21 +166,21 @@ def show(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     suite = config.suite
-    if not suite.found:
+    if not suite.outcomes:
         return
     write = terminalreporter.write_line
     terminalreporter.section(f"ratios on {records.device_name(suite.device)}")
-    write("ratios of times: another's over the row's, above 1 the row is faster; of memory: the row's over the other's")
+    write("time ratios: the other's time / the row's (above 1 the row is faster); memory ratios: the row's / the other's")
     left_out: dict[str, list[str]] = defaultdict(list)
-    for case, outcome in suite.found.items():
+    for case, outcome in suite.outcomes.items():
         if not outcome.rows and not outcome.wrong:
             left_out["; ".join(dict.fromkeys(outcome.skipped.values()))].append(str(case))
             continue
         write(str(case))
         for row in outcome.rows:
             figure = f"{row['peak_mb']:>9.1f} MB" if case.memory_of else f"{row['median_ms']:>9.2f} ms"
-            given = row["peak_ratio_to"] if case.memory_of else row["ratio_to"]
-            write(f"  {row['impl']:<22}{figure}  " + "  ".join(f"{name} {ratio:.2f}" for name, ratio in given.items()))
+            ratios = row["peak_ratio_to"] if case.memory_of else row["ratio_to"]
+            write(f"  {row['impl']:<22}{figure}  " + "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
         for name, reason in outcome.wrong.items():
             write(f"  {name:<22}WRONG: {reason}", red=True)
         for name, reason in outcome.skipped.items():

@@ -1,4 +1,4 @@
-"""What each picture shows of a machine's rows, and how it is drawn. Selecting gives plain data, so that it can be hashed."""
+"""What each picture shows of a machine's rows, and how it is drawn. The selected data are plain, so they can be hashed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from unetpp_fast.benchmarking.records import IMPLEMENTATIONS, of_bench
+from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
+from unetpp_fast.benchmarking.records import of_bench
 from unetpp_fast.common.atomic_files import write_atomic
 from unetpp_fast.common.extras import need
 
 Rows = Sequence[Mapping]
-COLOURS = {
-    "eager": "#9aa5b1", "eager-channels-last": "#6b7a8c", "compile": "#3b6fd9", "compile-max-autotune": "#1d4ba8",
-    "fused": "#d9483b", "fused-triton": "#e8795c", "fused-cuda": "#a82a1f", "fused-cpu": "#f0a35e", "monai": "#4aa564",
-    "smp": "#2f7d46", "onnxruntime": "#8a5cc2", "openvino": "#5f3a94", "tensorrt": "#76b900",
-}  # fmt: skip
 
 
 def _label(row: Mapping) -> str:
@@ -27,8 +23,12 @@ def _in_order(names: set[str]) -> list[str]:
     return [name for name in IMPLEMENTATIONS if name in names]
 
 
+def _colour(name: str) -> str:
+    return IMPLEMENTATIONS[name].colour
+
+
 def speedup_bars(rows: Rows) -> list[dict]:
-    """For each timed case, each implementation's ratio to eager."""
+    """For each timed case, the ratio of each implementation to eager."""
     cases: dict[str, dict[str, float]] = {}
     for row in [*of_bench(rows, "inference"), *of_bench(rows, "training")]:
         if "eager" in row["ratio_to"]:
@@ -37,7 +37,7 @@ def speedup_bars(rows: Rows) -> list[dict]:
 
 
 def batch_lines(rows: Rows) -> list[dict]:
-    """Time an image and peak memory by batch, where a case was measured at two batches or more."""
+    """Time per image and peak memory by batch, of cases that were measured at two batches or more."""
     lines: dict[tuple, dict] = {}
     for row in rows:
         if row["bench"] == "kernel":
@@ -57,7 +57,7 @@ def batch_lines(rows: Rows) -> list[dict]:
 
 
 def level_points(rows: Rows, iou: Mapping[int, float]) -> list[dict]:
-    """Time and IoU of the paper's network pruned to each level, one head, for the size and batch with all levels."""
+    """Time and IoU of the paper's network pruned to each level, with one head, if all four levels were measured."""
     groups: dict[tuple, dict[int, float]] = {}
     for row in of_bench(rows, "inference"):
         if row["model"] == "unet++" and row["mode"] == "fast" and row["level"] in iou:
@@ -71,7 +71,7 @@ def level_points(rows: Rows, iou: Mapping[int, float]) -> list[dict]:
 
 
 def roofline_points(rows: Rows) -> list[dict]:
-    """FLOP a byte and TFLOP/s of each op, and the ceilings of its run."""
+    """FLOP per byte and TFLOP/s of each op, and the ceilings measured in its run."""
     return [
         {"op": f"{row['model']} L{row['level']}", "impl": row["impl"], "dtype": row["dtype"],
          "intensity": round(row["flop"] / row["bytes"], 4), "tflops": round(row["tflops"], 4),
@@ -86,17 +86,17 @@ def _figure(columns: int, width: float, height: float):
 
 
 def _save(figure, path: Path, rows: str) -> None:
-    """A palette of 64 colours: a chart needs no more, and the file stays small."""
+    """Saves with a palette of 64 colours, which keeps the file small."""
     image, stream = need("PIL.Image", "bench"), io.BytesIO()
     figure.savefig(stream, format="png", dpi=90)
-    about = need("PIL.PngImagePlugin", "bench").PngInfo()
-    about.add_text("Rows", rows)
+    metadata = need("PIL.PngImagePlugin", "bench").PngInfo()
+    metadata.add_text("Rows", rows)
     picture = image.open(stream).convert("RGB").quantize(64)
-    write_atomic(path, lambda file: picture.save(file, format="PNG", optimize=True, pnginfo=about))
+    write_atomic(path, lambda file: picture.save(file, format="PNG", optimize=True, pnginfo=metadata))
 
 
 def speedup(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """Bars, one group a case."""
+    """Bars, one group per case."""
     names = _in_order({name for case in shown for name in case["ratios"]})
     figure, (axis,) = _figure(1, 8.0, 1.2 + 0.16 * len(shown) * (len(names) + 1))
     place, ticks = 0.0, []
@@ -104,31 +104,31 @@ def speedup(path: Path, shown: list[dict], title: str, rows: str) -> None:
         mine = [name for name in names if name in case["ratios"]]
         ticks.append((place + (len(mine) - 1) / 2, case["case"]))
         for name in mine:
-            axis.barh(place, case["ratios"][name], color=COLOURS[name], height=0.9)
+            axis.barh(place, case["ratios"][name], color=_colour(name), height=0.9)
             axis.annotate(f" {case['ratios'][name]:.2f}", (case["ratios"][name], place), va="center", fontsize=6)
             place += 1
         place += 1
     for name in names:
-        axis.barh(0, 0, color=COLOURS[name], label=name)
+        axis.barh(0, 0, color=_colour(name), label=name)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=6)
     axis.invert_yaxis()
-    axis.set_xlabel("eager's time over this one's; eager is 1")
+    axis.set_xlabel("time of eager / time of this one")
     axis.legend(fontsize=7)
     axis.set_title(title, fontsize=9)
     _save(figure, path, rows)
 
 
 def against_batch(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """Time an image on the left, peak memory on the right."""
+    """Time per image on the left, peak memory on the right."""
     figure, axes = _figure(2, 10.0, 4.0)
     styles = dict(zip(dict.fromkeys(line["what"] for line in shown), ("-", "--", ":", "-.") * len(shown), strict=False))
-    for axis, key, label in zip(axes, ("ms", "mb"), ("ms an image", "peak MB"), strict=True):
+    for axis, key, label in zip(axes, ("ms", "mb"), ("ms per image", "peak MB"), strict=True):
         for line in shown:
             points = sorted((int(batch), value) for batch, value in line[key].items())
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linestyle=styles[line["what"]],
-                          color=COLOURS[line["impl"]], label=f"{line['impl']}, {line['what']}")  # fmt: skip
+                          color=_colour(line["impl"]), label=f"{line['impl']}, {line['what']}")  # fmt: skip
         axis.set(xlabel="batch", ylabel=label, xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=5)
@@ -137,16 +137,16 @@ def against_batch(path: Path, shown: list[dict], title: str, rows: str) -> None:
 
 
 def levels(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """A line an implementation, a point a level."""
+    """A line per implementation, a point per level."""
     settings = list(dict.fromkeys(line["what"] for line in shown))
     figure, axes = _figure(len(settings), 5.0 * len(settings) + 1, 4.0)
     for axis, setting in zip(axes, settings, strict=True):
         for line in [line for line in shown if line["what"] == setting]:
             times, scores = [point[1] for point in line["points"]], [point[2] for point in line["points"]]
-            axis.plot(times, scores, marker="o", color=COLOURS[line["impl"]], label=line["impl"])
+            axis.plot(times, scores, marker="o", color=_colour(line["impl"]), label=line["impl"])
             for level, ms, score in line["points"]:
                 axis.annotate(f"L{level}", (ms, score), xytext=(3, 4), textcoords="offset points", fontsize=7)
-        axis.set(xlabel="ms (median)", ylabel="IoU of the demo's network, half as wide", title=setting)
+        axis.set(xlabel="ms (median)", ylabel="IoU of the demo's network (half the width)", title=setting)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=9)
@@ -154,7 +154,7 @@ def levels(path: Path, shown: list[dict], title: str, rows: str) -> None:
 
 
 def roofline(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """A point an op; the ceilings of each precision as lines."""
+    """A point per op; the ceilings of each precision as lines."""
     figure, (axis,) = _figure(1, 8.0, 5.0)
     for dtype in dict.fromkeys(point["dtype"] for point in shown):
         tflops, gb_s = next(point["ceilings"] for point in shown if point["dtype"] == dtype)
@@ -163,12 +163,12 @@ def roofline(path: Path, shown: list[dict], title: str, rows: str) -> None:
     markers = dict(zip(dict.fromkeys(point["op"].split()[0] for point in shown), "osv^D<>*Pph8X1234" * 9, strict=False))
     for point in shown:
         kind = point["op"].split()[0]
-        axis.plot(point["intensity"], point["tflops"], marker=markers[kind], markersize=5, color=COLOURS[point["impl"]])
+        axis.plot(point["intensity"], point["tflops"], marker=markers[kind], markersize=5, color=_colour(point["impl"]))
     for kind, marker in markers.items():
         axis.plot([], [], marker=marker, linestyle="", color="black", markersize=5, label=kind)
     for name in _in_order({point["impl"] for point in shown}):
-        axis.plot([], [], marker="s", linestyle="", color=COLOURS[name], label=name)
-    axis.set(xlabel="FLOP a byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+        axis.plot([], [], marker="s", linestyle="", color=_colour(name), label=name)
+    axis.set(xlabel="FLOP per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
     axis.legend(fontsize=6, ncols=2)
     axis.grid(alpha=0.3)
     axis.set_title(title, fontsize=9)

@@ -1,10 +1,10 @@
-"""The README's tables and the pictures, from the records alone: `make figures`.
+"""The README's tables and the pictures, generated from the records: `make figures`.
 
     python benchmarks/figures.py            writes figures/*.png and the part of README.md between the markers
-    python benchmarks/figures.py --check    fails where either is not what the records give
-    python benchmarks/figures.py --train    trains the demo's networks first, minutes long, for the IoU of each level
+    python benchmarks/figures.py --check    fails if they are not up to date with the records
+    python benchmarks/figures.py --train    first trains the demo's networks for the IoU of each level (minutes)
 
-A picture holds, as "Rows" in its metadata, the hash of the rows that it was drawn from.
+The metadata of a picture has, as "Rows", the hash of the data that it shows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import drawings
 
 from unetpp_fast.benchmarking import records
+from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
 from unetpp_fast.common.atomic_files import write_atomic
 from unetpp_fast.common.extras import need
 from unetpp_fast.experiments import demo
@@ -38,7 +39,7 @@ Rows = Sequence[Mapping]
 
 
 def text(folder: Path = records.RESULTS, trained: Path = TRAINED) -> str:
-    """What stands between the markers: for each machine where, when and of what, its tables and its pictures."""
+    """The text between the markers: for each machine where, when and with what it was measured, its tables and pictures."""
     machines = records.read_all(folder)
     parts = [] if any(row["cuda"] for rows in machines.values() for row in rows) else [NO_GPU]
     for machine, rows in machines.items():
@@ -50,7 +51,7 @@ def text(folder: Path = records.RESULTS, trained: Path = TRAINED) -> str:
 
 
 def _origin(rows: Rows) -> str:
-    """Which software, commits, days and sources the rows are of."""
+    """The software, commits, days and sources of the rows."""
 
     def all_of(key: str) -> str:
         return ", ".join(sorted({str(row[key]) for row in rows if row[key]}))
@@ -65,12 +66,12 @@ def _origin(rows: Rows) -> str:
 
 
 def newest(rows: Rows) -> str:
-    """The hash of the sources that the last row is of."""
+    """The hash of the sources of the latest row."""
     return max(rows, key=lambda row: row["date"])["source_hash"]
 
 
 def models_table(rows: Rows) -> str:
-    """A line a case, a column an implementation: median ms, peak MB; then ours against eager."""
+    """A line per case, a column per implementation: median ms, ratio to eager, peak MB."""
     cases: dict[tuple, dict[str, dict]] = {}
     last = newest(rows)
     for row in rows:
@@ -83,7 +84,7 @@ def models_table(rows: Rows) -> str:
             if row["peak_mb"] is not None:
                 cell["mb"] = row["peak_mb"]
             cell["older"] = row["source_hash"] != last
-    names = [name for name in records.IMPLEMENTATIONS if any(name in cells for cells in cases.values())]
+    names = [name for name in IMPLEMENTATIONS if any(name in cells for cells in cases.values())]
     lines = ["| pass, network, size, batch, dtype | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for (what, model, level, mode, size, batch, dtype), cells in cases.items():
         label = f"{what}, {model} L{level} {mode}, {size}, {batch}, {dtype}"
@@ -101,7 +102,7 @@ def _cell(cell: Mapping | None) -> str:
 
 
 def kernels_table(rows: Rows) -> str:
-    """A line an op and implementation."""
+    """A line per op and implementation."""
     lines = ["| op, level, size, batch, dtype | by | ms | over eager | TFLOP/s | GB/s | share of the ceiling |",
              "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for row in records.of_bench(rows, "kernel"):
@@ -116,7 +117,7 @@ def kernels_table(rows: Rows) -> str:
 
 
 def iou_by_level(path: Path = TRAINED) -> dict[int, float]:
-    """The IoU of the demo's UNet++ pruned to each level, from a training; {} where none is recorded."""
+    """The IoU of the demo's UNet++ pruned to each level, from a recorded training; {} if there is none."""
     if not path.exists():
         return {}
     prefix = "UNet++ L"
@@ -126,7 +127,7 @@ def iou_by_level(path: Path = TRAINED) -> dict[int, float]:
 
 
 def pictures_of(rows: Rows, iou: Mapping[int, float]) -> dict[str, object]:
-    """What each picture of a machine shows, as `drawings` selects it; a picture without anything to show is left out."""
+    """The data of each picture of a machine, as `drawings` selects them; pictures without data are omitted."""
     shown = {
         "speedup": drawings.speedup_bars(rows),
         "batch": drawings.batch_lines(rows),
@@ -137,21 +138,21 @@ def pictures_of(rows: Rows, iou: Mapping[int, float]) -> dict[str, object]:
 
 
 def digest(shown: object) -> str:
-    """The hash of what a picture shows."""
+    """The hash of the data that a picture shows."""
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
 def expected(folder: Path = records.RESULTS, trained: Path = TRAINED) -> dict[str, tuple[str, object, str]]:
-    """For each picture's file name: its kind, what it shows, the title."""
-    found = {}
+    """By the file name of each picture: its kind, its data and its title."""
+    wanted = {}
     for machine, rows in records.read_all(folder).items():
         for name, shown in pictures_of(rows, iou_by_level(trained)).items():
-            found[f"{name}-{machine}.png"] = name, shown, f"{KINDS[name][1]}\n{rows[0]['device']}"
-    return found
+            wanted[f"{name}-{machine}.png"] = name, shown, f"{KINDS[name][1]}\n{rows[0]['device']}"
+    return wanted
 
 
 def write(readme: Path = README, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED) -> None:
-    """Draws every picture whose rows have changed, removes those that are no longer expected, and writes the README."""
+    """Draws every picture whose data have changed, removes those without records, and writes the README."""
     wanted = expected(folder, trained)
     for path in Path(pictures).glob("*.png"):
         if path.name not in wanted:
@@ -167,29 +168,29 @@ def write(readme: Path = README, pictures: Path = PICTURES, folder: Path = recor
 def check(
     readme: Path = README, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED
 ) -> list[str]:
-    """What is not as the records give it, as sentences."""
-    found = []
+    """What is not up to date with the records, one message per file."""
+    messages = []
     if _split(readme)[1].strip() != text(folder, trained):
-        found.append(f"{readme.name} does not show what the records give: run `make figures`")
+        messages.append(f"{readme.name} is not up to date with the records: run `make figures`")
     wanted = expected(folder, trained)
     for name, (_, shown, _) in wanted.items():
         if drawn_from(pictures / name) != digest(shown):
-            found.append(f"{name} was drawn from other rows, or not at all: run `make figures`")
-    found += [f"{path.name} shows no record" for path in Path(pictures).glob("*.png") if path.name not in wanted]
-    return found
+            messages.append(f"{name} is missing or was drawn from other rows: run `make figures`")
+    messages += [f"{path.name} has no records" for path in Path(pictures).glob("*.png") if path.name not in wanted]
+    return messages
 
 
 def _split(readme: Path) -> tuple[str, str, str]:
-    """What stands before, between and behind the markers."""
+    """The text before, between and after the markers."""
     before, begin, rest = readme.read_text().partition(BEGIN)
     between, end, after = rest.partition(END)
     if not begin or not end:
-        sys.exit(f"{readme} needs the lines {BEGIN} and {END}")
+        sys.exit(f"{readme} must have the lines {BEGIN} and {END}")
     return before, between, after
 
 
 def drawn_from(path: Path) -> str | None:
-    """The hash of the rows that a picture was drawn from."""
+    """The hash of the data that a picture was drawn from, None without a picture."""
     if not path.exists():
         return None
     with need("PIL.Image", "bench").open(path) as picture:
@@ -197,7 +198,7 @@ def drawn_from(path: Path) -> str | None:
 
 
 def train(path: Path = TRAINED) -> None:
-    """Runs the demo and keeps its table."""
+    """Runs the demo and records its table."""
     with tempfile.TemporaryDirectory() as folder:
         rows = demo.run(Path(folder))
     content = json.dumps(rows, indent=1) + "\n"
@@ -206,12 +207,12 @@ def train(path: Path = TRAINED) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where README or pictures differ")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if README or pictures are not up to date")
     parser.add_argument("--train", action="store_true", help="train the demo's networks first")
     options = parser.parse_args()
     if options.check:
         wrong = check()
-        print("\n".join(wrong) or "README and pictures are what the records give")
+        print("\n".join(wrong) or "README and pictures are up to date with the records")
         return int(bool(wrong))
     if options.train:
         train()

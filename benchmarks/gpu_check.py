@@ -1,11 +1,11 @@
-"""`make gpu-check OUT=folder`: proves and measures the kernels on this machine's GPU, the most important part first.
+"""`make gpu-check OUT=folder`: tests and measures the kernels on this machine's GPU, the most important part first.
 
-Each part runs by itself within its time limit, with a log in the folder, and is marked done there, so that a second call
-goes on where the first one stopped. Records are written to the folder's `results/` case by case. All limits together
-stay under ten minutes. It needs torch, triton, numpy and pytest; no network.
+Each part is a process with a time limit and a log in the folder. Finished parts are marked there, so a second call
+continues where the first one stopped. Records are written to the folder's `results/` after each case. All limits
+together are under ten minutes. It needs torch, triton, numpy and pytest, and no network.
 
---dry-run goes the same ways on a CPU with tiny inputs, the reference standing in for the kernels: its records prove
-nothing but the paths.
+--dry-run runs the same parts on a CPU, with tiny inputs and the reference in place of the kernels. It tests this script;
+its records say nothing about the kernels.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Part:
     name: str
     limit: int
     command: tuple[str, ...]
-    because: str = ""  # why it cannot run here
+    obstacle: str = ""  # why it cannot run here
 
 
 def parts(out: Path, dry_run: bool) -> list[Part]:
-    """What is done, in order."""
+    """The parts in the order in which they run."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     records = ("--results", str(out / "results"), *(("--dry-run",) if dry_run else ()))
     sanitizer = shutil.which("compute-sanitizer")
@@ -70,12 +70,12 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
 
 
 def run(part: Part, out: Path) -> str:
-    """Runs a part unless it is done; returns "done", "failed (code)", "out of time" or why it was left out."""
+    """Runs a part unless it is done; returns "done", "failed (code)", "out of time" or why it was skipped."""
     mark, log = out / f"{part.name}.done", out / f"{part.name}.log"
     if mark.exists():
         return "done before"
-    if part.because:
-        return f"left out: {part.because}"
+    if part.obstacle:
+        return f"skipped: {part.obstacle}"
     with open(log, "w") as stream:
         stream.write(" ".join(part.command) + "\n")
         stream.flush()
@@ -96,14 +96,14 @@ def run(part: Part, out: Path) -> str:
 
 
 def install(out: Path) -> str:
-    """Makes `unetpp_fast.kernels` importable where the package is not installed; "" or what went wrong."""
+    """Installs the package if `unetpp_fast.kernels` cannot be imported; returns what went wrong, or ""."""
     if importlib.util.find_spec("unetpp_fast") and importlib.util.find_spec("unetpp_fast.kernels"):
         return ""
     import torch
 
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT)]
     environment = {**os.environ, "PIP_BREAK_SYSTEM_PACKAGES": "1"}
-    if torch.cuda.is_available():  # csrc/ for this GPU alone
+    if torch.cuda.is_available():  # compile csrc/ for this GPU only
         environment.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     (out / "install.log").write_text(done.stdout + done.stderr)
@@ -118,14 +118,14 @@ def obstacle(dry_run: bool) -> str:
     import torch
 
     if not dry_run and not torch.cuda.is_available():
-        return "no CUDA device that torch can use: run it on a machine with a GPU, or try it with --dry-run"
+        return "no CUDA device that torch can use: run it on a machine with a GPU, or add --dry-run"
     return ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for records and logs; a second call resumes there")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, with the reference standing in")
+    parser.add_argument("--out", type=Path, required=True, help="folder for records and logs; a second call continues there")
+    parser.add_argument("--dry-run", action="store_true", help="test this script on a CPU, with tiny inputs")
     options = parser.parse_args()
     out = options.out.resolve()
     if reason := obstacle(options.dry_run):
@@ -139,7 +139,7 @@ def main() -> int:
     for part in parts(out, options.dry_run):
         began = time.perf_counter()
         result = run(part, out)
-        good &= result.startswith(("done", "left out"))
+        good &= result.startswith(("done", "skipped"))
         line = f"{part.name:<10} {time.perf_counter() - began:6.0f} s  {result}"
         print(line, flush=True)
         with open(out / "summary.txt", "a") as stream:

@@ -1,7 +1,7 @@
 """Every op of the engine at the shapes of the paper's network, against PyTorch's equivalent (on a GPU: cuDNN).
 
-An op is built from one image, repeated to the batch, so that float64 has to compute one. Its work and traffic are what
-it needs at least: the phases' taps, every operand read once, every result written once.
+An op is built from one image, repeated to the batch, so float64 computes only one. Its work and traffic are the least
+possible: the taps of the phases, every operand read once, every result written once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ Results = list[Tensor]
 
 @dataclass
 class Op:
-    """`ours(ops)` and `eager()` do the same work; `read_ours` and `read_eager` turn what they return into equal tensors.
+    """`ours(ops)` and `eager()` do the same work; `read_ours` and `read_eager` bring their results into the same form.
 
-    sums: which results are sums over the batch; reset: before a result that counts, where an op works in place.
+    flop, moved: floating-point operations, and bytes read and written.
+    sums: which results are sums over the batch.
+    reset: called before a result is checked; restores the operands of an op that works in place.
     """
 
     ours: Callable[[ModuleType], object]
@@ -44,7 +46,7 @@ class Op:
 
 
 class Maps:
-    """Makes an op's operands: seeded, one image repeated, channels-last and inside a level's buffer as in the engine."""
+    """Makes the operands of an op: seeded, one image repeated, channels-last inside a level's buffer as in the engine."""
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype, batch: int) -> None:
         self.axes, self.size, self.level = len(case.size), case.size, case.level
@@ -61,7 +63,7 @@ class Maps:
         return self.batch * math.prod(self.size) // (2**self.axes if half else 1)
 
     def map(self, channels: int, half: bool = False, seed: int = 0, room: int = 0) -> Tensor:
-        """`[N, D, H, W, channels]`, with `room` for more channels behind each pixel's."""
+        """`[N, D, H, W, channels]`, a slice of a buffer with `room` more channels per pixel."""
         size = [axis // 2 if half else axis for axis in ([1] * (3 - self.axes) + list(self.size))]
         if half and self.axes == 2:
             size[0] = 1
@@ -71,7 +73,7 @@ class Maps:
         return view
 
     def weight(self, out: int, channels: int, taps: int = 3, seed: int = 9) -> Tensor:
-        """`[out, channels, 3..]` in float32 at least: it is composed before it is rounded."""
+        """`[out, channels, 3, ...]` in float32 or float64: it is rounded after it is composed."""
         values = self.values(out, channels, *[taps] * self.axes, seed=seed, scale=(channels * taps**self.axes) ** -0.5)
         return values.to(self.device, self.sum_dtype)
 
@@ -82,7 +84,7 @@ class Maps:
         return cast(weight, self.dtype)
 
     def torch_map(self, x: Tensor) -> Tensor:
-        """As PyTorch takes it: `[N, C, *S]`, channels-last, alone in its memory."""
+        """`[N, C, *S]` for PyTorch: channels-last and contiguous, not a slice."""
         return buffers.from_maps(x.contiguous(), self.axes)
 
     def torch_weight(self, weight: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class Maps:
         )
 
     def last(self, x: Tensor) -> Results:
-        """A channels-first map's last image."""
+        """The last image of a channels-first map."""
         return [x[-1]]
 
     def ours_last(self, x: Tensor) -> Results:
@@ -123,7 +125,7 @@ def conv(m: Maps) -> Op:
 
 
 def conv_norm(m: Maps) -> Op:
-    """The same in training: norm and activation of what is read, statistics of what is written."""
+    """The same in training: norm and activation of the input, statistics of the output."""
     x, out, weight = m.map(m.width), m.map(m.width, room=m.width), m.weight(m.width, m.width)
     wa, torch_x, torch_w = m.rounded(weight_composition.taps_first(weight)), m.torch_map(x), m.torch_weight(weight)
     scale, shift = m.vector(m.width, 3), m.vector(m.width, 4) - 1
@@ -137,12 +139,13 @@ def conv_norm(m: Maps) -> Op:
     return Op(
         lambda ops: ops.conv(out, x, wa, axes=m.axes, affine_a=(scale[None], shift[None]), stats=True), eager,
         lambda stats: [*m.ours_last(out), naive.norm_finalise(stats, ones, zeros, 1e-5, False)[:2, 0]],
-        lambda found: [found[0][-1], found[1]], 2 * m.pixels() * m.taps * m.width**2, m.bytes(x, out, wa), (False, False),
+        lambda results: [results[0][-1], results[1]],
+        2 * m.pixels() * m.taps * m.width**2, m.bytes(x, out, wa), (False, False),
     )  # fmt: skip
 
 
 def conv_phases(m: Maps) -> Op:
-    """The first convolution of the level's deepest node: prefix and low source, nothing concatenated or up-sampled."""
+    """The first convolution of the level's deepest node: prefix and low source, without concatenating or up-sampling."""
     prefix, low_width = m.width * (m.columns - 1), 2 * m.width
     a, low, out = m.map(prefix, room=m.width), m.map(low_width, half=True, seed=1), m.map(m.width)
     weight = m.weight(m.width, prefix + low_width)
@@ -198,7 +201,7 @@ def conv_wgrad(m: Maps) -> Op:
     return Op(
         lambda ops: ops.conv_wgrad(a, dy, axes=m.axes),
         lambda: m.conv_backward(torch_dy, torch_a, torch_w, (False, True, False))[1],
-        lambda found: [weight_composition.taps_last(found[0], m.axes)], lambda found: [found],
+        lambda results: [weight_composition.taps_last(results[0], m.axes)], lambda results: [results],
         2 * m.pixels() * m.taps * m.width * prefix, m.bytes(a, dy), (True,),
     )  # fmt: skip
 
@@ -215,7 +218,7 @@ def conv_wgrad_phases(m: Maps) -> Op:
 
     return Op(
         lambda ops: ops.conv_wgrad(low, dy, axes=m.axes, phased=True), eager,
-        lambda found: [weight_composition.phase_weights_backward(found, weight, None)[0]], lambda found: [found],
+        lambda results: [weight_composition.phase_weights_backward(results, weight, None)[0]], lambda results: [results],
         2 * m.pixels() * 2**m.axes * m.width * low_width, m.bytes(low, dy), (True,),
     )  # fmt: skip
 
@@ -228,11 +231,11 @@ def norm_finalise(m: Maps) -> Op:
     def run(ops: ModuleType) -> Tensor:
         return ops.norm_finalise(parts, weight, bias, 1e-5, False)
 
-    return Op(run, lambda: run(naive), lambda found: [found], lambda found: [found], 8 * parts.numel(), m.bytes(parts))
+    return Op(run, lambda: run(naive), lambda table: [table], lambda table: [table], 8 * parts.numel(), m.bytes(parts))
 
 
 def norm_backward(m: Maps) -> Op:
-    """Through activation and batch norm."""
+    """The gradient through activation and batch norm."""
     x, g = m.map(m.width, room=m.width), m.map(m.width, seed=1)
     original, weight, bias = g.clone(), m.vector(m.width, 3), m.vector(m.width, 4) - 1
     mean, inverse, scale, shift, _ = naive.norm_finalise(naive.statistics(x), weight, bias, 1e-5, False)
@@ -248,13 +251,13 @@ def norm_backward(m: Maps) -> Op:
 
     return Op(
         lambda ops: ops.norm_backward(g, x, mean, inverse, (scale, shift), 0.0, False), eager,
-        lambda sums: [*m.ours_last(g), *sums], lambda found: [found[0][-1], *found[1:]],
+        lambda sums: [*m.ours_last(g), *sums], lambda results: [results[0][-1], *results[1:]],
         10 * x.numel(), 3 * m.bytes(x), (False, True, True), lambda: g.copy_(original),
     )  # fmt: skip
 
 
 def act_backward(m: Maps) -> Op:
-    """Through an activation, with the bias's gradient."""
+    """The gradient through an activation, and that of the bias."""
     out, g = m.map(m.width, room=m.width), m.map(m.width, seed=1)
     original, torch_out, torch_g = g.clone(), m.torch_map(out), m.torch_map(g).clone(memory_format=torch.preserve_format)
 
@@ -264,12 +267,13 @@ def act_backward(m: Maps) -> Op:
 
     return Op(
         lambda ops: ops.act_backward(g, out, 0.0), eager, lambda total: [*m.ours_last(g), total],
-        lambda found: [found[0][-1], found[1]], 2 * g.numel(), 3 * m.bytes(g), (False, True), lambda: g.copy_(original),
+        lambda results: [results[0][-1], results[1]],
+        2 * g.numel(), 3 * m.bytes(g), (False, True), lambda: g.copy_(original),
     )  # fmt: skip
 
 
 def pool(m: Maps) -> Op:
-    """The largest of each window."""
+    """Max-pooling."""
     x, out = m.map(m.width, room=m.width), m.map(m.width, half=True)
     torch_x, run = m.torch_map(x), F.max_pool2d if m.axes == 2 else F.max_pool3d
     return Op(
@@ -279,7 +283,7 @@ def pool(m: Maps) -> Op:
 
 
 def pool_backward(m: Maps) -> Op:
-    """To the largest of each window."""
+    """The gradient through max-pooling."""
     x, g, gx = m.map(m.width, room=m.width), m.map(m.width, half=True, seed=1), m.map(m.width, room=m.width)
     torch_x, torch_g = m.torch_map(x), m.torch_map(g)
     forward, name = (F.max_pool2d, "max_pool2d") if m.axes == 2 else (F.max_pool3d, "max_pool3d")
@@ -315,7 +319,7 @@ def head_backward(m: Maps) -> Op:
         lambda ops: ops.head_backward(gx, dy, x, flat),
         lambda: m.conv_backward(torch_dy, torch_x, torch_w, (True, True, True)),
         lambda sums: [*m.ours_last(gx), *(part.flatten() for part in sums)],
-        lambda found: [found[0][-1], *(part.flatten() for part in found[1:])],
+        lambda results: [results[0][-1], *(part.flatten() for part in results[1:])],
         4 * x.numel(), m.bytes(x, gx, dy), (False, True, True),
     )  # fmt: skip
 
@@ -324,6 +328,6 @@ def border_sums(m: Maps) -> Op:
     """The gradient of a border table."""
     dy = m.map(m.width)
     return Op(
-        lambda ops: ops.border_sums(dy, m.axes), lambda: naive.border_sums(dy, m.axes), lambda found: [found],
-        lambda found: [found], dy.numel(), m.bytes(dy), (True,),
+        lambda ops: ops.border_sums(dy, m.axes), lambda: naive.border_sums(dy, m.axes), lambda results: [results],
+        lambda results: [results], dy.numel(), m.bytes(dy), (True,),
     )  # fmt: skip

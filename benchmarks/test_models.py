@@ -6,7 +6,7 @@ import pytest
 
 
 def test_model(suite, show, case, name):
-    """The implementation gives the right result; its row is kept."""
+    """The implementation gives the right result, and its row is recorded."""
     outcome = suite.outcome(case)
     if name in outcome.skipped:
         pytest.skip(outcome.skipped[name])

@@ -1,4 +1,4 @@
-"""The benchmark harness: what is wrong gets no row, sides take turns, README and pictures show the rows."""
+"""The benchmark harness: wrong results get no row, one table has all implementations, README and pictures show the rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from support.rows import row
 from torch import nn
 
 import unetpp_fast as uf
-from unetpp_fast.benchmarking import harness, measuring, records, report
+from unetpp_fast.benchmarking import backends, harness, measuring, records, report
+from unetpp_fast.benchmarking.case import Case, Unavailable, prepare, with_backend
+from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS, Implementation, measured_on
 from unetpp_fast.cli import parser
 from unetpp_fast.execution import acceptance
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 CPU = torch.device("cpu")
-CASE = harness.Case("inference", "unet++", 2, "accurate", (16, 24), 2, "float32")
-PLAIN = {name: harness.builders()[name] for name in ("eager", "eager-channels-last")}
+CASE = Case("inference", "unet++", 2, "accurate", (16, 24), 2, "float32")
+PLAIN = {name: IMPLEMENTATIONS[name] for name in ("eager", "eager-channels-last")}
 
 
 def small(**options) -> uf.Network:
@@ -35,7 +37,7 @@ def small(**options) -> uf.Network:
 
 def wrong(network, x, case, change):
     """An implementation that changes what eager PyTorch gives."""
-    prepared = harness.eager(network, x, case)
+    prepared = backends.eager(network, x, case)
     right = prepared.forward
     prepared.forward = lambda x: [change(output) for output in right(x)]
     return prepared
@@ -58,10 +60,10 @@ class Scaled(torch.autograd.Function):
 def test_right_implementations_get_rows(kind, dtype):
     case = dataclasses.replace(CASE, bench=kind, dtype=dtype)
     outcome = harness.measure(case, small(), PLAIN, CPU, rounds=3)
-    assert not outcome.wrong and not outcome.skipped and [found["impl"] for found in outcome.rows] == list(PLAIN)
-    for found in outcome.rows:
-        assert records.faults(found) == [] and len(outcome.times[found["impl"]]) == 3
-        assert set(found["ratio_to"]) == set(PLAIN) - {found["impl"]}
+    assert not outcome.wrong and not outcome.skipped and [kept["impl"] for kept in outcome.rows] == list(PLAIN)
+    for kept in outcome.rows:
+        assert records.faults(kept) == [] and len(outcome.times[kept["impl"]]) == 3
+        assert set(kept["ratio_to"]) == set(PLAIN) - {kept["impl"]}
 
 
 FAULTS = [lambda y: 1.001 * y, lambda y: y * torch.nan, lambda y: y.roll(1, -1)]
@@ -76,8 +78,8 @@ def test_a_wrong_output_gets_no_row(kind, change):
     planted = {**PLAIN, "fused": functools.partial(wrong, change=change)}
     outcome = harness.measure(case, small(), planted, CPU, rounds=3)
     assert set(outcome.wrong) == {"fused"} and "fused" not in outcome.times
-    assert [found["impl"] for found in outcome.rows] == list(PLAIN)
-    assert all("fused" not in found["ratio_to"] for found in outcome.rows)
+    assert [kept["impl"] for kept in outcome.rows] == list(PLAIN)
+    assert all("fused" not in kept["ratio_to"] for kept in outcome.rows)
 
 
 def test_a_wrong_gradient_gets_no_row():
@@ -87,20 +89,17 @@ def test_a_wrong_gradient_gets_no_row():
 
 
 PLANTED = """
-import sys, pytest
-sys.path.insert(0, "benchmarks")
-import implementations
-right = implementations.get
+import dataclasses, sys, pytest
+from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
 
-def planted(name):
-    def build(network, x, case):
-        prepared = right("eager")(network, x, case)
-        forward = prepared.forward
-        prepared.forward = lambda x: [1.01 * y for y in forward(x)]
-        return prepared
-    return build if name == "eager-channels-last" else right(name)
+def wrong(network, x, case):
+    prepared = IMPLEMENTATIONS["eager"](network, x, case)
+    forward = prepared.forward
+    prepared.forward = lambda x: [1.01 * y for y in forward(x)]
+    return prepared
 
-implementations.get = planted
+planted = dataclasses.replace(IMPLEMENTATIONS["eager-channels-last"], build=wrong)
+IMPLEMENTATIONS["eager-channels-last"] = planted
 arguments = ["benchmarks/test_models.py", "-q", "--quick", "--dry-run", "-p", "no:cacheprovider", "-p", "no:benchmark",
              "--results", sys.argv[1]]
 sys.exit(pytest.main([*arguments, "-k", "inference-unet-L4 and (-eager or -fused)"]))
@@ -114,26 +113,9 @@ def test_a_planted_fault_fails_the_benchmark_and_leaves_no_row(tmp_path):
     assert "eager-channels-last   WRONG: outputs are" in done.stdout and "1 failed" in done.stdout
     (path,) = tmp_path.iterdir()
     rows = records.read(path)
-    assert {"eager", "fused"} <= {found["impl"] for found in rows} and path.name in done.stdout
-    assert "eager-channels-last" not in {found["impl"] for found in rows}
+    assert {"eager", "fused"} <= {kept["impl"] for kept in rows} and path.name in done.stdout
+    assert "eager-channels-last" not in {kept["impl"] for kept in rows}
     assert re.search(r"fused\s+[\d.]+ ms  eager [\d.]+", done.stdout)
-
-
-def test_sides_take_turns_after_a_warm_up():
-    calls = []
-    runs = {name: functools.partial(calls.append, name) for name in "ab"}
-    times = measuring.times_in_turns(runs, CPU, rounds=4)
-    assert calls == list("aabb") + list("ab") * 4 and {name: len(mine) for name, mine in times.items()} == {"a": 4, "b": 4}
-    calls.clear()
-    measuring.times_in_turns(runs, CPU, seconds=0.0)
-    assert len(calls) == 2 * (measuring.WARM_UP + 1 + measuring.LEAST_ROUNDS)
-
-
-def test_ratios_are_taken_round_by_round():
-    """A drift that hits both sides of a round leaves the ratio alone."""
-    times = {"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]}
-    assert measuring.ratios(times, "fast") == {"slow": 2.0} and measuring.ratios(times, "slow") == {"fast": 0.5}
-    assert measuring.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0}
 
 
 def test_the_two_times_rule():
@@ -166,18 +148,18 @@ def test_peak_memory_counts_what_is_kept_and_what_is_taken_for_a_while(keep, meg
 
 def test_a_memory_case_gives_a_row_with_a_peak():
     case = dataclasses.replace(CASE, bench="memory", memory_of="training", size=(32, 32))
-    outcome = harness.measure(case, small(), {"eager": harness.eager}, CPU)
-    (found,) = outcome.rows
-    assert records.faults(found) == [] and found["peak_mb"] > 0 and found["median_ms"] is None
+    outcome = harness.measure(case, small(), {"eager": backends.eager}, CPU)
+    (kept,) = outcome.rows
+    assert records.faults(kept) == [] and kept["peak_mb"] > 0 and kept["median_ms"] is None
 
 
 def test_what_would_be_the_reference_again_gets_no_row():
-    """A backend that falls back is left out, with its reason."""
+    """A backend that falls back to the reference is skipped, with the reason."""
     network = small(dropout=0.5)
-    outcome = harness.measure(dataclasses.replace(CASE, bench="training"), network, {"fused": harness.ours}, CPU, rounds=3)
+    outcome = harness.measure(dataclasses.replace(CASE, bench="training"), network, {"fused": backends.fused}, CPU, rounds=3)
     assert not outcome.rows and outcome.skipped["fused"]
     outcome = harness.measure(
-        CASE, network, {"fused-triton": functools.partial(harness.ours, backend="triton")}, CPU, rounds=3
+        CASE, network, {"fused-triton": functools.partial(backends.fused, backend="triton")}, CPU, rounds=3
     )
     assert not outcome.rows and "interpreter" in outcome.skipped["fused-triton"]
 
@@ -190,11 +172,11 @@ def test_every_op_of_the_contract_is_measured_against_an_equivalent():
     assert {name.partition("-")[0] for name in op_cases.OPS} >= {name.partition("_")[0] for name in triton_ops.__all__}
     for size in ((4, 8), (2, 4, 4)):
         for op, (_, levels) in op_cases.OPS.items():
-            case = harness.Case("kernel", op, levels[0], None, size, 2, "float32")
+            case = Case("kernel", op, levels[0], None, size, 2, "float32")
             outcome = op_cases.measure(case, ["eager", "fused-triton"], CPU, seconds=0, rounds=2, stand_in=True)
             assert not outcome.wrong and len(outcome.rows) == 2, (case, outcome)
-            for found in outcome.rows:
-                assert records.faults(found) == [] and found["flop"] > 0 and found["bytes"] > 0
+            for kept in outcome.rows:
+                assert records.faults(kept) == [] and kept["flop"] > 0 and kept["bytes"] > 0
     outcome = op_cases.measure(case, ["eager", "fused-triton"], CPU, seconds=0)
     assert not outcome.rows and "CUDA device" in outcome.skipped["fused-triton"]
 
@@ -204,9 +186,9 @@ def test_a_wrong_kernel_gets_no_row(monkeypatch):
 
     right = op_cases.naive.conv_wgrad
     monkeypatch.setattr(op_cases.naive, "conv_wgrad", lambda *args, **options: 1.001 * right(*args, **options))
-    case = harness.Case("kernel", "conv-wgrad", 0, None, (8, 16), 2, "float32")
+    case = Case("kernel", "conv-wgrad", 0, None, (8, 16), 2, "float32")
     outcome = op_cases.measure(case, ["eager", "fused-triton"], CPU, seconds=0, rounds=2, stand_in=True)
-    assert set(outcome.wrong) == {"fused-triton"} and [found["impl"] for found in outcome.rows] == ["eager"]
+    assert set(outcome.wrong) == {"fused-triton"} and [kept["impl"] for kept in outcome.rows] == ["eager"]
 
 
 def test_the_matrix_names_each_case_once():
@@ -215,11 +197,57 @@ def test_the_matrix_names_each_case_once():
     whole, quick = cases.matrix(), cases.quick()
     for pairs in (whole, quick):
         names = [f"{case}-{name}" for case, name in pairs]
-        assert len(set(names)) == len(names) and {name for _, name in pairs} <= set(records.IMPLEMENTATIONS)
-    found = {case.size for case, _ in whole}
-    assert found == {(96, 96), (224, 224), (512, 512), (64, 64, 64)}
+        assert len(set(names)) == len(names) and {name for _, name in pairs} <= set(IMPLEMENTATIONS)
+    assert {case.size for case, _ in whole} == {(96, 96), (224, 224), (512, 512), (64, 64, 64)}
     assert {case.level for case, _ in whole if case.bench == "inference"} == {1, 2, 3, 4}
     assert cases.network(dataclasses.replace(quick[0][0], level=2, mode="fast")).topology.heads == (2,)
+
+
+def double_precision(network, x, case):
+    """An implementation of a test: eager PyTorch in float64."""
+    prepared = backends.eager(network.double(), x.double(), case)
+    return dataclasses.replace(prepared, x=x.double())
+
+
+def test_one_entry_adds_an_implementation(monkeypatch):
+    """Records accept it, the harness runs it, and the matrix and the pictures have it."""
+    import cases
+    import drawings
+
+    assert "impl cannot be 'mine'" in records.faults(row(impl="mine"))
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", Implementation(double_precision, "#123456", devices=("cpu",), model="unet"))
+    outcome = harness.measure(CASE, small(), {**PLAIN, "mine": IMPLEMENTATIONS["mine"]}, CPU, rounds=3)
+    assert [kept["impl"] for kept in outcome.rows] == [*PLAIN, "mine"] and not outcome.wrong
+    assert all(records.faults(kept) == [] for kept in outcome.rows) and "mine" in outcome.rows[0]["ratio_to"]
+    assert {case.model for case, name in cases.matrix() if name == "mine"} == {"unet"}
+    assert "mine" in measured_on("unet") and drawings._in_order({"mine", "eager"}) == ["eager", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "case", "says"),
+    [
+        ({"devices": ("cuda",)}, CASE, "it runs on cuda only"),
+        ({"trains": False}, dataclasses.replace(CASE, bench="training"), "it does not train"),
+        ({"needs": ("no_such_module",)}, CASE, "no_such_module cannot be imported: No module named 'no_such_module'"),
+    ],
+    ids=["device", "training", "module"],
+)
+def test_an_implementation_that_cannot_run_gives_the_reason(changes, case, says):
+    entry = Implementation(backends.eager, "#123456", **changes)
+    with pytest.raises(Unavailable, match=says):
+        entry(small(), torch.rand(1, 1, 16, 24), case)
+    assert harness.measure(case, small(), {"mine": entry}, CPU, rounds=3).skipped == {"mine": says}
+
+
+def test_a_training_step_takes_another_loss():
+    targets = []
+
+    def loss(outputs, target):
+        targets.append(target.dtype)
+        return sum(output.square().mean() for output in outputs)
+
+    outcome = harness.measure(dataclasses.replace(CASE, bench="training"), small(), PLAIN, CPU, rounds=3, loss=loss)
+    assert len(outcome.rows) == 2 and not outcome.wrong and torch.float64 in targets and torch.float32 in targets
 
 
 @pytest.mark.parametrize(("capacity", "expected"), [(0, 0), (1, 1), (2, 2), (7, 7), (100, 100), (10**9, 4096)])
@@ -243,7 +271,7 @@ def test_the_bench_command_prints_ten_lines(monkeypatch, capsys):
     ("arguments", "says"),
     [
         (["--size", "513"], "multiple"),
-        (["--size", "x"], "is no size"),
+        (["--size", "x"], "is not a size"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--seconds", "0"], "--seconds must be positive"),
         (["--features", "4"], "features must be"),
@@ -295,7 +323,7 @@ def test_a_changed_row_fails_the_check(tmp_path):
     figures.write(*where)
     assert figures.check(*where) == [] and (pictures / "roofline-gpu.png").read_bytes() == names["roofline"]
     path.unlink()
-    assert any("shows no record" in line for line in figures.check(*where))
+    assert any("has no records" in line for line in figures.check(*where))
 
 
 def test_gpu_check_refuses_a_machine_without_a_gpu(tmp_path):
@@ -307,7 +335,7 @@ def test_gpu_check_refuses_a_machine_without_a_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_gpu_check_goes_on_where_it_stopped(tmp_path):
+def test_gpu_check_continues_where_it_stopped(tmp_path):
     import gpu_check
 
     fine, bad, slow = (
@@ -319,7 +347,7 @@ def test_gpu_check_goes_on_where_it_stopped(tmp_path):
     assert gpu_check.run(fine, tmp_path) == "done before"
     assert gpu_check.run(bad, tmp_path).startswith("failed (3)") and not (tmp_path / "bad.done").exists()
     assert gpu_check.run(slow, tmp_path) == "out of time after 1 s"
-    assert "left out: why" in gpu_check.run(dataclasses.replace(fine, name="new", because="why"), tmp_path)
+    assert "skipped: why" in gpu_check.run(dataclasses.replace(fine, name="new", obstacle="why"), tmp_path)
     parts = gpu_check.parts(tmp_path, False)
     assert sum(part.limit for part in parts) <= 600 and [part.name for part in parts][:3] == ["tests", "first", "main"]
 
@@ -328,9 +356,9 @@ def test_a_module_of_a_peer_is_compared_by_its_outputs():
     case = dataclasses.replace(CASE, bench="training")
 
     def peer(network, x, case):
-        prepared = harness.prepare(nn.Sequential(harness.with_backend(network, "reference")), x, case)
+        prepared = prepare(nn.Sequential(with_backend(network, "reference")), x, case)
         prepared.ours = False
         return prepared
 
     outcome = harness.measure(case, small(), {"monai": peer}, CPU, rounds=3)
-    assert [found["impl"] for found in outcome.rows] == ["monai"]
+    assert [kept["impl"] for kept in outcome.rows] == ["monai"]

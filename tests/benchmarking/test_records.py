@@ -1,4 +1,4 @@
-"""Rows of benchmarks: what a row must hold, that a file is merged and never half-written, and what counts as current."""
+"""Rows of benchmarks: what a row must contain, how a file is merged in one step, and which rows are current."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("good", GOOD, ids=lambda good: good["bench"])
-def test_a_good_row_has_no_fault(good):
+def test_a_valid_row_has_no_fault(good):
     assert records.faults(good) == [] and set(records.FIELDS) <= set(good)
 
 
@@ -90,7 +90,7 @@ def test_a_bad_row_leaves_the_file_as_it_was(tmp_path):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read as records"), ("{}", "no list"), ('[{"a": 1}]', "row 0")])
+@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read as records"), ("{}", "is not a list"), ('[{"a": 1}]', "row 0")])
 def test_a_damaged_file_is_named(tmp_path, text, says):
     path = tmp_path / "machine.json"
     path.write_text(text)

@@ -162,7 +162,7 @@ def test_values_are_prepared_as_in_training(tmp_path):
         ("x.tif", b"II*\0\x08\0\0\0\xff", "cannot be read as TIFF"),
         ("x.nii", b"\0" * 400, "cannot be read as NIfTI"),
         ("x.nii.gz", b"\x1f\x8b\x08\0broken", "cannot be read as NIfTI"),
-        ("x.txt", b"text", "is of no format that is known"),
+        ("x.txt", b"text", "has an unknown format"),
         ("x.npy", np.zeros((8, 8), "c16"), "holds no image: complex128"),
         ("x.npy", np.zeros((0, 8)), "holds no image"),
         ("x.npy", np.full((8, 8), np.nan), "holds NaN or infinite values"),
@@ -193,7 +193,7 @@ def test_a_bad_file_is_one_line(name, content, says, tmp_path, capsys):
     ("flags", "says"),
     [
         (("--tile", "33"), "tile must be a positive multiple of 2"),
-        (("--tile", "big"), "'big' is no size such as 512"),
+        (("--tile", "big"), "'big' is not a size such as 512"),
         (("--tile", "32x32x32"), "or 2 of them"),
         (("--overlap", "1", "--tile", "32"), "overlap must be 0 or more and below 1"),
         (("--max-memory", "much"), "'much' is not an amount of memory"),

@@ -1,4 +1,4 @@
-"""Rows as benchmarks leave them behind."""
+"""Rows as benchmarks record them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FACTS = records.facts(torch.device("cpu"))
 
 
 def row(**changes) -> dict:
-    """A good row, with changes."""
+    """A valid row, with changes."""
     return {
         "bench": "inference", "model": "unet++", "level": 4, "mode": "fast", "size": [512, 512], "batch": 1,
         "dtype": "float32", "impl": "fused", "median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.0, "peak_mb": None,

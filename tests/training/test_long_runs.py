@@ -160,7 +160,9 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(folder, tmp_path, ful
     trainer = make_trainer(folder, tmp_path, epochs=2)
     trainer.resume()
     full_disk()
-    with pytest.raises(InputError, match=r"cannot write .*last\.pt \(No space left on device\): make room; what was there"):
+    with pytest.raises(
+        InputError, match=r"cannot write .*last\.pt \(No space left on device\): free some space; the earlier file"
+    ):
         trainer.fit(progress=False)
     assert (tmp_path / "last.pt").read_bytes() == before and load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.csv"]
@@ -172,9 +174,9 @@ def test_a_disk_that_fills_at_the_last_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(
         atomic_files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded"))
     )
-    with pytest.raises(OSError, match=r"Disk quota exceeded.*what was there before is whole"):
+    with pytest.raises(OSError, match=r"Disk quota exceeded.*the earlier file is unchanged"):
         atomic_files.write_atomic(tmp_path / "a", lambda stream: stream.write(b"new"))
-    with pytest.raises(InputError, match=r"make room$"):
+    with pytest.raises(InputError, match=r"free some space$"):
         atomic_files.write_atomic(tmp_path / "b", lambda stream: stream.write(b"new"))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
 
@@ -203,7 +205,7 @@ def test_an_image_that_cannot_be_read_is_one_line(tmp_path, workers):
     samples, _ = find_samples(folder)
     Image.new("L", (8, 8)).save(samples[1].masks[0])
     patches = Patches(samples, 32, per_image=1, seed=0)
-    with pytest.raises(InputError, match=r"^mask .*cell1\.png is 8x8 but its image .* of one size$"):
+    with pytest.raises(InputError, match=r"^mask .*cell1\.png is 8x8 but its image .* have the same size$"):
         list(load_batches(patches, [[(0, 0)], [(0, 1)]], workers, pin=False))
 
 

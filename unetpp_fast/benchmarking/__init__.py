@@ -1,1 +1,1 @@
-"""Times and memory: how they are taken, kept and shown."""
+"""Times and memory: how they are measured, recorded and shown."""

@@ -1,7 +1,7 @@
-"""The rows that benchmarks leave behind: what a row must hold, where rows are kept, and which of them still count.
+"""The rows that benchmarks record: what a row must contain, where rows are stored, and which of them are current.
 
-A file `benchmarks/results/<machine>.json` is a list of rows. A row is known by `IDENTITY`; measuring the same thing
-again replaces it. `source_hash` says of which kernels and engine it is a figure.
+A file `benchmarks/results/<machine>.json` is a list of rows. A row is identified by the fields in `IDENTITY`; measuring
+the same thing again replaces it. Its `source_hash` says which kernels and engine were measured.
 """
 
 from __future__ import annotations
@@ -19,24 +19,21 @@ from pathlib import Path
 
 import torch
 
+from ..architecture.precision import TRAINED
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError
 from ..execution.source_hash import source_hash
+from .implementations import IMPLEMENTATIONS
 
 BENCHES = ("inference", "training", "kernel", "memory")
 MODES = ("accurate", "fast")
-DTYPES = ("float32", "bfloat16", "float16")
-IMPLEMENTATIONS = (
-    "eager", "eager-channels-last", "compile", "compile-max-autotune", "fused", "fused-triton", "fused-cuda",
-    "fused-cpu", "monai", "smp", "onnxruntime", "openvino", "tensorrt",
-)  # fmt: skip
 IDENTITY = ("bench", "model", "level", "mode", "size", "batch", "dtype", "impl", "device", "memory_of")
 TIMES = ("median_ms", "p20_ms", "p80_ms")
 TEXTS = ("model", "device", "torch", "commit", "source_hash", "date")
-# Texts that a machine may lack, and numbers that a kind of row may lack.
+# Texts that are null on some machines, and numbers that are null in some kinds of rows.
 OPTIONAL_TEXTS = ("driver", "triton", "cuda", "cudnn")
 OPTIONAL_NUMBERS = (*TIMES, "peak_mb", "tflops")
-# Further fields: of memory rows what was run; of kernel rows the traffic and the ceilings measured in the same run.
+# Fields of kernel rows only: the traffic, and the ceilings measured in the same run. Memory rows have `memory_of` too.
 EXTRA_NUMBERS = ("gb_s", "ceiling_tflops", "ceiling_gb_s", "share_of_ceiling", "flop", "bytes")
 FIELDS = (
     "bench", "model", "level", "mode", "size", "batch", "dtype", "impl", *TIMES, "peak_mb", "ratio_to", "peak_ratio_to",
@@ -47,19 +44,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def faults(row: object) -> list[str]:
-    """What is wrong with a row, as sentences; none for a good one."""
+    """What is wrong with a row, one message per fault; empty for a valid row."""
     if not isinstance(row, dict):
         return [f"a row is an object, not {type(row).__name__}"]
-    found = [f"{name} is missing" for name in FIELDS if name not in row]
-    found += [f"{name} is not known" for name in sorted(set(row) - {*FIELDS, *EXTRA_NUMBERS, "memory_of"})]
-    if found:
-        return found
+    messages = [f"{name} is missing" for name in FIELDS if name not in row]
+    messages += [f"{name} is not known" for name in sorted(set(row) - {*FIELDS, *EXTRA_NUMBERS, "memory_of"})]
+    if messages:
+        return messages
     kernel, memory = row["bench"] == "kernel", row["bench"] == "memory"
     checks = {
         "bench": row["bench"] in BENCHES,
         "mode": row["mode"] in MODES or (kernel and row["mode"] is None),
-        "dtype": row["dtype"] in DTYPES,
-        "impl": row["impl"] in IMPLEMENTATIONS,
+        "dtype": row["dtype"] in TRAINED,
+        "impl": isinstance(row["impl"], str) and row["impl"] in IMPLEMENTATIONS,
         "level": _is_count(row["level"], least=0 if kernel else 1),
         "batch": _is_count(row["batch"]),
         "size": isinstance(row["size"], list) and len(row["size"]) in (2, 3) and all(map(_is_count, row["size"])),
@@ -72,12 +69,12 @@ def faults(row: object) -> list[str]:
     checks |= {name: row[name] is None or _is_amount(row[name]) for name in OPTIONAL_NUMBERS}
     checks |= {name: _is_amount(row[name]) for name in EXTRA_NUMBERS if name in row}
     checks |= {name: _is_ratios(row[name], row["impl"]) for name in ("ratio_to", "peak_ratio_to")}
-    found = [f"{name} cannot be {row.get(name)!r}" for name, good in checks.items() if not good]
+    messages = [f"{name} cannot be {row.get(name)!r}" for name, good in checks.items() if not good]
     needed = ("peak_mb",) if memory else TIMES
-    found += [f"a {row['bench']} row needs {name}" for name in needed if row[name] is None]
-    if not found and not memory and not row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]:
-        found.append("p20_ms, median_ms and p80_ms are not in order")
-    return found
+    messages += [f"a {row['bench']} row needs {name}" for name in needed if row[name] is None]
+    if not messages and not memory and not row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]:
+        messages.append("p20_ms, median_ms and p80_ms are not in order")
+    return messages
 
 
 def _is_count(value: object, least: int = 1) -> bool:
@@ -102,7 +99,7 @@ def _is_date(value: object) -> bool:
 
 
 def identity(row: Mapping) -> tuple:
-    """What a row is a figure of."""
+    """What a row measured: rows of equal identity replace one another."""
     return tuple(tuple(row[key]) if key == "size" else row.get(key) for key in IDENTITY)
 
 
@@ -110,16 +107,16 @@ def read(path: Path) -> list[dict]:
     """The rows of a file, none if it does not exist.
 
     Raises:
-        InputError: the file cannot be read or a row is not as it must be; the message says which and why.
+        InputError: the file cannot be read or a row is not valid; the message says which and why.
     """
     try:
         rows = json.loads(Path(path).read_text())
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as records ({error}): mend or remove it") from error
+        raise InputError(f"{path} cannot be read as records ({error}): fix or remove it") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path} holds no list of rows: mend or remove it")
+        raise InputError(f"{path} is not a list of rows: fix or remove it")
     for index, row in enumerate(rows):
         if wrong := faults(row):
             raise InputError(f"{path}, row {index}: {'; '.join(wrong)}")
@@ -132,15 +129,15 @@ def read_all(folder: Path = RESULTS) -> dict[str, list[dict]]:
 
 
 def merge(path: Path, rows: Iterable[Mapping]) -> None:
-    """Adds rows to a file, each in place of an older one of the same identity; the file is never seen half-written.
+    """Adds rows to a file, in one step; each replaces an older one of the same identity.
 
     Raises:
-        ValueError: a row is not as it must be; the file stays as it was.
+        ValueError: a row is not valid; the file is not changed.
     """
     rows = [dict(row) for row in rows]
     for row in rows:
         if wrong := faults(row):
-            raise ValueError(f"no such row can be kept: {'; '.join(wrong)}")
+            raise ValueError(f"a row is not valid: {'; '.join(wrong)}")
     known = {identity(row): row for row in [*read(path), *rows]}
     lines = [json.dumps(known[key]) for key in sorted(known, key=repr)]
     text = "[\n" + ",\n".join(lines) + "\n]\n"
@@ -148,7 +145,7 @@ def merge(path: Path, rows: Iterable[Mapping]) -> None:
 
 
 def is_current(row: Mapping) -> bool:
-    """Whether a row is a figure of the kernels and the engine as they are now."""
+    """Whether a row was measured with the present kernels and engine."""
     return row["source_hash"] == source_hash()
 
 
@@ -166,18 +163,18 @@ def _processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
+    model = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
     widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
-    return " ".join([found[1] if found else platform.machine(), widest]).strip()
+    return " ".join([model[1] if model else platform.machine(), widest]).strip()
 
 
 def machine(device: torch.device) -> str:
-    """The name of a machine's file of records."""
+    """The name of a machine's file of records, without its ending."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def facts(device: torch.device) -> dict[str, str | None]:
-    """The fields of a row that say where and of what it was measured."""
+    """The fields of a row that say where, when and with what it was measured."""
     cuda = device.type == "cuda"
     return {
         "device": device_name(device),
@@ -201,16 +198,16 @@ def _version(package: str) -> str | None:
 
 def _driver() -> str | None:
     try:
-        found = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        version = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         return None
-    return found[1] if found else None
+    return version[1] if version else None
 
 
 def commit() -> str:
-    """The commit of this tree, "+" behind it where files differ; a tree without git names it in `UNETPP_FAST_COMMIT`."""
-    if given := os.environ.get("UNETPP_FAST_COMMIT"):
-        return given
+    """The commit of this tree, followed by "+" if files differ from it; `UNETPP_FAST_COMMIT` overrides it."""
+    if name := os.environ.get("UNETPP_FAST_COMMIT"):
+        return name
     head, changes = (_git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
     return f"{head}{'+' if changes else ''}" if head else "unknown"
 
@@ -224,7 +221,7 @@ def _git(*arguments: str) -> str:
 
 
 def summary(folder: Path = RESULTS) -> str:
-    """One line: how many rows of which machines are current, how many are stale."""
+    """One line: for each machine, how many rows are current and how many are stale."""
     parts = []
     for rows in read_all(folder).values():
         for device in dict.fromkeys(row["device"] for row in rows):

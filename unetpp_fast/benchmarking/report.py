@@ -1,4 +1,4 @@
-"""What `unetpp-fast bench` says: PyTorch, PyTorch compiled and this package, for one network on this machine."""
+"""The report of `unetpp-fast bench`: PyTorch, PyTorch compiled and this package, for one network on this machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from ..common import devices, progress
 from ..execution.dispatch import tune
 from ..models.network import Network
 from . import records
-from .harness import Builder, Case, Pass, builders, make_input, measure
+from .case import Builder, Case
+from .harness import Pass, make_input, measure
+from .implementations import IMPLEMENTATIONS
 
 SHOWN = ("eager", "eager-channels-last", "compile", "fused")
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int = 4096) -> int:
-    """The largest batch for which `fits`, found by doubling and halving; 0 where not even one image does."""
+    """The largest batch for which `fits`, found by doubling and halving; 0 if not even one image does."""
     most = 0
     while most < limit and fits(max(2 * most, 1)):
         most = max(2 * most, 1)
@@ -46,21 +48,23 @@ def batch_fits(network: Network, build: Builder, case: Case, device: torch.devic
 
 
 def report(network: Network, size: Sequence[int], batch: int, dtype: str, device: torch.device, seconds: float) -> list[str]:
-    """The lines of `unetpp-fast bench`: inference and training steps of eager PyTorch, the same channels-last, compiled,
-    and this package; on a GPU, which is tuned to the network first, with the largest batch that trains."""
+    """The lines of `unetpp-fast bench`: inference and training steps by the implementations `SHOWN`.
+
+    On a GPU the network is tuned first, and the report has the largest batch that trains.
+    """
     network = network.to(device)
-    columns = max(network.topology.heads)
-    chosen = {name: build for name, build in builders().items() if name in SHOWN}
+    level = max(network.topology.heads)
+    chosen = {name: IMPLEMENTATIONS[name] for name in SHOWN}
     shape = tuple(size), batch, dtype
     kinds = [("inference", None), ("training", None)]
     kinds += [] if device.type == "cuda" else [("memory", "inference"), ("memory", "training")]
-    cases = [Case(bench, "yours", columns, "accurate", *shape, memory_of) for bench, memory_of in kinds]
+    cases = [Case(bench, "yours", level, "accurate", *shape, memory_of) for bench, memory_of in kinds]
     outcomes, largest = [], {}
     with progress.progress_bar(
         total=len(cases) * len(chosen), desc="measuring", unit="case", disable=None, leave=False
     ) as bar:
         if device.type == "cuda":
-            with autocast(device, dtype), contextlib.suppress(RuntimeError):  # what cannot run says so below
+            with autocast(device, dtype), contextlib.suppress(RuntimeError):  # the outcomes give the reason
                 tune(network, make_input(network, cases[0], device)[0], progress=False)
         for case in cases:
             outcomes.append(measure(case, network, chosen, device, seconds=seconds, begin=lambda _: bar.update()))
@@ -77,7 +81,7 @@ def report(network: Network, size: Sequence[int], batch: int, dtype: str, device
 
 
 def table(rows: Iterable[Mapping], largest: Mapping[str, int]) -> list[str]:
-    """The lines of `unetpp-fast bench`: an implementation's time, ratio and memory in each pass, and its largest batch."""
+    """A line per implementation: time, ratio to eager and memory of inference and training, and the largest batch."""
     kinds = {(row["bench"], row.get("memory_of")): {} for row in rows}
     for row in rows:
         kinds[row["bench"], row.get("memory_of")][row["impl"]] = row

@@ -32,7 +32,7 @@ def sizes_argument(text: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512, 512x384 or 64x64x64") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512, 512x384 or 64x64x64") from None
     return sizes * 2 if len(sizes) == 1 else sizes
 
 
@@ -40,7 +40,7 @@ def tile_argument(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512 or 32x256x256") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512 or 32x256x256") from None
 
 
 def memory_argument(text: str) -> int:

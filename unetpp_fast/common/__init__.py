@@ -1,1 +1,1 @@
-"""What every other part may use: errors for the user, atomic files, devices, progress bars."""
+"""What every other part may use: errors for the user, atomic files, devices, timing, progress bars."""

@@ -1,4 +1,4 @@
-"""Files that are either the old or the new one at any moment."""
+"""Files that are replaced in one step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .errors import InputError, WriteError
 
 
 def check_folder(folder: Path) -> None:
-    """Makes the folder `folder` if there is none.
+    """Creates the folder `folder` if it does not exist.
 
     Raises:
-        InputError: that is not possible, or no file can be written there.
+        InputError: it cannot be created, or no file can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file that is either the old or the new one at any moment: beside it first, then renamed over it.
+    """Writes a temporary file in the same folder and renames it to `path`: a reader sees the old file or the new one.
 
     Raises:
         WriteError: the disk is full, or fails.
@@ -46,5 +46,5 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
         Path(name).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        before = "; what was there before is whole" if path.exists() else ""
-        raise WriteError(f"cannot write {path} ({error.strerror or error}): make room{before}") from error
+        before = "; the earlier file is unchanged" if path.exists() else ""
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): free some space{before}") from error

@@ -8,7 +8,7 @@ from .errors import InputError
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Returns when a CUDA device has finished all work that was queued; at once for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -26,5 +26,5 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).strip().split("\n")[0].split(". ")[0]
-        raise InputError(f"device {name!r} cannot be used: {first}; --device cpu always can") from error
+        raise InputError(f"device {name!r} cannot be used: {first}; --device cpu always works") from error
     return device

@@ -1,18 +1,45 @@
-"""Progress bars where tqdm is installed."""
+"""Progress bars, shown if tqdm is installed."""
 
 from __future__ import annotations
 
-import contextlib
-import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .errors import InputError
 from .extras import need
 
 
-def progress_bar(**options: Any) -> Any:
-    """tqdm's bar with these options where it is installed, else one that shows nothing."""
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> Any:
+    """tqdm's bar with these options; without tqdm, a bar with the same methods that shows nothing."""
     try:
-        return need("tqdm", "commands").tqdm(**options)
+        return need("tqdm", "commands").tqdm(iterable, **options)
     except InputError:
-        return contextlib.nullcontext(types.SimpleNamespace(update=lambda: None))
+        return SilentBar(iterable, **options)
+
+
+class SilentBar:
+    """The part of tqdm's interface that this package uses; it only counts."""
+
+    def __init__(self, iterable: Iterable | None = None, initial: float = 0, **options: Any) -> None:
+        self.iterable, self.n = iterable, initial
+
+    def __enter__(self) -> SilentBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def update(self, n: float = 1) -> None:
+        """Advances the count by `n`."""
+        self.n += n
+
+    def set_postfix(self, **values: object) -> None:
+        """Shows nothing."""
+
+    def set_postfix_str(self, text: str = "") -> None:
+        """Shows nothing."""
