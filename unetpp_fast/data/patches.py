@@ -1,31 +1,33 @@
-"""The random patches that training draws from images, in batches."""
+"""Random patches for training, drawn from images and put into batches."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from .samples import ArraySample, Sample
 
 CACHE_BYTES = 2**31
+SECONDS_TO_NOTICE = 5.0  # that a worker process died
 
 
 class Patches(torch.utils.data.Dataset):
-    """Random square or cubic patches with flips and, within the last two axes, 90-degree turns.
+    """Random square or cubic patches with flips and, within the last two axes, 90-degree rotations.
 
-    A patch is a function of (seed, epoch, draw) alone, so an interrupted training draws the same ones when it goes on,
-    with any number of workers. Images smaller than the patch are padded by repeating their border.
+    A patch depends only on (seed, epoch, draw), so a resumed training draws the same patches, with any number of workers.
+    Images smaller than the patch are padded by repeating their border.
 
     Args:
         samples: images with masks.
-        patch: side in pixels, along every axis.
-        per_image: draws from each image an epoch.
-        seed: of every random choice.
-        augment: flips and turns.
+        patch: side in pixels, the same along every axis.
+        per_image: draws from each image per epoch.
+        seed: of all random choices.
+        augment: whether to flip and rotate.
     """
 
     def __init__(self, samples: Sequence[Sample | ArraySample], patch: int, per_image: int, seed: int, augment: bool = True):
@@ -34,11 +36,11 @@ class Patches(torch.utils.data.Dataset):
         self._cached_bytes = 0
 
     def __len__(self) -> int:
-        """Draws an epoch."""
+        """Draws per epoch."""
         return len(self.samples) * self.per_image
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `index`, kept in memory up to 2 GiB over all samples."""
+        """Sample `index`; samples are cached in memory, up to 2 GiB in all."""
         if index in self._cache:
             return self._cache[index]
         image, mask = self.samples[index].load()
@@ -48,7 +50,7 @@ class Patches(torch.utils.data.Dataset):
         return image, mask
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Image float32 `[C, patch, ...]` and mask float32 `[classes, patch, ...]` of (epoch, draw)."""
+        """Image float32 `[C, patch, ...]` and mask float32 `[classes, patch, ...]` for (epoch, draw)."""
         epoch, draw = item
         random = np.random.default_rng((self.seed, epoch, draw))
         image, mask = (self._enlarge(values) for values in self.load(draw % len(self.samples)))
@@ -71,28 +73,39 @@ class Patches(torch.utils.data.Dataset):
         return np.pad(values, [(0, 0)] + [(amount // 2, amount - amount // 2) for amount in missing], mode="edge")
 
     def batches(self, epoch: int, batch_size: int, start: int = 0) -> list[list[tuple[int, int]]]:
-        """The items of each batch of an epoch in its shuffled order, from batch `start` on."""
+        """The (epoch, draw) items of each batch of an epoch, shuffled, from batch `start` on."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self)).tolist()
-        every = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-        return [[(epoch, draw) for draw in batch] for batch in every[start:]]
+        batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        return [[(epoch, draw) for draw in batch] for batch in batches[start:]]
 
 
 def load_batches(patches: Patches, batches: list, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as tensors `[N, C, *S]` and `[N, classes, *S]`, read ahead by `workers` processes.
 
+    Args:
+        patches: what the batches are drawn from.
+        batches: from `patches.batches`.
+        workers: number of processes; 0 reads in this one.
+        pin: whether the tensors are in page-locked memory.
+
     Raises:
-        InputError: an image cannot be used, or a process that reads died.
+        InputError: an image cannot be used, or a worker process died.
     """
-    generator = torch.Generator()  # of its own: the loader would draw from the global one, which dropout uses
+    generator = torch.Generator()  # otherwise the loader would draw from the global generator, which dropout uses
     loader = torch.utils.data.DataLoader(
         patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
     )
     try:
-        yield from loader
-    except InputError as error:  # a process that reads adds where it came from, over many lines
+        try:
+            yield from loader
+        except (ConnectionError, EOFError):  # sockets of a dying process close before the loader notices its death
+            time.sleep(SECONDS_TO_NOTICE)  # the loader's signal handler raises RuntimeError during the sleep
+            raise
+    except InputError as error:  # a worker process puts its traceback before the message
         raise InputError(str(error).strip().split("InputError: ")[-1]) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        what = str(error).strip().split("\n")[0]
-        raise InputError(f"a process that reads images ahead died ({what}): use fewer --workers, or 0") from error
+        raise InputError(
+            f"a process that reads images ahead died ({first_line(error)}): use fewer --workers, or 0"
+        ) from error
