@@ -1,4 +1,4 @@
-"""`unetpp-fast train --task ...`: the paper's networks and settings, on files as the providers ship them."""
+"""`unetpp-fast train --task ...`: the paper's networks and settings, on small data sets in the providers' layouts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from support.medical_files import write_frames, write_liver, write_scan, write_s
 import unetpp_fast as uf
 from unetpp_fast.cli import parser, train
 from unetpp_fast.common.errors import InputError
-from unetpp_fast.data.patches import Patches
-from unetpp_fast.data.samples import ArraySample, split
 from unetpp_fast.data.tasks import TASKS
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model
 
@@ -73,10 +71,10 @@ def test_prediction_scales_frames_as_training_did(tmp_path):
     assert run("predict", "--checkpoint", out / "best.pt", "--images", frames, "--out", tmp_path, "--device", "cpu") == 0
     network, _ = load_model(out / "best.pt")
     for sample in TASKS["polyp"].read(root)[0]:
-        found = np.asarray(Image.open(tmp_path / "masks/polyp" / f"{sample.name}.png"))
+        mask = np.asarray(Image.open(tmp_path / "masks/polyp" / f"{sample.name}.png"))
         probabilities = network.predict(torch.from_numpy(sample.load()[0])[None])
         expected = torch.nn.functional.interpolate(probabilities, (36, 52), mode="bilinear", antialias=True) > 0.5
-        assert np.array_equal(found, expected[0, 0].numpy() * np.uint8(255))
+        assert np.array_equal(mask, expected[0, 0].numpy() * np.uint8(255))
 
 
 class Stop(Exception):
@@ -93,7 +91,7 @@ class Stop(Exception):
     ],
     ids=["unet", "wide", "nested", "deep"],
 )
-def test_a_task_brings_the_networks_and_the_recipe_of_the_paper(tmp_path, monkeypatch, arguments, name, deep):
+def test_a_task_selects_the_networks_and_the_recipe_of_the_paper(tmp_path, monkeypatch, arguments, name, deep):
     seen = {}
 
     def stop(network, patches, validation, recipe, *_):
@@ -127,32 +125,11 @@ def test_a_unet_has_no_deep_supervision(tmp_path, capsys):
     assert "--deep-supervision needs the nested nodes of unet++: unet has one head" in capsys.readouterr().err
 
 
-def test_cubes_are_drawn_from_volumes_with_all_flips():
-    volume = np.arange(12 * 10 * 11, dtype=np.float32).reshape(1, 12, 10, 11)
-    patches = Patches([ArraySample("ramp", volume, volume > volume.mean())], 8, 96, seed=0)
-    signs = set()
-    for draw in range(96):
-        image, mask = patches[0, draw]
-        assert image.shape == mask.shape == (1, 8, 8, 8) and torch.equal(mask, (image > 0).float())
-        steps = [
-            image[0, 1, 0, 0] - image[0, 0, 0, 0],
-            image[0, 0, 1, 0] - image[0, 0, 0, 0],
-            image[0, 0, 0, 1] - image[0, 0, 0, 0],
-        ]
-        signs.add((*(np.sign(step.item()) for step in steps), bool(abs(steps[1]) > abs(steps[2]))))
-    assert len(signs) == 16  # two ways up, and eight flips and turns of each plane
-
-
-def test_volumes_smaller_than_the_cube_are_padded():
-    volume = np.random.default_rng(0).normal(size=(1, 5, 20, 3)).astype(np.float32)
-    image, _ = Patches([ArraySample("small", volume, volume > 0)], 8, 1, seed=0, augment=False)[0, 0]
-    assert image.shape == (1, 8, 8, 8) and torch.equal(image[:, 0], image[:, 1])
-
-
-def test_one_patient_is_not_enough(tmp_path):
-    with pytest.raises(InputError, match="at least 2 images"):
-        split(data_of_one_patient(tmp_path), 0.5, 0)
-
-
-def data_of_one_patient(root: Path) -> list:
-    return TASKS["liver"].read(write_liver(root, count=1))[0]
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_missing_data_are_named_with_their_source(tmp_path, task):
+    for root, what in ((tmp_path, "holds no data of the task"), (tmp_path / "nowhere", "is not a folder")):
+        with pytest.raises(InputError) as caught:
+            task.read(root)
+        text = str(caught.value)
+        assert text.startswith(f"{root} {what}") and "expected" in text and "; get it from " in text and "https://" in text
+        assert "\n" not in text

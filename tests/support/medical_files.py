@@ -1,4 +1,4 @@
-"""Small data sets in the formats and layouts in which the providers of the paper's tasks ship theirs."""
+"""Small data sets in the formats and layouts of the paper's tasks, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,23 @@ def write_picture(path: Path, values: np.ndarray) -> Path:
     return path
 
 
+def cut(path: Path, share: float) -> None:
+    """Keeps the first `share` of a file's bytes."""
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def truncate(path: Path) -> None:
+    """Keeps the first 60 bytes of a file."""
+    path.write_bytes(path.read_bytes()[:60])
+
+
 def disc(height: int, width: int, centre: tuple[int, int], radius: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     return (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
 
 
 def write_stage1(root: Path, count: int = 3, side: int = 48) -> Path:
-    """The layout of the Data Science Bowl: a folder an image, RGBA, with one mask file a nucleus."""
+    """The layout of the Data Science Bowl: one folder per RGBA image, one mask file per nucleus."""
     random = np.random.default_rng(0)
     for index in range(count):
         folder = root / "stage1_train" / f"cell{index}"
@@ -41,7 +51,7 @@ def write_stage1(root: Path, count: int = 3, side: int = 48) -> Path:
 def write_frames(
     root: Path, count: int = 3, ending: str = "tif", names: tuple[str, str] = ("Original", "Ground Truth")
 ) -> Path:
-    """Colour frames with a polyp each, 36x52 pixels, and their masks."""
+    """Colour frames of 36x52 pixels with one polyp each, and their masks."""
     random = np.random.default_rng(1)
     for index in range(count):
         polyp = disc(36, 52, tuple(random.integers(12, 24, 2)), 8)
@@ -55,7 +65,7 @@ AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
 
 
 def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE, slope: float = 1.0, inter: float = 0.0) -> Path:
-    """`values` `[x, y, z]`; stored divided by `slope` after `inter` is taken away."""
+    """Writes `[x, y, z]`; the file stores (values - inter) / slope."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(values, affine)
     image.header.set_slope_inter(slope, inter)
@@ -78,7 +88,7 @@ def write_liver(root: Path, count: int = 3, shape: tuple[int, int, int] = (40, 3
 
 
 def write_slice(path: Path, pixels: np.ndarray, z: float, series: str, patient: str, modality: str = "CT") -> str:
-    """A DICOM file of one slice, stored as Hounsfield units + 1024 like most scanners do; returns its identifier."""
+    """A DICOM file of one slice, stored as Hounsfield units + 1024 as most scanners do; returns its identifier."""
     dataset = pydicom.Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -99,14 +109,14 @@ def write_slice(path: Path, pixels: np.ndarray, z: float, series: str, patient: 
 
 
 def square(left: int, top: int, right: int, bottom: int) -> list[tuple[int, int]]:
-    """The pixels (x, y) along the border of a box, both ends of it included, closed as in the annotations."""
+    """The pixels (x, y) along the border of a box, corners included; the first one is repeated, as in the annotations."""
     upper = [(x, top) for x in range(left, right)] + [(right, y) for y in range(top, bottom)]
     lower = [(x, bottom) for x in range(right, left, -1)] + [(left, y) for y in range(bottom, top, -1)]
     return [*upper, *lower, (left, top)]
 
 
 def write_annotation(path: Path, series: str, readers: list[list[list[tuple[str, bool, list[tuple[int, int]]]]]]) -> Path:
-    """An annotation file of LIDC: for each reader the nodules, for each of them (slice, whether it is included, points)."""
+    """An annotation file of LIDC. For each reader the nodules, and for each nodule its (slice, whether included, points)."""
 
     def roi(uid: str, inclusion: bool, points: list[tuple[int, int]]) -> str:
         edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in points)
@@ -115,7 +125,7 @@ def write_annotation(path: Path, series: str, readers: list[list[list[tuple[str,
 
     sessions = ""
     for nodules in readers:
-        drawn = ["".join(roi(*one) for one in nodule) for nodule in nodules]
+        drawn = ["".join(roi(*outline) for outline in nodule) for nodule in nodules]
         name = "<noduleID>Nodule {}</noduleID>".format
         marked = "".join(f"<unblindedReadNodule>{name(k)}{rois}</unblindedReadNodule>" for k, rois in enumerate(drawn))
         sessions += f"<readingSession><annotationVersion>3.12</annotationVersion>{marked}</readingSession>"
@@ -126,8 +136,8 @@ def write_annotation(path: Path, series: str, readers: list[list[list[tuple[str,
 
 
 def write_scan(root: Path, patient: str = "LIDC-IDRI-0001", slices: int = 6, side: int = 72, box: int = 10) -> Path:
-    """A series whose files are not in the order of its slices, with a bright box in slices 2 to 4 that two of four readers
-    outlined as it is, one a pixel wider on every side, and one not at all."""
+    """A series whose files are not in slice order. Slices 2 to 4 hold a bright box: of four readers, two outlined it
+    exactly, one a pixel too wide on every side, and one not at all."""
     series, folder = generate_uid(), root / patient / "study" / "series"
     uids = []
     for z in range(slices):

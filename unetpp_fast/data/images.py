@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from ..common.extras import need
 
 
 def read_image(path: Path | BinaryIO) -> np.ndarray:
-    """An image file, or an open one, as float32 `[C, H, W]`, C = 1 (grey) or 3 (colour; alpha is dropped), 8-bit values
-    over 255, 16-bit values over 65535, floating-point values as they are.
+    """Reads an image file, or an open one, as float32 `[C, H, W]`, C = 1 (grey) or 3 (colour; alpha is dropped).
+
+    8-bit values are divided by 255 and 16-bit values by 65535; floating-point values stay unchanged.
 
     Raises:
-        InputError: the file is missing, no image, or holds NaN or infinity.
+        InputError: the file is missing, is not an image, or holds NaN or infinity.
     """
     picture = _open(path)
     if picture.mode in ("1", "L", "LA"):
@@ -31,15 +32,13 @@ def read_image(path: Path | BinaryIO) -> np.ndarray:
         values = np.asarray(picture, np.float32)[None]
     else:
         values = np.asarray(picture.convert("RGB"), np.float32).transpose(2, 0, 1) / 255
-    if not np.isfinite(values).all():
-        raise InputError(f"{path} holds NaN or infinite values: mend or remove this image")
-    return np.ascontiguousarray(values)
+    return np.ascontiguousarray(check_finite(values, path))
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """The values of a mask or label file, `[H, W]`; of a colour file the largest of its channels.
+    """The values of a mask or label file, `[H, W]`; for a colour file the maximum over its channels.
 
-    A palette counts by its colours: the order of its entries is the writing program's choice.
+    A palette image is read by its colours: the order of the palette depends on the program that wrote it.
     """
     picture = _open(path)
     if picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
@@ -48,18 +47,17 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A mask file as bool `[H, W]`: above half of the file's largest value, so that 0/1 and 0/255 both work.
+    """A mask file as bool `[H, W]`: values above half of the file's maximum, so that 0/1 and 0/255 both work.
 
     Raises:
         InputError: as `read_image`.
     """
-    values = read_labels(path)
-    if not np.isfinite(values).all():
-        raise InputError(f"mask {path} holds NaN or infinite values: mend or remove it")
+    values = check_finite(read_labels(path), f"mask {path}")
     return values > values.max(initial=0) / 2
 
 
-def _open(path: Path):
+def _open(path: Path | BinaryIO) -> Any:
+    """The Pillow image of a file with one page, decoded."""
     image = need("PIL.Image", "commands")
     try:
         with image.open(path) as picture:
@@ -70,7 +68,7 @@ def _open(path: Path):
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
     if pages > 1:
-        raise InputError(f"{path} holds {pages} pages: save each as a file of its own")
+        raise InputError(f"{path} holds {pages} pages: save each page as a separate file")
     return picture
 
 
@@ -80,18 +78,26 @@ def write_png(path: Path, values: np.ndarray) -> None:
     write_atomic(path, lambda stream: image.fromarray(values).save(stream, format="PNG"))
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+def check_finite(values: np.ndarray, what: Any) -> np.ndarray:
+    """Returns `values`, or raises InputError naming `what` if there is NaN or infinity among them."""
+    if not np.isfinite(values).all():
+        raise InputError(f"{what} holds NaN or infinite values: fix or remove it")
+    return values
 
 
 def check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.ndarray) -> None:
     """Raises InputError unless the mask `[*S]` has the size of the image `[C, *S]`."""
     if mask.shape != image.shape[1:]:
         have, want = _size(mask.shape), _size(image.shape[1:])
-        raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: they must be of one size")
+        raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: they must have the same size")
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def standardise(image: np.ndarray) -> np.ndarray:
-    """Each channel of `[C, *S]` to mean 0 and standard deviation 1 over its pixels; a constant one to 0."""
+    """Scales each channel of `[C, *S]` to mean 0 and standard deviation 1 over its pixels; a constant channel to 0."""
     axes = tuple(range(1, image.ndim))
     mean = image.mean(axis=axes, keepdims=True, dtype=np.float64)
     std = image.std(axis=axes, keepdims=True, dtype=np.float64)
@@ -99,39 +105,14 @@ def standardise(image: np.ndarray) -> np.ndarray:
 
 
 def rescale(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Values (Hounsfield units, for CT) from `window` to -1..1 as float32, those outside it clipped.
+    """Clips values (Hounsfield units, for CT) to `window` and maps it to -1..1, as float32.
 
-    Unlike `standardise` it is the same for a slice, a crop and a whole volume.
+    Unlike `standardise`, the result is the same for a slice, a crop and a whole volume.
     """
     low, high = window
     return ((np.clip(image, low, high) - low) * (2 / (high - low)) - 1).astype(np.float32)
 
 
-def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
-    """Image files of a folder by id (the name without its ending), sorted.
-
-    Raises:
-        InputError: there is no such folder, it holds no image, or two files share an id.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of images")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        ending = next((ending for ending in suffixes if path.name.lower().endswith(ending)), None)
-        if ending and not path.name.startswith("."):
-            name = path.name[: -len(ending)]
-            if name in found:
-                raise InputError(f"{found[name]} and {path} have one id: keep one of them")
-            found[name] = path
-    if not found:
-        raise InputError(f"{folder} holds no image ({', '.join(suffixes)})")
-    return found
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
 def scaled(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """float32 `[C, H, W]` at another size: interpolated, or what a pixel covers averaged."""
+    """float32 `[C, H, W]` resized by bilinear interpolation, with anti-aliasing when it shrinks."""
     return F.interpolate(torch.from_numpy(values)[None], size, mode="bilinear", antialias=True)[0].numpy()

@@ -1,9 +1,9 @@
-"""Images with masks in folders, and the random patches that training draws from them.
+"""Images with masks, and their split into training and validation.
 
-The layout is the one of pytorch-nested-unet, which many people have::
+The layout of a folder is that of pytorch-nested-unet::
 
     images/<id>.png        grey or colour, 8 or 16 bit
-    masks/<class>/<id>.png one file a class and image
+    masks/<class>/<id>.png one file per class and image
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import numpy as np
 
 from ..common.errors import InputError
 from ..common.extras import need
-from .images import check_size, find_images, read_image, read_mask, standardise
+from .file_formats import find_images
+from .images import check_size, read_image, read_mask, standardise
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its masks, one file a class; read when asked for."""
+    """An image and its masks, one file per class; read when needed."""
 
     name: str
     image: Path
@@ -44,25 +45,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class ArraySample:
-    """As `Sample`, from arrays in memory: image float32 `[C, H, W]`, not standardised yet, mask `[classes, H, W]`."""
+    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet standardised, and mask `[classes, *S]`."""
 
     name: str
     image: np.ndarray
     mask: np.ndarray
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Standardised image and mask."""
         return standardise(self.image), self.mask
 
 
-def find_samples(root: Path) -> tuple[list[Sample], list[str]]:
+Dataset = tuple[list, list[str]]  # samples and the names of their classes
+
+
+def find_samples(root: Path) -> Dataset:
     """Every image under `root` with its masks, sorted by id, and the names of the classes.
 
     Raises:
-        InputError: a folder is missing or empty, or an image lacks a mask.
+        InputError: a folder is missing or empty, or an image has no mask.
     """
     pictures, folder = root / "images", root / "masks"
     if not pictures.is_dir():
-        raise InputError(f"{pictures} is no folder: expected {pictures}/<id>.png and {folder}/<class>/<id>.png")
+        raise InputError(f"{pictures} is not a folder: expected {pictures}/<id>.png and {folder}/<class>/<id>.png")
     images = find_images(pictures)
     inside = folder.iterdir() if folder.is_dir() else []
     classes = sorted(path.name for path in inside if path.is_dir() and not path.name.startswith("."))
@@ -70,23 +75,31 @@ def find_samples(root: Path) -> tuple[list[Sample], list[str]]:
         raise InputError(f"{folder} holds no folder of masks: expected {folder}/<class>/<id>.png, e.g. {folder}/0/")
     masks = {name: find_images(folder / name) for name in classes}
     for name in classes:
-        lacking = sorted(set(images) - set(masks[name]))
-        if lacking:
-            first = images[lacking[0]]
-            raise InputError(f"image {first} has no mask {folder / name / lacking[0]}.png ({len(lacking)} such image(s))")
+        missing = sorted(set(images) - set(masks[name]))
+        if missing:
+            first = images[missing[0]]
+            raise InputError(f"image {first} has no mask {folder / name / missing[0]}.png ({len(missing)} such image(s))")
     samples = [Sample(key, path, tuple(masks[name][key] for name in classes)) for key, path in images.items()]
     return samples, classes
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples: a seeded choice from the sorted groups, each side at least one.
+    """Training and validation samples: groups are chosen at random by `seed`, at least one for each side.
 
-    Samples with one `group` (a patient, a video) stay on one side; those without are groups of their own.
+    Samples with the same `group` (a patient, a video) stay on one side; a sample without one is a group by itself.
+
+    Args:
+        samples: in any order, which does not matter.
+        fraction: share of the groups used for validation, between 0 and 1.
+        seed: of the choice.
+
+    Raises:
+        InputError: there are fewer than two groups, or the fraction is out of range.
     """
     names = groups(samples)
     if len(names) < 2:
-        alike = f": all {len(samples)} are of {names[0]}" if len(samples) > 1 else ""
-        raise InputError(f"training needs at least 2 images, one of them for validation, of two patients or videos{alike}")
+        same = f": all {len(samples)} are from {names[0]}" if len(samples) > 1 else ""
+        raise InputError(f"training needs at least 2 images, one for validation, from two patients or videos{same}")
     if not 0.0 < fraction < 1.0:
         raise InputError(f"the validation fraction must lie between 0 and 1, not {fraction}")
     order = np.random.default_rng(seed).permutation(len(names))
@@ -98,7 +111,7 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[S
 
 
 def groups(samples: Sequence[Sample]) -> list[str]:
-    """The groups of the samples, each once, sorted."""
+    """The distinct groups of the samples, sorted."""
     return sorted({_group(sample) for sample in samples})
 
 
@@ -107,11 +120,11 @@ def _group(sample: Sample) -> str:
 
 
 def check_samples(samples: Sequence[Sample]) -> int:
-    """Channels of the images, after looking at each of them once.
+    """Reads every sample once and returns the number of channels of the images.
 
     Raises:
-        InputError: an image or mask cannot be used, grey and colour images are mixed, or every mask is empty (one may
-            be: it says that all is background).
+        InputError: an image or mask cannot be used, grey and colour images are mixed, or all masks are empty (a single
+            empty mask is fine: that image is all background).
     """
     channels: dict[int, str] = {}
     foreground = False
@@ -125,6 +138,3 @@ def check_samples(samples: Sequence[Sample]) -> int:
         (first, one), (second, other) = list(channels.items())[:2]
         raise InputError(f"{one} has {first} channel(s) but {other} has {second}: convert all images to one kind")
     return next(iter(channels))
-
-
-Found = tuple[list, list[str]]  # samples and classes

@@ -1,12 +1,12 @@
-"""LIDC-IDRI as its provider ships it: CT scans as DICOM series, the outlines of up to four readers as XML.
+"""LIDC-IDRI as distributed: chest CT scans as DICOM series, lung nodules outlined by up to four readers as XML.
 
-The rules, as the XML files leave them open:
+The XML files leave these rules open:
 
 - A sample is a crop of 64x64x64 voxels around a nodule that at least half of the readers of its scan outlined. Outlines
-  whose boxes overlap are of one nodule. A mark of a single point (a nodule under 3 mm) is no outline.
-- A voxel is nodule where at least half of the readers say so. The drawn pixels themselves are the first ones outside.
-- Voxels are used as they are, without resampling. A scan whose slices lie unevenly, or twice, is left out, and said so.
-- Scans without annotation and annotations without scan are passed over, chest radiographs too.
+  whose boxes overlap belong to the same nodule. A single point (a nodule under 3 mm) is not an outline.
+- A voxel is nodule if at least half of the readers say so. The outline itself is the first pixel outside the nodule.
+- Voxels are not resampled. A scan with unevenly spaced or repeated slices is left out, with a line on stderr.
+- Scans without an annotation, annotations without a scan, and chest radiographs are ignored.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 
 from ...common.errors import InputError
 from ...common.extras import need
-from .. import images
-from ..samples import Found
+from ..images import rescale
+from ..samples import Dataset
 from .nodule_crops import LUNG_WINDOW
 
 CROP = 64
@@ -35,7 +35,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Outline:
-    """What one reader drew in one slice: pixels `[K, 2]` (x, y) just outside the nodule, or just outside a hole in it."""
+    """What one reader drew in one slice: points (x, y) just outside the nodule; if `hole`, along a hole in it."""
 
     slice_uid: str
     hole: bool
@@ -47,7 +47,7 @@ Nodule = tuple[Outline, ...]
 
 @dataclass(frozen=True)
 class Scan:
-    """A CT series, its files and the identifiers of its slices from the feet up."""
+    """A CT series: its files and the identifiers of its slices, from the feet up."""
 
     patient: str
     files: tuple[Path, ...]
@@ -61,7 +61,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class NoduleSample:
-    """A crop of a scan around a nodule, with the outlines of each reader of the scan; read when asked for."""
+    """A crop of a scan around a nodule, with the outlines by each reader of the scan; read when needed."""
 
     name: str
     group: str
@@ -71,33 +71,33 @@ class NoduleSample:
     readers: tuple[tuple[Nodule, ...], ...]
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Windowed crop, float32 `[1, D, H, W]` in -1..1, and mask, bool `[1, D, H, W]`; axes 64, shorter in a small scan.
+        """Windowed crop, float32 `[1, D, H, W]` in -1..1, and mask, bool `[1, D, H, W]`; sides of 64, less in a small scan.
 
         Raises:
             InputError: a DICOM file cannot be read.
         """
         z, y, x = self.start
-        planes = [_read_plane(path, self.scan.size) for path in self.scan.files[z : z + CROP]]
-        values = np.stack(planes)[None, :, y : y + CROP, x : x + CROP]
-        where = {uid: k for k, uid in enumerate(self.scan.slice_uids[z : z + CROP])}
-        votes = sum(self._drawn(nodules, where, values.shape[1:]).astype(int) for nodules in self.readers)
-        return images.rescale(values, LUNG_WINDOW), (2 * votes >= len(self.readers))[None]
+        slices = [_read_plane(path, self.scan.size) for path in self.scan.files[z : z + CROP]]
+        values = np.stack(slices)[None, :, y : y + CROP, x : x + CROP]
+        planes = {uid: k for k, uid in enumerate(self.scan.slice_uids[z : z + CROP])}
+        votes = sum(self._drawn(nodules, planes, values.shape[1:]).astype(int) for nodules in self.readers)
+        return rescale(values, LUNG_WINDOW), (2 * votes >= len(self.readers))[None]
 
-    def _drawn(self, nodules: Sequence[Nodule], where: dict[str, int], shape: tuple[int, ...]) -> np.ndarray:
+    def _drawn(self, nodules: Sequence[Nodule], planes: dict[str, int], shape: tuple[int, ...]) -> np.ndarray:
         """What one reader calls nodule, bool `[D, H, W]`."""
         mask = np.zeros(shape, bool)
         for nodule in nodules:
-            own = np.zeros(shape, bool)
+            inside = np.zeros(shape, bool)
             for outline in sorted(nodule, key=lambda outline: outline.hole):  # holes last
-                if outline.slice_uid in where:
-                    plane = own[where[outline.slice_uid]]
-                    plane[_inside(outline, self.start[1:], plane.shape)] = not outline.hole
-            mask |= own
+                if outline.slice_uid in planes:
+                    plane = inside[planes[outline.slice_uid]]
+                    plane[rasterise(outline, self.start[1:], plane.shape)] = not outline.hole
+            mask |= inside
         return mask
 
 
-def _inside(outline: Outline, start: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels within an outline, without those drawn, bool `[H, W]` of the window at `start` (y, x)."""
+def rasterise(outline: Outline, start: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels inside an outline, without the outline itself: bool `[H, W]` in the window at `start` (y, x)."""
     image, drawing = need("PIL.Image", "commands"), need("PIL.ImageDraw", "commands")
     picture = image.new("L", (shape[1], shape[0]), 0)
     points = [(px - start[1], py - start[0]) for px, py in outline.points]
@@ -105,15 +105,15 @@ def _inside(outline: Outline, start: tuple[int, int], shape: tuple[int, ...]) ->
     return np.asarray(picture, bool)
 
 
-def lidc_series(root: Path) -> Found | None:
-    """DICOM series and annotation files anywhere below the root, matched by the identifier of the series."""
+def lidc_series(root: Path) -> Dataset | None:
+    """DICOM series and annotation files anywhere below the root, matched by the series identifier."""
     annotations = {uid: (path, readers) for path in sorted(root.rglob("*.xml")) for uid, readers in _annotation(path)}
     folders = sorted({path.parent for path in root.rglob("*.dcm")})
     if not annotations and not folders:
         return None
     if not annotations or not folders:
         missing = "annotation (*.xml; LIDC-XML-only.zip)" if folders else "DICOM series (*.dcm)"
-        raise InputError(f"{root} holds no {missing}: the scans and the annotations are two downloads, and both are needed")
+        raise InputError(f"{root} holds no {missing}: scans and annotations are separate downloads, both are needed")
     samples: list[NoduleSample] = []
     tqdm = need("tqdm", "commands").tqdm
     for folder in tqdm(folders, desc="reading DICOM headers", unit="series", disable=None, leave=False):
@@ -123,16 +123,16 @@ def lidc_series(root: Path) -> Found | None:
             scan = _scan(folder, headers)
             samples += _crops(scan, path, readers) if scan else []
     if not samples:
-        raise InputError(f"no series under {root} has a nodule with outlines in an annotation: is a download incomplete?")
+        raise InputError(f"no series under {root} has a nodule with outlines in its annotation: is a download incomplete?")
     return samples, ["nodule"]
 
 
 def _annotation(path: Path) -> Iterator[tuple[str, tuple[tuple[Nodule, ...], ...]]]:
-    """The series that a file annotates and the nodules of each of its readers; nothing for other XML files."""
+    """The series that a file annotates and the nodules by each reader; nothing for other XML files."""
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, LookupError, ValueError) as error:  # an unknown encoding is a LookupError
-        raise InputError(f"{path} is no complete XML file ({error}): download it again") from error
+        raise InputError(f"{path} is not a complete XML file ({error}): download it again") from error
     series = root.findtext(".//{*}SeriesInstanceUid")
     sessions = root.findall("{*}readingSession")
     if series and sessions:
@@ -140,6 +140,7 @@ def _annotation(path: Path) -> Iterator[tuple[str, tuple[tuple[Nodule, ...], ...
 
 
 def _nodules(path: Path, session: ElementTree.Element) -> tuple[Nodule, ...]:
+    """The outlined nodules of one reader."""
     nodules = []
     for marked in session.findall("{*}unblindedReadNodule"):
         try:
@@ -159,7 +160,7 @@ def _outline(roi: ElementTree.Element) -> Outline:
 
 
 def _headers(folder: Path) -> list[tuple[Path, Any]]:
-    """(file, header) of each slice of a folder; empty where it holds no CT."""
+    """(file, header) of each slice in a folder; empty if it holds no CT."""
     headers: list[tuple[Path, Any]] = []
     for path in sorted(folder.glob("*.dcm")):
         header = _read_dicom(path, stop_before_pixels=True, specific_tags=list(HEADER))
@@ -167,11 +168,11 @@ def _headers(folder: Path) -> list[tuple[Path, Any]]:
             return []
         missing = [tag for tag in HEADER if tag not in header]
         if missing:
-            raise InputError(f"{path} lacks {missing[0]}: it is no slice of a CT series")
+            raise InputError(f"{path} lacks {missing[0]}: it is not a slice of a CT series")
         headers.append((path, header))
         first = headers[0][1]
         if header.SeriesInstanceUID != first.SeriesInstanceUID:
-            raise InputError(f"{folder} holds slices of two series, {path.name} is of another: one folder a series")
+            raise InputError(f"{folder} holds slices of two series, {path.name} is from another: use one folder per series")
         if (header.Rows, header.Columns) != (first.Rows, first.Columns):
             have, want = f"{header.Rows}x{header.Columns}", f"{first.Rows}x{first.Columns}"
             raise InputError(f"{path} is {have} pixels but {headers[0][0].name} of its series is {want}")
@@ -179,7 +180,7 @@ def _headers(folder: Path) -> list[tuple[Path, Any]]:
 
 
 def _scan(folder: Path, headers: list[tuple[Path, Any]]) -> Scan | None:
-    """The series in the order of its slices, or None, and a line on stderr, if they are not evenly spaced."""
+    """The series with its slices in order; None, with a line on stderr, if they are not evenly spaced."""
     row, column = np.array(headers[0][1].ImageOrientationPatient, float).reshape(2, 3)
     along = np.cross(row, column)
     heights = np.array([along @ np.array(header.ImagePositionPatient, float) for _, header in headers])
@@ -187,7 +188,7 @@ def _scan(folder: Path, headers: list[tuple[Path, Any]]) -> Scan | None:
     steps = np.diff(heights[order])
     if len(steps) and not np.allclose(steps, np.median(steps), rtol=0.1, atol=1e-3):
         gaps = f"{steps.min():.3g} to {steps.max():.3g} mm apart"
-        print(f"left out: {folder}, a slice is missing or there twice ({gaps})", file=sys.stderr)
+        print(f"left out: {folder}, a slice is missing or repeated ({gaps})", file=sys.stderr)
         return None
     ordered = [headers[index] for index in order]
     first = ordered[0][1]
@@ -200,15 +201,17 @@ def _scan(folder: Path, headers: list[tuple[Path, Any]]) -> Scan | None:
 
 
 def _crops(scan: Scan, path: Path, readers: tuple[tuple[Nodule, ...], ...]) -> Iterator[NoduleSample]:
-    """A sample for each nodule that half of the readers outlined."""
-    where = {uid: k for k, uid in enumerate(scan.slice_uids)}
-    groups: list[list[tuple[int, np.ndarray]]] = []  # of (reader, box), one a nodule
+    """A sample for each nodule that at least half of the readers outlined."""
+    planes = {uid: k for k, uid in enumerate(scan.slice_uids)}
+    groups: list[list[tuple[int, np.ndarray]]] = []  # (reader, box) pairs per nodule
     for reader, nodules in enumerate(readers):
         for nodule in nodules:
-            unknown = [outline.slice_uid for outline in nodule if outline.slice_uid not in where]
+            unknown = [outline.slice_uid for outline in nodule if outline.slice_uid not in planes]
             if unknown:
-                raise InputError(f"{path} outlines slice {unknown[0]}, which {scan.folder} lacks: download the series again")
-            box = _box(nodule, where)
+                raise InputError(
+                    f"{path} outlines slice {unknown[0]}, which is not in {scan.folder}: download the series again"
+                )
+            box = _box(nodule, planes)
             group = next((group for group in groups if any(_overlap(box, other) for _, other in group)), None)
             if group is None:
                 groups.append([(reader, box)])
@@ -223,9 +226,9 @@ def _crops(scan: Scan, path: Path, readers: tuple[tuple[Nodule, ...], ...]) -> I
             yield NoduleSample(name, scan.patient, scan.folder, scan, tuple(start.tolist()), readers)
 
 
-def _box(nodule: Nodule, where: dict[str, int]) -> np.ndarray:
+def _box(nodule: Nodule, planes: dict[str, int]) -> np.ndarray:
     """The lowest and the highest (z, y, x) of a nodule's outlines, `[2, 3]`."""
-    corners = [(where[outline.slice_uid], y, x) for outline in nodule for x, y in outline.points]
+    corners = [(planes[outline.slice_uid], y, x) for outline in nodule for x, y in outline.points]
     return np.array([np.min(corners, axis=0), np.max(corners, axis=0)])
 
 
@@ -246,7 +249,7 @@ def _read_plane(path: Path, size: tuple[int, int]) -> np.ndarray:
     dataset = _read_dicom(path)
     try:
         values = dataset.pixel_array.astype(np.float32)
-    except Exception as error:  # as above
+    except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"the pixels of {path} cannot be read ({str(error).strip()}): download it again") from error
     if values.shape != size:
         raise InputError(f"{path} holds pixels of shape {values.shape}, its header says {size}: download it again")

@@ -1,4 +1,4 @@
-"""The CT scans of LiTS, slice by slice."""
+"""LiTS: CT scans of the abdomen with masks of the liver, one sample per axial slice."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from ...common.errors import InputError
-from .. import images
-from ..samples import Found
-from .nifti import check_geometry, open_nifti, read_part, to_labels
+from ..images import rescale
+from ..nifti import check_geometry, open_nifti, read_part, to_labels
+from ..samples import Dataset
 
 LIVER_WINDOW = (-200.0, 250.0)  # Hounsfield units: soft tissue
 
 
 @dataclass(frozen=True)
 class SliceSample:
-    """One axial slice of a CT volume with the mask of the liver, lesions included; read when asked for."""
+    """An axial slice of a CT volume with the mask of the liver, lesions included; read when needed."""
 
     name: str
     group: str
@@ -30,14 +30,14 @@ class SliceSample:
         """Windowed slice, float32 `[1, H, W]` in -1..1, and mask, bool `[1, H, W]`; errors as `read_part`."""
         window = (slice(None), slice(None), slice(self.index, self.index + 1))
         values, labels = (read_part(path, open_nifti(path), window) for path in (self.image, self.mask))
-        return images.rescale(values, LIVER_WINDOW), to_labels(self.mask, labels)
+        return rescale(values, LIVER_WINDOW), to_labels(self.mask, labels)
 
 
-def liver_volumes(root: Path) -> Found | None:
-    """`volume-N.nii` with `segmentation-N.nii`, anywhere below the root, `.nii.gz` too; one sample a slice.
+def liver_volumes(root: Path) -> Dataset | None:
+    """`volume-N.nii` with `segmentation-N.nii` (or `.nii.gz`), anywhere below the root; one sample per slice.
 
-    Every slice counts, those without liver too. A compressed file is decompressed anew for each of its slices until it
-    is in memory: `gunzip` large ones.
+    Slices without liver are included. A compressed file is decompressed again for each of its slices until they are
+    cached: `gunzip` large ones.
     """
     volumes, masks = (_numbered(root, kind) for kind in ("volume", "segmentation"))
     if not volumes:
@@ -54,11 +54,12 @@ def liver_volumes(root: Path) -> Found | None:
 
 
 def _numbered(root: Path, kind: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    """The files `<kind>-N.nii` and `<kind>-N.nii.gz` below the root, by N."""
+    files: dict[str, Path] = {}
     for path in sorted(root.rglob(f"{kind}-*.nii*")):
         match = re.fullmatch(rf"{kind}-(\d+)\.nii(\.gz)?", path.name)
         if match:
-            if match[1] in found:
-                raise InputError(f"{found[match[1]]} and {path} have one number: keep one of them")
-            found[match[1]] = path
-    return found
+            if match[1] in files:
+                raise InputError(f"{files[match[1]]} and {path} have the same number: keep one of them")
+            files[match[1]] = path
+    return files

@@ -1,4 +1,4 @@
-"""The nuclei of the 2018 Data Science Bowl."""
+"""The 2018 Data Science Bowl: microscopy images with one mask file per nucleus."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from pathlib import Path
 import numpy as np
 
 from ...common.errors import InputError
-from .. import samples
-from ..images import check_size, find_images, read_image, read_mask, standardise
-from ..samples import Found, Sample
+from ..file_formats import find_images
+from ..images import check_size, read_image, read_mask, standardise
+from ..samples import Dataset, Sample, find_samples
 
 STAGES = ("", "stage1_train")
 
 
 @dataclass(frozen=True)
 class InstanceSample(Sample):
-    """An image with one mask file an object; together they are the mask of its single class."""
+    """An image with one mask file per object; their union is the mask of its single class."""
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Standardised image, float32 `[C, H, W]`, and mask, bool `[1, H, W]`; errors as `Sample.load`."""
         image = read_image(self.image)
-        united = np.zeros(image.shape[1:], bool)
+        union = np.zeros(image.shape[1:], bool)
         for path in self.masks:
             mask = read_mask(path)
             check_size(path, mask, self.image, image)
-            united |= mask
-        return standardise(image), united[None]
+            union |= mask
+        return standardise(image), union[None]
 
 
-def nuclei_folders(root: Path) -> Found | None:
+def nuclei_folders(root: Path) -> Dataset | None:
     """`images/<id>.png` with `masks/<class>/<id>.png`, the layout of pytorch-nested-unet."""
-    return samples.find_samples(root) if (root / "images").is_dir() else None
+    return find_samples(root) if (root / "images").is_dir() else None
 
 
-def nuclei_stage1(root: Path) -> Found | None:
-    """`stage1_train/<id>/images/<id>.png` with `stage1_train/<id>/masks/*.png`, one file a nucleus; the root may be
+def nuclei_stage1(root: Path) -> Dataset | None:
+    """`stage1_train/<id>/images/<id>.png` with `stage1_train/<id>/masks/*.png`, one file per nucleus; the root may be
     `stage1_train` itself."""
     for stage in STAGES:
         folders = sorted(path for path in (root / stage).glob("*") if (path / "images").is_dir())
@@ -50,6 +50,6 @@ def _instances(folder: Path) -> InstanceSample:
     if len(images) > 1:
         raise InputError(f"{folder / 'images'} holds {len(images)} images, expected one: keep {folder.name}.png")
     if not (folder / "masks").is_dir():
-        raise InputError(f"{folder} has no folder masks/: is it of the test set? Only stage1_train has masks")
+        raise InputError(f"{folder} has no folder masks/: is it from the test set? Only stage1_train has masks")
     masks = find_images(folder / "masks")
     return InstanceSample(folder.name, next(iter(images.values())), tuple(masks.values()))

@@ -1,6 +1,6 @@
-"""NIfTI volumes: opening, checking and reading them.
+"""Reading NIfTI volumes for training, and checking that masks fit them.
 
-Axes are those of the file, in both directions: `[x, y, z]` in NIfTI becomes `[z, y, x]` here.
+The axes keep the order and directions of the file: `[x, y, z]` in NIfTI is `[z, y, x]` here.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ...common.errors import InputError
-from ...common.extras import need
+from ..common.errors import InputError, first_line
+from ..common.extras import need
+from .images import check_finite
 
 
 def open_nifti(path: Path) -> Any:
-    """The nibabel image of a 3D NIfTI file, nothing but its header read.
+    """The nibabel image of a 3D NIfTI file; only its header is read.
 
     Raises:
-        InputError: it cannot be read, or has other than three axes.
+        InputError: the file cannot be read, or does not have three axes.
     """
     nibabel = need("nibabel", "nifti")
     try:
@@ -27,13 +28,13 @@ def open_nifti(path: Path) -> Any:
     except Exception as error:  # a damaged header can fail in any way
         raise InputError(f"{path} cannot be read as NIfTI ({first_line(error)}): replace it") from error
     if len(volume.shape) != 3:
-        raise InputError(f"{path} has {len(volume.shape)} axes {tuple(volume.shape)}: expected a volume of three")
+        raise InputError(f"{path} has {len(volume.shape)} axes {tuple(volume.shape)}: expected a volume with three")
     _check_length(path, volume)
     return volume
 
 
 def _check_length(path: Path, volume: Any) -> None:
-    """Raises InputError for an uncompressed file that ends early, which else a slice would show hours later."""
+    """Raises InputError for a truncated uncompressed file, which otherwise would fail at a slice hours later."""
     stored = volume.dataobj
     expected = stored.offset + int(np.prod(volume.shape)) * stored.dtype.itemsize
     if path.suffix == ".nii" and path.stat().st_size < expected:
@@ -41,19 +42,26 @@ def _check_length(path: Path, volume: Any) -> None:
 
 
 def check_geometry(image: Any, mask: Any, image_path: Path, mask_path: Path) -> None:
-    """Raises InputError unless both nibabel images lie on one grid: shape, spacing, directions and origin."""
+    """Raises InputError unless both nibabel images have the same grid: shape, spacing, directions and origin."""
     pair = f"mask {mask_path} and volume {image_path}"
     if image.shape != mask.shape:
         raise InputError(f"{pair} differ in shape: {_times(mask.shape)} and {_times(image.shape)} voxels")
-    spacing, masks_spacing = (np.array(one.header.get_zooms()[:3], float) for one in (image, mask))
-    if not np.allclose(spacing, masks_spacing, rtol=1e-3):
-        raise InputError(f"{pair} differ in spacing: {_times(masks_spacing)} and {_times(spacing)} mm; resample the mask")
+    spacing, mask_spacing = (np.array(volume.header.get_zooms()[:3], float) for volume in (image, mask))
+    if not np.allclose(spacing, mask_spacing, rtol=1e-3):
+        raise InputError(f"{pair} differ in spacing: {_times(mask_spacing)} and {_times(spacing)} mm; resample the mask")
     if np.abs(image.affine - mask.affine).max() > 0.1 * spacing.min():
-        raise InputError(f"{pair} differ in affine: the mask is turned or shifted; copy the volume's header if it is not")
+        raise InputError(f"{pair} differ in affine: the mask is turned or shifted; if it is not, copy the volume's header")
+
+
+def check_grid(image_path: Path, mask_path: Path) -> None:
+    """`check_geometry` of two files; errors also as `open_nifti`."""
+    check_geometry(open_nifti(image_path), open_nifti(mask_path), image_path, mask_path)
 
 
 def read_part(path: Path, volume: Any, window: tuple[slice, ...] = (slice(None),) * 3) -> np.ndarray:
-    """The values of a part of a nibabel image, scaled as its header says, `[z, y, x]` in the file's order.
+    """A part of a nibabel image, scaled as its header says: float32 `[z, y, x]`.
+
+    window: slices of the axes x, y, z.
 
     Raises:
         InputError: the file ends early, or holds NaN or infinity.
@@ -62,14 +70,19 @@ def read_part(path: Path, volume: Any, window: tuple[slice, ...] = (slice(None),
         values = np.asarray(volume.dataobj[window], np.float32)
     except Exception as error:  # a damaged stream can fail in any way
         raise InputError(f"{path} cannot be read to its end ({first_line(error)}): replace it") from error
-    return check_finite(path, values.T)
+    return check_finite(values.T, path)
+
+
+def read_volume(path: Path) -> np.ndarray:
+    """A NIfTI file as float32 `[z, y, x]`; errors as `open_nifti` and `read_part`."""
+    return read_part(path, open_nifti(path))
 
 
 def to_labels(path: Path, values: np.ndarray) -> np.ndarray:
-    """Values of a mask of any type as bool: 1 and more is foreground.
+    """The values of a mask, of any type, as bool: 1 and above is foreground.
 
     Raises:
-        InputError: a value is no whole number, as after resampling a mask with interpolation, or negative.
+        InputError: a value is negative, or not a whole number, as after resampling a mask with interpolation.
     """
     wrong = values[(values < 0) | (np.abs(values - np.round(values)) > 1e-3)]
     if len(wrong):
@@ -77,15 +90,5 @@ def to_labels(path: Path, values: np.ndarray) -> np.ndarray:
     return values > 0.5
 
 
-def check_finite(path: Path, values: np.ndarray) -> np.ndarray:
-    if not np.isfinite(values).all():
-        raise InputError(f"{path} holds NaN or infinite values: mend or remove it")
-    return values
-
-
 def _times(sizes: Iterable[float]) -> str:
     return "x".join(f"{size:.4g}" for size in sizes)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -1,4 +1,4 @@
-"""The pictures of the tasks nuclei and polyp, as their providers ship them and as they should not be."""
+"""The 2018 Data Science Bowl as distributed, and damaged."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.folders import write_nuclei
-from support.medical_files import disc, write_frames, write_picture, write_stage1
+from support.medical_files import truncate, write_picture, write_stage1
 
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.tasks import TASKS
 
-NUCLEI, POLYP = TASKS["nuclei"], TASKS["polyp"]
+NUCLEI = TASKS["nuclei"]
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_the_files_of_single_nuclei_are_united(tmp_path, inside):
+def test_the_mask_is_the_union_of_the_nuclei(tmp_path, inside):
     write_stage1(tmp_path)
     samples, classes, channels = NUCLEI.read(tmp_path / "stage1_train" if inside else tmp_path)
     assert [sample.name for sample in samples] == ["cell0", "cell1", "cell2"]
@@ -34,7 +34,7 @@ def test_nuclei_are_read_from_folders_of_images_and_masks_too(tmp_path):
     assert len(samples) == 2 and classes == ["nuclei"] and channels == 1
 
 
-def test_a_deep_image_keeps_its_depth_and_a_float_mask_is_cut_at_half(tmp_path):
+def test_a_16_bit_image_keeps_its_depth_and_a_float_mask_is_thresholded_at_half(tmp_path):
     write_stage1(tmp_path, count=2)
     for name in ("cell0", "cell1"):
         folder = tmp_path / "stage1_train" / name
@@ -65,10 +65,6 @@ def test_an_image_may_be_all_background_but_not_all_images(tmp_path):
         NUCLEI.read(tmp_path)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:60])
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -80,7 +76,7 @@ def truncate(path: Path) -> None:
             r"2\.png is 9x7 but its image .*48x48",
         ),
         (lambda cell: write_picture(cell / "images/b.png", np.zeros((9, 7), np.uint8)), r"cell1/images holds 2 images"),
-        (lambda cell: (cell / "masks").rename(cell / "rest"), r"cell1 has no folder masks/: is it of the test set"),
+        (lambda cell: (cell / "masks").rename(cell / "rest"), r"cell1 has no folder masks/: is it from the test set"),
         (lambda cell: [path.unlink() for path in (cell / "masks").iterdir()], r"cell1/masks holds no image"),
         (lambda cell: write_picture(cell / "images/cell1.png", np.ones((48, 48), np.uint8)), r"has 3 channel.* has 1"),
     ],
@@ -90,52 +86,3 @@ def test_damaged_nuclei_are_named(tmp_path, damage, says):
     damage(write_stage1(tmp_path) / "stage1_train" / "cell1")
     with pytest.raises(InputError, match=says):
         NUCLEI.read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("ending", "names"),
-    [("tif", ("Original", "Ground Truth")), ("png", ("images", "masks")), ("bmp", ("frames", "GT"))],
-)
-def test_frames_are_scaled_and_their_masks_with_them(tmp_path, ending, names):
-    samples, classes, channels = POLYP.read(write_frames(tmp_path, ending=ending, names=names))
-    assert [sample.name for sample in samples] == ["1", "2", "3"] and classes == ["polyp"] and channels == 3
-    image, mask = samples[0].load()
-    assert image.shape == (3, 224, 224) and mask.shape == (1, 224, 224) and mask.dtype == bool
-    small = np.asarray(Image.open(tmp_path / names[1] / f"1.{ending}")) > 0
-    assert mask.mean() == pytest.approx(small.mean(), rel=0.02)
-    assert image[0][mask[0]].min() > image[0][~mask[0]].mean()
-
-
-def test_frames_of_one_video_are_one_group(tmp_path):
-    for video in ("video1", "video2"):
-        write_frames(tmp_path / video, count=2, names=("frames", "GT"))
-    samples, _, _ = POLYP.read(tmp_path)
-    assert [(sample.name, sample.group) for sample in samples] == [
-        ("video1/1", "video1"), ("video1/2", "video1"), ("video2/1", "video2"), ("video2/2", "video2"),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda root: (root / "Ground Truth/2.tif").unlink(), r"Original/2\.tif has no mask in .*Ground Truth"),
-        (lambda root: truncate(root / "Original/2.tif"), r"Original/2\.tif cannot be read as an image"),
-        (lambda root: write_picture(root / "Ground Truth/2.tif", disc(9, 9, (4, 4), 3)), r"2\.tif is 9x9 but .* 36x52"),
-        (lambda root: write_picture(root / "Original/2.tif", np.ones((36, 52), np.uint8)), r"Original/2\.tif is grey"),
-    ],
-    ids=["no_mask", "truncated", "size", "grey"],
-)
-def test_damaged_frames_are_named(tmp_path, damage, says):
-    damage(write_frames(tmp_path))
-    with pytest.raises(InputError, match=says):
-        POLYP.read(tmp_path)
-
-
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_what_is_missing_and_where_to_get_it(tmp_path, task):
-    for root, what in ((tmp_path, "holds no data of the task"), (tmp_path / "nowhere", "is no folder")):
-        with pytest.raises(InputError) as caught:
-            task.read(root)
-        text = str(caught.value)
-        assert text.startswith(f"{root} {what}") and "expected" in text and "; get it from " in text and "https://" in text
-        assert "\n" not in text

@@ -1,0 +1,86 @@
+"""Patches: what they depend on, flips, padding and batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from unetpp_fast.data.patches import Patches, load_batches
+from unetpp_fast.data.samples import ArraySample
+
+
+def make_sample(height: int, width: int) -> ArraySample:
+    """An image in which every pixel has another value, and the mask of those above the mean."""
+    image = np.arange(height * width, dtype=np.float32).reshape(1, height, width)
+    return ArraySample("ramp", image, image > image.mean())
+
+
+def test_patches_depend_only_on_seed_epoch_and_draw():
+    sample = make_sample(20, 30)
+    one, same, other = (Patches([sample], 8, 4, seed) for seed in (5, 5, 6))
+    same[0, 1], same[2, 3]  # earlier draws have no effect
+    assert torch.equal(one[1, 2][0], same[1, 2][0])
+    assert not torch.equal(one[1, 2][0], other[1, 2][0])
+    assert not torch.equal(one[1, 2][0], one[2, 2][0])
+    assert not torch.equal(one[1, 2][0], one[1, 3][0])
+
+
+def test_image_and_mask_are_flipped_and_rotated_together():
+    patches = Patches([make_sample(20, 30)], 8, 64, seed=0)
+    orientations = set()
+    for draw in range(64):
+        image, mask = patches[0, draw]
+        assert torch.equal(mask, (image > 0).float())  # standardised: the mean is 0
+        down, right = (image[0, 1, 0] - image[0, 0, 0]).item(), (image[0, 0, 1] - image[0, 0, 0]).item()
+        orientations.add((np.sign(down), np.sign(right), abs(down) > abs(right)))
+    assert len(orientations) == 8
+
+
+def test_small_images_are_padded_to_the_patch():
+    image, mask = Patches([make_sample(5, 40)], 16, 1, seed=0, augment=False)[0, 0]
+    assert image.shape == mask.shape == (1, 16, 16)
+    assert torch.equal(image[0, 0], image[0, 5]) and not torch.equal(image[0, 5], image[0, 6])
+
+
+def test_cubes_are_drawn_from_volumes_with_all_flips():
+    volume = np.arange(12 * 10 * 11, dtype=np.float32).reshape(1, 12, 10, 11)
+    patches = Patches([ArraySample("ramp", volume, volume > volume.mean())], 8, 96, seed=0)
+    signs = set()
+    for draw in range(96):
+        image, mask = patches[0, draw]
+        assert image.shape == mask.shape == (1, 8, 8, 8) and torch.equal(mask, (image > 0).float())
+        steps = [
+            image[0, 1, 0, 0] - image[0, 0, 0, 0],
+            image[0, 0, 1, 0] - image[0, 0, 0, 0],
+            image[0, 0, 0, 1] - image[0, 0, 0, 0],
+        ]
+        signs.add((*(np.sign(step.item()) for step in steps), bool(abs(steps[1]) > abs(steps[2]))))
+    assert len(signs) == 16  # two along the depth, times eight flips and rotations of each plane
+
+
+def test_volumes_smaller_than_the_cube_are_padded():
+    volume = np.random.default_rng(0).normal(size=(1, 5, 20, 3)).astype(np.float32)
+    image, _ = Patches([ArraySample("small", volume, volume > 0)], 8, 1, seed=0, augment=False)[0, 0]
+    assert image.shape == (1, 8, 8, 8) and torch.equal(image[:, 0], image[:, 1])
+
+
+def test_batches_hold_every_draw_once_and_can_start_late():
+    patches = Patches([make_sample(8, 8)] * 3, 8, per_image=3, seed=1)
+    batches = patches.batches(epoch=4, batch_size=4)
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    assert sorted(draw for batch in batches for _, draw in batch) == list(range(9))
+    assert patches.batches(4, 4, start=1) == batches[1:]
+    assert patches.batches(5, 4) != batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_do_not_change_the_batches_or_the_random_state(workers):
+    patches = Patches([make_sample(20, 30)], 8, 6, seed=0)
+    batches = patches.batches(0, 4)
+    before = torch.get_rng_state()
+    loaded = list(load_batches(patches, batches, workers, pin=False))
+    assert torch.equal(torch.get_rng_state(), before)
+    for (image, mask), batch in zip(loaded, batches, strict=True):
+        assert torch.equal(image, torch.stack([patches[item][0] for item in batch]))
+        assert torch.equal(mask, torch.stack([patches[item][1] for item in batch]))
