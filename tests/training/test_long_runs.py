@@ -243,6 +243,22 @@ def test_the_largest_batch_fits_and_one_more_does_not(recompute):
         memory_budget.largest_batch(model, (64, 64), 2**20)
 
 
+def test_the_loss_s_memory_is_counted():
+    class Squares(torch.nn.Module):
+        """Keeps more for the backward pass than the default loss."""
+
+        def forward(self, outputs, target):
+            maps = torch.cat([(head - target).square().exp() for head in outputs for _ in range(40)])
+            return maps.square().mean()
+
+    model = build(uf.UNetPlusPlus, 1, 1, features=(4, 8))
+    usual, larger = (memory_budget.step_bytes(model, (64, 64), 4, loss=loss) for loss in (uf.BCEDiceLoss(), Squares()))
+    assert memory_budget.step_bytes(model, (64, 64), 4) == usual
+    assert larger - usual > 40 * 4 * 64 * 64 * 4
+    counts = [memory_budget.largest_batch(model, (64, 64), 2 * usual, loss=loss) for loss in (None, Squares())]
+    assert counts[0] > counts[1]
+
+
 def test_a_run_s_folder(folder, tmp_path, capsys):
     """The batch that fits is printed and kept; the same command with --resume goes on with it."""
     command = (

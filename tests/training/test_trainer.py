@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.folders import write_nuclei
+from torch import nn
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
@@ -27,14 +28,33 @@ from unetpp_fast.training.trainer import Interrupted, Recipe, Trainer
 COMMAND = ("train", "--features", "4,8", "--patch", "32", "--batch-size", "2", "--dropout", "0.2", "--device", "cpu")
 
 
-def make_trainer(folder: Path, out: Path | None, width: int = 4, validate: bool = True, about: dict | None = None, **recipe):
-    """A trainer of a tiny UNet++ with dropout, so that the random state matters, on four images."""
+class WeightedEntropy(nn.Module):
+    """A loss with a buffer: cross-entropy in which foreground counts `weight` times, the mean over the heads."""
+
+    def __init__(self, weight: float = 3.0):
+        super().__init__()
+        self.weight = weight
+        self.entropy = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weight))
+
+    def forward(self, outputs: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.entropy(logits, target) for logits in outputs]).mean()
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"
+
+
+def make_trainer(
+    folder: Path, out: Path | None, width: int = 4, validate: bool = True, about: dict | None = None,
+    loss: nn.Module | None = None, **recipe,
+) -> Trainer:  # fmt: skip
+    """A trainer of a tiny UNet++ on four images, with dropout, so that the random state matters, unless reproducible."""
     torch.manual_seed(0)
-    network = uf.UNetPlusPlus(1, 1, features=(width, 8), dropout=0.2, deep_supervision=True)
+    dropout = 0.0 if recipe.get("reproducible") else 0.2
+    network = uf.UNetPlusPlus(1, 1, features=(width, 8), dropout=dropout, deep_supervision=True)
     samples, _ = find_samples(folder)
     patches = Patches(samples[:-1], 32, per_image=2, seed=0)
     recipe = Recipe(**{"epochs": 3, "batch_size": 2, **recipe})
-    return Trainer(network, patches, samples[-1:] if validate else [], recipe, out, about)
+    return Trainer(network, patches, samples[-1:] if validate else [], recipe, out, about, loss)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +208,32 @@ def test_a_finished_run_can_be_extended(folder, tmp_path):
     assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("make_loss", [lambda: uf.BCEDiceLoss(smooth=1.0), WeightedEntropy], ids=["smooth", "entropy"])
+def test_another_loss_trains_and_resumes(folder, tmp_path, make_loss, reproducible):
+    recipe = {"epochs": 2, "learning_rate": 3e-3, "reproducible": reproducible}
+    history = make_trainer(folder, tmp_path / "whole", loss=make_loss(), **recipe).fit(progress=False)
+    usual = make_trainer(folder, None, **recipe).fit(progress=False)
+    for key in ("train_loss", "val_loss"):
+        assert history[1][key] < history[0][key] and history[0][key] != usual[0][key]
+    make_trainer(folder, tmp_path / "parts", loss=make_loss(), **{**recipe, "epochs": 1}).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "parts", loss=make_loss(), **recipe)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_checkpoint_without_a_loss_has_the_default_one(folder, tmp_path):
+    make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
+    content = load_checkpoint(tmp_path / "last.pt")
+    assert content.pop("loss") == "BCEDiceLoss(smooth=1e-05)"
+    del content["unetpp_fast"]
+    save_checkpoint(tmp_path / "last.pt", content)
+    make_trainer(folder, tmp_path).resume()
+    with pytest.raises(InputError, match=r"another loss='BCEDiceLoss\(smooth=1e-05\)', now 'BCEDiceLoss\(smooth=1.0\)'"):
+        make_trainer(folder, tmp_path, loss=uf.BCEDiceLoss(1.0)).resume()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -196,6 +242,8 @@ def test_a_finished_run_can_be_extended(folder, tmp_path):
         ({"width": 5}, r"another model"),
         ({"about": {"classes": ["b"]}}, r"another classes=\['a'\], now \['b'\]"),
         ({"about": {"classes": ["x" * 99]}}, r"another classes set"),
+        ({"loss": uf.BCEDiceLoss(1.0)}, r"another loss='BCEDiceLoss\(smooth=1e-05\)', now 'BCEDiceLoss\(smooth=1\.0\)'"),
+        ({"loss": WeightedEntropy()}, r"another loss: resume with the same"),
     ],
 )
 def test_resuming_with_other_settings_names_them(folder, tmp_path, change, says):

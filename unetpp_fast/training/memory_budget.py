@@ -7,7 +7,7 @@ import math
 import weakref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architecture.precision import autocast_dtype
@@ -48,7 +48,9 @@ class _Peak(TorchDispatchMode):
         self.now -= count
 
 
-def step_bytes(network: Network, size: tuple[int, ...], images: int, dtype: str = "float32") -> int:
+def step_bytes(
+    network: Network, size: tuple[int, ...], images: int, dtype: str = "float32", loss: nn.Module | None = None
+) -> int:
     """Bytes of the tensors of a training step at its peak: maps, gradients, parameters and the state of Adam.
 
     Counted for the reference, which needs most of the backends, with `network.recompute` as it is; on a CPU the maps count
@@ -58,15 +60,17 @@ def step_bytes(network: Network, size: tuple[int, ...], images: int, dtype: str 
         size: of the patches, one number an axis.
         images: in the batch, at least 2 (batch norm).
         dtype: of the recipe; with half precision the weights are counted once more, in that precision.
+        loss: as for `Trainer`; default `BCEDiceLoss()`.
     """
     half = autocast_dtype(dtype)
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     kind = {"device": "meta", "dtype": half or torch.float32}
     shapes = copy.deepcopy(network).to(**kind).train()
+    loss = copy.deepcopy(loss or BCEDiceLoss()).to("meta")
     with _Peak() as peak:
         x = torch.empty(images, network.topology.in_channels, *size, **kind)
         mask = torch.empty(images, network.out_channels, *size, device="meta")
-        BCEDiceLoss()(reference.forward(shapes, x), mask).backward()
+        loss(reference.forward(shapes, x), mask).backward()
     # Weights and the two means of Adam; their gradients are in the peak, where it is half precision by half. Beside those
     # come the weights in half precision.
     kept = parameters * (4 if half else 3)
@@ -74,13 +78,22 @@ def step_bytes(network: Network, size: tuple[int, ...], images: int, dtype: str 
     return kept + max(heap * peak.most, ADAM * parameters)
 
 
-def largest_batch(network: Network, size: tuple[int, ...], limit: int, dtype: str = "float32", most: int = 1024) -> int:
+def largest_batch(
+    network: Network,
+    size: tuple[int, ...],
+    limit: int,
+    dtype: str = "float32",
+    most: int = 1024,
+    loss: nn.Module | None = None,
+) -> int:
     """The most images, up to `most`, of which one process holds a step within `limit` bytes; at least 1.
+
+    The other arguments are those of `step_bytes`.
 
     Raises:
         InputError: not even one fits; the message says how much it takes.
     """
-    two, three = (step_bytes(network, size, images, dtype) for images in (2, 3))
+    two, three = (step_bytes(network, size, images, dtype, loss) for images in (2, 3))
     one = 2 * two - three  # batch norm may refuse a single image
     if one > limit:
         shown = "x".join(map(str, size))
@@ -88,6 +101,6 @@ def largest_batch(network: Network, size: tuple[int, ...], limit: int, dtype: st
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
-        fits = step_bytes(network, size, middle, dtype) <= limit
+        fits = step_bytes(network, size, middle, dtype, loss) <= limit
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

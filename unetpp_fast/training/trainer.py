@@ -56,7 +56,10 @@ class Trainer:
             every epoch runs and there is no `best.pt`.
         recipe: see `Recipe`.
         out: the folder, or None to keep nothing.
-        about: plain data that goes into every checkpoint; a run is resumed only where it is the same.
+        about: plain data that goes into every checkpoint; a run is resumed only if it is the same.
+        loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
+            returns the mean over the N images; default `BCEDiceLoss()`. It has no weights to train, and its `repr` must show
+            its settings: a run is resumed only if it is the same.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Trainer:
         recipe: Recipe,
         out: Path | None = None,
         about: dict[str, Any] | None = None,
+        loss: nn.Module | None = None,
     ):
         self.network, self.patches, self.validation = network, patches, validation
         self.recipe, self.out, self.about = recipe, out, about or {}
@@ -79,7 +83,7 @@ class Trainer:
             reproducible.same_weights(network)
         elif processes.size() > 1:
             self.model = processes.parallel(sync_batch_norm(network))
-        self.loss = BCEDiceLoss()
+        self.loss = (loss or BCEDiceLoss()).to(self.device)
         self._idle = _without_effect(network)
         self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
@@ -279,6 +283,7 @@ class Trainer:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             content |= {
                 "recipe": asdict(self.recipe),
+                "loss": repr(self.loss),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
@@ -297,8 +302,9 @@ class Trainer:
         content = load_checkpoint(path)
         if "optimizer" not in content:
             raise InputError(f"{path} holds a model but not the state of a training: it cannot be resumed")
-        now = {**asdict(self.recipe), **self.about, "model": self.network.config}
+        now = {**asdict(self.recipe), **self.about, "model": self.network.config, "loss": repr(self.loss)}
         then = {**asdict(Recipe()), **content["recipe"], **content["about"], "model": content["config"]}
+        then["loss"] = content.get("loss", repr(BCEDiceLoss()))  # checkpoints without one are older than the choice
         changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
         if changed:
             key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
