@@ -1,10 +1,11 @@
-"""What `convert` does for every peer alike: what it refuses, and what the models it gives can do."""
+"""What `convert` does for every peer: what it refuses, and what converted models can do."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from support.helpers import build, make_input
 from support.peer_models import NestedUNet, NnUnet, UnetPlusPlus, keras_arrays
 
 import unetpp_fast as uf
+from unetpp_fast.converters.nested_unet import Nested
+from unetpp_fast.converters.registry import PEERS
 from unetpp_fast.execution.plan.steps import unsupported
 
 MAKERS = {
@@ -29,7 +32,7 @@ def states() -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_model_is_rebuilt_from_plain_data(name: str) -> None:
-    """`config` through JSON, `state_dict`, pickle and deepcopy: the form of the outputs and the way back included."""
+    """`config` through JSON, `state_dict`, pickle and deepcopy; with the form of the outputs and the inverse conversion."""
     ours = uf.convert(MAKERS[name]()).eval()
     again = uf.Network.from_config(json.loads(json.dumps(ours.config))).eval()
     again.load_state_dict(ours.state_dict(), strict=True)
@@ -39,7 +42,7 @@ def test_a_model_is_rebuilt_from_plain_data(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_weights_are_copied_and_the_original_is_left_alone(name: str) -> None:
+def test_weights_are_copied_and_the_original_is_unchanged(name: str) -> None:
     theirs = MAKERS[name]()
     theirs.train()
     before = copy.deepcopy(theirs.state_dict())
@@ -75,7 +78,7 @@ def test_wrapped_modules_and_our_own() -> None:
 
 @pytest.mark.parametrize("name", ["nested-unet", "unet-zoo", "nnunet", "keras"])
 def test_a_dict_that_does_not_fit_is_one_clear_error(name: str) -> None:
-    """Truncated anywhere, with a stranger in it, with one tensor of another shape."""
+    """Truncated anywhere, with an unknown name, with one tensor of another shape."""
     state = states()[name]
     names = list(state)
     for missing in (names[0], names[len(names) // 2], names[-2]):
@@ -99,11 +102,11 @@ def test_a_wrong_shape_anywhere_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("source", "kind", "reason"), [
-    ({}, ValueError, r"this state_dict is of no known UNet\+\+ \(its weights: none\): convert takes MONAI"),
-    ({"layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, ValueError, "of no known"),
+    ({}, ValueError, r"this state_dict is not of a known UNet\+\+ \(its weights: none\): convert takes MONAI"),
+    ({"layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, ValueError, "not of a known"),
     ({"epoch": 3, "state_dict": {}}, ValueError, r"'epoch' is a int; give its \['state_dict'\]"),
-    ({"config": "x"}, ValueError, "give the weights alone"),
-    (torch.nn.Conv2d(1, 1, 1), ValueError, r"this Conv2d is of no known UNet\+\+ \(its weights: weight, bias\)"),
+    ({"config": "x"}, ValueError, "give only the weights"),
+    (torch.nn.Conv2d(1, 1, 1), ValueError, r"this Conv2d is not of a known UNet\+\+ \(its weights: weight, bias\)"),
     ([1, 2], TypeError, "not list"),
 ], ids=str)  # fmt: skip
 def test_other_things_are_refused(source, kind: type, reason: str) -> None:
@@ -134,15 +137,46 @@ def test_a_frozen_identity_that_was_trained_cannot_be_written() -> None:
         uf.to_state_dict(ours, "monai")
 
 
-def test_a_class_built_otherwise_is_refused() -> None:
+def test_a_class_that_is_built_differently_is_refused() -> None:
     theirs = MAKERS["nnunet"]()
     del theirs.do_ds
-    with pytest.raises(ValueError, match=r"its class is not built as that one is .*do_ds"):
+    with pytest.raises(ValueError, match=r"its class is built differently .*do_ds"):
         uf.convert(theirs)
     theirs = MAKERS["nested-unet"]()
     theirs.pool = torch.nn.MaxPool2d(2, 1)
-    with pytest.raises(ValueError, match=r"cannot be run beside the converted one on an image of .* pixels"):
+    with pytest.raises(ValueError, match=r"does not run on an image of .* pixels, for comparison"):
         uf.convert(theirs)
+
+
+class Renamed(Nested):
+    """A peer like pytorch-nested-unet with other names."""
+
+    name, title, keys = "renamed", "RenamedUNet", r"(node\d\d\.(conv|bn)[12]|head)\."
+
+    def module(self, node: uf.Node, part: str) -> str:
+        return super().module(node, part).replace("conv", "node", 1).replace("_", "")
+
+    def head(self, column: int, topology: uf.Topology) -> str:
+        return super().head(column, topology).replace("final", "head")
+
+    def plain_names(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return {name.replace("NODE", "node"): value for name, value in state.items()}
+
+
+def test_a_peer_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion of a state_dict and back, another spelling of the names, and the messages."""
+    with pytest.raises(ValueError, match="not of a known"):
+        uf.convert({"node00.conv1.weight": torch.ones(2, 2, 3, 3)})
+    monkeypatch.setitem(PEERS, "renamed", Renamed())
+    theirs = build(NestedUNet, 2, 2).eval()
+    ours = uf.convert(theirs).eval()
+    state = uf.to_state_dict(ours, "renamed")
+    assert {"node00.conv1.weight", "node04.bn2.running_var", "head.bias"} <= set(state)
+    for name in ("node", "NODE"):
+        again = uf.convert({key.replace("node", name): value for key, value in state.items()}).eval()
+        assert_same_outputs(theirs, again, IMAGE)
+    with pytest.raises(ValueError, match=r"this RenamedUNet cannot be converted: its state_dict has no 'node00"):
+        uf.convert({"node01.conv1.weight": state["node01.conv1.weight"]})
 
 
 @pytest.mark.parametrize(("options", "reason"), [
@@ -151,7 +185,7 @@ def test_a_class_built_otherwise_is_refused() -> None:
     ({"norm": ("instance", {"affine": False})}, "without scale and shift"),
 ], ids=str)  # fmt: skip
 def test_options_that_only_peers_need_run_on_the_reference(options: dict, reason: str) -> None:
-    """The engine has no handle for them, and says why; an empty batch passes too."""
+    """The engine refuses them and says why; an empty batch runs too."""
     network = uf.Network(uf.Topology.nested(1, (2, 3)), **options)
     assert network.structure is None and reason in unsupported(network.topology, network.options)
     assert network(make_input(2, 1, 8, 16)).shape == (2, 1, 8, 16)

@@ -1,4 +1,4 @@
-"""The weights of the paper's Keras code: arrays and HDF5 files, against what Keras computes, written out by hand."""
+"""The weights of the paper's Keras code, as arrays and HDF5 files, against a plain computation of what Keras does."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def arrays(kind: str = "unet++") -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_probabilities_as_keras_computes_them(kind: str) -> None:
-    """The same maps with the channels first, a list where there are four heads; dropout as in the paper."""
+def test_probabilities_are_those_of_keras(kind: str) -> None:
+    """The same maps with the channels first, a list if there are four heads; dropout as in the paper."""
     weights = {name: array.astype(np.float64) for name, array in arrays(kind).items()}
     ours = uf.convert(weights)
     assert ours.training and ours.options["dropout"] == 0.5
@@ -39,7 +39,7 @@ def test_probabilities_as_keras_computes_them(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_way_back(kind: str) -> None:
+def test_round_trip(kind: str) -> None:
     weights = arrays(kind)
     back = uf.to_state_dict(uf.convert(weights), "keras")
     assert set(back) == set(weights)
@@ -48,7 +48,7 @@ def test_the_way_back(kind: str) -> None:
 
 
 def test_the_engine_runs_it_and_gradients_agree() -> None:
-    """Trainable: the gradient of every weight is finite and the engine's equals the reference's."""
+    """The gradient of every weight is finite, and the engine's equals the reference's."""
     ours = uf.convert({name: array.astype(np.float64) for name, array in arrays().items()}, dropout=0.0)
     assert ours.structure is not None
     assert_same_passes(ours, image())
@@ -69,12 +69,12 @@ def test_our_own_paper_network_under_their_names() -> None:
 
 @pytest.mark.parametrize("layout", ["save_weights", "save"])
 def test_a_file(tmp_path: Path, layout: str) -> None:
-    """As Keras 2 writes them: a group a layer, in it the weights under a scope of the same name."""
+    """As written by Keras 2: one group per layer, with the weights under a scope of the same name."""
     h5py = pytest.importorskip("h5py", reason="h5py, of the extra 'keras', is not installed")
     weights = arrays()
     with h5py.File(tmp_path / "w.h5", "w") as file:
         root = file if layout == "save_weights" else file.create_group("model_weights")
-        root.create_group("dp11_1")  # dropout has a group and no weights
+        root.create_group("dp11_1")  # dropout has a group without weights
         for name, array in weights.items():
             layer, weight = name.split("/")
             root.create_dataset(f"{layer}/{layer}/{weight}", data=array)
@@ -87,15 +87,15 @@ def test_a_file(tmp_path: Path, layout: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     pytest.importorskip("h5py", reason="h5py, of the extra 'keras', is not installed")
-    (tmp_path / "w.h5").write_bytes(b"nothing of the kind")
+    (tmp_path / "w.h5").write_bytes(b"not HDF5")
     for path in (tmp_path / "w.h5", tmp_path / "absent.h5"):
         with pytest.raises(InputError, match="cannot be read as HDF5"):
             uf.convert(path)
-    with pytest.raises(ValueError, match=r"no HDF5 file of Keras: load it first, torch\.load"):
+    with pytest.raises(ValueError, match=r"is not an HDF5 file of Keras: load it first, torch\.load"):
         uf.convert(tmp_path / "model.pth")
 
 
-def test_names_without_the_ending_are_taken_too() -> None:
+def test_names_without_the_ending_are_accepted() -> None:
     weights = arrays()
     short = {name.removesuffix(":0"): array for name, array in weights.items()}
     assert set(uf.to_state_dict(uf.convert(short), "keras")) == set(weights)

@@ -1,4 +1,4 @@
-"""MONAI's BasicUNetPlusPlus, an independent implementation, and what `convert` makes of it, in float64."""
+"""MONAI's BasicUNetPlusPlus, an independent implementation, against its conversion, in float64."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_3d(upsample: str, norm: Any) -> None:
     {"norm": None}, {"dropout": 0.4}, {"dropout": 0.4, "act": "relu", "norm": "batch"},
 ], ids=str)  # fmt: skip
 def test_other_options(options: dict) -> None:
-    """Training mode: dropout draws the same numbers, before MONAI's activation and behind ours, which commute."""
+    """In training mode dropout draws the same numbers, before the activation in MONAI and after it here, which commute."""
     assert_converts(monai(**options), "monai", image())
 
 
@@ -73,7 +73,7 @@ def test_odd_sizes_repeat_the_last_pixel(dims: int, size: tuple[int, ...], upsam
 
 
 def test_float32() -> None:
-    """The bound of the project's rule, on random running statistics."""
+    """The project's bound, with random running statistics."""
     theirs = monai(norm="batch", deep_supervision=True).float()
     ours = uf.convert(theirs)
     assert_same_outputs(theirs.eval(), ours.eval(), image().float(), FLOAT32)
@@ -90,7 +90,7 @@ def test_variances_near_eps() -> None:
 
 @pytest.mark.parametrize("upsample", ["deconv", "nontrainable"])
 def test_the_engine_runs_it(upsample: str) -> None:
-    """Spare heads, and the frozen identity in place of a 1x1 convolution that MONAI lacks, included."""
+    """With spare heads, and with the frozen identity in place of a 1x1 convolution that MONAI does not have."""
     ours = uf.convert(monai(norm="batch", upsample=upsample))
     assert dispatch.can_run_fused(Call(ours, image()), "triton") == (True, "")
     ours.requires_grad_(True)  # the engine computes the gradients of frozen weights too, the reference does not
@@ -119,13 +119,13 @@ def test_heads_that_never_run_are_kept_and_stay_out_of_predictions() -> None:
 
 
 def test_prune_and_predict_after_conversion() -> None:
-    """A pruned model keeps the peer's form: a list of one; `predict` takes the logits."""
+    """A pruned model keeps the peer's form, a list of one; `predict` uses the logits."""
     theirs = monai(norm="batch", deep_supervision=True).eval()
     ours, x = uf.convert(theirs), image()
     expected = theirs(x)
     for level in (1, 2, 3, 4):
-        (found,) = ours.prune(level)(x)
-        assert_close_relative(found, expected[level - 1], FLOAT64)
+        (output,) = ours.prune(level)(x)
+        assert_close_relative(output, expected[level - 1], FLOAT64)
     assert_close_relative(ours.predict(x), torch.stack([e.sigmoid() for e in expected]).mean(0), FLOAT64)
     with pytest.raises(ValueError, match=r"cannot be written as a MONAI.* has no 'conv_3_0"):
         uf.to_state_dict(ours.prune(2), "monai")
@@ -141,7 +141,7 @@ def test_operations_are_counted(upsample: str) -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_pixelshuffle_starts_without_a_checkerboard(dims: int) -> None:
-    """The pixels of a group begin equal: behind the mean, a map of equal values stays one, its border apart."""
+    """The pixels of a group start equal: after the mean, a constant map stays constant except at its border."""
     up = uf.UNetPlusPlus(2, features=(3, 4), spatial_dims=dims, upsample="pixelshuffle").nodes["x0_1"].up
     inner = up(torch.ones(1, 4, *[8] * dims))[(..., *[slice(3, -3)] * dims)]
     assert_close_relative(inner, inner[(..., *[slice(1)] * dims)].expand_as(inner), FLOAT32)
@@ -155,7 +155,7 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("norm", ["batch", AFFINE], ids=str)
 def test_a_bare_state_dict(norm: Any, upsample: str) -> None:
-    """Recognised by its names; the defaults are MONAI's own."""
+    """Recognised by its names; the defaults are MONAI's."""
     theirs = monai(3, ODDER, norm, upsample=upsample).train()
     ours = uf.convert(theirs.state_dict())
     assert ours.training

@@ -1,4 +1,4 @@
-"""The PyTorch `NestedUNet`s (pytorch-nested-unet, bigmb, UNET-ZOO), as written from what is known of them."""
+"""The PyTorch `NestedUNet`s (pytorch-nested-unet, bigmb, UNET-ZOO), reimplemented from their known structure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from support.helpers import FLOAT32, FLOAT64, assert_close_relative, build, make
 from support.peer_models import NestedUNet
 
 import unetpp_fast as uf
+from unetpp_fast.architecture.options import ACTIVATIONS, Activation, reference_only
 from unetpp_fast.execution import dispatch
 from unetpp_fast.execution.call import Call
 
@@ -27,8 +28,8 @@ def nested(zoo: bool = False, deep_supervision: bool = False, **options) -> Nest
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("deep_supervision", [True, False], ids=["4heads", "1head"])
 @pytest.mark.parametrize("zoo", NAMES, ids=NAMES.get)
-def test_outputs_gradients_and_the_way_back(zoo: bool, deep_supervision: bool, training: bool) -> None:
-    """A list with deep supervision, else a tensor; UNET-ZOO's are probabilities."""
+def test_outputs_gradients_and_round_trip(zoo: bool, deep_supervision: bool, training: bool) -> None:
+    """A list with deep supervision, otherwise a tensor; UNET-ZOO's are probabilities."""
     theirs = nested(zoo, deep_supervision).train(training)
     ours = assert_converts(theirs, NAMES[zoo], image())
     outputs = ours(image())
@@ -54,7 +55,7 @@ def test_the_engine_runs_it(zoo: bool) -> None:
 
 
 def test_the_widths_of_both_authors() -> None:
-    """32 to 512 and, bigmb's, 64 to 1024: recognised by the same names, widths read from shapes."""
+    """32 to 512, and 64 to 1024 for bigmb: the names are the same, the widths are read from the shapes."""
     with torch.device("meta"):
         smaller = uf.convert(NestedUNet(1, features=(32, 64, 128, 256, 512)).state_dict())
         assert uf.parameter_count(smaller) == 9_163_329
@@ -65,7 +66,7 @@ def test_the_widths_of_both_authors() -> None:
 
 
 def test_images_divided_by_255_twice() -> None:
-    """A known trap of its users: variances near eps, where the exact eps decides."""
+    """A known mistake of its users: variances near eps, where the exact value of eps matters."""
     theirs = nested().eval()
     for name, buffer in theirs.named_buffers():
         if name.endswith("running_var"):
@@ -74,7 +75,7 @@ def test_images_divided_by_255_twice() -> None:
     assert_same_inference(uf.convert(theirs), image() / 255**2)
 
 
-def test_another_up_sampling_of_a_fork() -> None:
+def test_another_up_sampling_in_a_fork() -> None:
     theirs = nested()
     theirs.up = torch.nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
     ours = assert_converts(theirs, "nested-unet", image())
@@ -85,7 +86,7 @@ def test_another_up_sampling_of_a_fork() -> None:
 
 
 def test_prune_and_predict() -> None:
-    """Probabilities are not put through a second sigmoid."""
+    """There is no second sigmoid on probabilities."""
     theirs = nested(True, True).eval()
     ours, expected = uf.convert(theirs), theirs(image())
     assert_close_relative(ours.prune(2)(image()), expected[1], FLOAT64)
@@ -128,7 +129,7 @@ def test_a_class_that_computes_something_else_is_refused(kind: type, reason: str
 
 
 def test_our_own_model_under_their_names() -> None:
-    """Whatever has the structure can be written; what has not says what differs."""
+    """A model with the structure can be written; for another, the message says what differs."""
     options = {"features": (4, 5, 6, 7, 8), "upsample": ("linear", {"align_corners": True}), "deep_supervision": True}
     mine = build(uf.UNetPlusPlus, 3, 2, **options).eval().double()
     theirs = NestedUNet(2, 3, True, (4, 5, 6, 7, 8)).double().eval()
@@ -144,3 +145,15 @@ def test_our_own_model_under_their_names() -> None:
         other = uf.UNetPlusPlus(3, 2, **(options | change))
         with pytest.raises(ValueError, match=f"cannot be written as a NestedUNet.*{reason}"):
             uf.to_state_dict(other, "nested-unet")
+
+
+def test_an_activation_added_to_the_table_converts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry in `ACTIVATIONS`: its keywords are read from the layer."""
+    entry = Activation({"alpha": 1.0}, reference_only("ELUs"), layer=torch.nn.ELU)
+    monkeypatch.setitem(ACTIVATIONS, "elu", entry)
+    theirs = replace(nested(), torch.nn.ReLU, torch.nn.ELU(0.3))
+    ours = uf.convert(theirs)
+    assert ours.options["act"] == ("elu", {"alpha": 0.3})
+    assert_same_outputs(theirs, ours, image())
+    with pytest.raises(ValueError, match="its activation is Tanh; unetpp_fast has ReLU, LeakyReLU and ELU"):
+        uf.convert(replace(nested(), torch.nn.ReLU, torch.nn.Tanh()))

@@ -1,4 +1,4 @@
-"""nnU-Net++'s Generic_UNetPlusPlus, as written from what is known of it: six levels, strided convolutions."""
+"""nnU-Net++'s Generic_UNetPlusPlus, reimplemented from its known structure: six levels, strided convolutions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def nnunet(dims: int = 2, **options) -> NnUnet:
     {"final": "softmax", "deep_supervision": False}, {"head_bias": True, "features": (3, 2, 5, 4, 3, 7)},
 ], ids=str)  # fmt: skip
 def test_2d(options: dict, training: bool) -> None:
-    """A tuple, the deepest output first, or that one alone."""
+    """A tuple, the deepest output first, or only that output."""
     ours = assert_converts(nnunet(**options).train(training), "nnunet", image())
     outputs = ours(image())
     assert isinstance(outputs, tuple) == options.get("deep_supervision", True)
@@ -76,7 +76,7 @@ def flatten_a_kernel(model: NnUnet) -> None:
 
 @pytest.mark.parametrize(("change", "reason"), [
     (set_up_scale, "upscale_logits=True"),
-    (add_a_convolution, "more than two convolutions a node"),
+    (add_a_convolution, "more than two convolutions per node"),
     (flatten_a_kernel, r"conv_blocks_context.0.blocks.0.conv.weight has a 1x3 kernel; unetpp_fast has 3x3"),
 ])  # fmt: skip
 def test_what_has_no_counterpart_is_refused(change, reason: str) -> None:

@@ -1,5 +1,5 @@
-"""segmentation_models_pytorch's UnetPlusPlus and its 3D port: a stand-in written from what is known of it, and the
-library itself where it is installed."""
+"""segmentation_models_pytorch's UnetPlusPlus and its 3D port: a stand-in with the known structure, and the library itself
+if it is installed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_3d_and_fewer_levels(attention: str | None) -> None:
 
 
 def test_the_stand_in_is_as_large_as_the_library() -> None:
-    """The decoder that smp builds over resnet34, by its parameter count."""
+    """The parameter count of smp's decoder for resnet34."""
     with torch.device("meta"):
         decoder = UnetPlusPlus(3, 1, (64, 64, 128, 256, 512), (256, 128, 64, 32, 16)).decoder
     assert uf.parameter_count(decoder) == 4_793_792

@@ -1,4 +1,4 @@
-"""Another implementation beside what `convert` makes of it: outputs, every gradient, statistics, and the way back."""
+"""Comparison of another implementation with its conversion: outputs, gradients, statistics, and the round trip."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from unetpp_fast.converters.registry import PEERS
 
 
 def assert_same_outputs(theirs: nn.Module, ours: nn.Module, x: Tensor, bound: float = FLOAT64) -> None:
-    """Equal maps in the same container."""
+    """The outputs are equal and in the same container."""
     with torch.no_grad():
-        expected, found = theirs(x), ours(x)
-    assert type(found) is type(expected)
-    assert_close_relative(found, expected, bound)
+        expected, actual = theirs(x), ours(x)
+    assert type(actual) is type(expected)
+    assert_close_relative(actual, expected, bound)
 
 
 def assert_converts(theirs: nn.Module, peer: str, x: Tensor, bound: float = FLOAT64) -> nn.Module:
-    """Converts a module and compares outputs, the gradients of the input and of every parameter, and the running statistics
-    after the pass, in the mode of the module; then the way back. Returns the converted model."""
+    """Converts a module and compares, in the module's mode, the outputs, the gradients of the input and of every parameter,
+    the running statistics after the pass, and the round trip. Returns the converted model."""
     theirs.zero_grad()
     ours = uf.convert(theirs)
     assert ours.training == theirs.training
@@ -31,16 +31,16 @@ def assert_converts(theirs: nn.Module, peer: str, x: Tensor, bound: float = FLOA
     torch.manual_seed(3)
     expected = theirs(other)
     torch.manual_seed(3)
-    found = ours(mine)
-    assert type(found) is type(expected)
-    assert_close_relative(found, expected, bound)
+    actual = ours(mine)
+    assert type(actual) is type(expected)
+    assert_close_relative(actual, expected, bound)
     weighted_sum(expected).backward()
-    weighted_sum(found).backward()
+    weighted_sum(actual).backward()
     assert_close_relative(mine.grad, other.grad, bound)
     pairs = list(PEERS[peer].pairs(ours))
-    got = gradients(ours)
-    assert not set(got) - {pair.ours for pair in pairs}
-    renamed = {pair.theirs: pair.to_theirs(got[pair.ours]) for pair in pairs if pair.ours in got}
+    own = gradients(ours)
+    assert not set(own) - {pair.ours for pair in pairs}
+    renamed = {pair.theirs: pair.to_theirs(own[pair.ours]) for pair in pairs if pair.ours in own}
     assert_gradients_close(renamed, gradients(theirs), bound)
     buffers = dict(theirs.named_buffers())
     after = uf.to_state_dict(ours, peer)
@@ -50,13 +50,13 @@ def assert_converts(theirs: nn.Module, peer: str, x: Tensor, bound: float = FLOA
 
 
 def assert_round_trip(theirs: nn.Module, ours: nn.Module, peer: str) -> None:
-    """The peer's names and values come back exactly, and its own class takes them."""
+    """The inverse conversion gives the peer's exact names and values, and its class loads them."""
     original = theirs.state_dict()
     assert_equal_state(uf.to_state_dict(ours, peer), original)
     copy.deepcopy(theirs).load_state_dict(uf.to_state_dict(ours, peer), strict=True)
 
 
-def assert_equal_state(found: dict, expected: dict) -> None:
-    assert set(found) == set(expected)
+def assert_equal_state(actual: dict, expected: dict) -> None:
+    assert set(actual) == set(expected)
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name

@@ -1,5 +1,5 @@
-"""Implementations of UNet++ that cannot be installed for a test, written anew from what is known of their graph, the names
-of their weights, their order of concatenation and the form of their outputs."""
+"""Implementations of UNet++ that tests cannot install, rewritten with their known graph, weight names, order of
+concatenation and form of outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ZooBlock(nn.Module):
 
 
 class NestedUNet(nn.Module):
-    """The `NestedUNet`s: X(i,0..j-1) then the bilinear, align_corners=True up-sampled map; UNET-ZOO ends in a sigmoid."""
+    """The `NestedUNet`s: X(i,0..j-1), then the map up-sampled with align_corners=True; UNET-ZOO ends in a sigmoid."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class NnStack(nn.Module):
 
 
 class NnUnet(nn.Module):
-    """nnU-Net++: `loc{z}.{u}` is X(4-z-u,u+1), `seg_outputs.{n}` heads X(0,5-n); the deepest output first."""
+    """nnU-Net++: `loc{z}.{u}` is X(4-z-u,u+1), `seg_outputs.{n}` is the head on X(0,5-n); the deepest output comes first."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class NnUnet(nn.Module):
 
 
 class SmpEncoder(nn.Module):
-    """Any encoder of smp: a list of maps, the image first, then halved again and again; `out_channels` says their widths."""
+    """As an encoder of smp: a list of maps, each half as large as the last, the image first, and their `out_channels`."""
 
     def __init__(self, channels: int, widths: tuple[int, ...], dims: int):
         super().__init__()
@@ -204,7 +204,7 @@ class SmpBlock(nn.Module):
 
 
 class UnetPlusPlus(nn.Module):
-    """smp: block x_{d}_{l} is X(D-1-l,l-d+1) over the encoder's maps; the up-sampled map first, then X(i,j-1)..X(i,0)."""
+    """smp: block x_{d}_{l} is X(D-1-l,l-d+1); it reads the up-sampled map, then X(i,j-1) to X(i,0)."""
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ class UnetPlusPlus(nn.Module):
 def keras_arrays(
     features: tuple[int, ...] = FEATURES, channels: int = 1, classes: int = 1, heads: tuple[str, ...] = ("output_4",)
 ) -> dict[str, np.ndarray]:
-    """Random weights of the paper's Keras networks: U-Net where the head is "output", else UNet++."""
+    """Random weights of the paper's Keras networks: U-Net if the head is "output", otherwise UNet++."""
     random, arrays = np.random.default_rng(5), {}
 
     def add(layer: str, cin: int, cout: int, taps: int, transposed: bool = False) -> None:
@@ -278,13 +278,14 @@ def keras_arrays(
 
 
 def keras_grid(heads: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(level, column) of every node."""
     if heads == ("output",):
         return [(i, 0) for i in range(5)] + [(4 - j, j) for j in range(1, 5)]
     return [(i, j) for j in range(5) for i in range(5 - j)]
 
 
 def keras_forward(arrays: dict[str, np.ndarray], x: Tensor, heads: tuple[str, ...] = ("output_4",)) -> list[Tensor]:
-    """What Keras computes in inference, channels last: probabilities `[N, H, W, classes]` of each head."""
+    """Keras' inference, channels last: probabilities `[N, H, W, classes]` per head."""
     weights = {name: torch.from_numpy(array).to(x.dtype) for name, array in arrays.items()}
 
     def conv(x: Tensor, layer: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""The weights of other implementations of UNet++, one file per implementation."""
+"""Conversion from and to other implementations of UNet++, one file per implementation."""

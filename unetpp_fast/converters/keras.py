@@ -1,8 +1,8 @@
-"""The weights of the paper's own Keras code (`helper_functions.py`): U-Net, wide U-Net and UNet++, 2D.
+"""The paper's own Keras code (`helper_functions.py`): U-Net, wide U-Net and UNet++, 2D.
 
-Arrays by layer and weight (`conv11_1/kernel:0`), or an HDF5 file of `save_weights` or `save` from Keras 2. Their nodes
-read the up-sampled map first; kernels are [height, width, in, out], of transposed convolutions [height, width, out, in].
-Outputs are probabilities, as the Keras model's, with the channels first.
+Weights are arrays by layer and weight (`conv11_1/kernel:0`), or an HDF5 file of `save_weights` or `save` from Keras 2.
+Nodes read the up-sampled map first; kernels are [height, width, in, out], those of transposed convolutions
+[height, width, out, in]. Outputs are probabilities, as in Keras, but with the channels first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .peer import Peer, State, build, check_widths, nest, read_topology
 
 DEPTH = 4
 LAYER = r"(conv\d\d_[12]|up\d\d|output(_[1-4])?)/(kernel|bias)"
-SUFFIXES = (".h5", ".hdf5")
 
 
 class Keras(Peer):
@@ -33,13 +32,15 @@ class Keras(Peer):
     keys = LAYER
     order = "up, prefix"
     open_options = ("dropout",)
+    file_kind = "an HDF5 file of Keras"
+    file_endings = (".h5", ".hdf5")
 
     def module(self, node: Node, part: str) -> str | None:
         place = f"{node.level + 1}{node.column + 1}"
         return f"up{place}" if part == "up" else f"conv{place}_{part[-1]}"
 
     def head(self, column: int, topology: Topology) -> str:
-        return f"output_{column}" if is_nested(topology) else "output"
+        return f"output_{column}" if len(topology[0, topology.depth].prefix) > 1 else "output"
 
     def leaf(self, name: str) -> str:
         return {"weight": "/kernel:0", "bias": "/bias:0"}[name]
@@ -62,34 +63,33 @@ class Keras(Peer):
             form="sigmoid",
         )
 
+    def plain_names(self, state: State) -> State:
+        """`layer/kernel:0` for every weight of a known layer, whatever scopes Keras put between the two, with or without
+        the `:0`."""
+        plain = {}
+        for name, tensor in state.items():
+            layer, _, rest = name.partition("/")
+            weight = rest.rpartition("/")[2].removesuffix(":0")
+            plain[f"{layer}/{weight}:0" if re.match(LAYER, f"{layer}/{weight}") else name] = tensor
+        return plain
 
-def is_nested(topology: Topology) -> bool:
-    return len(topology[0, topology.depth].prefix) > 1
+    def read_file(self, path: Path) -> State:
+        """The weights in an HDF5 file of Keras 2.
 
+        Raises:
+            InputError: h5py is missing, or the file does not exist or is not HDF5.
+        """
+        h5py = need("h5py", "keras")
+        arrays: dict[str, Any] = {}
+        try:
+            with h5py.File(path, "r") as file:
+                root = file.get("model_weights", file)
+                root.visititems(
+                    lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+                )
+        except OSError as error:
+            raise InputError(f"{path} cannot be read as HDF5 ({error}): give a file of Keras' save_weights") from error
+        return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
-def plain_names(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arrays or tensors by `layer/kernel:0`, whatever scopes Keras put between the two and with or without the `:0`."""
-    found = {}
-    for name, array in arrays.items():
-        layer, _, rest = name.partition("/")
-        weight = rest.rpartition("/")[2].removesuffix(":0")
-        tensor = array if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
-        found[f"{layer}/{weight}:0" if re.match(LAYER, f"{layer}/{weight}") else name] = tensor
-    return found
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """The weights in an HDF5 file of Keras 2, by `layer/kernel:0`.
-
-    Raises:
-        InputError: h5py is missing, or the file does not exist or is not HDF5.
-    """
-    h5py = need("h5py", "keras")
-    arrays: dict[str, Any] = {}
-    try:
-        with h5py.File(path, "r") as file:
-            root = file.get("model_weights", file)
-            root.visititems(lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read as HDF5 ({error}): name a file of Keras' save_weights") from error
-    return plain_names(arrays)
+    def written(self, state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        return {name: value.cpu().numpy() for name, value in state.items()}

@@ -1,9 +1,9 @@
 """MONAI's `BasicUNetPlusPlus`: 2D and 3D, any of its up-samplings, batch or instance norm.
 
-Read from monai/networks/nets/basic_unetplusplus.py and blocks/upsample.py (1.6). Five levels; X(0,4) is features[5]
-wide; up-sampling hands over half of the low channels (rounded down), on level 0 all of them. "nontrainable" puts a 1x1
-convolution before the interpolation only where the channel count changes, that is on every level but 0: there ours is
-the identity, frozen. The four heads always exist; without deep supervision only the last one runs.
+From monai/networks/nets/basic_unetplusplus.py and blocks/upsample.py (1.6). Five levels; X(0,4) is features[5] wide;
+up-sampling halves the number of channels (rounded down), except on level 0, where it keeps them. "nontrainable" has a 1x1
+convolution before the interpolation only if the number of channels changes, that is on every level but 0: there ours is a
+frozen identity. All four heads always exist; without deep supervision only the last one runs.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Monai(Peer):
     def read(self, state: State, given: Mapping[str, Any]) -> Network:
         several = bool(given.get("deep_supervision", False))
         topology = read_topology(self, state, nest(4), (1, 2, 3, 4) if several else (4,))
-        found = [name for name in UPSAMPLES if f"upcat_3_1.upsample.{name}.weight" in state]
-        if len(found) != 1:
+        kinds = [name for name in UPSAMPLES if f"upcat_3_1.upsample.{name}.weight" in state]
+        if len(kinds) != 1:
             raise self.fail(
                 "its up-sampling is neither deconv nor nontrainable nor pixelshuffle, or its weights are missing"
             )
@@ -58,7 +58,7 @@ class Monai(Peer):
             self.tensor(state, "final_conv_0_4.weight").shape[0],
             norm=norm_of_names(self, state, "conv_0_0.conv_0.adn.N", given),
             act=given.get("act", ("leaky_relu", {"negative_slope": 0.1})),
-            upsample=UPSAMPLES[found[0]],
+            upsample=UPSAMPLES[kinds[0]],
             dropout=given.get("dropout", 0.0),
             bias="conv_0_0.conv_0.conv.bias" in state,
             deep_supervision=several,
@@ -68,7 +68,7 @@ class Monai(Peer):
         )
 
     def constants(self, network: Network) -> dict[str, Tensor]:
-        """The 1x1 convolutions of level 0, which MONAI does not have: the identity."""
+        """The 1x1 convolutions on level 0, which MONAI does not have, as identities."""
         own, values = network.state_dict(), {}
         for node in network.topology.nodes:
             name = f"nodes.{node.name}.up.project"
@@ -84,9 +84,9 @@ class Monai(Peer):
         for block in blocks:
             layers = list(block.adn._modules) if "adn" in block._modules else []
             if "A" not in layers or layers != [layer for layer in "NDA" if layer in layers]:
-                raise self.fail(f"the layers behind a convolution are {layers}, expected norm, dropout, activation")
+                raise self.fail(f"the layers after a convolution are {layers}, expected norm, dropout, activation")
             if "D" in layers and type(block.adn.D) is not nn.Dropout:
-                raise self.fail(f"its dropout is {type(block.adn.D).__name__}; unetpp_fast drops single values")
+                raise self.fail(f"its dropout is {type(block.adn.D).__name__}; unetpp_fast has nn.Dropout")
         norms = [norm_option(self, block.adn.N) if "N" in block.adn._modules else None for block in blocks]
         return {
             "norm": same(self, norms, "norm"),

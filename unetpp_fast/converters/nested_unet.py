@@ -1,7 +1,7 @@
-"""The PyTorch `NestedUNet`s: pytorch-nested-unet and bigmb's, which share names, and UNET-ZOO's.
+"""The PyTorch `NestedUNet`s: pytorch-nested-unet and bigmb's, which have the same names, and UNET-ZOO's.
 
-Convolutions with bias, batch norm, ReLU; bilinear up-sampling with align_corners=True that passes all channels on; one
-head `final`, or `final1` to `final4` with deep supervision. UNET-ZOO's outputs have been through a sigmoid.
+Convolutions with bias, batch norm, ReLU; bilinear up-sampling with align_corners=True that keeps the number of channels;
+one head `final`, or `final1` to `final4` with deep supervision. UNET-ZOO's outputs are probabilities.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Nested(Peer):
         check_widths(self, topology, lambda low, width, level: low)
         return build(
             topology,
-            self.tensor(state, "final4.weight" if several else "final.weight").shape[0],
+            self.tensor(state, f"{self.head(4, topology)}.weight").shape[0],
             norm=given.get("norm", "batch"),
             act=given.get("act", "relu"),
             upsample=given.get("upsample", ("linear", {"align_corners": True})),

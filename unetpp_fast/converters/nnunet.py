@@ -1,8 +1,8 @@
 """nnU-Net++'s `Generic_UNetPlusPlus`: six levels, 2D and 3D, strided convolutions between them, instance or batch norm.
 
-Transposed convolutions have no bias, heads usually none. Its class always builds five heads; a state_dict is read as its
-trainers use the network: logits, deep supervision on. Only factors of 2 and 3x3 kernels: a plan with other ones (common
-for anisotropic volumes) is refused.
+Transposed convolutions have no bias, and heads usually have none. Its class always builds five heads; a state_dict is
+converted to what its trainers use: logits and deep supervision. Only factors of 2 and 3x3 kernels are supported: a plan
+with others (common for anisotropic volumes) is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NnUnet(Peer):
 
     def read(self, state: State, given: Mapping[str, Any]) -> Network:
         if any(name.startswith(("conv_blocks_context.0.blocks.2.", "loc0.0.0.blocks.1.")) for name in state):
-            raise self.fail("it has more than two convolutions a node (num_conv_per_stage)")
+            raise self.fail("it has more than two convolutions per node (num_conv_per_stage)")
         if any(name.startswith(f"conv_blocks_context.{DEPTH + 1}.") for name in state):
             raise self.fail("it has more than six levels, which its own forward pass does not run")
         topology = read_topology(self, state, nest(DEPTH), tuple(range(1, DEPTH + 1)))
@@ -77,8 +77,8 @@ class NnUnet(Peer):
             dropout = getattr(block, "dropout", None)
             if dropout is not None and dropout.p > 0:
                 raise self.fail(
-                    f"it drops whole channels before the norm (p = {dropout.p}), which unetpp_fast does not: set p to 0, or"
-                    " convert its state_dict, for a network without dropout"
+                    f"it drops whole channels before the norm (p = {dropout.p}), which unetpp_fast does not: for a network"
+                    " without dropout, set p to 0 or convert its state_dict"
                 )
         if getattr(module, "upscale_logits", False):
             raise self.fail("upscale_logits=True enlarges the outputs")

@@ -1,4 +1,7 @@
-"""The implementations of UNet++ whose weights `convert` reads and `to_state_dict` writes."""
+"""The implementations of UNet++ that `convert` reads and `to_state_dict` writes.
+
+To add one, write a subclass of `Peer` in a file here and list it in `PEERS`.
+"""
 
 from __future__ import annotations
 

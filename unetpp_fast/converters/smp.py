@@ -1,8 +1,8 @@
-"""`UnetPlusPlus` of segmentation_models_pytorch (smp) and of its 3D port: any encoder, kept as it is.
+"""`UnetPlusPlus` of segmentation_models_pytorch (smp) and of its 3D port, with any encoder, which is copied unchanged.
 
-Block `x_{d}_{l}` of the decoder is X(i,j) with i = depth - 1 - l, j = l - d + 1, level 0 at half the size of the image. Its
-first convolution reads the up-sampled map, then X(i,j-1) to X(i,0). Block `x_0_{depth}` has no skip connection. The module
-itself is needed: a state_dict does not hold the encoder's code.
+Block `x_{d}_{l}` of the decoder is X(i,j) with i = depth - 1 - l and j = l - d + 1; level 0 has half the size of the image.
+Its first convolution reads the up-sampled map, then X(i,j-1) to X(i,0). Block `x_0_{depth}` has no skip connection. The
+module itself is needed: a state_dict does not hold the encoder's code.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ class Smp(Peer):
     title = "segmentation_models_pytorch UnetPlusPlus"
     keys = r"(encoder\.|decoder\.(blocks\.x_\d_\d|center)\.|segmentation_head\.)"
     order = "up, descending"
+    model = EncodedNetwork
+    needs_module = "a state_dict does not hold the encoder's code: load it into the smp model and give that"
 
     def claims(self, names: Iterable[str]) -> int:
         names = list(names)
         return super().claims(names) if any(name.startswith("decoder.blocks.x_") for name in names) else 0
 
     def convert(self, module: nn.Module) -> EncodedNetwork:
-        """The network of an smp module, with a copy of its encoder."""
+        """The converted network, with a copy of the module's encoder."""
         decoder, head = module.decoder, module.segmentation_head
         if getattr(module, "classification_head", None) is not None:
             raise self.fail("aux_params: the classification head has no counterpart; set model.classification_head = None")
@@ -72,7 +74,7 @@ class Smp(Peer):
         return network
 
     def _topology(self, blocks: nn.ModuleDict, depth: int, encoder: list[int], in_channels: int) -> Topology:
-        width = {(i, j): blocks[block_name(i, j, depth)].conv1[0].out_channels if j else encoder[i] for i, j in nest(depth)}
+        width = {(i, j): blocks[_block_name(i, j, depth)].conv1[0].out_channels if j else encoder[i] for i, j in nest(depth)}
         nodes = [Node(i, j, width[i, j], tuple(range(j)), width[i + 1, j - 1] if j else 0) for i, j in nest(depth)]
         return Topology(in_channels, blocks["x_0_0"].conv1[0].weight.ndim - 2, tuple(nodes), (depth,))
 
@@ -84,10 +86,10 @@ class Smp(Peer):
 
     def _attention(self, blocks: Iterable[nn.Module]) -> bool:
         gates = [gate.attention for block in blocks for gate in (block.attention1, block.attention2)]
-        found = same(self, [type(gate).__name__ for gate in gates], "attention")
-        if found not in ("Identity", "SCSEModule"):
-            raise self.fail(f"its attention is {found}; unetpp_fast has scse")
-        return found == "SCSEModule"
+        kind = same(self, [type(gate).__name__ for gate in gates], "attention")
+        if kind not in ("Identity", "SCSEModule"):
+            raise self.fail(f"its attention is {kind}; unetpp_fast has scse")
+        return kind == "SCSEModule"
 
     def _form(self, head: nn.Sequential) -> str:
         conv, upsampling, activation = head
@@ -111,13 +113,13 @@ class Smp(Peer):
                 yield Pair(ours, f"{theirs}.{rest}")
                 continue
             node = nodes.get(place)
-            block = block_name(*node.position, topology.depth) if node else f"x_0_{topology.depth}"
+            block = _block_name(*node.position, topology.depth) if node else f"x_0_{topology.depth}"
             part, inner, *_ = rest.split(".")
             order, dim = self._order(topology, node, part, inner, ours)
             yield Pair(ours, f"decoder.blocks.{block}.{_their_layer(rest)}", None, order, dim)
 
     def _order(self, topology: Topology, node: Node | None, part: str, inner: str, name: str) -> tuple[Tensor | None, int]:
-        """The order of the channels of one tensor, and the axis that holds them."""
+        """The order of the channels of one tensor, None if it is ours, and their axis."""
         if (
             node is None
             or part not in ("conv1", "attention1")
@@ -127,14 +129,14 @@ class Smp(Peer):
         return input_order(topology, node, self.order), 0 if inner == "excite" else 1
 
 
-def block_name(level: int, column: int, depth: int) -> str:
-    """The decoder's block at X(level,column)."""
+def _block_name(level: int, column: int, depth: int) -> str:
+    """The name of the decoder's block at X(level,column)."""
     last = depth - 1 - level
     return f"x_{last - column + 1}_{last}"
 
 
 def _their_layer(ours: str) -> str:
-    """`conv1.weight`, `norm2.running_var`, `attention1.excite.bias` under smp's names."""
+    """smp's name within a block of `conv1.weight`, `norm2.running_var` or `attention1.excite.bias`."""
     part, _, rest = ours.partition(".")
     if part.startswith("attention"):
         gate, _, leaf = rest.partition(".")
