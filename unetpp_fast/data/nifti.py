@@ -37,7 +37,7 @@ def _check_length(path: Path, volume: Any) -> None:
     """Raises InputError for a truncated uncompressed file, which otherwise would fail at a slice hours later."""
     stored = volume.dataobj
     expected = stored.offset + int(np.prod(volume.shape)) * stored.dtype.itemsize
-    if path.suffix == ".nii" and path.stat().st_size < expected:
+    if path.suffix.lower() == ".nii" and path.stat().st_size < expected:
         raise InputError(f"{path} is truncated: {path.stat().st_size:,} bytes of {expected:,}; download it again")
 
 

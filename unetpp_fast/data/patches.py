@@ -13,7 +13,7 @@ from ..common.errors import InputError, first_line
 from .samples import ArraySample, Sample
 
 CACHE_BYTES = 2**31
-SECONDS_TO_NOTICE = 5.0  # that a worker process died
+SECONDS_TO_NOTICE = 5.0  # at most, between the death of a worker process and the signal
 
 
 class Patches(torch.utils.data.Dataset):
