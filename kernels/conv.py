@@ -17,8 +17,6 @@ One kernel serves all uses. An operand is sampled at `stride * unit + base + t`,
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,9 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .conv_configs import Config, block_of_channels, default_config, tile_counts
 from .maps import (
-    Affine,
     activate,
-    affine_arguments,
+    affine_stride,
     border_class,
     check_affine,
     check_map,
@@ -38,9 +35,9 @@ from .maps import (
     interpreted,
     pixel_stride,
     store_statistics,
-    sum_dtype,
     unit_grid,
 )
+from .naive import Affine, accumulator
 
 NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
 
@@ -71,7 +68,7 @@ def _accumulate(
     acc, x_desc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_pixel, n, depth, height, width,
     tile_z, tile_y, tile_x, unit_z, unit_y, unit_x, co,
     K: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
-    BLOCK_K: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc [M, CO] += sum over taps t and channels k of act(x[tile + STRIDE unit + t, k] scale + shift) w[t, k, co].
 
@@ -117,7 +114,7 @@ def _accumulate(
             shift = tl.load(shift_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
             value = tl.where(inside, activate(value.to(acc.dtype) * scale + shift, SLOPE), 0.0).to(value.dtype)
         from_ptr = w_ptr + (tap * K + k) * CO + weights
-        if K % BLOCK_K or CO % co.shape[0]:
+        if K % BLOCK_K or CO % BLOCK_CO:
             weight = tl.load(from_ptr, mask=(k + lanes < K)[:, None] & (co < CO)[None, :], other=0.0)
         else:
             weight = tl.load(from_ptr)
@@ -127,9 +124,9 @@ def _accumulate(
 
 @triton.jit
 def _conv_kernel(
-    a_desc, a_ptr, a_scale_ptr, a_shift_ptr, wa_ptr, stride_an, stride_ap, affine_an,
-    b_desc, b_ptr, b_scale_ptr, b_shift_ptr, wb_ptr, stride_bn, stride_bp, affine_bn,
-    bias_ptr, border_ptr, out_ptr, stride_on, stride_op, stats_ptr,
+    a_desc, a_ptr, a_scale_ptr, a_shift_ptr, a_weight_ptr, a_stride_n, a_stride_p, a_affine_stride,
+    b_desc, b_ptr, b_scale_ptr, b_shift_ptr, b_weight_ptr, b_stride_n, b_stride_p, b_affine_stride,
+    bias_ptr, border_ptr, out_ptr, out_stride_n, out_stride_p, stats_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x,
     KA: tl.constexpr, KB: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
     PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
@@ -158,21 +155,27 @@ def _conv_kernel(
     STRIDE_Z: tl.constexpr = STRIDE if AXES == 3 else 1
     acc = tl.zeros((BLOCK_D * BLOCK_H * BLOCK_W, BLOCK_CO), SUM)
     acc = _accumulate(
-        acc, a_desc, a_ptr + n * stride_an, None if a_scale_ptr is None else a_scale_ptr + n * affine_an,
-        None if a_shift_ptr is None else a_shift_ptr + n * affine_an, wa_ptr,
-        stride_ap, n.to(tl.int32), depth * STRIDE_Z, height * STRIDE, width * STRIDE,
-        tile_z * STRIDE_Z + pz - 1, tile_y * STRIDE + py - 1, tile_x * STRIDE + px - 1, unit_z, unit_y, unit_x, co,
-        KA, CO, TAPS, STRIDE, AXES, BLOCK_KA, SLOPE, PRECISION, WIDE,
+        acc, x_desc=a_desc, x_ptr=a_ptr + n * a_stride_n,
+        scale_ptr=None if a_scale_ptr is None else a_scale_ptr + n * a_affine_stride,
+        shift_ptr=None if a_shift_ptr is None else a_shift_ptr + n * a_affine_stride,
+        w_ptr=a_weight_ptr, stride_pixel=a_stride_p, n=n.to(tl.int32),
+        depth=depth * STRIDE_Z, height=height * STRIDE, width=width * STRIDE,
+        tile_z=tile_z * STRIDE_Z + pz - 1, tile_y=tile_y * STRIDE + py - 1, tile_x=tile_x * STRIDE + px - 1,
+        unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KA, CO=CO, TAPS=TAPS, STRIDE=STRIDE, AXES=AXES,
+        BLOCK_K=BLOCK_KA, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
     )  # fmt: skip
     if KB:
         TAPS_B: tl.constexpr = 2 if PHASED else 3
         WEIGHTS: tl.constexpr = (TAPS_B * TAPS_B * TAPS_B if AXES == 3 else TAPS_B * TAPS_B) * KB * CO
         acc = _accumulate(
-            acc, b_desc, b_ptr + n * stride_bn, None if b_scale_ptr is None else b_scale_ptr + n * affine_bn,
-            None if b_shift_ptr is None else b_shift_ptr + n * affine_bn, wb_ptr + phase * WEIGHTS,
-            stride_bp, n.to(tl.int32), depth, height, width,
-            tile_z + pz - 1, tile_y + py - 1, tile_x + px - 1, unit_z, unit_y, unit_x, co,
-            KB, CO, TAPS_B, 1, AXES, BLOCK_KB, SLOPE, PRECISION, WIDE,
+            acc, x_desc=b_desc, x_ptr=b_ptr + n * b_stride_n,
+            scale_ptr=None if b_scale_ptr is None else b_scale_ptr + n * b_affine_stride,
+            shift_ptr=None if b_shift_ptr is None else b_shift_ptr + n * b_affine_stride,
+            w_ptr=b_weight_ptr + phase * WEIGHTS, stride_pixel=b_stride_p, n=n.to(tl.int32),
+            depth=depth, height=height, width=width,
+            tile_z=tile_z + pz - 1, tile_y=tile_y + py - 1, tile_x=tile_x + px - 1,
+            unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KB, CO=CO, TAPS=TAPS_B, STRIDE=1, AXES=AXES,
+            BLOCK_K=BLOCK_KB, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
         )  # fmt: skip
 
     OUT: tl.constexpr = 2 if PHASED else 1
@@ -192,7 +195,7 @@ def _conv_kernel(
     rows = ((unit_z * OUT_Z * height * OUT + unit_y * OUT) * width + unit_x) * OUT
     if WIDE:
         rows = rows.to(tl.int64)
-    where = out_ptr + (n * stride_on + first * stride_op) + ((rows * stride_op)[:, None] + co[None, :])
+    where = out_ptr + (n * out_stride_n + first * out_stride_p) + ((rows * out_stride_p)[:, None] + co[None, :])
     mask = inside[:, None] & (co < CO)[None, :]
     if ADD:
         acc += tl.load(where, mask=mask, other=0.0).to(SUM)
@@ -223,43 +226,68 @@ def conv(
     stats: bool = False,
     config: Config | None = None,
 ) -> Tensor | None:
-    """`naive.conv` in one kernel. Statistics come as `[N, T, 3, CO]`, one of T parts a tile and phase."""
-    check_call(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
-    ka, co, kb = a.shape[-1], out.shape[-1], 0 if b is None else b.shape[-1]
-    units = unit_grid(out, axes, phased)
-    scale_a, shift_a, image_a = affine_arguments(affine_a)
-    scale_b, shift_b, image_b = affine_arguments(affine_b)
+    """`naive.conv` in one kernel. Statistics come as `[N, T, 3, CO]`, one of T parts per tile and phase."""
+    check_call(
+        out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
+        bias=bias, border=border,
+    )  # fmt: skip
+    ka, kb, co = a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1]
+    units = depth, height, width = unit_grid(out, axes, phased)
     if config is None:
         config = default_config(units, out.shape[0], max(ka, kb), co, axes, phased, a.dtype, interpreted(out))
-    tiles = tile_counts(units, config)
-    parts = math.prod(tiles) * (2**axes if phased else 1)
-    partial = out.new_empty(out.shape[0], parts, 3, co, dtype=sum_dtype(out.dtype)) if stats else None
+    tiles_z, tiles_y, tiles_x = tile_counts(units, config)
+    parts = tiles_z * tiles_y * tiles_x * (2**axes if phased else 1)
+    partial = out.new_empty(out.shape[0], parts, 3, co, dtype=accumulator(out.dtype)) if stats else None
     if out.numel() == 0:
         return partial
     block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka, kb))
-    a_desc, b_desc = (
-        descriptor(x, axes, config, block) if config.descriptors and unit_stride and can_describe(x) else None
-        for x, block, unit_stride in ((a, block_ka, stride == 1), (b, block_kb, kb > 0))
-    )
+    a_boxes = descriptor(a, axes, config, block_ka) if config.descriptors and stride == 1 and can_describe(a) else None
+    b_boxes = descriptor(b, axes, config, block_kb) if config.descriptors and kb and can_describe(b) else None
+    operand_a = operand_arguments("a", a, wa, affine_a, a_boxes)
+    operand_b = operand_arguments("b", b, wb, affine_b, b_boxes)
+    output = {
+        "bias_ptr": bias, "border_ptr": border, "out_ptr": out, "out_stride_n": out.stride(0),
+        "out_stride_p": pixel_stride("out", out), "stats_ptr": partial,
+    }  # fmt: skip
+    geometry = {
+        "depth": depth, "height": height, "width": width, "tiles_z": tiles_z, "tiles_y": tiles_y, "tiles_x": tiles_x,
+        "KA": ka, "KB": kb, "CO": co, "TAPS": taps, "STRIDE": stride, "PHASED": phased, "AXES": axes,
+    }  # fmt: skip
+    blocks = {
+        "BLOCK_D": config.block_d, "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_KA": block_ka,
+        "BLOCK_KB": block_kb, "BLOCK_CO": config.block_co, "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
     reach = (2 if stride == 2 or phased else 1) ** axes
-    farthest = config.block_d * units[1] * units[2] * reach * max(pixel_stride(x) for x in (out, a, b) if x is not None)
+    widest = max(output["out_stride_p"], operand_a["a_stride_p"], operand_b["b_stride_p"])
+    farthest = config.block_d * height * width * reach * widest
     with device_of(out):
         _conv_kernel[(out.shape[0] * parts * triton.cdiv(co, config.block_co),)](
-            a_desc, a, scale_a, shift_a, wa, a.stride(0), pixel_stride(a), image_a,
-            b_desc, b, scale_b, shift_b, wb, 0 if b is None else b.stride(0), 0 if b is None else pixel_stride(b), image_b,
-            bias, border, out, out.stride(0), pixel_stride(out), partial,
-            *units, *tiles,
-            KA=ka, KB=kb, CO=co, TAPS=taps, STRIDE=stride, PHASED=phased, AXES=axes, SLOPE=float(slope),
-            ACTIVATE=act, ADD=add, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-            BLOCK_KA=block_ka, BLOCK_KB=block_kb, BLOCK_CO=config.block_co, PRECISION=dot_precision(out.dtype),
-            WIDE=farthest >= NARROW_OFFSETS, num_warps=config.num_warps, num_stages=config.num_stages,
+            **operand_a, **operand_b, **output, **geometry, SLOPE=float(slope), ACTIVATE=act, ADD=add, **blocks,
+            PRECISION=dot_precision(out.dtype), WIDE=farthest >= NARROW_OFFSETS,
         )  # fmt: skip
     return partial
 
 
+def operand_arguments(
+    name: str, x: Tensor | None, weight: Tensor | None, affine: Affine | None, boxes: TensorDescriptor | None
+) -> dict[str, object]:
+    """What the kernel takes of operand `name`, "a" or "b"; of one that is absent, no pointers and strides of 0."""
+    scale, shift = affine or (None, None)
+    return {
+        f"{name}_desc": boxes,
+        f"{name}_ptr": x,
+        f"{name}_scale_ptr": scale,
+        f"{name}_shift_ptr": shift,
+        f"{name}_weight_ptr": weight,
+        f"{name}_stride_n": 0 if x is None else x.stride(0),
+        f"{name}_stride_p": 0 if x is None else pixel_stride(name, x),
+        f"{name}_affine_stride": affine_stride(affine),
+    }
+
+
 def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDescriptor:
     """A map as the tensor memory accelerator takes it, in boxes of a tile and `block_k` channels."""
-    step, (images, depth, height, width, channels) = pixel_stride(x), x.shape
+    step, (images, depth, height, width, channels) = pixel_stride("x", x), x.shape
     shape = [images, depth, height, width, channels]
     strides = [x.stride(0), height * width * step, width * step, step, 1]
     block = [1, config.block_d, config.block_h, config.block_w, block_k]
@@ -270,11 +298,32 @@ def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDesc
 
 def can_describe(x: Tensor) -> bool:
     """Whether `descriptor` takes a map: its address and steps are multiples of 16 bytes."""
-    return all(offset * x.itemsize % 16 == 0 for offset in (x.stride(0), pixel_stride(x))) and x.data_ptr() % 16 == 0
+    steps = x.stride(0), pixel_stride("x", x)
+    return all(step * x.itemsize % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
 
 
-def check_call(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border) -> None:
-    """Raises ValueError unless the operands of a convolution fit one another; arguments as in `conv`."""
+def check_call(
+    out: Tensor,
+    a: Tensor,
+    wa: Tensor,
+    *,
+    axes: int,
+    taps: int,
+    stride: int,
+    phased: bool,
+    affine_a: Affine | None,
+    b: Tensor | None,
+    wb: Tensor | None,
+    affine_b: Affine | None,
+    bias: Tensor | None,
+    border: Tensor | None,
+) -> None:
+    """Checks that the operands of a call of `conv` fit one another.
+
+    Raises:
+        TypeError: maps of a precision that the kernels do not take.
+        ValueError: anything else that does not fit.
+    """
     if axes not in (2, 3):
         raise ValueError(f"axes is 2 or 3, not {axes}")
     if taps not in (2, 3, 4) or stride not in (1, 2):

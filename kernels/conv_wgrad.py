@@ -14,7 +14,6 @@ each writes its sum to a buffer of its own, and those are added in a fixed order
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 import triton
@@ -23,19 +22,8 @@ from torch import Tensor
 
 from .conv import NARROW_OFFSETS
 from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
-from .maps import (
-    Affine,
-    activate,
-    affine_arguments,
-    check_affine,
-    check_map,
-    device_of,
-    dot_precision,
-    interpreted,
-    pixel_stride,
-    sum_dtype,
-    unit_grid,
-)
+from .maps import activate, affine_stride, check_affine, check_map, device_of, dot_precision, interpreted, unit_grid
+from .naive import Affine, accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +61,7 @@ def _next_tile(x, y, z, n, depth, height, width, BLOCK_D: tl.constexpr, BLOCK_H:
 
 @triton.jit
 def _conv_wgrad_kernel(
-    a_ptr, scale_ptr, shift_ptr, stride_an, stride_ap, affine_an, dy_ptr, stride_yn, stride_yp, partial_ptr,
+    a_ptr, scale_ptr, shift_ptr, a_stride_n, a_stride_p, affine_stride, dy_ptr, dy_stride_n, dy_stride_p, partial_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x, images,
     STEPS: tl.constexpr, K: tl.constexpr, CO: tl.constexpr, PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr,
     PER_IMAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -112,8 +100,8 @@ def _conv_wgrad_kernel(
         rows_y += unit_z * OUT_Z * height * OUT * width * OUT
     if WIDE:
         from_a, rows_a, rows_y = from_a.to(tl.int64), rows_a.to(tl.int64), rows_y.to(tl.int64)
-    offsets_a = (from_a * stride_ap + k)[:, None] + (rows_a * stride_ap)[None, :]
-    offsets_y = (rows_y * stride_yp)[:, None] + co[None, :]
+    offsets_a = (from_a * a_stride_p + k)[:, None] + (rows_a * a_stride_p)[None, :]
+    offsets_y = (rows_y * dy_stride_p)[:, None] + co[None, :]
 
     SUM: tl.constexpr = partial_ptr.dtype.element_ty
     if scale_ptr is not None:
@@ -133,19 +121,19 @@ def _conv_wgrad_kernel(
         if AXES == 3:
             inside = inside & (z + sample_z >= 0) & (z + sample_z < depth)
             inside_y = inside_y & (z + unit_z < depth)
-        start = image * stride_an + ((plane + y) * width + x) * stride_ap
+        start = image * a_stride_n + ((plane + y) * width + x) * a_stride_p
         value = tl.load(a_ptr + start + offsets_a, mask=inside, other=0.0)
         if scale_ptr is not None:
             if PER_IMAGE:
-                scale = tl.load(scale_ptr + n * affine_an + k)
-                shift = tl.load(shift_ptr + n * affine_an + k)
+                scale = tl.load(scale_ptr + n * affine_stride + k)
+                shift = tl.load(shift_ptr + n * affine_stride + k)
             raw = value.to(SUM) * scale[:, None] + shift[:, None]
             value = tl.where(inside, activate(raw, SLOPE), 0.0).to(value.dtype)
-        start = (((plane * OUT_Z + pz * height) * OUT + y * OUT + py) * (width * OUT) + x * OUT + px) * stride_yp
+        start = (((plane * OUT_Z + pz * height) * OUT + y * OUT + py) * (width * OUT) + x * OUT + px) * dy_stride_p
         mask = inside_y[:, None]
         if CO % BLOCK_CO:
             mask = mask & (co < CO)[None, :]
-        gradient = tl.load(dy_ptr + (image * stride_yn + start) + offsets_y, mask=mask, other=0.0)
+        gradient = tl.load(dy_ptr + (image * dy_stride_n + start) + offsets_y, mask=mask, other=0.0)
         acc = tl.dot(value, gradient, acc, input_precision=PRECISION, out_dtype=SUM)
         x, y, z, n = _next_tile(x, y, z, n, depth, height, width, BLOCK_D, BLOCK_H, BLOCK_W)
 
@@ -167,33 +155,42 @@ def conv_wgrad(
     if axes not in (2, 3):
         raise ValueError(f"axes is 2 or 3, not {axes}")
     units = unit_grid(dy, axes, phased)
-    check_map("dy", dy, dy)
-    check_map("a", a, dy, units)
+    dy_stride = check_map("dy", dy, dy)
+    a_stride = check_map("a", a, dy, units)
     check_affine("affine", affine, a)
     k, co = a.shape[-1], dy.shape[-1]
     count, taps = (2**axes, 2**axes) if phased else (1, 3**axes)
     if dy.numel() == 0:
-        return a.new_zeros(count, taps, k, co, dtype=sum_dtype(a.dtype))
-    scale, shift, image = affine_arguments(affine)
-    reach = 2**axes if phased else 1
-
+        return a.new_zeros(count, taps, k, co, dtype=accumulator(a.dtype))
     if config is None:
         config = default_config(units, k, co, axes, phased, a.dtype, interpreted(a))
-    counts = tile_counts(units, config)
-    tiles = a.shape[0] * math.prod(counts)
+    tiles_z, tiles_y, tiles_x = tile_counts(units, config)
+    tiles = a.shape[0] * tiles_z * tiles_y * tiles_x
     programs = count * triton.cdiv(taps * k, config.block_m) * triton.cdiv(co, config.block_co)
     # A constant of the kernel, so one of few values.
     steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
     splits = triton.cdiv(tiles, steps)
-    partial = a.new_empty(splits, count, taps, k, co, dtype=sum_dtype(a.dtype))
-    span = (config.block_d + 2) * units[1] * units[2] * max(pixel_stride(a), reach * pixel_stride(dy))
+    partial = a.new_empty(splits, count, taps, k, co, dtype=accumulator(a.dtype))
+    scale, shift = affine or (None, None)
+    operands = {
+        "a_ptr": a, "scale_ptr": scale, "shift_ptr": shift, "a_stride_n": a.stride(0), "a_stride_p": a_stride,
+        "affine_stride": affine_stride(affine), "dy_ptr": dy, "dy_stride_n": dy.stride(0), "dy_stride_p": dy_stride,
+        "partial_ptr": partial,
+    }  # fmt: skip
+    depth, height, width = units
+    geometry = {
+        "depth": depth, "height": height, "width": width, "tiles_z": tiles_z, "tiles_y": tiles_y, "tiles_x": tiles_x,
+        "images": a.shape[0], "STEPS": steps, "K": k, "CO": co, "PHASED": phased, "AXES": axes,
+    }  # fmt: skip
+    blocks = {
+        "BLOCK_D": config.block_d, "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_M": config.block_m,
+        "BLOCK_CO": config.block_co, "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    span = (config.block_d + 2) * height * width * max(a_stride, (2**axes if phased else 1) * dy_stride)
     with device_of(a):
         _conv_wgrad_kernel[(programs * splits,)](
-            a, scale, shift, a.stride(0), pixel_stride(a), image, dy, dy.stride(0), pixel_stride(dy), partial,
-            *units, *counts, a.shape[0], STEPS=steps, K=k, CO=co, PHASED=phased, AXES=axes, SLOPE=float(slope),
-            PER_IMAGE=image != 0, BLOCK_D=config.block_d, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-            BLOCK_M=config.block_m, BLOCK_CO=config.block_co, PRECISION=dot_precision(a.dtype),
-            WIDE=span >= NARROW_OFFSETS, num_warps=config.num_warps, num_stages=config.num_stages,
+            **operands, **geometry, SLOPE=float(slope), PER_IMAGE=operands["affine_stride"] != 0, **blocks,
+            PRECISION=dot_precision(a.dtype), WIDE=span >= NARROW_OFFSETS,
         )  # fmt: skip
     return partial[0] if splits == 1 else partial.sum(0)
 

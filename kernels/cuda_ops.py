@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import triton_ops, tuning
 from .conv import check_call
-from .maps import Affine, check_affine, check_map, device_of, dot_precision, unit_grid
+from .maps import check_affine, check_map, device_of, dot_precision, unit_grid
+from .naive import Affine
 from .triton_ops import act_backward, border_sums, head, head_backward, norm_backward, norm_finalise, pool, pool_backward
 
 __all__ = [

@@ -12,21 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Affine, activate, device_of
-from .naive import MOST_CLASSES
-from .norm import Tile, affine_rows, check_same, load_row, pixel_stride
+from .maps import Tile, affine_arguments, check_same, device_of, load_activated, load_row, map_arguments
+from .naive import MOST_CLASSES, Affine
 
 FEW_CLASSES, FEW_CHANNELS = 8, 512  # up to these, without tensor cores
 BACKWARD = Tile(elements=2048, programs=1024)
-
-
-@triton.jit
-def _load_map(x_ptr, mask, scale, shift, AFFINE: tl.constexpr, SLOPE: tl.constexpr):
-    """What a reader of the map sees, rounded to the map's precision."""
-    x = tl.load(x_ptr, mask=mask, other=0.0)
-    if AFFINE:
-        x = activate(x.to(tl.float32) * scale + shift, SLOPE).to(x.dtype)
-    return x
 
 
 @triton.jit
@@ -44,7 +34,7 @@ def _dot(a, b, acc, SUMMANDS: tl.constexpr):
 
 @triton.jit
 def _head_few_kernel(
-    out_ptr, x_ptr, stride_xn, stride_xp, weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift,
+    out_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -55,9 +45,9 @@ def _head_few_kernel(
     mask = (p < pixels - first)[:, None] & (k < K)[None, :]
     scale, shift = 1.0, 0.0
     if AFFINE:
-        scale, shift = load_row(scale_ptr, stride_scale, n, k, K), load_row(shift_ptr, stride_shift, n, k, K)
-    x_ptr += n * stride_xn + first * stride_xp + p[:, None] * stride_xp + k[None, :]
-    x = _load_map(x_ptr, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
+        scale, shift = load_row(scale_ptr, scale_stride, n, k, K), load_row(shift_ptr, shift_stride, n, k, K)
+    x_ptr += n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + k[None, :]
+    x = load_activated(x_ptr, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
     for m in tl.static_range(CLASSES):
         weight = tl.load(weight_ptr + m * K + k, mask=k < K, other=0.0).to(tl.float32)
         value = tl.sum(x * weight[None, :], axis=1) + tl.load(bias_ptr + m).to(tl.float32)
@@ -67,7 +57,7 @@ def _head_few_kernel(
 
 @triton.jit
 def _head_kernel(
-    out_ptr, x_ptr, stride_xn, stride_xp, weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift,
+    out_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, SUMMANDS: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +72,9 @@ def _head_kernel(
         mask = inside[:, None] & (k < K)[None, :]
         scale, shift = 1.0, 0.0
         if AFFINE:
-            scale, shift = load_row(scale_ptr, stride_scale, n, k, K), load_row(shift_ptr, stride_shift, n, k, K)
-        where = x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + k[None, :]
-        x = _load_map(where, mask, scale, shift, AFFINE, SLOPE)
+            scale, shift = load_row(scale_ptr, scale_stride, n, k, K), load_row(shift_ptr, shift_stride, n, k, K)
+        where = x_ptr + n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + k[None, :]
+        x = load_activated(where, mask, scale, shift, AFFINE, SLOPE)
         weight_mask = (k < K)[:, None] & (m < CLASSES)[None, :]
         weight = tl.load(weight_ptr + m[None, :] * K + k[:, None], mask=weight_mask, other=0.0)
         acc = _dot(x, weight, acc, SUMMANDS)
@@ -95,8 +85,8 @@ def _head_kernel(
 
 @triton.jit
 def _head_backward_kernel(
-    gx_ptr, stride_on, stride_op, dy_ptr, x_ptr, stride_xn, stride_xp, weight_ptr,
-    scale_ptr, stride_scale, shift_ptr, stride_shift, weight_sums_ptr, bias_sums_ptr, pixels, chunks, K,
+    gx_ptr, gx_stride_n, gx_stride_p, dy_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr,
+    scale_ptr, scale_stride, shift_ptr, shift_stride, weight_sums_ptr, bias_sums_ptr, pixels, chunks, K,
     CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, HALF: tl.constexpr,
     SUMMANDS: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +104,7 @@ def _head_backward_kernel(
     weight = tl.load(weight_ptr + m[:, None] * K + k[None, :], mask=weight_mask, other=0.0)
     scale, shift = 1.0, 0.0
     if AFFINE:
-        scale, shift = load_row(scale_ptr, stride_scale, n, k, K), load_row(shift_ptr, stride_shift, n, k, K)
+        scale, shift = load_row(scale_ptr, scale_stride, n, k, K), load_row(shift_ptr, shift_stride, n, k, K)
     weight_sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     bias_sum = tl.zeros((BLOCK_M,), tl.float32)
     for step in range(STEPS):
@@ -124,13 +114,13 @@ def _head_backward_kernel(
         dy = tl.load(dy_where, mask=(m < CLASSES)[:, None] & inside[None, :], other=0.0)
         bias_sum += tl.sum(dy.to(tl.float32), axis=1)
         mask = inside[:, None] & (k < K)[None, :]
-        x_where = x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + k[None, :]
-        x = _load_map(x_where, mask, scale, shift, AFFINE, SLOPE)
+        x_where = x_ptr + n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + k[None, :]
+        x = load_activated(x_where, mask, scale, shift, AFFINE, SLOPE)
         if not HALF:
             dy, x = dy.to(tl.float32), x.to(tl.float32)
         weight_sum = _dot(dy, x, weight_sum, 0)
         part = _dot(tl.trans(dy), weight, tl.zeros((BLOCK_P, BLOCK_K), tl.float32), SUMMANDS)
-        where = gx_ptr + n * stride_on + first * stride_op + p[:, None] * stride_op + k[None, :]
+        where = gx_ptr + n * gx_stride_n + first * gx_stride_p + p[:, None] * gx_stride_p + k[None, :]
         if ADD:
             part += tl.load(where, mask=mask, other=0.0).to(tl.float32)
         tl.store(where, part.to(gx_ptr.dtype.element_ty), mask=mask)
@@ -186,23 +176,23 @@ def head(
         raise ValueError(f"bias is {tuple(bias.shape)}, out has strides {out.stride()}: expected [{classes}], contiguous")
     if out.numel() == 0:
         return
-    stride = pixel_stride(x, "x")
-    operands = (out, x, x.stride(0), stride, weight.contiguous(), bias.contiguous(), *affine_rows(affine, x))
     few = classes <= FEW_CLASSES and channels <= FEW_CHANNELS
     block_m, block_k = max(16, triton.next_power_of_2(classes)), triton.next_power_of_2(channels)
     block_k = block_k if few else min(64, max(16, block_k))
     block_p = max(16, tile.elements // (block_k if few else block_m))
     tiles = triton.cdiv(pixels, block_p)
-    sizes = (pixels, tiles, channels, classes, affine is not None, slope)
+    shared = {
+        "out_ptr": out, **map_arguments(x=x), "weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous(),
+        **affine_arguments(x, affine), "pixels": pixels, "tiles": tiles, "K": channels, "CLASSES": classes,
+        "AFFINE": affine is not None, "SLOPE": slope, "BLOCK_P": block_p, "BLOCK_K": block_k,
+    }  # fmt: skip
     with device_of(x):
         if few:
             warps = tile.warps * (2 if block_p * block_k > 2 * tile.elements else 1)
-            _head_few_kernel[(images * tiles,)](*operands, *sizes, block_p, block_k, num_warps=warps)
+            _head_few_kernel[(images * tiles,)](**shared, num_warps=warps)
         else:
-            _head_kernel[(images * tiles,)](
-                *operands, *sizes, _summands(x.dtype, weight.dtype), triton.cdiv(channels, block_k),
-                block_p, block_m, block_k, num_warps=tile.warps,
-            )  # fmt: skip
+            summands, steps = _summands(x.dtype, weight.dtype), triton.cdiv(channels, block_k)
+            _head_kernel[(images * tiles,)](**shared, SUMMANDS=summands, STEPS=steps, BLOCK_M=block_m, num_warps=tile.warps)
 
 
 def head_backward(
@@ -235,9 +225,10 @@ def head_backward(
     bias_sums = x.new_empty(images * chunks, classes, dtype=torch.float32)
     with device_of(x):
         _head_backward_kernel[(images * chunks, blocks)](
-            gx, gx.stride(0), pixel_stride(gx, "gx"), dy.contiguous(), x, x.stride(0), pixel_stride(x, "x"),
-            weight.contiguous(), *affine_rows(affine, x), weight_sums, bias_sums, pixels, chunks, channels,
-            classes, affine is not None, slope, add, half, _summands(x.dtype if half else torch.float32, weight.dtype),
-            steps, block_p, block_m, block_k, num_warps=warps,
+            **map_arguments(gx=gx, x=x), dy_ptr=dy.contiguous(), weight_ptr=weight.contiguous(),
+            **affine_arguments(x, affine), weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums,
+            pixels=pixels, chunks=chunks, K=channels, CLASSES=classes, AFFINE=affine is not None, SLOPE=slope, ADD=add,
+            HALF=half, SUMMANDS=_summands(x.dtype if half else torch.float32, weight.dtype),
+            STEPS=steps, BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps,
         )  # fmt: skip
         return weight_sums.sum(dim=0), bias_sums.sum(dim=0)

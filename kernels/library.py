@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import naive
-from .maps import Affine
+from .naive import Affine
 from .read import finish, read
 
 

@@ -1,4 +1,4 @@
-"""Norm statistics and the backward passes of norm, activation and border table, and what the map kernels share.
+"""Norm statistics, and the backward passes of norm, activation and border table.
 
 A map `[N, D, H, W, C]` is read as `[N, pixels, C]` with a constant distance between pixels, so one kernel serves 2D, 3D
 and any slice of a level buffer. Sums are taken per chunk of pixels in float32 and the chunks' sums added in a fixed
@@ -7,88 +7,15 @@ order. How a map is cut depends on its shape alone, not on the GPU: equal inputs
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Affine, device_of
-from .naive import Averages
+from .maps import Tile, check_same, device_of, load_row, map_arguments, row_arguments
+from .naive import Affine, Averages
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 GROUP = 512  # parts of a statistic that one program combines where there are more than twice as many
-
-
-class Tile(NamedTuple):
-    """How maps are cut: elements of a tile, programs to aim at where sums are taken, warps of a program."""
-
-    elements: int = 2048
-    programs: int = 2048
-    warps: int = 4
-
-    def blocks(self, pixels: int, channels: int) -> tuple[int, int]:
-        """Pixels and channels of a tile."""
-        block_c = min(triton.next_power_of_2(channels), 128)
-        return min(triton.next_power_of_2(pixels), max(1, self.elements // block_c), 1024), block_c
-
-    def chunks(self, images: int, pixels: int, channels: int) -> tuple[int, int]:
-        """How many chunks an image is cut into, and the tiles in each: a power of two, so that few kernels are compiled."""
-        block_p, block_c = self.blocks(pixels, channels)
-        tiles = triton.cdiv(pixels, block_p)
-        aim = max(1, self.programs // (images * triton.cdiv(channels, block_c)))
-        steps = triton.next_power_of_2(triton.cdiv(tiles, aim))
-        return triton.cdiv(tiles, steps), steps
-
-
-def pixel_stride(x: Tensor, name: str) -> int:
-    """The distance between neighbouring pixels of a channels-last map, checked to be the same everywhere."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} is {x.dtype}; the kernels take float16, bfloat16 and float32")
-    if x.ndim != 5 or (x.shape[4] > 1 and x.stride(4) != 1):
-        raise ValueError(f"{name} is {tuple(x.shape)} with strides {x.stride()}, not a channels-last [N, D, H, W, C]")
-    stride, inner = x.shape[4], 1
-    for axis in (3, 2, 1):
-        if x.shape[axis] > 1:
-            stride = x.stride(axis) if inner == 1 else stride
-            if x.stride(axis) != stride * inner or stride < x.shape[4]:
-                raise ValueError(f"the pixels of {name} are not evenly spaced: {tuple(x.shape)}, strides {x.stride()}")
-            inner *= x.shape[axis]
-    return stride
-
-
-def check_same(x: Tensor, other: Tensor, name: str) -> None:
-    """Two maps of one shape on one device."""
-    if other.shape != x.shape or other.device != x.device:
-        raise ValueError(f"{name} is {tuple(other.shape)} on {other.device}, expected {tuple(x.shape)} on {x.device}")
-
-
-def per_image_rows(values: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Each of `[1 or N, C]` float32, with its channels side by side, and the distance from one image's row to the next's."""
-    images, channels = x.shape[0], x.shape[4]
-    shapes = (1, channels), (images, channels)
-    result: list = []
-    for value in values:
-        if value.dtype != torch.float32 or value.device != x.device or value.shape not in shapes:
-            raise ValueError(
-                f"expected float32 [1 or {images}, {channels}] on {x.device}, "
-                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
-            )
-        value = value if channels == 1 or value.stride(1) == 1 else value.contiguous()
-        result += [value, value.stride(0) if value.shape[0] > 1 else 0]
-    return tuple(result)
-
-
-def affine_rows(affine: Affine | None, x: Tensor) -> tuple:
-    """scale, shift and their row strides as a kernel takes them; x stands in for pointers that are not read."""
-    return (x, 0, x, 0) if affine is None else per_image_rows(affine, x)
-
-
-@triton.jit
-def load_row(ptr, stride_row, n, c, C):
-    """`[1, BLOCK_C]` of image n's row; zero past the last channel."""
-    return tl.load(ptr + n * stride_row + c, mask=c < C, other=0.0)[None, :]
 
 
 @triton.jit
@@ -156,39 +83,41 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
     result = stats.new_empty(5, rows, channels)
     if result.numel() == 0:
         return result
-    block_c = min(triton.next_power_of_2(channels), 8)  # 32 bytes: few channels a program, so that there are many
+    block_c = min(triton.next_power_of_2(channels), 8)  # 32 bytes: few channels per program, so that there are many
     blocks = triton.cdiv(channels, block_c)
+    shared = {"weight_ptr": weight, "bias_ptr": bias, "eps": eps, "C": channels, "BLOCK_C": block_c}
     with device_of(stats):
         while parts > 2 * GROUP:
             groups = triton.cdiv(parts, GROUP)
             combined = stats.new_empty(rows, groups, 3, channels)
             _norm_finalise_kernel[(rows, groups, blocks)](
-                stats, weight, bias, combined, parts, eps, channels, False, 2, GROUP // 2, block_c
+                stats_ptr=stats, out_ptr=combined, parts=parts, FINAL=False, STEPS=2, BLOCK_T=GROUP // 2, **shared
             )
             stats, parts = combined, groups
         block_t = min(triton.next_power_of_2(max(parts, 1)), 256)
+        steps = triton.cdiv(parts, block_t)
         _norm_finalise_kernel[(rows, 1, blocks)](
-            stats, weight, bias, result, parts, eps, channels, True, triton.cdiv(parts, block_t), block_t, block_c
+            stats_ptr=stats, out_ptr=result, parts=parts, FINAL=True, STEPS=steps, BLOCK_T=block_t, **shared
         )
     return result
 
 
 @triton.jit
-def _through_norm(g, x, n, c, C, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
-                  scale_ptr, stride_scale, shift_ptr, stride_shift, SLOPE: tl.constexpr):  # fmt: skip
+def _through_norm(g, x, n, c, C, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
+                  scale_ptr, scale_stride, shift_ptr, shift_stride, SLOPE: tl.constexpr):  # fmt: skip
     """h = g act'(scale x + shift), z = (x - mean) inverse, and scale; h is zero where g is, past the map's edges too."""
     x = x.to(tl.float32)
     g = g.to(tl.float32)
-    scale = load_row(scale_ptr, stride_scale, n, c, C)
-    h = tl.where(x * scale + load_row(shift_ptr, stride_shift, n, c, C) > 0, g, g * SLOPE)
-    z = (x - load_row(mean_ptr, stride_mean, n, c, C)) * load_row(inverse_ptr, stride_inverse, n, c, C)
+    scale = load_row(scale_ptr, scale_stride, n, c, C)
+    h = tl.where(x * scale + load_row(shift_ptr, shift_stride, n, c, C) > 0, g, g * SLOPE)
+    z = (x - load_row(mean_ptr, mean_stride, n, c, C)) * load_row(inverse_ptr, inverse_stride, n, c, C)
     return h, z, scale
 
 
 @triton.jit
 def _norm_sums_kernel(
-    g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
-    scale_ptr, stride_scale, shift_ptr, stride_shift, sums_ptr, pixels, chunks, C,
+    g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
+    scale_ptr, scale_stride, shift_ptr, shift_stride, sums_ptr, pixels, chunks, C,
     SLOPE: tl.constexpr, FROZEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sums[n, chunk] = (sum h, sum h z) over the chunk's pixels; g <- scale h where FROZEN. sums [N, chunks, 2, C]."""
@@ -200,12 +129,12 @@ def _norm_sums_kernel(
     for step in range(STEPS):
         first = (chunk * STEPS + step) * BLOCK_P
         mask = (p < pixels - first)[:, None] & (c < C)[None, :]
-        g_where = g_ptr + n * stride_gn + first * stride_gp + p[:, None] * stride_gp + c[None, :]
+        g_where = g_ptr + n * g_stride_n + first * g_stride_p + p[:, None] * g_stride_p + c[None, :]
         g = tl.load(g_where, mask=mask, other=0.0)
-        x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + c[None, :], mask=mask, other=0.0)
         h, z, scale = _through_norm(
-            g, x, n, c, C, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
-            scale_ptr, stride_scale, shift_ptr, stride_shift, SLOPE,
+            g, x, n, c, C, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
+            scale_ptr, scale_stride, shift_ptr, shift_stride, SLOPE,
         )  # fmt: skip
         sum_h += h
         sum_hz += h * z
@@ -218,8 +147,8 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _norm_apply_kernel(
-    g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
-    scale_ptr, stride_scale, shift_ptr, stride_shift, averages_ptr, stride_averages, pixels, tiles, C,
+    g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
+    scale_ptr, scale_stride, shift_ptr, shift_stride, averages_ptr, averages_stride, pixels, tiles, C,
     SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """g <- scale (h - mean(h) - z mean(h z)). averages [1 or N, 2, C]."""
@@ -227,15 +156,15 @@ def _norm_apply_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     mask = (p < pixels - first)[:, None] & (c < C)[None, :]
-    g_where = g_ptr + n * stride_gn + first * stride_gp + p[:, None] * stride_gp + c[None, :]
+    g_where = g_ptr + n * g_stride_n + first * g_stride_p + p[:, None] * g_stride_p + c[None, :]
     g = tl.load(g_where, mask=mask, other=0.0)
-    x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
+    x = tl.load(x_ptr + n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + c[None, :], mask=mask, other=0.0)
     h, z, scale = _through_norm(
-        g, x, n, c, C, mean_ptr, stride_mean, inverse_ptr, stride_inverse,
-        scale_ptr, stride_scale, shift_ptr, stride_shift, SLOPE,
+        g, x, n, c, C, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
+        scale_ptr, scale_stride, shift_ptr, shift_stride, SLOPE,
     )  # fmt: skip
-    mean_h = load_row(averages_ptr, stride_averages, n, c, C)
-    mean_hz = load_row(averages_ptr + C, stride_averages, n, c, C)
+    mean_h = load_row(averages_ptr, averages_stride, n, c, C)
+    mean_hz = load_row(averages_ptr + C, averages_stride, n, c, C)
     tl.store(g_where, (scale * (h - mean_h - z * mean_hz)).to(g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -259,16 +188,16 @@ def norm_backward(
         if averages is not None and not frozen:
             averages(zeros, 0)  # the other processes wait for this one
         return zeros[0], zeros[1]
-    maps = (g, g.stride(0), pixel_stride(g, "g"), x, x.stride(0), pixel_stride(x, "x"))
-    rows = per_image_rows((mean, inverse, *affine), x)
     block_p, block_c = tile.blocks(pixels, channels)
     blocks = triton.cdiv(channels, block_c)
     chunks, steps = tile.chunks(images, pixels, channels)
+    shared = {
+        **map_arguments(g=g, x=x), **row_arguments(x, mean=mean, inverse=inverse, scale=affine[0], shift=affine[1]),
+        "pixels": pixels, "C": channels, "SLOPE": slope, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": tile.warps,
+    }  # fmt: skip
     sums = g.new_empty(images, chunks, 2, channels, dtype=torch.float32)
     with device_of(g):
-        _norm_sums_kernel[(images * chunks, blocks)](
-            *maps, *rows, sums, pixels, chunks, channels, slope, frozen, steps, block_p, block_c, num_warps=tile.warps
-        )
+        _norm_sums_kernel[(images * chunks, blocks)](sums_ptr=sums, chunks=chunks, FROZEN=frozen, STEPS=steps, **shared)
         of_images = sums.sum(dim=1)
         total = of_images.sum(dim=0)
         if not frozen:
@@ -279,18 +208,17 @@ def norm_backward(
                 means = of_images / pixels if instance else total / (images * pixels)
             tiles = triton.cdiv(pixels, block_p)
             _norm_apply_kernel[(images * tiles, blocks)](
-                *maps, *rows, means, 2 * channels if instance else 0, pixels, tiles, channels,
-                slope, block_p, block_c, num_warps=tile.warps,
-            )  # fmt: skip
+                averages_ptr=means, averages_stride=2 * channels if instance else 0, tiles=tiles, **shared
+            )
     return total[1], total[0]
 
 
 @triton.jit
 def _act_backward_kernel(
-    g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp, sums_ptr, pixels, chunks, C,
+    g_ptr, g_stride_n, g_stride_p, out_ptr, out_stride_n, out_stride_p, sums_ptr, pixels, chunks, C,
     SLOPE: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """g <- g where x > 0, slope g elsewhere; sums[n, chunk] = sum of the g so stored. x: the activation's output."""
+    """g <- g where out > 0, slope g elsewhere; sums[n, chunk] = the sum of g as stored. out: the activation's output."""
     n, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
@@ -298,10 +226,11 @@ def _act_backward_kernel(
     for step in range(STEPS):
         first = (chunk * STEPS + step) * BLOCK_P
         mask = (p < pixels - first)[:, None] & (c < C)[None, :]
-        g_where = g_ptr + n * stride_gn + first * stride_gp + p[:, None] * stride_gp + c[None, :]
+        g_where = g_ptr + n * g_stride_n + first * g_stride_p + p[:, None] * g_stride_p + c[None, :]
         g = tl.load(g_where, mask=mask, other=0.0)
-        x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
-        g = tl.where(x > 0, g.to(tl.float32), g.to(tl.float32) * SLOPE).to(g_ptr.dtype.element_ty)
+        out_where = out_ptr + n * out_stride_n + first * out_stride_p + p[:, None] * out_stride_p + c[None, :]
+        out = tl.load(out_where, mask=mask, other=0.0)
+        g = tl.where(out > 0, g.to(tl.float32), g.to(tl.float32) * SLOPE).to(g_ptr.dtype.element_ty)
         tl.store(g_where, g, mask=mask)
         total += g.to(tl.float32)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c < C)
@@ -319,15 +248,15 @@ def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = Non
     sums = g.new_empty(images * chunks, channels, dtype=torch.float32)
     with device_of(g):
         _act_backward_kernel[(images * chunks, triton.cdiv(channels, block_c))](
-            g, g.stride(0), pixel_stride(g, "g"), out, out.stride(0), pixel_stride(out, "out"), sums,
-            pixels, chunks, channels, slope, steps, block_p, block_c, num_warps=tile.warps,
+            **map_arguments(g=g, out=out), sums_ptr=sums, pixels=pixels, chunks=chunks, C=channels,
+            SLOPE=slope, STEPS=steps, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
         return sums.sum(dim=0)
 
 
 @triton.jit
 def _border_lines_kernel(
-    dy_ptr, stride_n, stride_p, sums_ptr, lines, width, C,
+    dy_ptr, dy_stride_n, dy_stride_p, sums_ptr, lines, width, C,
     STEPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sums[line] = (first, sum of inner, last) of a line of pixels along W; one pixel alone is the last.
@@ -336,14 +265,14 @@ def _border_lines_kernel(
     """
     line = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dy_ptr += line // lines * stride_n + (line % lines) * width * stride_p + c
+    dy_ptr += line // lines * dy_stride_n + (line % lines) * width * dy_stride_p + c
     total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     for step in range(STEPS):
         x = step * BLOCK_W + tl.arange(0, BLOCK_W)
         mask = ((x > 0) & (x < width - 1))[:, None] & (c < C)[None, :]
-        total += tl.load(dy_ptr[None, :] + x.to(tl.int64)[:, None] * stride_p, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(dy_ptr[None, :] + x.to(tl.int64)[:, None] * dy_stride_p, mask=mask, other=0.0).to(tl.float32)
     first = tl.load(dy_ptr, mask=c < tl.where(width > 1, C, 0), other=0.0)
-    last = tl.load(dy_ptr + (line * 0 + width - 1) * stride_p, mask=c < C, other=0.0)  # in int64
+    last = tl.load(dy_ptr + (line * 0 + width - 1) * dy_stride_p, mask=c < C, other=0.0)  # in int64
     sums_ptr += line * 3 * C + c
     tl.store(sums_ptr, first.to(tl.float32), mask=c < C)
     tl.store(sums_ptr + C, tl.sum(total, axis=0), mask=c < C)
@@ -367,8 +296,8 @@ def border_sums(dy: Tensor, axes: int, config: Tile | None = None) -> Tensor:
     sums = dy.new_empty(images, depth, height, 3, channels, dtype=torch.float32)
     with device_of(dy):
         _border_lines_kernel[(images * depth * height, triton.cdiv(channels, block_c))](
-            dy, dy.stride(0), pixel_stride(dy, "dy"), sums, depth * height, width, channels, steps, block_w, block_c,
-            num_warps=tile.warps,
+            **map_arguments(dy=dy), sums_ptr=sums, lines=depth * height, width=width, C=channels,
+            STEPS=steps, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
         planes = _class_sums(sums.sum(0).movedim(1, 0))  # [3, D, 3, C]
         return (_class_sums(planes.movedim(1, 0)) if axes == 3 else planes.sum(1)).reshape(3**axes, channels)

@@ -6,17 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Affine, activate, device_of
-from .norm import Tile, affine_rows, check_same, load_row, pixel_stride
-
-
-@triton.jit
-def _read(x_ptr, mask, scale, shift, AFFINE: tl.constexpr, SLOPE: tl.constexpr):
-    """What a reader of the map sees, rounded to the map's precision: values that round to one value are a tie."""
-    x = tl.load(x_ptr, mask=mask, other=0.0)
-    if AFFINE:
-        x = activate(x.to(tl.float32) * scale + shift, SLOPE).to(x.dtype)
-    return x.to(tl.float32)
+from .maps import Tile, affine_arguments, check_same, device_of, load_activated, load_row, map_arguments
+from .naive import Affine
 
 
 @triton.jit
@@ -36,7 +27,7 @@ def _pixel(q: tl.constexpr, height, width):
 
 @triton.jit
 def _pool_kernel(
-    out_ptr, stride_on, stride_op, x_ptr, stride_xn, stride_xp, scale_ptr, stride_scale, shift_ptr, stride_shift,
+    out_ptr, out_stride_n, out_stride_p, x_ptr, x_stride_n, x_stride_p, scale_ptr, scale_stride, shift_ptr, shift_stride,
     depth, height, width, C,
     AXES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -51,20 +42,21 @@ def _pool_kernel(
     mask = (u < width - start)[:, None] & (c < C)[None, :]
     scale, shift = 1.0, 0.0
     if AFFINE:
-        scale, shift = load_row(scale_ptr, stride_scale, n, c, C), load_row(shift_ptr, stride_shift, n, c, C)
-    x_ptr += n * stride_xn + (first * width + start) * 2 * stride_xp + u[:, None] * 2 * stride_xp + c[None, :]
-    best = _read(x_ptr, mask, scale, shift, AFFINE, SLOPE)
+        scale, shift = load_row(scale_ptr, scale_stride, n, c, C), load_row(shift_ptr, shift_stride, n, c, C)
+    x_ptr += n * x_stride_n + (first * width + start) * 2 * x_stride_p + u[:, None] * 2 * x_stride_p + c[None, :]
+    best = load_activated(x_ptr, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
     for q in tl.static_range(1, 8 if AXES == 3 else 4):
-        value = _read(x_ptr + _pixel(q, height, width) * stride_xp, mask, scale, shift, AFFINE, SLOPE)
+        where = x_ptr + _pixel(q, height, width) * x_stride_p
+        value = load_activated(where, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
         best = tl.where((value > best) | (value != value), value, best)  # NaN stays, as it does in PyTorch
-    out_ptr += n * stride_on + (row * width + start) * stride_op + u[:, None] * stride_op + c[None, :]
+    out_ptr += n * out_stride_n + (row * width + start) * out_stride_p + u[:, None] * out_stride_p + c[None, :]
     tl.store(out_ptr, best.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _pool_backward_kernel(
-    gx_ptr, stride_on, stride_op, g_ptr, stride_gn, stride_gp, x_ptr, stride_xn, stride_xp,
-    scale_ptr, stride_scale, shift_ptr, stride_shift, depth, height, width, C,
+    gx_ptr, gx_stride_n, gx_stride_p, g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p,
+    scale_ptr, scale_stride, shift_ptr, shift_stride, depth, height, width, C,
     AXES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -76,28 +68,29 @@ def _pool_backward_kernel(
     mask = (u < width - start)[:, None] & (c < C)[None, :]
     scale, shift = 1.0, 0.0
     if AFFINE:
-        scale, shift = load_row(scale_ptr, stride_scale, n, c, C), load_row(shift_ptr, stride_shift, n, c, C)
-    x_ptr += n * stride_xn + (first * width + start) * 2 * stride_xp + u[:, None] * 2 * stride_xp + c[None, :]
-    best = _read(x_ptr, mask, scale, shift, AFFINE, SLOPE)
+        scale, shift = load_row(scale_ptr, scale_stride, n, c, C), load_row(shift_ptr, shift_stride, n, c, C)
+    x_ptr += n * x_stride_n + (first * width + start) * 2 * x_stride_p + u[:, None] * 2 * x_stride_p + c[None, :]
+    best = load_activated(x_ptr, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
     chosen = tl.zeros((BLOCK_W, BLOCK_C), tl.int32)
     for q in tl.static_range(1, 8 if AXES == 3 else 4):
-        value = _read(x_ptr + _pixel(q, height, width) * stride_xp, mask, scale, shift, AFFINE, SLOPE)
+        where = x_ptr + _pixel(q, height, width) * x_stride_p
+        value = load_activated(where, mask, scale, shift, AFFINE, SLOPE).to(tl.float32)
         above = (value > best) | ((value != value) & (best == best))
         best = tl.where(above, value, best)
         chosen = tl.where(above, q, chosen)
-    g_ptr += n * stride_gn + (row * width + start) * stride_gp + u[:, None] * stride_gp + c[None, :]
+    g_ptr += n * g_stride_n + (row * width + start) * g_stride_p + u[:, None] * g_stride_p + c[None, :]
     g = tl.load(g_ptr, mask=mask, other=0.0).to(tl.float32)
-    gx_ptr += n * stride_on + (first * width + start) * 2 * stride_op + u[:, None] * 2 * stride_op + c[None, :]
+    gx_ptr += n * gx_stride_n + (first * width + start) * 2 * gx_stride_p + u[:, None] * 2 * gx_stride_p + c[None, :]
     for q in tl.static_range(8 if AXES == 3 else 4):
-        where = gx_ptr + _pixel(q, height, width) * stride_op
+        where = gx_ptr + _pixel(q, height, width) * gx_stride_p
         part = tl.where(chosen == q, g, 0.0)
         if ADD:
             part += tl.load(where, mask=mask, other=0.0).to(tl.float32)
         tl.store(where, part.to(gx_ptr.dtype.element_ty), mask=mask)
 
 
-def _geometry(small: Tensor, x: Tensor, name: str, axes: int, tile: Tile) -> tuple[tuple, tuple, dict]:
-    """The grid, the kernel's sizes, and the blocks; checks that `small` has half the axes of x."""
+def _geometry(small: Tensor, x: Tensor, name: str, axes: int, tile: Tile) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid, and a kernel's sizes and blocks; raises ValueError unless `small` is half of x along each axis."""
     images, depth, height, width, channels = small.shape
     if (images, depth * (2 if axes == 3 else 1), height * 2, width * 2, channels) != x.shape:
         raise ValueError(f"{name} is {tuple(small.shape)}, not half of {tuple(x.shape)} on {axes} axes")
@@ -105,20 +98,20 @@ def _geometry(small: Tensor, x: Tensor, name: str, axes: int, tile: Tile) -> tup
         raise ValueError(f"{name} is on {small.device}, x on {x.device}")
     block_w, block_c = tile.blocks(width, channels)
     grid = (images * depth * height, triton.cdiv(width, block_w), triton.cdiv(channels, block_c))
-    blocks = {"BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": tile.warps}
-    return grid, (depth, height, width, channels), blocks
+    sizes = {"depth": depth, "height": height, "width": width, "C": channels}
+    return grid, sizes | {"AXES": axes, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": tile.warps}
 
 
 def pool(
     out: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0, config: Tile | None = None
 ) -> None:
     """See `naive.pool`. Reads x once and writes out once."""
-    grid, sizes, blocks = _geometry(out, x, "out", axes, config or Tile())
+    grid, geometry = _geometry(out, x, "out", axes, config or Tile())
     if out.numel() == 0:
         return
-    maps = (out, out.stride(0), pixel_stride(out, "out"), x, x.stride(0), pixel_stride(x, "x"))
+    operands = map_arguments(out=out, x=x) | affine_arguments(x, affine)
     with device_of(x):
-        _pool_kernel[grid](*maps, *affine_rows(affine, x), *sizes, axes, affine is not None, slope, **blocks)
+        _pool_kernel[grid](**operands, **geometry, AFFINE=affine is not None, SLOPE=slope)
 
 
 def pool_backward(
@@ -134,10 +127,9 @@ def pool_backward(
 ) -> None:
     """See `naive.pool_backward`. Reads x and g once and writes gx once, reading it too where `add`."""
     check_same(x, gx, "gx")
-    grid, sizes, blocks = _geometry(g, x, "g", axes, config or Tile(elements=1024))
+    grid, geometry = _geometry(g, x, "g", axes, config or Tile(elements=1024))
     if g.numel() == 0:
         return
-    maps = (gx, gx.stride(0), pixel_stride(gx, "gx"), g, g.stride(0), pixel_stride(g, "g"))
-    maps += (x, x.stride(0), pixel_stride(x, "x"))
+    operands = map_arguments(gx=gx, g=g, x=x) | affine_arguments(x, affine)
     with device_of(x):
-        _pool_backward_kernel[grid](*maps, *affine_rows(affine, x), *sizes, axes, affine is not None, slope, add, **blocks)
+        _pool_backward_kernel[grid](**operands, **geometry, AFFINE=affine is not None, SLOPE=slope, ADD=add)

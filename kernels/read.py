@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Affine, activate, border_class, device_of, store_statistics
-from .norm import Tile, affine_rows, load_row, pixel_stride
+from .maps import Tile, activate, affine_arguments, border_class, device_of, load_row, map_arguments, store_statistics
+from .naive import Affine
 
 
 @triton.jit
 def _read_kernel(
-    y_ptr, x_ptr, stride_xn, stride_xp, scale_ptr, stride_scale, shift_ptr, stride_shift, pixels, tiles, C,
+    y_ptr, x_ptr, x_stride_n, x_stride_p, scale_ptr, scale_stride, shift_ptr, shift_stride, pixels, tiles, C,
     SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_P pixels and BLOCK_C channels of one image; y is dense."""
@@ -28,8 +28,8 @@ def _read_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     mask = (p < pixels - first)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + n * stride_xn + first * stride_xp + p[:, None] * stride_xp + c[None, :], mask=mask, other=0.0)
-    scale, shift = load_row(scale_ptr, stride_scale, n, c, C), load_row(shift_ptr, stride_shift, n, c, C)
+    x = tl.load(x_ptr + n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + c[None, :], mask=mask, other=0.0)
+    scale, shift = load_row(scale_ptr, scale_stride, n, c, C), load_row(shift_ptr, shift_stride, n, c, C)
     y = activate(x.to(tl.float32) * scale + shift, SLOPE).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (n * pixels + first) * C + p[:, None] * C + c[None, :], y, mask=mask)
 
@@ -46,15 +46,15 @@ def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
     tiles = triton.cdiv(pixels, block_p)
     with device_of(x):
         _read_kernel[(x.shape[0] * tiles, triton.cdiv(channels, block_c))](
-            y, x, x.stride(0), pixel_stride(x, "x"), *affine_rows(affine, x), pixels, tiles, channels,
-            slope, block_p, block_c, num_warps=tile.warps,
+            y_ptr=y, **map_arguments(x=x), **affine_arguments(x, affine), pixels=pixels, tiles=tiles, C=channels,
+            SLOPE=slope, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
     return y
 
 
 @triton.jit
 def _finish_kernel(
-    out_ptr, stride_on, stride_op, first_ptr, second_ptr, bias_ptr, border_ptr, stats_ptr,
+    out_ptr, out_stride_n, out_stride_p, first_ptr, second_ptr, bias_ptr, border_ptr, stats_ptr,
     depth, height, width, tiles, C,
     AXES: tl.constexpr, ACTIVATE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -80,7 +80,7 @@ def _finish_kernel(
         total += tl.load(border_ptr + row[:, None] * C + c[None, :], mask=mask, other=0.0)
     if ACTIVATE:
         total = activate(total, SLOPE)
-    where = out_ptr + n * stride_on + start * stride_op + p[:, None] * stride_op + c[None, :]
+    where = out_ptr + n * out_stride_n + start * out_stride_p + p[:, None] * out_stride_p + c[None, :]
     if ADD:
         total += tl.load(where, mask=mask, other=0.0).to(tl.float32)
     result = total.to(out_ptr.dtype.element_ty)
@@ -110,9 +110,11 @@ def finish(
     partial = out.new_empty(images, tiles, 3, channels, dtype=torch.float32) if stats else None
     if out.numel() == 0:
         return partial
+    depth, height, width = out.shape[1:4]
     with device_of(out):
         _finish_kernel[(images * tiles, triton.cdiv(channels, block_c))](
-            out, out.stride(0), pixel_stride(out, "out"), first, second, bias, border, partial,
-            *out.shape[1:4], tiles, channels, axes, act, slope, add, block_p, block_c, num_warps=tile.warps,
+            **map_arguments(out=out), first_ptr=first, second_ptr=second, bias_ptr=bias, border_ptr=border,
+            stats_ptr=partial, depth=depth, height=height, width=width, tiles=tiles, C=channels,
+            AXES=axes, ACTIVATE=act, SLOPE=slope, ADD=add, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
     return partial

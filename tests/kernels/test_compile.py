@@ -133,11 +133,13 @@ def source_of(kernel, args: tuple, kwargs: dict):
     types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
     kwargs = dict(kwargs)
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
-    signature, constants, attributes = {}, dict(kwargs), {}
-    for index, (name, value) in enumerate(itertools.zip_longest(kernel.arg_names, args)):
-        if name in kwargs or value is None or (isinstance(value, int) and value == 1):
+    kwargs |= zip(kernel.arg_names, args, strict=False)
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = kwargs[name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
-            constants.setdefault(name, value)
+            constants[name] = value
             continue
         if hasattr(value, "block_shape"):  # a descriptor
             box = ",".join(map(str, value.block_shape))

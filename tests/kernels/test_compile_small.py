@@ -22,7 +22,7 @@ MAP = {"AFFINE": True, "SLOPE": 0.1}
 
 def variants() -> list[tuple[str, str, dict, dict]]:
     """(module, kernel, its constexprs, types other than the rule's) as launched at full size."""
-    from unetpp_fast.kernels.norm import Tile
+    from unetpp_fast.kernels.maps import Tile
 
     norm = [
         ("_norm_finalise_kernel", {"FINAL": False, "STEPS": 2, "BLOCK_T": 256, "BLOCK_C": 8}, {"out_ptr": "*fp32"}),

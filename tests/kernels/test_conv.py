@@ -241,7 +241,7 @@ def test_padding_after_norm_and_nan_in_place():
         ({"a": lambda a: a.half()}, "float16"),
         ({"a": lambda a: a.expand(2, 1, 4, 6, 5).permute(0, 1, 3, 2, 4)}, "a is"),
         ({"a": lambda a: a.transpose(3, 4).contiguous().transpose(3, 4)}, "channels-last"),
-        ({"a": lambda a: a.new_zeros(2, 1, 8, 6, 5)[:, :, ::2]}, "constant step"),
+        ({"a": lambda a: a.new_zeros(2, 1, 8, 6, 5)[:, :, ::2]}, "evenly spaced"),
         ({"wa": lambda wa: wa[:4]}, "wa is"),
         ({"wa": lambda wa: wa.double()}, "wa is"),
         ({"bias": torch.zeros(3)}, "bias is"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.kernel_cases import DEVICE, DTYPES, MAPS, assert_kernel_close, doubled, random, random_affine, random_map
 
-from unetpp_fast.kernels import head, naive, norm
+from unetpp_fast.kernels import head, maps, naive
 
 CASES = [  # axes and size, images, channels, classes, rows of affine, slope
     (MAPS[0], 3, 5, 1, None, 0.0),
@@ -20,7 +20,7 @@ CASES = [  # axes and size, images, channels, classes, rows of affine, slope
     (MAPS[0], 0, 3, 2, 1, 0.0),
 ]
 PRECISIONS = [(dtype, torch.float32) for dtype in DTYPES] + [(dtype, dtype) for dtype in DTYPES[1:]]
-SMALL = norm.Tile(elements=256, programs=6)
+SMALL = maps.Tile(elements=256, programs=6)
 
 
 def make_scores(images, classes, size, dtype, seed):

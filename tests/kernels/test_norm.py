@@ -5,9 +5,9 @@ import torch
 from support.helpers import FLOAT32, assert_close_relative
 from support.kernel_cases import DEVICE, DTYPES, MAPS, Map, assert_kernel_close, doubled, random, random_map
 
-from unetpp_fast.kernels import naive, norm
+from unetpp_fast.kernels import maps, naive, norm
 
-SMALL = norm.Tile(elements=128, programs=6)  # several chunks of several tiles even where maps are small
+SMALL = maps.Tile(elements=128, programs=6)  # several chunks of several tiles even where maps are small
 CASES = [  # axes and size, images, channels, slope
     (MAPS[0], 3, 5, 0.0),
     (MAPS[1], 1, 33, 0.1),
@@ -132,7 +132,7 @@ def test_border_sums_are_of_each_class_alone():
 
 
 def test_cutting_covers_every_tile():
-    tile = norm.Tile()
+    tile = maps.Tile()
     for images, pixels, channels in [(1, 1, 1), (8, 512 * 512, 32), (1, 128**3, 24), (3, 1000, 513), (70000, 5, 2)]:
         chunks, steps = tile.chunks(images, pixels, channels)
         block_p, _ = tile.blocks(pixels, channels)

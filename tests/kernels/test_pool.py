@@ -4,9 +4,9 @@ import pytest
 import torch
 from support.kernel_cases import DTYPES, MAPS, assert_kernel_close, doubled, random, random_affine, random_map
 
-from unetpp_fast.kernels import naive, norm, pool
+from unetpp_fast.kernels import maps, naive, pool
 
-SMALL = norm.Tile(elements=64)
+SMALL = maps.Tile(elements=64)
 CASES = [  # axes and size, images, channels, rows of affine, slope
     (MAPS[0], 2, 5, None, 0.0),
     (MAPS[0], 2, 5, 1, 0.125),

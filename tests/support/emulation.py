@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unetpp_fast.kernels.maps import affine_arguments, pixel_stride
+from unetpp_fast.kernels.maps import affine_stride, pixel_stride
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -154,7 +154,7 @@ class Emulation:
             return [
                 *call.map(a, scale_a, shift_a), *call.map(b, scale_b, shift_b),
                 *(number for x in (wa, wb, bias, border, stats, out) for number in call.pointer(x)),
-                out.stride(0), pixel_stride(out), *out.shape, int(axes == 3), int(phased), int(act), int(add),
+                out.stride(0), pixel_stride("out", out), *out.shape, int(axes == 3), int(phased), int(act), int(add),
                 _bits(slope),
             ]  # fmt: skip
 
@@ -189,8 +189,8 @@ class _Call:
         if x is None:
             return [-1, 0, 0, 0, 0, 0, 0, 0, -1, 0, -1, 0, 0]
         affine = None if scale is None else (scale, shift)
-        sizes = [x.stride(0), pixel_stride(x), *x.shape[1:]]
-        return [*self.pointer(x), *sizes, *self.pointer(scale), *self.pointer(shift), affine_arguments(affine)[2]]
+        sizes = [x.stride(0), pixel_stride("x", x), *x.shape[1:]]
+        return [*self.pointer(x), *sizes, *self.pointer(scale), *self.pointer(shift), affine_stride(affine)]
 
 
 def _bits(value: float) -> int:
