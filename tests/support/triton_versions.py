@@ -18,11 +18,13 @@ VERSIONS = ("installed", "oldest")
 def start(version: str, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
     """Runs a script with that Triton and its interpreter off; skips the test where there is none."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    path = [str(Path(__file__).parents[1])]
     if version == "oldest":
         if importlib.metadata.version("triton") == OLDEST:
             pytest.skip(f"the installed Triton is the oldest supported one, {OLDEST}")
         if not (OLDEST_FOLDER / "triton").is_dir():
             pytest.skip(f"there is no {OLDEST_FOLDER}: `make test` installs Triton {OLDEST} there")
-        environment["PYTHONPATH"] = str(OLDEST_FOLDER)
+        path.append(str(OLDEST_FOLDER))
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, script, *arguments], env=environment, **options)
