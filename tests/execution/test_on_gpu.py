@@ -9,9 +9,9 @@ import torch
 from support.helpers import build, make_input, weighted_sum
 
 import unetpp_fast as uf
+from unetpp_fast.architecture.precision import autocast
 from unetpp_fast.execution import reference
 from unetpp_fast.execution.fused import operators
-from unetpp_fast.training.trainer import autocast
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})

@@ -52,8 +52,9 @@ def test_the_batch_that_breaks_the_loss_is_named_and_kept(folder, tmp_path):
     """Between two looks at the loss: of the batches since the first, the one that made it, not the last."""
     trainer = make_trainer(folder, tmp_path)
     wrong = trainer.patches.batches(0, 2)[2]
-    load = trainer._train_step
-    trainer._train_step = lambda image, mask, whole: load(image * (float("nan") if trainer.step == 2 else 1), mask, whole)
+    run_step = trainer.train_step.run
+    factor = {2: float("nan")}
+    trainer.train_step.run = lambda image, mask, batch: run_step(image * factor.get(trainer.step, 1.0), mask, batch)
     names = [trainer.patches.samples[draw % 5].name for _, draw in wrong]
     with pytest.raises(
         InputError, match=rf"loss became nan in epoch 1: .*batch 3, of {', '.join(names)}, kept in .*bad-batch"
@@ -68,7 +69,7 @@ def test_the_batch_that_breaks_the_loss_is_named_and_kept(folder, tmp_path):
 
 def test_a_step_that_float16_skips_is_no_error_but_many_are(folder, monkeypatch):
     trainer = make_trainer(folder, None, dtype="float16")
-    backward, overflows = trainer._backward, [1]
+    backward, overflows = trainer.train_step._backward, [1]
 
     def overflow(*batch):
         found = backward(*batch)
@@ -76,12 +77,12 @@ def test_a_step_that_float16_skips_is_no_error_but_many_are(folder, monkeypatch)
             trainer.network.heads["x0_1"].bias.grad.fill_(float("inf"))
         return found
 
-    trainer._backward = overflow
+    trainer.train_step._backward = overflow
     trainer.fit(progress=False)
-    assert trainer.scaler.get_scale() == 2.0**15
+    assert trainer.train_step.scaler.get_scale() == 2.0**15
     again = make_trainer(folder, None, dtype="float16", epochs=9)
-    trainer, backward, overflows = again, again._backward, [1] * 99
-    again._backward = overflow
+    trainer, backward, overflows = again, again.train_step._backward, [1] * 99
+    again.train_step._backward = overflow
     with pytest.raises(InputError, match="step after step overflowed float16 in epoch 4"):
         again.fit(progress=False)
 
@@ -97,7 +98,7 @@ def test_a_batch_in_parts_gives_the_same_gradients(folder, norm, parts):
         sizes, forward = [], trainer.network.forward
         trainer.network.forward = lambda x, forward=forward, sizes=sizes: sizes.append(len(x)) or forward(x)
         x = make_input(4, 1, 16, 16, dtype=torch.float64)
-        given = trainer._train_step(x, (x > 0).double(), 4)
+        given = trainer.train_step.run(x, (x > 0).double(), 4)
         found.append((sizes, gradients(trainer.network), given))
     (_, expected, means), (sizes, parted, given) = found
     assert sizes == {2: [2, 2], 3: [2, 1, 1], 9: [1, 1, 1, 1]}[parts]

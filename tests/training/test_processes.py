@@ -266,7 +266,7 @@ def test_a_killed_process_ends_the_run_with_a_message_and_resume_finishes_it(tmp
         text, _ = run.communicate(timeout=60)
     finally:
         run.kill()
-    assert run.returncode != 0 and "another process of this training ended" in text and "--resume goes on" in text, text
+    assert run.returncode != 0 and "another process of this training ended" in text and "--resume continues" in text, text
     done = load_checkpoint(out / "last.pt")["epoch"]
     assert 2 <= done < 900
     assert parser.main([*arguments(folder, out), "--epochs", str(done + 1), "--resume"]) == 0

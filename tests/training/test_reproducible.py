@@ -131,22 +131,33 @@ def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(thr
 def test_every_thread_computes_by_itself_and_all_is_as_it_was_afterwards(threads):
     threads(3)
     model = network()
-    kinds = [type(module) for module in model.modules()]
+    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    before = [sorted(vars(layer)) for layer in layers]
     with pytest.raises(KeyError), reproducible.each_image(model):
-        assert [type(module) for module in model.modules()] != kinds
-        counts = reproducible._each(lambda image: (threading.get_ident(), torch.get_num_threads()), torch.zeros(12, 1))
+        assert layers and all("forward" in vars(layer) for layer in layers)
+        counts = reproducible._map_images(lambda image: (threading.get_ident(), torch.get_num_threads()), torch.zeros(12, 1))
         assert {count for _, count in counts} == {1} and threading.get_ident() not in dict(counts)
         assert torch.get_num_threads() == 1
         raise KeyError
-    assert [type(module) for module in model.modules()] == kinds
+    assert [sorted(vars(layer)) for layer in layers] == before
     assert torch.get_num_threads() == 3
+
+
+def test_a_network_that_asks_for_the_kernels_computes_image_by_image_too():
+    results = []
+    for backend in ("triton", "reference"):
+        model = network(widths=(3, 4), backend=backend)
+        results.append(step_of_images(model, make_input(2, 2, 8, 8)))
+        assert model.backend == backend
+    kernels, reference = (bits(result) for result in results)
+    assert all(torch.equal(kernels[name], value) for name, value in reference.items())
 
 
 @pytest.mark.parametrize(
     ("options", "device", "dtype", "message"),
     [
-        ({}, "cuda", "float32", "a CPU alone, not on cuda: use --device cpu"),
-        ({}, "cpu", "bfloat16", "float32 alone, not in bfloat16: use --dtype float32"),
+        ({}, "cuda", "float32", "only on a CPU, not on cuda: use --device cpu"),
+        ({}, "cpu", "bfloat16", "only in float32, not in bfloat16: use --dtype float32"),
         ({"dropout": 0.5}, "cpu", "float32", "use --dropout 0"),
     ],
     ids=["device", "dtype", "dropout"],
@@ -162,8 +173,9 @@ def test_what_cannot_be_reproducible_says_so(options, device, dtype, message):
         (lambda model: model.double(), r"network\.float\(\)"),
         (lambda model: parametrizations.weight_norm(model.nodes["x0_0"].conv1), "layers that this package makes"),
         (lambda model: setattr(model.nodes["x0_0"].norm1, "__class__", SyncedBatchNorm2d), "SyncedBatchNorm2d"),
+        (lambda model: setattr(model.nodes["x0_0"].conv1, "forward", lambda x: x), "not with Conv2d"),
     ],
-    ids=["float64", "parametrized", "synced"],
+    ids=["float64", "parametrized", "synced", "another forward"],
 )
 def test_layers_whose_gradients_would_not_be_summed_are_refused(change, message):
     model = network()
@@ -185,10 +197,10 @@ def test_the_command_line_says_so_too(tmp_path, capsys, more):
 def test_the_processes_share_every_image_of_every_part(processes, accumulate, reproducible):
     for whole in (1, 2, 4, 7, 8):
         recipe = Recipe(accumulate=accumulate, reproducible=reproducible)
-        shares = [recipe.shares(whole, rank, processes) for rank in range(processes)]
+        shares = [recipe.micro_batches(whole, rank, processes) for rank in range(processes)]
         parts = [sorted(place for share in part for place in share) for part in zip(*shares, strict=True)]
         assert [place for part in parts for place in part] == list(range(whole)) and all(parts)
-        assert len(parts) == recipe.parts(whole, processes) <= accumulate
+        assert len(parts) == recipe.micro_batch_count(whole, processes) <= accumulate
         most = max(len(share) for part in zip(*shares, strict=True) for share in part)
         assert most == math.ceil(whole / (len(parts) * processes))
         if reproducible:

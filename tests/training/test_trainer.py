@@ -144,13 +144,13 @@ def test_the_loss_of_the_log_is_the_mean_over_images(folder, monkeypatch):
 def test_a_run_stopped_within_an_epoch_resumes_exactly(folder, tmp_path, monkeypatch, epoch, step):
     make_trainer(folder, tmp_path / "whole").fit(progress=False)
     broken = make_trainer(folder, tmp_path / "broken")
-    train_step = broken._train_step
+    run_step = broken.train_step.run
 
     def stop_at(*batch):
         broken._stop = (broken.epoch, broken.step + 1) == (epoch, step)
-        return train_step(*batch)
+        return run_step(*batch)
 
-    monkeypatch.setattr(broken, "_train_step", stop_at)
+    monkeypatch.setattr(broken.train_step, "run", stop_at)
     with pytest.raises(Interrupted):
         broken.fit(progress=False)
     assert load_checkpoint(tmp_path / "broken/last.pt")["progress"]["step"] == step
@@ -256,7 +256,7 @@ def test_resuming_with_other_settings_names_them(folder, tmp_path, change, says)
 def test_the_best_model_alone_cannot_be_resumed(folder, tmp_path):
     make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
     (tmp_path / "best.pt").rename(tmp_path / "last.pt")
-    with pytest.raises(InputError, match="not the state of a training"):
+    with pytest.raises(InputError, match="not the state of a training run"):
         make_trainer(folder, tmp_path).resume()
 
 
@@ -279,7 +279,7 @@ def test_a_step_that_breaks_the_weights_is_not_saved(folder, tmp_path):
     before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
     broken = make_trainer(folder, tmp_path, epochs=2, batch_size=8)
     broken.resume()
-    for group in broken.optimizer.param_groups:
+    for group in broken.train_step.optimizer.param_groups:
         group["lr"] = float("inf")
     with pytest.raises(InputError, match=r"a weight became infinite or NaN in epoch 2: lower the learning rate.*last\.pt"):
         broken.fit(progress=False)

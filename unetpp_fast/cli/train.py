@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..architecture.input_checks import check_input
+from ..architecture.options import NORMS, UPSAMPLES
 from ..architecture.precision import choose_dtype
 from ..common import atomic_files
 from ..common.devices import choose_device
@@ -23,53 +24,67 @@ from ..models.network import Network
 from ..training import checkpoint, memory_budget, processes, run_folder
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
-from .arguments import add_command, add_task, build_network, memory_argument, widths_argument
+from .arguments import (
+    Commands, add_command, add_device, add_task, build_network, byte_count, engine_options, width_list,
+)  # fmt: skip
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
+    """Adds `train` to the commands."""
     train = add_command(commands, "train", run, "Train on a folder with images/<id>.png and masks/<class>/<id>.png.")
+    add_device(train)
     train.add_argument("--data", type=Path, required=True, help="the folder with images/ and masks/, or the data of --task")
     add_task(train)
     train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
-    train.add_argument("--resume", action="store_true", help="go on with the run that --out holds")
-    train.add_argument("--arch", "--model", choices=["unet++", "unet", "wide_unet"], default="unet++")
-    # Left out of the options where not given: what then holds depends on --task, see `_filled_in`.
-    given = argparse.SUPPRESS
-    train.add_argument(
-        "--features", type=widths_argument, default=given, help="widths, finest level first (default: the paper's)"
-    )
-    train.add_argument(
-        "--norm", choices=["none", "batch", "instance"], default=given, help="(default: batch; of a task: none)"
-    )
-    train.add_argument("--upsample", choices=["deconv", "nearest", "linear"], default="deconv")
-    train.add_argument("--dropout", type=float, default=given, help="(default: 0; of a task: 0.5)")
-    train.add_argument(
-        "--deep-supervision", action=argparse.BooleanOptionalAction, default=given,
-        help="a head at each depth of UNet++, needed to prune it (default: yes; of a task: no)",
-    )  # fmt: skip
+    train.add_argument("--resume", action="store_true", help="continue the training in --out")
+    _add_network(train)
     train.add_argument("--epochs", type=int, default=100)
     batch = train.add_mutually_exclusive_group()
-    batch.add_argument("--batch-size", type=int, default=8, help="patches of a step, over all processes together")
-    batch.add_argument("--max-memory", type=memory_argument, help="8G: choose the largest batch that a process holds in it")
-    train.add_argument("--accumulate", type=int, default=1, help="parts that a batch is worked off in, to save memory")
-    train.add_argument("--recompute", action="store_true", help="compute maps again in backward passes, to save memory")
+    batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
+    batch.add_argument(
+        "--max-memory", type=byte_count, help="8G: choose the largest batch for which a process needs no more"
+    )
+    train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
+    train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
     train.add_argument(
-        "--reproducible", action="store_true", help="on a CPU: the same weights on any number of processes and threads"
+        "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
     )
     train.add_argument("--learning-rate", type=float, default=3e-4)
     train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
-    train.add_argument("--patch", type=int, default=given, help="side of the random patches (default: 96, or the task's)")
     train.add_argument(
-        "--patches-per-image", type=int, default=given, help="patches of each image an epoch (default: 4, or the task's)"
+        "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
     )
+    train.add_argument(
+        "--patches-per-image", type=int, default=argparse.SUPPRESS,
+        help="patches per image and epoch (default: 4, or the task's)",
+    )  # fmt: skip
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
     train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
 
 
-def _filled_in(options: argparse.Namespace) -> argparse.Namespace:
-    """The options of `train`, with what was not given as the task, the architecture or this package has it."""
+def _add_network(train: argparse.ArgumentParser) -> None:
+    """Adds the options of the network. Those with SUPPRESS get their defaults from `with_defaults`."""
+    train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++")
+    train.add_argument(
+        "--features", type=width_list, default=argparse.SUPPRESS,
+        help="widths, finest level first (default: the paper's)",
+    )  # fmt: skip
+    train.add_argument(
+        "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,
+        help="(default: batch; with --task: none)",
+    )  # fmt: skip
+    train.add_argument("--upsample", choices=engine_options(UPSAMPLES), default="deconv")
+    train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="(default: 0; with --task: 0.5)")
+    train.add_argument(
+        "--deep-supervision", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="a head at each depth of UNet++, needed to prune it (default: yes; with --task: no)",
+    )  # fmt: skip
+
+
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of `train`, with the defaults that depend on --task and --arch."""
     nested = options.arch == "unet++"
     defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
     if options.task:
@@ -81,16 +96,18 @@ def _filled_in(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Trains on a folder and prints where the result is; returns the exit code."""
+    options = with_defaults(options)
     with processes.joined(options.device) as name:
         device = choose_device(name)
-        return train(_filled_in(options), device, choose_dtype(options.dtype, device))
+        return _fit(_trainer(options, device, choose_dtype(options.dtype, device)), options)
 
 
-def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
-    """Trains on a folder and prints where the result is; returns the exit code."""
+def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> Trainer:
+    """The trainer of the options, resumed if they ask for it; prints what it trains."""
     last = options.out / "last.pt"
     if last.exists() and not options.resume:
-        raise InputError(f"{options.out} already holds a training: add --resume to go on with it, or choose another --out")
+        raise InputError(f"{options.out} already holds a training: add --resume to continue it, or choose another --out")
     if options.resume and not last.exists():
         raise InputError(f"there is nothing to resume: {last} does not exist")
     recipe = Recipe(
@@ -110,8 +127,8 @@ def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
     network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
     network.recompute = options.recompute
     patches = Patches(training, options.patch, options.patches_per_image, options.seed)
-    _check_patches(network, patches, options)
-    recipe = _sized(recipe, network, patches, options)
+    _check_patches(network, options)
+    recipe = _with_batch_size(recipe, network, patches, options)
     _check_batches(network, patches, recipe)
     atomic_files.check_folder(options.out)
     about = {
@@ -131,11 +148,11 @@ def train(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
         f"{options.arch}: {parameter_count(network):,} parameters, {len(training)} images to train, "
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
-    return _fit(trainer, options)
+    return trainer
 
 
 def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
-    """Runs a training and keeps its folder; returns the exit code."""
+    """Runs a training and writes its folder; returns the exit code."""
     last, report = options.out / "last.pt", None
     if processes.is_first():
         report = run_folder.Report(options.out, trainer.history, options.tensorboard)
@@ -148,7 +165,7 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
         trainer.fit(after_epoch=report)
     except Interrupted:
         if processes.is_first():
-            print(f"stopped; everything is in {last}: the same command with --resume goes on", file=sys.stderr)
+            print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
         return 130
     finally:
         if report:
@@ -162,12 +179,12 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _sized(recipe: Recipe, network: Network, patches: Patches, options: argparse.Namespace) -> Recipe:
-    """The recipe with the batch that `--max-memory`, of each process, allows; a run that is resumed keeps its own."""
+def _with_batch_size(recipe: Recipe, network: Network, patches: Patches, options: argparse.Namespace) -> Recipe:
+    """The recipe with the largest batch that --max-memory, per process, allows; a resumed run keeps its batch size."""
     if options.max_memory is None:
         return recipe
     if options.reproducible:
-        raise InputError("--max-memory chooses another batch for other processes: give --batch-size with --reproducible")
+        raise InputError("--max-memory chooses a batch by the number of processes: give --batch-size with --reproducible")
     if options.resume:
         before = checkpoint.load_checkpoint(options.out / "last.pt").get("recipe", {})
         return replace(recipe, batch_size=before.get("batch_size", recipe.batch_size))
@@ -175,12 +192,13 @@ def _sized(recipe: Recipe, network: Network, patches: Patches, options: argparse
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
     fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most)
-    found = min(fitting * times, len(patches))
-    _say(f"batches of {found}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
-    return replace(recipe, batch_size=found)
+    batch_size = min(fitting * times, len(patches))
+    _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
+    return replace(recipe, batch_size=batch_size)
 
 
-def _check_patches(network: Network, patches: Patches, options: argparse.Namespace) -> None:
+def _check_patches(network: Network, options: argparse.Namespace) -> None:
+    """Raises InputError unless --patch and --patches-per-image suit the network."""
     multiple = network.topology.multiple
     if options.patch < 1 or options.patch % multiple:
         raise InputError(
@@ -191,10 +209,10 @@ def _check_patches(network: Network, patches: Patches, options: argparse.Namespa
 
 
 def _check_batches(network: Network, patches: Patches, recipe: Recipe) -> None:
-    """Raises InputError if batch norm has too little of the smallest part of a batch, over all processes."""
+    """Raises InputError if the smallest micro-batch, over all processes, has too few values for batch norm."""
     largest = min(recipe.batch_size, len(patches))
     batches = {largest, len(patches) % recipe.batch_size or largest}
-    smallest = min(whole // recipe.parts(whole, processes.size()) for whole in batches)
+    smallest = min(whole // recipe.micro_batch_count(whole, processes.size()) for whole in batches)
     shape = (smallest, network.topology.in_channels, *[patches.patch] * network.topology.spatial_dims)
     try:
         check_input(network, torch.empty(shape, device="meta"))

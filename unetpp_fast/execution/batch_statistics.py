@@ -51,6 +51,15 @@ def unbiased(variance: Tensor, count: int | Tensor) -> Tensor:
     return variance * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / max(count - 1, 1))
 
 
+@torch.no_grad()
+def update_running_statistics(norm: nn.BatchNorm2d | nn.BatchNorm3d, mean: Tensor, variance: Tensor) -> None:
+    """Updates the running statistics of a batch norm by the mean and unbiased variance `[C]` of a batch."""
+    norm.num_batches_tracked += 1
+    share = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
+
+
 class _Sum(torch.autograd.Function):
     """The sum over processes. Its gradient is summed too: the loss of every process depends on it."""
 
@@ -88,16 +97,9 @@ class SyncedBatchNorm:
         mean, total = sums[:-1] / sums[-1], sums[-1].detach()
         centred = wide - mean.view(shape)
         variance = _Sum.apply(centred.square().sum(axes), group) / total
-        self._update(mean.detach(), unbiased(variance.detach(), total))
+        update_running_statistics(self, mean.detach(), unbiased(variance.detach(), total))
         result = centred * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)
         return result.to(x.dtype)
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
-        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
 class SyncedBatchNorm2d(SyncedBatchNorm, nn.BatchNorm2d):

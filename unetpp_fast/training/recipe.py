@@ -13,12 +13,12 @@ from ..common.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Everything but `epochs`, `patience` and `workers` must stay as it is when a run is resumed.
+    """How to train. A run is resumed only if everything but `epochs`, `patience` and `workers` is the same.
 
     Args:
-        batch_size: images of a step, over all processes together.
-        accumulate: parts that a batch is worked off in, one after another; batch norm takes its statistics of a part.
-        workers: processes that read images ahead, for each process that trains.
+        batch_size: images per step, over all processes together.
+        accumulate: micro-batches per batch, for gradient accumulation; batch norm takes its statistics per micro-batch.
+        workers: processes that load images ahead, for each process that trains.
         reproducible: on a CPU, the same weights for every number of processes and threads (`reproducible.py`); slower.
     """
 
@@ -46,10 +46,11 @@ class Recipe:
             raise InputError(f"workers must be at least 0, not {self.workers}")
         autocast_dtype(self.dtype)
 
-    def parts(self, whole: int, processes: int) -> int:
-        """Into how many parts a batch of `whole` images is divided, none of them empty for all processes."""
-        return min(self.accumulate, whole if self.reproducible else math.ceil(whole / processes))
+    def micro_batch_count(self, batch: int, world_size: int) -> int:
+        """The number of micro-batches of a batch of `batch` images; every one has an image in some process."""
+        return min(self.accumulate, batch if self.reproducible else math.ceil(batch / world_size))
 
-    def shares(self, whole: int, rank: int, processes: int) -> list[list[int]]:
-        """The images that one process works off in each part of a batch, by their place in it."""
-        return [part.tolist()[rank::processes] for part in torch.arange(whole).tensor_split(self.parts(whole, processes))]
+    def micro_batches(self, batch: int, rank: int, world_size: int) -> list[list[int]]:
+        """The images of one process in each micro-batch of a batch of `batch` images, by their index in the batch."""
+        whole = torch.arange(batch).tensor_split(self.micro_batch_count(batch, world_size))
+        return [indices.tolist()[rank::world_size] for indices in whole]

@@ -1,11 +1,15 @@
 """Training whose weights do not depend on how many processes and threads share the work, on a CPU.
 
-In float32 the order of a sum shows in its last bits, and training makes much of them: a ReLU or a maximum that falls the
-other way changes a gradient by percents, and Adam makes a whole step of a gradient that is all rounding error. So inside
-`each_image(network)` every layer that has parameters works off one image after another, each by one thread and from memory
-that begins alike, and what is summed over images, the gradients of parameters and the statistics of batch norm, are values
-of float32 that are summed in float64, over all processes. Unless they lie 2^29 apart such a sum is exact, so it is the same
-whichever image lies where.
+In float32 the order of a sum shows in its last bits, and training amplifies them: a ReLU or a maximum that switches sides
+changes a gradient by percents, and Adam makes a whole step of a gradient that is only rounding error. So `each_image` gives
+every layer that has parameters another `forward`, for the time of a step:
+
+- It computes one image after another, each on one thread and from memory of the same alignment. An image then has the same
+  bits wherever it is computed. Layers without parameters never mix images.
+- Sums over images and processes, which are the gradients of parameters and the statistics of batch norm, add float32 values
+  in float64. Such a sum is exact unless the values lie 2^29 apart, so the order of the images does not matter.
+
+The rest of the step runs on one thread; `sum_over_images` computes the loss in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -25,37 +30,38 @@ from torch.nn import functional as F
 
 from ..architecture.layers import InstanceNorm
 from ..common.errors import InputError
-from ..execution.batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d, unbiased
+from ..execution.batch_statistics import unbiased, update_running_statistics
 from ..models.network import Network
 from . import processes
 
-ALIGNMENT = 64  # bytes, of PyTorch's allocations on a CPU
+ALIGNMENT = 64  # bytes; PyTorch aligns its allocations on a CPU to this
 
 
 def check(network: Network, device: torch.device, dtype: str) -> None:
     """Raises InputError if this network cannot be trained reproducibly on that device in that precision."""
     reason = ""
     if device.type != "cpu":
-        reason = f"on a CPU alone, not on {device}: use --device cpu"
+        reason = f"only on a CPU, not on {device}: use --device cpu"
     elif dtype != "float32":
-        reason = f"in float32 alone, not in {dtype}: use --dtype float32"
+        reason = f"only in float32, not in {dtype}: use --dtype float32"
     elif network.options["dropout"]:
-        reason = "only without dropout, whose numbers each process draws by itself: use --dropout 0"
+        reason = "only without dropout, for which every process draws its own numbers: use --dropout 0"
     elif any(parameter.dtype != torch.float32 for parameter in network.parameters()):
-        reason = "in float32 alone: use network.float()"
-    elif strange := [type(module).__name__ for module in network.modules() if _has_own(module)]:
-        reason = f"with the layers that this package makes alone, not with {strange[0]}"
+        reason = "only in float32: use network.float()"
+    elif others := [type(module).__name__ for module in network.modules() if _is_unknown(module)]:
+        reason = f"only with the layers that this package makes, not with {others[0]}"
     if reason:
         raise InputError(f"training is reproducible {reason}")
 
 
-def _has_own(module: nn.Module) -> bool:
-    """Whether it has parameters whose gradients nothing here would sum."""
-    return type(module) not in _EACH_IMAGE and next(module.parameters(recurse=False), None) is not None
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether a module has parameters but no forward function here, so that their gradients would not be summed."""
+    known = type(module) in _FORWARDS and "forward" not in vars(module)
+    return not known and next(module.parameters(recurse=False), None) is not None
 
 
 def same_weights(network: Network) -> None:
-    """Gives every process the weights and buffers of the first."""
+    """Copies the weights and buffers of the first process to the others."""
     if processes.size() > 1:
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -63,30 +69,31 @@ def same_weights(network: Network) -> None:
 
 @contextmanager
 def each_image(network: Network) -> Iterator[None]:
-    """Inside, the gradients that backward passes give are summed over all processes, each adding its images.
+    """Inside, layers compute image by image, and backward passes give gradients summed over the images of all processes.
 
-    As many images are worked on at once as PyTorch has threads; everything else is left to the thread that calls.
+    PyTorch's number of threads is the number of images computed at a time; all else runs on the calling thread.
     """
-    before = [(module, type(module)) for module in network.modules() if type(module) in _EACH_IMAGE]
-    threads, group = torch.get_num_threads(), network.sync_group
+    layers = [module for module in network.modules() if type(module) in _FORWARDS]
+    threads, group, backend = torch.get_num_threads(), network.sync_group, network.backend
     outer = _pool.set(_workers(os.getpid(), threads) if threads > 1 else None)
     try:
         if processes.size() > 1:
-            network.sync_group = dist.group.WORLD.group_name  # statistics are not of this process's images alone
-        for module, kind in before:
-            module.__class__ = _EACH_IMAGE[kind]
+            network.sync_group = dist.group.WORLD.group_name  # batch norm counts the pixels of all processes
+        network.backend = "reference"  # which calls every layer
+        for layer in layers:
+            layer.forward = MethodType(_FORWARDS[type(layer)], layer)  # hides the method of the class
         with one_thread():
             yield
     finally:
-        for module, kind in before:
-            module.__class__ = kind
-        network.sync_group = group
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        network.sync_group, network.backend = group, backend
         _pool.reset(outer)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, PyTorch computes by the thread that calls alone."""
+    """Inside, PyTorch computes on the calling thread only."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,30 +107,30 @@ _pool: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
 @cache
 def _workers(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that compute by themselves: PyTorch keeps the number of threads for each thread that calls it."""
+    """Threads on each of which PyTorch computes with one thread: its number of threads belongs to the calling thread."""
     started = threading.Barrier(threads, timeout=60)
 
     def start() -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # asking fixes it
+        torch.get_num_threads()  # the number takes effect when it is read
         started.wait()
 
     pool = ThreadPoolExecutor(threads, "image", start)
     for _ in range(threads):
-        pool.submit(int)  # starts a thread: none is idle before all are there
+        pool.submit(int)  # starts a thread: none is idle until all have started
     return pool
 
 
 def sum_over_images(loss: Callable, heads: Sequence[Tensor], target: Tensor) -> Tensor:
-    """The sum of the losses, float64, of images each by itself; of none, a zero that backward passes start from."""
+    """The sum of the losses of single images, float64; without images a zero from which a backward pass can start."""
     if not len(target):
         return sum(head.double().sum() for head in heads)
     images = zip(*(head.split(1) for head in heads), target.split(1), strict=True)
     return sum(loss([head.double() for head in image], mask.double()) for *image, mask in images)
 
 
-def _each(work: Callable, *batches: Tensor) -> list:
-    """`work(...)` of the first image `[1, ...]` of every batch, of the second, and so on."""
+def _map_images(work: Callable, *batches: Tensor) -> list:
+    """`work(...)` of the first image `[1, ...]` of every batch, of the second, and so on, on the threads of the pool."""
     images = [batch.split(1) if len(batch) else () for batch in batches]
     pool = _pool.get()
     if pool is None or len(images[0]) < 2:
@@ -139,7 +146,7 @@ def _total(sums: Tensor) -> Tensor:
 
 
 def _aligned(image: Tensor) -> Tensor:
-    """Convolutions may sum in another order where memory begins elsewhere, as an image's does inside a batch."""
+    """The image in aligned memory: inside a batch it may not be, and convolutions may then sum in another order."""
     return image if image.data_ptr() % ALIGNMENT == 0 else image.clone()
 
 
@@ -150,7 +157,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
-        images = _each(lambda image: torch.convolution(_aligned(image), weight, bias, *settings), x)
+        images = _map_images(lambda image: torch.convolution(_aligned(image), weight, bias, *settings), x)
         return torch.cat(images) if images else torch.convolution(x, weight, bias, *settings)
 
     @staticmethod
@@ -158,27 +165,32 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
 
-        def of_image(image: Tensor, upper: Tensor) -> tuple:
-            maps, of_bias = (_aligned(upper), _aligned(image)), [upper.shape[1]]
-            return torch.ops.aten.convolution_backward(*maps, weight, of_bias, *ctx.settings, needed)
+        def of_image(image: Tensor, of_output: Tensor) -> tuple:
+            bias_shape, maps = [of_output.shape[1]], (_aligned(of_output), _aligned(image))
+            return torch.ops.aten.convolution_backward(*maps, weight, bias_shape, *ctx.settings, needed)
 
-        found = _each(of_image, x, gradient.contiguous())
-        below = (torch.cat([part[0] for part in found]) if found else torch.zeros_like(x)) if needed[0] else None
-        shapes = [weight.shape, gradient.shape[1:2]]
-        wanted = zip(shapes, needed[1:], strict=True)
-        sums = [torch.zeros(shape, dtype=torch.float64) if need else None for shape, need in wanted]
-        for part in found:
-            for total, values in zip(sums, part[1:], strict=True):
+        gradients = _map_images(of_image, x, gradient.contiguous())  # of the input, the weight and the bias, by image
+        of_x = None
+        if needed[0]:
+            of_x = torch.cat([of_input for of_input, _, _ in gradients]) if gradients else torch.zeros_like(x)
+        shapes = zip((weight.shape, gradient.shape[1:2]), needed[1:], strict=True)
+        sums = [torch.zeros(shape, dtype=torch.float64) if need else None for shape, need in shapes]
+        for _, *of_parameters in gradients:
+            for total, values in zip(sums, of_parameters, strict=True):
                 if total is not None:
                     total += values
-        return below, *(None if total is None else _total(total).to(x.dtype) for total in sums), None
+        return of_x, *(None if total is None else _total(total).to(x.dtype) for total in sums), None
 
 
 class _Norm(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) · weight + bias.
 
-    With `keep` the statistics are those of the whole batch, over all processes, and `keep(mean, variance, pixels)` is called
-    with them, float64, the variance biased; without, each image has its own.
+    With `keep` the statistics are those of the whole batch in all processes, and `keep` is called with the mean and the
+    unbiased variance `[C]`, float64. Without it, every image has its own statistics (instance norm).
+
+    Gradient, for the gradient g of the output, with means over the pixels that share statistics::
+
+        scale (g - mean(g) - (x - mean) mean(g (x - mean)) / (variance + eps)),   scale = weight / sqrt(variance + eps)
     """
 
     @staticmethod
@@ -187,27 +199,27 @@ class _Norm(torch.autograd.Function):
         pixels = pixels if keep is None else _total(pixels)
 
         def average(sums: list[Tensor]) -> Tensor:
-            """`[1, C]` or `[N, C]`, from each image's sums."""
+            """`[1, C]` for the batch, or `[N, C]`, from the sums of each image."""
             stacked = _stacked(sums, x.shape[1:2])
             return (stacked if keep is None else _total(stacked.sum(0, keepdim=True))) / pixels
 
-        average_of = average(_each(_sums, x))
-        mean = average_of.to(x.dtype).expand(len(x), -1)
-        variance = average(_each(lambda image, m: _sums((image - _wide(m, image)).square_()), x, mean))
+        exact_mean = average(_map_images(_sums, x))
+        mean = exact_mean.to(x.dtype).expand(len(x), -1)
+        variance = average(_map_images(lambda image, m: _sums((image - _per_channel(m, image)).square_()), x, mean))
         inverse = (variance + eps).rsqrt()
         scale = (inverse if weight is None else inverse * weight.double()).to(x.dtype).expand(len(x), -1)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
 
         def normalise(image: Tensor, m: Tensor, s: Tensor, out: Tensor) -> None:
-            torch.sub(image, _wide(m, image), out=out).mul_(_wide(s, image))
+            torch.sub(image, _per_channel(m, image), out=out).mul_(_per_channel(s, image))
             if bias is not None:
-                out.add_(_wide(bias, image))
+                out.add_(_per_channel(bias, image))
 
-        _each(normalise, x, mean, scale, result)
+        _map_images(normalise, x, mean, scale, result)
         if keep:
-            keep(average_of[0], variance[0], pixels)
+            keep(exact_mean[0], unbiased(variance[0], pixels))
         ctx.save_for_backward(x, mean, inverse, scale, pixels)
-        ctx.whole, ctx.affine = keep is not None, weight is not None
+        ctx.whole_batch, ctx.affine = keep is not None, weight is not None
         return result
 
     @staticmethod
@@ -215,26 +227,26 @@ class _Norm(torch.autograd.Function):
         x, mean, inverse, scale, pixels = ctx.saved_tensors
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
 
-        def sums(image: Tensor, m: Tensor, upper: Tensor, centred: Tensor) -> Tensor:
-            torch.sub(image, _wide(m, image), out=centred)
-            return torch.stack((_sums(upper), _sums(upper * centred)))
+        def sums(image: Tensor, m: Tensor, of_output: Tensor, centred: Tensor) -> Tensor:
+            torch.sub(image, _per_channel(m, image), out=centred)
+            return torch.stack((_sums(of_output), _sums(of_output * centred)))
 
-        parts = _stacked(_each(sums, x, mean, gradient, result), (2, x.shape[1]))
-        factor = torch.stack((torch.ones_like(inverse), inverse), dim=1)  # for the gradient, and that times the map
-        if ctx.whole:
+        parts = _stacked(_map_images(sums, x, mean, gradient, result), (2, x.shape[1]))
+        factor = torch.stack((torch.ones_like(inverse), inverse), dim=1)
+        if ctx.whole_batch:
             together = _total(parts.sum(0)) * factor
-        else:  # rounded, for what is summed over images has to be float32
+        else:  # rounded: values summed over images must be float32
             parts = together = (parts * factor).to(x.dtype).double()
         averages = together / pixels
         level, slope = (part.to(x.dtype).expand(len(x), -1) for part in (averages[:, 0], averages[:, 1] * inverse))
 
-        def below(upper: Tensor, a: Tensor, b: Tensor, s: Tensor, out: Tensor) -> None:
-            out.mul_(_wide(-b, out)).add_(upper).sub_(_wide(a, out)).mul_(_wide(s, out))
+        def of_input(of_output: Tensor, a: Tensor, b: Tensor, s: Tensor, out: Tensor) -> None:
+            out.mul_(_per_channel(-b, out)).add_(of_output).sub_(_per_channel(a, out)).mul_(_per_channel(s, out))
 
-        _each(below, gradient, level, slope, scale, result)
+        _map_images(of_input, gradient, level, slope, scale, result)  # `result` still holds x - mean
         of_bias, of_weight = None, None
         if ctx.affine:
-            of_bias, of_weight = (together[0] if ctx.whole else _total(parts.sum(0))).to(x.dtype)
+            of_bias, of_weight = (together[0] if ctx.whole_batch else _total(parts.sum(0))).to(x.dtype)
         return result, of_weight, of_bias, None, None
 
 
@@ -244,69 +256,40 @@ def _sums(image: Tensor) -> Tensor:
 
 
 def _stacked(sums: list[Tensor], shape: Sequence[int]) -> Tensor:
-    """`[N, *shape]`, float64; of no image too."""
+    """`[N, *shape]`, float64; N may be 0."""
     return torch.stack(sums) if sums else torch.zeros(0, *shape, dtype=torch.float64)
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """Values of each channel, as they are combined with an image `[1, C, *S]`."""
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Values per channel, in the shape that broadcasts over an image `[1, C, *S]`."""
     return values.view(1, -1, *[1] * (like.ndim - 2))
 
 
-class _EachConvolution:
-    def forward(self, x: Tensor) -> Tensor:
-        settings = self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-        return _Convolution.apply(x, self.weight, self.bias, settings)
+def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    settings = layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
+    return _Convolution.apply(x, layer.weight, layer.bias, settings)
 
 
-class _EachBatchNorm:
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        if not self.training:  # frozen: a factor and a bias of each channel
-            x, dims = F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps), x.ndim - 2
-            settings = [1] * dims, [0] * dims, [1] * dims, False, [0] * dims, x.shape[1]
-            return _Convolution.apply(x, self.weight.view(-1, 1, *[1] * dims), self.bias, settings)
-        return _Norm.apply(x, self.weight, self.bias, self.eps, self._keep)
-
-    def _keep(self, mean: Tensor, variance: Tensor, pixels: Tensor) -> None:
-        self._update(mean, unbiased(variance, pixels))
+def _batch_norm(layer: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Tensor:
+    layer._check_input_dim(x)
+    if layer.training:
+        return _Norm.apply(x, layer.weight, layer.bias, layer.eps, partial(update_running_statistics, layer))
+    # Frozen: a scale and a shift per channel, which is a 1x1 convolution in groups of one channel.
+    x, dims = F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps), x.ndim - 2
+    settings = [1] * dims, [0] * dims, [1] * dims, False, [0] * dims, x.shape[1]
+    return _Convolution.apply(x, layer.weight.view(-1, 1, *[1] * dims), layer.bias, settings)
 
 
-class _EachInstanceNorm(InstanceNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self.bias, self.eps, None)
+def _instance_norm(layer: InstanceNorm, x: Tensor) -> Tensor:
+    return _Norm.apply(x, layer.weight, layer.bias, layer.eps, None)
 
 
-class _EachBatchNorm2d(_EachBatchNorm, SyncedBatchNorm2d):
-    pass
-
-
-class _EachBatchNorm3d(_EachBatchNorm, SyncedBatchNorm3d):
-    pass
-
-
-class _EachConv2d(_EachConvolution, nn.Conv2d):
-    pass
-
-
-class _EachConv3d(_EachConvolution, nn.Conv3d):
-    pass
-
-
-class _EachConvTranspose2d(_EachConvolution, nn.ConvTranspose2d):
-    pass
-
-
-class _EachConvTranspose3d(_EachConvolution, nn.ConvTranspose3d):
-    pass
-
-
-_EACH_IMAGE = {
-    nn.Conv2d: _EachConv2d,
-    nn.Conv3d: _EachConv3d,
-    nn.ConvTranspose2d: _EachConvTranspose2d,
-    nn.ConvTranspose3d: _EachConvTranspose3d,
-    nn.BatchNorm2d: _EachBatchNorm2d,
-    nn.BatchNorm3d: _EachBatchNorm3d,
-    InstanceNorm: _EachInstanceNorm,
+_FORWARDS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+    nn.Conv2d: _convolve,
+    nn.Conv3d: _convolve,
+    nn.ConvTranspose2d: _convolve,
+    nn.ConvTranspose3d: _convolve,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+    InstanceNorm: _instance_norm,
 }

@@ -1,9 +1,9 @@
-"""The training recipe: Adam, the paper's loss, early stopping, checkpoints from which a run goes on exactly.
+"""The training loop: early stopping, a log, and checkpoints from which a run resumes exactly.
 
 Adam at 3e-4 and early stopping on the validation set are the paper's (sec. 3). An interrupted run, even a killed one,
-continues from `last.pt` with the same log and weights that an unbroken one has on the same CPU; a GPU may add in
-another order from run to run. With several processes (`processes.py`) each takes its share of every batch; on a CPU the
-weights can be made not to depend on how many there are (`reproducible.py`).
+resumes from `last.pt` with the log and weights of an uninterrupted run on the same CPU; a GPU may sum in another order from
+run to run. With several processes (`processes.py`) each takes its share of every batch; on a CPU the weights can be made
+independent of their number (`reproducible.py`). `step.py` holds the optimizer step.
 """
 
 from __future__ import annotations
@@ -12,32 +12,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..architecture.precision import autocast
 from ..common.errors import InputError
 from ..common.extras import need
 from ..data.patches import Patches, load_batches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
-from . import processes, reproducible, run_folder
+from . import processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import evaluate
 from .losses import BCEDiceLoss
-from .metrics import iou_score
-from .processes import sync_batch_norm
 from .recipe import Recipe
+from .step import make_step
 
-CHECK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device and the other processes
+CHECK_EVERY = 10  # steps between two checks of the loss, each of which waits for the device and the other processes
 SAVE_SECONDS = 300.0
-SMALLEST_SCALE = 1.0  # the loss scale of float16 starts at 2^16 and is halved by every step whose gradients overflow
 
 
 class Interrupted(Exception):
@@ -45,21 +41,24 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """Trains a network on patches and keeps `last.pt`, `best.pt` and `log.csv` in a folder.
+    """Trains a network on patches and writes `last.pt`, `best.pt` and `log.csv` to a folder.
 
-    With several processes (torchrun) every one of them makes a trainer of the same arguments; the first writes the files.
+    With several processes (torchrun) every process makes a trainer with the same arguments; the first writes the files.
 
     Args:
         network: on the device to train on; with several processes its batch norms take statistics over all of them.
-        patches: what to draw batches from.
-        validation: whole images for early stopping and for the choice of the best epoch, by IoU; without any,
-            every epoch runs and there is no `best.pt`.
+        patches: the source of the batches.
+        validation: whole images for early stopping and for the choice of the best epoch, by IoU; if empty, every epoch runs
+            and there is no `best.pt`.
         recipe: see `Recipe`.
-        out: the folder, or None to keep nothing.
+        out: the folder, or None to write nothing.
         about: plain data that goes into every checkpoint; a run is resumed only if it is the same.
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
-            returns the mean over the N images; default `BCEDiceLoss()`. It has no weights to train, and its `repr` must show
-            its settings: a run is resumed only if it is the same.
+            returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
+            show its settings: a run is resumed only if it is the same.
+
+    Raises:
+        InputError: the network returns something other than logits, or cannot be trained reproducibly as the recipe asks.
     """
 
     def __init__(
@@ -75,19 +74,11 @@ class Trainer:
         self.network, self.patches, self.validation = network, patches, validation
         self.recipe, self.out, self.about = recipe, out, about or {}
         if network.form not in ("plain", "always_list"):
-            raise InputError(f'set network.form = "plain" to train on logits: in its form {network.form!r} it gives others')
+            raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
-        self.model: nn.Module = network  # what training steps call
-        if recipe.reproducible:
-            reproducible.check(network, self.device, recipe.dtype)
-            reproducible.same_weights(network)
-        elif processes.size() > 1:
-            self.model = processes.parallel(sync_batch_norm(network))
         self.loss = (loss or BCEDiceLoss()).to(self.device)
-        self._idle = _without_effect(network)
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
-        self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running one
+        self.train_step = make_step(network, recipe, self.loss)
+        self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running epoch
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
         self.best, self.stale = -1.0, 0
         self.history: list[dict[str, float]] = []
@@ -95,25 +86,25 @@ class Trainer:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there are epochs to run and the validation IoU rose in the last `patience` ones."""
+        """Whether there are epochs left and the validation IoU has improved within the last `patience` epochs."""
         return self.epoch < self.recipe.epochs and self.stale < self.recipe.patience
 
     def fit(
         self, progress: bool = True, after_epoch: Callable[[dict[str, float]], object] | None = None
     ) -> list[dict[str, float]]:
-        """Trains to the last epoch or until `patience` epochs bring no better validation IoU.
+        """Trains to the last epoch, or until the validation IoU has not improved for `patience` epochs.
 
         Args:
-            progress: shows a bar and a line an epoch, in the first process.
+            progress: show a bar, and a line per epoch, in the first process.
             after_epoch: called with the row of each epoch, in every process.
 
         Returns:
-            One row an epoch, keys `runs.COLUMNS`.
+            One row per epoch, keys `run_folder.COLUMNS`.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came, to any process; the state is saved.
+            Interrupted: SIGINT or SIGTERM reached some process; the state is saved.
             InputError: the loss or a weight became NaN or infinite; the message names the batch, `bad-batch.pt` holds it.
-            processes.Lost: another process ended; `last.pt` holds the last state that was saved.
+            processes.Lost: another process ended; `last.pt` holds the last saved state.
         """
         progress = progress and processes.is_first()
         with self._signals(), processes.watching():
@@ -128,7 +119,7 @@ class Trainer:
         return self.history
 
     def _run_epoch(self, progress: bool) -> dict[str, float]:
-        self.model.train()
+        self.network.train()
         batches = self.patches.batches(self.epoch, self.recipe.batch_size, self.step)
         total = self.step + len(batches)
         saved = time.monotonic()
@@ -136,16 +127,18 @@ class Trainer:
             total=total, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
             disable=None if progress else True, leave=False, unit="batch",
         )  # fmt: skip
-        recent: list[Tensor] = []  # what the steps since the last look gave
+        recent: list[Tensor] = []  # results of the steps since the last check
         with bar:
-            for batch, (image, mask) in zip(batches, self._shares(batches), strict=True):
-                recent.append(self._train_step(image, mask, len(batch)))
+            for batch, (image, mask) in zip(batches, self._load(batches), strict=True):
+                if processes.size() > 1:
+                    processes.seed_step(self.recipe.seed, self.epoch, self.step)
+                recent.append(self.train_step.run(image, mask, len(batch)))
                 self.step += 1
                 bar.update()
                 due = self.step % CHECK_EVERY == 0 or self.step == total
                 if not due and (processes.size() > 1 or not self._stop):
                     continue
-                self._look(recent)
+                self._check_losses(recent)
                 recent = []
                 loss, iou = self._means()
                 bar.set_postfix(loss=f"{loss:.4f}", iou=f"{iou:.4f}")
@@ -158,75 +151,34 @@ class Trainer:
                         raise Interrupted
         return self._finish_epoch()
 
-    def _shares(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images `[N, C, *S]` and masks `[N, classes, *S]` of each batch, N = 0 where it gets none."""
-        mine = [[batch[place] for part in self._parts(len(batch)) for place in part] for batch in batches]
-        read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]  # no loader stacks nothing
+    def _load(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images `[N, C, *S]` and masks `[N, classes, *S]` of each batch; N is 0 if it gets none."""
+        rank, size = processes.rank(), processes.size()
+        mine = []
+        for batch in batches:
+            micro_batches = self.recipe.micro_batches(len(batch), rank, size)
+            mine.append([batch[index] for indices in micro_batches for index in indices])
+        # A loader cannot stack an empty batch: it gets one image, which is dropped again.
+        read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]
         loader = load_batches(self.patches, read, self.recipe.workers, self.device.type == "cuda")
         for items, (image, mask) in zip(mine, loader, strict=True):
             yield image[: len(items)], mask[: len(items)]
 
-    def _parts(self, whole: int) -> list[list[int]]:
-        return self.recipe.shares(whole, processes.rank(), processes.size())
-
-    def _train_step(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
-        """One optimizer step on this process's share of a batch of `whole` images.
-
-        Returns (loss, IoU of the last head, 1), each times the number of images here.
-        """
-        if processes.size() > 1:
-            processes.seed_step(self.recipe.seed, self.epoch, self.step)
-        image = image.to(self.device, non_blocking=True)
-        mask = mask.to(self.device, non_blocking=True)
-        sizes = [len(part) for part in self._parts(whole)]
-        found = torch.zeros(3, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with reproducible.each_image(self.network) if self.recipe.reproducible else nullcontext():
-            for number, (x, y) in enumerate(zip(image.split(sizes), mask.split(sizes), strict=True), start=1):
-                waits = number < len(sizes) and isinstance(self.model, DistributedDataParallel)
-                with self.model.no_sync() if waits else nullcontext():
-                    found = found + self._backward(x, y, whole)
-            for bias in self._idle:
-                bias.grad = None
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return found
-
-    def _backward(self, image: Tensor, mask: Tensor, whole: int) -> Tensor:
-        """Adds the gradients of a part of a batch; returns as `_train_step`."""
-        count = len(image)
-        with autocast(self.device, self.recipe.dtype):
-            outputs = self.model(image)
-        heads = outputs if isinstance(outputs, list) else [outputs]
-        if self.recipe.reproducible:
-            total = reproducible.sum_over_images(self.loss, heads, mask)
-            (total / whole).backward()
-            loss = total / max(count, 1)
-        else:
-            loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
-            # The gradients of the processes are averaged, those of the parts summed: together the mean over all images.
-            self.scaler.scale(loss * (count * processes.size() / whole)).backward()
-        if not count:
-            return torch.zeros(3, device=self.device)
-        with torch.no_grad():
-            iou = iou_score(heads[-1] > 0, mask)
-            return torch.stack([loss.detach().to(iou.dtype), iou, torch.ones_like(iou)]) * count
-
-    def _look(self, recent: list[Tensor]) -> None:
-        """Adds what the last steps gave, in all processes, to the sums of the epoch.
+    def _check_losses(self, recent: list[Tensor]) -> None:
+        """Adds the results of the last steps, over all processes, to the sums of the epoch.
 
         Raises:
             InputError: a loss is not finite, or float16 cannot hold the gradients.
         """
-        for index, step in enumerate(processes.summed(torch.stack(recent).cpu().double())):
-            if not torch.isfinite(step).all():
-                raise self._diverged(f"the loss became {float(step[0])}", self.step - len(recent) + index)
-            self.sums += step
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+        for index, totals in enumerate(processes.summed(torch.stack(recent).cpu().double())):
+            if not torch.isfinite(totals).all():
+                raise self._diverged(f"the loss became {float(totals[0])}", self.step - len(recent) + index)
+            self.sums += totals
+        if self.train_step.overflows:
             raise self._diverged("step after step overflowed float16", self.step - 1)
 
     def _check_weights(self) -> None:
-        """Raises InputError if the last step, whose effect no loss has shown yet, left a weight that is not finite."""
+        """Raises InputError if a weight is not finite after the last step, whose effect no loss has shown yet."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
             raise self._diverged("a weight became infinite or NaN", self.step - 1)
 
@@ -236,7 +188,7 @@ class Trainer:
         return loss, iou
 
     def _diverged(self, what: str, step: int) -> InputError:
-        """The error of a batch of the running epoch, which it keeps in `bad-batch.pt`."""
+        """The error for a batch of the running epoch; the batch is written to `bad-batch.pt`."""
         (batch, *_) = self.patches.batches(self.epoch, self.recipe.batch_size, step)
         names = [self.patches.samples[draw % len(self.patches.samples)].name for _, draw in batch]
         text = f"{what} in epoch {self.epoch + 1}: lower the learning rate, or use float32; it was batch {step + 1}, of "
@@ -253,7 +205,7 @@ class Trainer:
     def _finish_epoch(self) -> dict[str, float]:
         train_loss, train_iou = self._means()
         self._check_weights()
-        with reproducible.one_thread() if self.recipe.reproducible else nullcontext():
+        with self.train_step.evaluating():
             settings = {"dtype": self.recipe.dtype, "loss": self.loss}
             scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
         self.epoch, self.step = self.epoch + 1, 0
@@ -284,8 +236,7 @@ class Trainer:
             content |= {
                 "recipe": asdict(self.recipe),
                 "loss": repr(self.loss),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
+                **self.train_step.state_dict(),
                 "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
                 "progress": {"step": self.step, "sums": self.sums.tolist(), "stale": self.stale},
                 "history": self.history,
@@ -293,26 +244,25 @@ class Trainer:
         save_checkpoint(self.out / name, content)
 
     def resume(self) -> None:
-        """Takes up the run that `last.pt` in the folder holds.
+        """Continues the run in the folder from `last.pt`.
 
         Raises:
-            InputError: there is none, it cannot be read, or it was made with other settings; the message names them.
+            InputError: the file is missing or unreadable, or was made with another setting, which the message names.
         """
         path = self.out / "last.pt"
         content = load_checkpoint(path)
         if "optimizer" not in content:
-            raise InputError(f"{path} holds a model but not the state of a training: it cannot be resumed")
+            raise InputError(f"{path} holds a model but not the state of a training run: it cannot be resumed")
         now = {**asdict(self.recipe), **self.about, "model": self.network.config, "loss": repr(self.loss)}
         then = {**asdict(Recipe()), **content["recipe"], **content["about"], "model": content["config"]}
-        then["loss"] = content.get("loss", repr(BCEDiceLoss()))  # checkpoints without one are older than the choice
+        then["loss"] = content.get("loss", repr(BCEDiceLoss()))  # older checkpoints name no loss
         changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
         if changed:
             key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
             shown = f"{key}={values}" if len(values) < 80 else f"{key} set" if key in self.about else key
             raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
         self.network.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
+        self.train_step.load_state_dict(content)
         torch.set_rng_state(content["random"]["cpu"])
         if self.device.type == "cuda" and content["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
@@ -323,7 +273,8 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM let the running step finish, save and raise `Interrupted`; a second acts at once."""
+        """Inside, SIGINT and SIGTERM let the running step finish, then save and raise `Interrupted`; a second one interrupts
+        at once."""
         if threading.current_thread() is not threading.main_thread() or not self.out:
             yield
             return
@@ -336,7 +287,7 @@ class Trainer:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except processes.Lost:  # torchrun now ends the others by SIGTERM: there must be time to say why
+        except processes.Lost:  # torchrun now sends SIGTERM to the others: leave time to print why
             before[signal.SIGTERM] = signal.SIG_IGN
             raise
         finally:
@@ -344,15 +295,8 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _without_effect(network: Network) -> list[nn.Parameter]:
-    """Biases that the norm behind them subtracts again: their gradients are rounding errors, which Adam makes whole steps
-    of, others for each number of processes or threads."""
-    pairs = [pair for node in network.nodes.values() for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
-    return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]
-
-
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as a checkpoint may give them back."""
+    """The value with tuples as lists, which a checkpoint may turn them into."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

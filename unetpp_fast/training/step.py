@@ -1,0 +1,169 @@
+"""One optimizer step on this process's images of a batch, in two ways: the usual one, and the reproducible one on a CPU."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..architecture.precision import autocast
+from ..models.network import Network
+from . import processes, reproducible
+from .metrics import iou_score
+from .recipe import Recipe
+
+SMALLEST_SCALE = 1.0  # the loss scale of float16 starts at 2^16 and is halved by every step whose gradients overflow
+
+
+class Step(ABC):
+    """A step of Adam on a batch that all processes share, in micro-batches whose gradients are accumulated.
+
+    Args:
+        network: on the device to train on.
+        recipe: see `Recipe`.
+        loss: see `Trainer`.
+    """
+
+    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
+        self.network, self.recipe, self.loss = network, recipe, loss
+        self.model: nn.Module = network  # what computes the outputs
+        self.device = next(network.parameters()).device
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
+        self._cancelled = _biases_before_norms(network)
+
+    def run(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
+        """Updates the weights.
+
+        Args:
+            image: `[N, C, *S]`, this process's images of the batch, micro-batch after micro-batch; N may be 0.
+            mask: `[N, classes, *S]`.
+            batch: images of the batch in all processes together.
+
+        Returns:
+            `[3]`: loss, IoU of the last head, and 1, each times N.
+        """
+        image = image.to(self.device, non_blocking=True)
+        mask = mask.to(self.device, non_blocking=True)
+        sizes = [len(indices) for indices in self.recipe.micro_batches(batch, processes.rank(), processes.size())]
+        totals = torch.zeros(3, device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._computing():
+            for number, micro_batch in enumerate(zip(image.split(sizes), mask.split(sizes), strict=True), start=1):
+                with self._accumulating(last=number == len(sizes)):
+                    totals = totals + self._backward(*micro_batch, batch)
+            for bias in self._cancelled:
+                bias.grad = None
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return totals
+
+    def _backward(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
+        """Adds the gradients of a micro-batch; returns as `run`, for its images."""
+        with autocast(self.device, self.recipe.dtype):
+            outputs = self.model(image)
+        heads = outputs if isinstance(outputs, list) else [outputs]
+        loss = self._add_gradients(heads, mask, batch)
+        if not len(image):
+            return torch.zeros(3, device=self.device)
+        with torch.no_grad():
+            iou = iou_score(heads[-1] > 0, mask)
+            return torch.stack([loss.detach().to(iou.dtype), iou, torch.ones_like(iou)]) * len(image)
+
+    @abstractmethod
+    def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
+        """Runs the backward pass of a micro-batch; returns the mean loss of its images, anything if there are none."""
+
+    def _computing(self) -> AbstractContextManager:
+        """A context for all computations of a step."""
+        return nullcontext()
+
+    def _accumulating(self, last: bool) -> AbstractContextManager:
+        """A context for the passes of a micro-batch."""
+        return nullcontext()
+
+    def evaluating(self) -> AbstractContextManager:
+        """A context for the computation of validation scores."""
+        return nullcontext()
+
+    @property
+    def overflows(self) -> bool:
+        """Whether one step after another was skipped because its gradients overflowed float16."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer and of the loss scale, for checkpoints."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; other entries are ignored."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class UsualStep(Step):
+    """In the recipe's precision, on any device; several processes average gradients by `DistributedDataParallel`, and batch
+    norms take their statistics over all of them."""
+
+    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
+        super().__init__(network, recipe, loss)
+        if processes.size() > 1:
+            self.model = processes.parallel(processes.sync_batch_norm(network))
+
+    def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
+        count = len(mask)
+        loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
+        # Gradients are averaged over processes and summed over micro-batches: together that is the mean over all images.
+        self.scaler.scale(loss * (count * processes.size() / batch)).backward()
+        return loss
+
+    def _accumulating(self, last: bool) -> AbstractContextManager:
+        waits = not last and isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if waits else nullcontext()
+
+
+class ReproducibleStep(Step):
+    """On a CPU in float32, image by image: the weights do not depend on the number of processes or threads.
+
+    Raises:
+        InputError: the network cannot be trained in this way.
+    """
+
+    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
+        reproducible.check(network, next(network.parameters()).device, recipe.dtype)
+        reproducible.same_weights(network)
+        super().__init__(network, recipe, loss)
+
+    def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
+        total = reproducible.sum_over_images(self.loss, heads, mask)
+        (total / batch).backward()
+        return total / max(len(mask), 1)
+
+    def _computing(self) -> AbstractContextManager:
+        return reproducible.each_image(self.network)
+
+    def evaluating(self) -> AbstractContextManager:
+        return reproducible.one_thread()
+
+
+def make_step(network: Network, recipe: Recipe, loss: nn.Module) -> Step:
+    """The step that a recipe asks for.
+
+    Raises:
+        InputError: the recipe is reproducible and the network cannot be trained so.
+    """
+    return (ReproducibleStep if recipe.reproducible else UsualStep)(network, recipe, loss)
+
+
+def _biases_before_norms(network: Network) -> list[nn.Parameter]:
+    """Biases that the following norm subtracts again.
+
+    Their gradients are rounding errors, which differ with the number of processes and threads; Adam would make whole steps
+    of them.
+    """
+    pairs = [pair for node in network.nodes.values() for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
+    return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]
