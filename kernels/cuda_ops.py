@@ -1,8 +1,8 @@
 """The ops of `naive.py` by the CUDA kernels of `csrc/` where they can run, by the Triton kernels elsewhere.
 
 The CUDA kernels serve narrow maps. `can_run_conv` and `can_run_conv_wgrad` say whether they take a call and if not, why.
-The library that holds them registers `torch.ops.unetpp_fast_cuda`; `unetpp_fast.extension` loads it. Where calls are
-measured (`tuning.measuring`), Triton's kernels are among the candidates.
+Their library registers `torch.ops.unetpp_fast_cuda`; `execution/fused/cuda_library.py` loads it. Where calls are measured
+(`tuning.measuring`), the Triton kernels are among the candidates.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ HALF = (torch.float16, torch.bfloat16)
 class ConvConfig:
     """One instance of `csrc/conv.h`, by its place in `CONFIGS`.
 
-    A block makes `rows` x 32 pixels (gathered: x 16) of `block_co` channels and takes `shared` bytes of shared memory.
+    A block computes `rows` x `columns` pixels of `block_co` channels and takes `shared` bytes of shared memory.
+    `gathered`: the instances for four taps at a stride of two, the data gradient of the low source.
     """
 
     block_co: int
@@ -50,6 +51,10 @@ class ConvConfig:
     stages: int
     gathered: bool
     shared: int
+
+    @property
+    def columns(self) -> int:
+        return 16 if self.gathered else 32
 
 
 CONFIGS = (
@@ -60,7 +65,57 @@ CONFIGS = (
     ConvConfig(32, 8, 1, True, 81728),
     ConvConfig(64, 4, 1, True, 92736),
 )
-TRITON = ConvConfig(0, 0, 0, False, 0)  # the candidate that is not ours
+TRITON = ConvConfig(0, 0, 0, False, 0)  # stands for the Triton kernels among the candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class WgradConfig:
+    """The kernel of `csrc/conv_wgrad.h` with its pixels split over about `blocks` blocks."""
+
+    blocks: int
+
+
+WGRAD_CONFIGS = (WgradConfig(264), WgradConfig(528))  # two or four for each multiprocessor of the largest GPUs
+WGRAD_TRITON = WgradConfig(0)  # as `TRITON`
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvCall:
+    """The arguments of one call of `naive.conv`."""
+
+    out: Tensor
+    a: Tensor
+    wa: Tensor
+    axes: int
+    taps: int
+    stride: int
+    phased: bool
+    affine_a: Affine | None
+    b: Tensor | None
+    wb: Tensor | None
+    affine_b: Affine | None
+    slope: float
+    bias: Tensor | None
+    border: Tensor | None
+    act: bool
+    add: bool
+    stats: bool
+
+    @property
+    def gathered(self) -> bool:
+        return self.taps == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class WgradCall:
+    """The arguments of one call of `naive.conv_wgrad`."""
+
+    a: Tensor
+    dy: Tensor
+    axes: int
+    phased: bool
+    affine: Affine | None
+    slope: float
 
 
 def configs(co: int, gathered: bool) -> list[ConvConfig]:
@@ -74,6 +129,11 @@ def can_run_conv(out: Tensor, a: Tensor, *, taps: int = 3, stride: int = 1, phas
     if runs and (taps, stride, phased) not in ((3, 1, False), (3, 2, True), (4, 2, False)):
         return False, f"no CUDA kernel for {taps} taps at a stride of {stride}"
     return runs, reason
+
+
+def can_run_conv_wgrad(a: Tensor, dy: Tensor) -> tuple[bool, str]:
+    """Whether the CUDA kernel takes such a call of `conv_wgrad`, and if not, why."""
+    return _can_run(a, dy)
 
 
 def _can_run(first: Tensor, second: Tensor) -> tuple[bool, str]:
@@ -105,60 +165,60 @@ def conv(
     stats: bool = False,
     config: ConvConfig | None = None,
 ) -> Tensor | None:
-    """`naive.conv`. Statistics come as `[N, T, 3, CO]`, one of T parts a tile."""
-    options = {"affine_a": affine_a, "b": b, "wb": wb, "affine_b": affine_b, "slope": slope, "bias": bias,
-               "border": border, "act": act, "add": add, "stats": stats}  # fmt: skip
-    geometry = {"axes": axes, "taps": taps, "stride": stride, "phased": phased}
+    """`naive.conv`. Statistics come as `[N, T, 3, CO]`, one of T parts per tile."""
+    call = ConvCall(
+        out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
+        slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
+    )  # fmt: skip
     if not can_run_conv(out, a, taps=taps, stride=stride, phased=phased)[0]:
-        return triton_ops.conv(out, a, wa, **geometry, **options)
-    units = unit_grid(out, axes, phased)
-    check_call(out, a, wa, axes, taps, stride, phased, affine_a, b, wb, affine_b, bias, border)
-    if taps == 4 and b is not None:
+        return _run_conv(call, TRITON)
+    check_call(
+        out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
+        bias=bias, border=border,
+    )  # fmt: skip
+    if call.gathered and b is not None:
         raise ValueError("a data gradient has one operand")
-    gathered, co = taps == 4, out.shape[-1]
-
-    def launch(config: ConvConfig, out: Tensor) -> Tensor | None:
-        if config == TRITON:
-            return triton_ops.conv(out, a, wa, **geometry, **options)
-        tiles = out.shape[1] * math.ceil(out.shape[2] / config.rows) * math.ceil(out.shape[3] / (16 if gathered else 32))
-        partial = out.new_empty(out.shape[0], tiles, 3, co, dtype=torch.float32) if stats else None
-        if out.numel():
-            pairs = [(affine or (None, None)) for affine in (affine_a, affine_b)]
-            with device_of(out):
-                torch.ops.unetpp_fast_cuda.conv(
-                    out, a, wa, *pairs[0], b, wb, *pairs[1], bias, border, partial, axes, phased and b is not None,
-                    float(slope), act, add, CONFIGS.index(config),
-                )  # fmt: skip
-        return partial
-
-    if config is None and (not out.is_cuda or not out.numel()):
-        config = configs(co, gathered)[0]
-    elif config is None:
-        form = f"{axes}d taps{taps} stride{stride} {'phased ' * phased}{'affine ' * (affine_a is not None)}{'stats' * stats}"
-        channels = a.shape[-1], 0 if b is None else b.shape[-1], co
-        key = tuning.key("cuda conv", a.dtype, form, channels, (out.shape[0], *units))
-        config = tuning.choose(
-            key,
-            (out.shape[0], *units),
-            lambda: [*configs(co, gathered), TRITON],
-            lambda candidate: launch(candidate, torch.empty_like(out)),
-        )
-    return launch(config, out)
+    return _run_conv(call, config or _chosen_config(call))
 
 
-def can_run_conv_wgrad(a: Tensor, dy: Tensor) -> tuple[bool, str]:
-    """Whether the CUDA kernel takes such a call of `conv_wgrad`, and if not, why."""
-    return _can_run(a, dy)
+def _chosen_config(call: ConvCall) -> ConvConfig:
+    """The candidate measured to be the fastest for such a call, the first of `configs` where none was measured."""
+    out, a, b = call.out, call.a, call.b
+    candidates = configs(out.shape[-1], call.gathered)
+    if not out.is_cuda or not out.numel():
+        return candidates[0]
+    flags = f"{'phased ' * call.phased}{'affine ' * (call.affine_a is not None)}{'stats' * call.stats}"
+    channels = a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1]
+    sizes = out.shape[0], *unit_grid(out, call.axes, call.phased)
+    key = tuning.key("cuda conv", a.dtype, f"{call.axes}d taps{call.taps} stride{call.stride} {flags}", channels, sizes)
+
+    def run(candidate: ConvConfig) -> None:
+        _run_conv(dataclasses.replace(call, out=torch.empty_like(out)), candidate)
+
+    return tuning.choose(key, sizes, lambda: [*candidates, TRITON], run)
 
 
-@dataclasses.dataclass(frozen=True)
-class WgradConfig:
-    """The kernel of `csrc/conv_wgrad.h` with its pixels split over blocks, about `blocks` of them; 0 stands for Triton's."""
-
-    blocks: int
-
-
-WGRAD_CONFIGS = (WgradConfig(264), WgradConfig(528))  # two or four for each multiprocessor of the largest GPUs
+def _run_conv(call: ConvCall, config: ConvConfig) -> Tensor | None:
+    """Runs a call by an instance of the CUDA kernel or, if `TRITON`, by the Triton kernels. Returns its statistics."""
+    if config == TRITON:
+        return triton_ops.conv(**vars(call))
+    out, stats = call.out, None
+    if call.stats:
+        tiles = out.shape[1] * _tiles_per_plane(out, config.rows, config.columns)
+        stats = out.new_empty(out.shape[0], tiles, 3, out.shape[-1], dtype=torch.float32)
+    if out.numel():
+        scale_a, shift_a = call.affine_a or (None, None)
+        scale_b, shift_b = call.affine_b or (None, None)
+        with device_of(out):
+            torch.ops.unetpp_fast_cuda.conv(
+                out,
+                call.a, call.wa, scale_a, shift_a,
+                call.b, call.wb, scale_b, shift_b,
+                call.bias, call.border, stats,
+                call.axes, call.phased and call.b is not None, float(call.slope), call.act, call.add,
+                CONFIGS.index(config),
+            )  # fmt: skip
+    return stats
 
 
 def conv_wgrad(
@@ -172,50 +232,61 @@ def conv_wgrad(
     config: WgradConfig | None = None,
 ) -> Tensor:
     """`naive.conv_wgrad`: `[1, 3^axes, K, CO]`, with `phased` `[2^axes, 2^axes, K, CO]` for the low source, in float32."""
-    options = {"axes": axes, "phased": phased, "affine": affine, "slope": slope}
+    call = WgradCall(a, dy, axes=axes, phased=phased, affine=affine, slope=slope)
     if not can_run_conv_wgrad(a, dy)[0]:
-        return triton_ops.conv_wgrad(a, dy, **options)
+        return _run_wgrad(call, WGRAD_TRITON)
     units = unit_grid(dy, axes, phased)
     check_map("dy", dy, dy)
     check_map("a", a, dy, units)
     check_affine("affine", affine, a)
-    k, co = a.shape[-1], dy.shape[-1]
-    shape = (*_counts(axes, phased), k, co)
-
-    def launch(config: WgradConfig) -> Tensor:
-        if config == WgradConfig(0):
-            return triton_ops.conv_wgrad(a, dy, **options)
-        result = a.new_zeros(shape, dtype=torch.float32)
-        if dy.numel():
-            tiles = a.shape[0] * a.shape[1] * math.ceil(dy.shape[2] / 8) * math.ceil(dy.shape[3] / 32)
-            slabs = 1 if axes == 2 else 4 if phased else 3
-            splits = min(tiles, max(1, config.blocks // (slabs * math.ceil(k / _chunk(a)) * math.ceil(co / _chunk(a)))))
-            partial = a.new_empty(splits * _parts(a, phased), *shape[1 - phased :], dtype=torch.float32)
-            with device_of(a):
-                torch.ops.unetpp_fast_cuda.conv_wgrad(
-                    a, *(affine or (None, None)), dy, partial, result, axes, phased, float(slope)
-                )
-        return result
-
-    if config is None and (not a.is_cuda or not dy.numel()):
-        config = WGRAD_CONFIGS[0]
-    elif config is None:
-        form = f"{axes}d {'phased ' * phased}{'affine' * (affine is not None)}"
-        key = tuning.key("cuda conv_wgrad", a.dtype, form, (k, co), (a.shape[0], *units))
-        config = tuning.choose(key, (a.shape[0], *units), lambda: [*WGRAD_CONFIGS, WgradConfig(0)], launch)
-    return launch(config)
+    return _run_wgrad(call, config or _chosen_wgrad_config(call))
 
 
-def _counts(axes: int, phased: bool) -> tuple[int, int]:
-    """Phases and taps of an operand."""
-    return (2**axes, 2**axes) if phased else (1, 3**axes)
+def _chosen_wgrad_config(call: WgradCall) -> WgradConfig:
+    """As `_chosen_config`."""
+    a, dy = call.a, call.dy
+    if not a.is_cuda or not dy.numel():
+        return WGRAD_CONFIGS[0]
+    form = f"{call.axes}d {'phased ' * call.phased}{'affine' * (call.affine is not None)}"
+    sizes = a.shape[0], *unit_grid(dy, call.axes, call.phased)
+    key = tuning.key("cuda conv_wgrad", a.dtype, form, (a.shape[-1], dy.shape[-1]), sizes)
+    return tuning.choose(key, sizes, lambda: [*WGRAD_CONFIGS, WGRAD_TRITON], lambda candidate: _run_wgrad(call, candidate))
 
 
-def _chunk(x: Tensor) -> int:
-    """Channels of a block of the kernel, on both sides."""
-    return 64 // x.element_size()
+def _run_wgrad(call: WgradCall, config: WgradConfig) -> Tensor:
+    """As `_run_conv`; returns the gradient."""
+    if config == WGRAD_TRITON:
+        return triton_ops.conv_wgrad(**vars(call))
+    a, dy, phased = call.a, call.dy, call.phased
+    phases, taps = (2**call.axes, 2**call.axes) if phased else (1, 3**call.axes)
+    result = a.new_zeros(phases, taps, a.shape[-1], dy.shape[-1], dtype=torch.float32)
+    if dy.numel():
+        scale, shift = call.affine or (None, None)
+        sums = _splits(call, config) * _sums_per_block(a, phased)
+        partial = a.new_empty(sums, *(result.shape if phased else result.shape[1:]), dtype=torch.float32)
+        with device_of(a):
+            torch.ops.unetpp_fast_cuda.conv_wgrad(a, scale, shift, dy, partial, result, call.axes, phased, float(call.slope))
+    return result
 
 
-def _parts(x: Tensor, phased: bool) -> int:
-    """Sums that a block writes: one for each parity of the columns, unless phases keep them apart; in TF32 by four bands."""
+def _splits(call: WgradCall, config: WgradConfig) -> int:
+    """How many ways the pixels are split: about `config.blocks` blocks in all, and at least a tile for each split.
+
+    A block takes 64 bytes of channels on both sides, and in 3D one plane of taps (of a phase).
+    """
+    a, dy = call.a, call.dy
+    chunk = 64 // a.element_size()
+    planes = 1 if call.axes == 2 else 4 if call.phased else 3
+    blocks_per_split = planes * math.ceil(a.shape[-1] / chunk) * math.ceil(dy.shape[-1] / chunk)
+    tiles = a.shape[0] * a.shape[1] * _tiles_per_plane(dy, 8, 32)
+    return min(tiles, max(1, config.blocks // blocks_per_split))
+
+
+def _tiles_per_plane(x: Tensor, rows: int, columns: int) -> int:
+    """Tiles of rows x columns pixels in a plane of a map."""
+    return math.ceil(x.shape[2] / rows) * math.ceil(x.shape[3] / columns)
+
+
+def _sums_per_block(x: Tensor, phased: bool) -> int:
+    """Sums that a block writes: one per parity of the columns, unless phases keep them apart; in TF32 by four bands."""
     return (1 if phased else 2) * (1 if x.element_size() == 2 else 4)
