@@ -135,7 +135,7 @@ def test_extreme_logits(size: float, mask: float) -> None:
 
 def test_mistakes() -> None:
     loss = uf.BCEDiceLoss()
-    with pytest.raises(ValueError, match=r"outputs \(2, 1, 4, 4\) and target \(2, 4, 4\) must have one shape"):
+    with pytest.raises(ValueError, match=r"outputs \(2, 1, 4, 4\) and target \(2, 4, 4\) must have the same shape"):
         loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match=r"outputs \(2, 1, 4, 4\) and target \(1, 1, 4, 4\)"):
         loss([torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 4)], torch.zeros(1, 1, 4, 4))

@@ -102,7 +102,7 @@ def test_more_pixels_than_float16_or_uint8_hold(score, of_sets) -> None:
 
 @each_score
 def test_mistakes(score, of_sets) -> None:
-    with pytest.raises(ValueError, match=r"probabilities \(2, 1, 4, 4\) and target \(2, 4, 4\) must have one shape"):
+    with pytest.raises(ValueError, match=r"probabilities \(2, 1, 4, 4\) and target \(2, 4, 4\) must have the same shape"):
         score(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
     for shape in ((0, 1, 4, 4), (1, 1, 4, 0), (4,)):
         with pytest.raises(ValueError, match="hold no image"):

@@ -299,7 +299,7 @@ def test_truncated_checkpoints_are_named(folder, tmp_path, part):
     make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(InputError, match=r"last\.pt is no readable checkpoint \(truncated"):
+    with pytest.raises(InputError, match=r"last\.pt is not a readable checkpoint \(truncated"):
         load_model(tmp_path / "last.pt")
 
 
@@ -307,7 +307,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_model(tmp_path / "none.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="is no checkpoint of `unetpp-fast train`"):
+    with pytest.raises(InputError, match="is not a checkpoint of `unetpp-fast train`"):
         load_model(tmp_path / "other.pt")
     network = uf.UNet(1, 1, features=(4, 8))
     save_checkpoint(tmp_path / "mixed.pt", {"config": network.config, "model": {}, "about": {}})
@@ -321,7 +321,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
             return Path.touch, (tmp_path / "boom",)
 
     torch.save({"unetpp_fast": 1, "config": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(InputError, match="no readable checkpoint"):
+    with pytest.raises(InputError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "boom").exists()
 

@@ -1,1 +1,1 @@
-"""The training recipe, its loss and metrics, checkpoints, several processes."""
+"""Training: the loop, the recipe, loss and metrics, checkpoints, several processes."""

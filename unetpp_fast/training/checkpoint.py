@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..common.atomic_files import write_atomic
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..models.network import Network
 
 CHECKPOINT_FORMAT = 1
@@ -18,16 +18,16 @@ CHECKPOINT_FORMAT = 1
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Writes plain data and tensors, atomically; `load_checkpoint` reads them."""
-    packed = io.BytesIO()  # torch.save hides why a file could not be written
+    packed = io.BytesIO()  # torch.save into a file would hide why it cannot be written
     torch.save({"unetpp_fast": CHECKPOINT_FORMAT, **content}, packed)
     write_atomic(path, lambda stream: stream.write(packed.getbuffer()))
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint of ours; no code in it can run (`weights_only`).
+    """Reads a checkpoint of this package; no code in it can run (`weights_only`).
 
     Raises:
-        InputError: the file is missing, truncated, or none of ours.
+        InputError: the file is missing, truncated, or not a checkpoint of this package.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,21 +38,25 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
         if not zipfile.is_zipfile(path):
             raise ValueError("not a zip archive")
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can make the reader fail in any way
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is no readable checkpoint (truncated, or another format): {first}") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(
+            f"{path} is not a readable checkpoint (truncated, or another format): {first_line(error)}"
+        ) from error
     if not isinstance(content, dict) or content.get("unetpp_fast") != CHECKPOINT_FORMAT or "config" not in content:
-        raise InputError(f"{path} is no checkpoint of `unetpp-fast train` (format {CHECKPOINT_FORMAT})")
+        raise InputError(f"{path} is not a checkpoint of `unetpp-fast train` (format {CHECKPOINT_FORMAT})")
     return content
 
 
-def load_model(path: Path, device: str | torch.device = "cpu"):
-    """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`."""
+def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network, dict[str, Any]]:
+    """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`.
+
+    Raises:
+        InputError: as `load_checkpoint`, or the weights do not fit the network.
+    """
     content = load_checkpoint(path, device)
     try:
         network = Network.from_config(content["config"])
         network.load_state_dict(content["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} does not hold the weights of the network it describes: {first}") from error
+        raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content

@@ -23,12 +23,21 @@ def evaluate(
     dtype: str = "float32",
     loss: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Mean IoU and Dice (and loss) of the accurate mode over whole images, each padded to the size it needs.
+    """Means over whole images of IoU and Dice of the accurate mode, and of the loss.
 
-    With several processes each takes its share of the images, and all of them have to call this; the means are the same.
+    With several processes each computes its share of the images; all must call this, and all get the same means.
+
+    Args:
+        network: in any mode, which is kept; images are padded to a size that it takes.
+        samples: the images with their masks; not empty.
+        dtype: the precision, a name as in `Recipe`.
+        loss: as for `Trainer`; None to leave it out.
+
+    Returns:
+        Keys "iou" and "dice", and "loss" if one is given.
     """
     device = next(network.parameters()).device
-    rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each filled by one process
+    rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each process fills its rows
     with evaluating(network):
         for index in range(processes.rank(), len(samples), processes.size()):
             image, mask = (torch.from_numpy(values)[None].to(device) for values in samples[index].load())

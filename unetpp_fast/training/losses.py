@@ -1,4 +1,4 @@
-"""The paper's loss: binary cross-entropy and dice together, on every head (Zhou et al., 2018, eq. 2)."""
+"""The paper's loss: binary cross-entropy plus dice, on every head (Zhou et al., 2018, eq. 2)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn import functional as F
 
 
 class BCEDiceLoss(nn.Module):
-    """½·BCE + (1 - dice), per image, averaged over the images; for a list of outputs, the mean over the heads.
+    """½·BCE + (1 - dice) per image, averaged over the images; for a list of outputs, averaged over the heads.
 
     For image b with probabilities p = sigmoid(logits) and target y, over its pixels and classes::
 
         loss_b = ½ mean(-y log p - (1 - y) log(1 - p)) + 1 - (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth)
 
-    This is eq. 2 with the full cross-entropy (the equation prints only its y log p) and, so that the loss is
-    non-negative, with 1 added. Computed in float32 at least.
+    This is eq. 2 with the full cross-entropy (the paper prints only y log p) and with 1 added, so that the loss is not
+    negative. It is computed in float32, or in float64 for float64 logits.
 
     Args:
-        smooth: keeps an image without foreground from dividing by zero.
+        smooth: avoids a division by zero for images without foreground.
     """
 
     def __init__(self, smooth: float = 1e-5):
@@ -27,7 +27,7 @@ class BCEDiceLoss(nn.Module):
         self.smooth = smooth
 
     def forward(self, outputs: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
-        """A scalar from logits `[N, C, *S]`, or a list of them, and a target of that shape with values in [0, 1].
+        """The loss, a scalar, of logits `[N, C, *S]`, or a list of them, and a target of that shape with values in [0, 1].
 
         Raises:
             ValueError: shapes differ, or the batch is empty.
@@ -51,8 +51,10 @@ class BCEDiceLoss(nn.Module):
 
 
 def check_pair(values: Tensor, target: Tensor, what: str) -> None:
-    """Raises one clear error unless both have one shape `[N, C, *S]` with at least one image."""
+    """Raises ValueError unless both have the same shape `[N, C, *S]` with at least one image; `what` names the values."""
     if values.shape != target.shape:
-        raise ValueError(f"{what} {tuple(values.shape)} and target {tuple(target.shape)} must have one shape [N, C, *S]")
+        raise ValueError(
+            f"{what} {tuple(values.shape)} and target {tuple(target.shape)} must have the same shape [N, C, *S]"
+        )
     if values.ndim < 2 or values.numel() == 0:
         raise ValueError(f"{what} of shape {tuple(values.shape)} hold no image: an empty batch has no mean")

@@ -1,4 +1,4 @@
-"""How many images a training step may hold within some memory: a step is run on shapes alone, and its tensors counted."""
+"""The memory of a training step, counted from its tensors on the meta device, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..models.network import Network
 from ..models.tiled_prediction import HEAP
 from .losses import BCEDiceLoss
 
-ADAM = 3  # times the bytes of the parameters, in the step of the optimizer: gradients and what it works on
+ADAM = 3  # gradients and temporary tensors in a step of the optimizer, in bytes of the parameters
 
 
 class _Peak(TorchDispatchMode):
-    """The most bytes that the results of operators took at one time."""
+    """Counts the bytes of the results of operators: `now`, and at their peak, `most`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,15 +51,16 @@ class _Peak(TorchDispatchMode):
 def step_bytes(
     network: Network, size: tuple[int, ...], images: int, dtype: str = "float32", loss: nn.Module | None = None
 ) -> int:
-    """Bytes of the tensors of a training step at its peak: maps, gradients, parameters and the state of Adam.
+    """Peak memory of a training step in bytes: maps, gradients, parameters and the state of Adam.
 
-    Counted for the reference, which needs most of the backends, with `network.recompute` as it is; on a CPU the maps count
-    twice, as not all that was freed is used again. What the program and its libraries take for themselves comes on top.
+    Counted for the reference, which needs the most of all backends, with the network's `recompute`. On a CPU the maps count
+    twice, because freed memory is not all used again. The memory of the program and its libraries is not included.
 
     Args:
-        size: of the patches, one number an axis.
-        images: in the batch, at least 2 (batch norm).
-        dtype: of the recipe; with half precision the weights are counted once more, in that precision.
+        network: on any device; it is not changed.
+        size: of the patches, one number per axis.
+        images: per batch, at least 2 (batch norm).
+        dtype: of the recipe; half precision adds the weights in that precision.
         loss: as for `Trainer`; default `BCEDiceLoss()`.
     """
     half = autocast_dtype(dtype)
@@ -71,8 +72,8 @@ def step_bytes(
         x = torch.empty(images, network.topology.in_channels, *size, **kind)
         mask = torch.empty(images, network.out_channels, *size, device="meta")
         loss(reference.forward(shapes, x), mask).backward()
-    # Weights and the two means of Adam; their gradients are in the peak, where it is half precision by half. Beside those
-    # come the weights in half precision.
+    # Weights and the two moments of Adam. The peak includes the gradients, but in half precision only half their bytes: then
+    # the other half comes on top, and the weights in half precision.
     kept = parameters * (4 if half else 3)
     heap = HEAP if next(network.parameters()).device.type == "cpu" else 1
     return kept + max(heap * peak.most, ADAM * parameters)
@@ -86,21 +87,25 @@ def largest_batch(
     most: int = 1024,
     loss: nn.Module | None = None,
 ) -> int:
-    """The most images, up to `most`, of which one process holds a step within `limit` bytes; at least 1.
+    """The most images, up to `most`, whose step takes at most `limit` bytes in one process; at least 1.
 
     The other arguments are those of `step_bytes`.
 
     Raises:
-        InputError: not even one fits; the message says how much it takes.
+        InputError: one image does not fit; the message says how much it takes.
     """
     two, three = (step_bytes(network, size, images, dtype, loss) for images in (2, 3))
     one = 2 * two - three  # batch norm may refuse a single image
     if one > limit:
         shown = "x".join(map(str, size))
         raise InputError(f"--max-memory is too small: a batch of one patch of {shown} takes {math.ceil(one / 2**20)}M")
-    low, high = 1, most
+    # A bisection that first tries the answer for images that all take the same, and its neighbours.
+    guess = 2 + (limit - two) // max(three - two, 1)
+    first, low, high = [guess, guess + 1, guess - 1], 1, most
     while low < high:
-        middle = (low + high + 1) // 2
+        middle = first.pop(0) if first else (low + high + 1) // 2
+        if not low < middle <= high:
+            continue
         fits = step_bytes(network, size, middle, dtype, loss) <= limit
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -1,4 +1,4 @@
-"""Intersection over union and Dice, hard at 0.5, per image and then averaged."""
+"""Intersection over union and Dice of masks thresholded at 0.5, per image and then averaged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def iou_score(probabilities: Tensor, target: Tensor) -> Tensor:
     """Mean over the images of |A and B| / |A or B|, with A = probabilities > 0.5 and B = target > 0.5.
 
     Args:
-        probabilities, target: `[N, C, *S]`; an image's pixels and classes are counted together.
+        probabilities, target: `[N, C, *S]`; the pixels of all classes of an image are counted together.
 
     Returns:
-        A scalar tensor; an image where both masks are empty counts as 1.
+        A scalar tensor, float32; an image in which both masks are empty counts as 1.
 
     Raises:
         ValueError: shapes differ, or the batch is empty.

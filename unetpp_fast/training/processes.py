@@ -1,6 +1,6 @@
-"""Several processes that train one network, as `torchrun` starts them: who this one is, and what they agree on.
+"""Several processes that train one network, started by `torchrun`: their group, and sums and decisions over all of them.
 
-Without torchrun there is one process, and nothing here talks to another.
+Without torchrun there is one process, and nothing here communicates.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..execution.batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 from ..models.network import Network
 
 
 def sync_batch_norm(network: Network, group: dist.ProcessGroup | None = None) -> Network:
-    """Takes the training statistics of the network's batch norms over all processes of a group, in place.
+    """Makes the network's batch norms take their training statistics over all processes of a group, in place.
 
-    Call it before wrapping the network in `DistributedDataParallel`; the processes then train as one would on all their
-    images. Weights, buffers and the names in `state_dict` stay as they are; other norms need no such thing.
+    Call it before wrapping the network in `DistributedDataParallel`; the processes then train as one process would on all
+    their images. Weights, buffers and the names in `state_dict` do not change. Other norms have no statistics over images.
 
     Args:
         network: a model of this package.
-        group: default all processes.
+        group: by default all processes.
 
     Returns:
         The same network.
@@ -52,36 +52,36 @@ def sync_batch_norm(network: Network, group: dist.ProcessGroup | None = None) ->
 
 
 class Lost(RuntimeError):
-    """Another process of the run ended or cannot be reached any more."""
+    """Another process of the run ended or cannot be reached."""
 
 
 def size() -> int:
-    """How many processes there are."""
+    """The number of processes (world size)."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Whether this process, of rank 0, writes files and prints."""
     return rank() == 0
 
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Inside, the processes that torchrun started form a group: nccl on CUDA devices, gloo on CPUs.
+    """Inside, the processes that torchrun started form a group: NCCL on GPUs, Gloo on CPUs.
 
     Args:
-        device: as the user named it; "auto" and "cuda" become this process's own GPU.
+        device: as the user named it; "auto" and "cuda" stand for the GPU of this process.
 
     Yields:
-        The device to use.
+        The name of the device to use.
 
     Raises:
-        InputError: there are fewer GPUs than processes, or the device is none that processes can share work on.
+        InputError: there are fewer GPUs than processes, or several processes cannot train on the device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield device
@@ -89,7 +89,7 @@ def joined(device: str) -> Iterator[str]:
     device = _own_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     yield device
-    dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may have ended
 
 
 def _own_device(name: str) -> str:
@@ -98,37 +98,37 @@ def _own_device(name: str) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if local >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise InputError(f"process {local} has no GPU of its own, there are {found}: lower --nproc-per-node")
+            count = torch.cuda.device_count()
+            raise InputError(f"process {local} has no GPU, there are {count}: lower --nproc-per-node")
         name = f"cuda:{local}"
         torch.cuda.set_device(name)
     if name != "cpu" and name != f"cuda:{local}":
-        raise InputError(f"several processes train on the GPUs (--device cuda) or on the CPU, not on {name!r}")
+        raise InputError(f"several processes train on GPUs (--device cuda) or on the CPU, not on {name!r}")
     return name
 
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Inside, an error of the connection to the other processes becomes `Lost`."""
+    """Turns errors of the connection to other processes into `Lost`."""
     try:
         yield
     except RuntimeError as error:
-        first = str(error).strip().split("\n")[0]
+        first = first_line(error)
         if size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in first or "NCCL" in first):
             raise
-        what = (first.partition("] ")[2] or first).partition(". ")[0]  # without where in gloo's sources, and its advice
+        what = (first.partition("] ")[2] or first).partition(". ")[0]  # without Gloo's source location and its advice
         raise Lost(f"another process of this training ended ({what})") from error
 
 
 def parallel(module: nn.Module) -> DistributedDataParallel:
-    """The module with the gradients of all processes averaged; their buffers are taken to be equal as they are."""
+    """The module wrapped so that gradients are averaged over all processes; buffers are not, as they are equal already."""
     known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name warns
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the old name is deprecated
     return DistributedDataParallel(module, **{name: False})
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of the processes' tensors of one shape; on the CPU, in the order of ranks or at least the same for all."""
+    """The sum over processes of tensors of one shape, on the CPU; every process gets the same bits."""
     if size() == 1:
         return values.cpu()
     values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -137,11 +137,11 @@ def summed(values: Tensor) -> Tensor:
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """For each flag, whether any process has it set."""
+    """For each flag, whether it is set in any process."""
     return [bool(count) for count in summed(torch.tensor(flags, dtype=torch.float64))] if size() > 1 else list(flags)
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Sets the random state to one of its own for each process and step, so that a run resumes without keeping any."""
+    """Seeds the random numbers of a step by run, step and rank, so that a resumed run needs no state of other processes."""
     state = np.random.SeedSequence((seed, epoch, step, rank())).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) % 2**63)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder for people: the settings it was started with, its log, curves, TensorBoard's events."""
+"""The files of a run for people to read: its settings, log, curves and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ DRAW_SECONDS = 30.0
 
 
 def write_config(path: Path, settings: Mapping[str, Any]) -> None:
-    """Plain settings as JSON; paths and tuples as their text and lists."""
+    """Writes plain settings as JSON; paths become text, tuples lists."""
     text = json.dumps(dict(settings), indent=1, default=str, sort_keys=True)
     write_atomic(path, lambda stream: stream.write(text.encode() + b"\n"))
 
 
 def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """A row an epoch, under the names of `COLUMNS`."""
+    """Writes one row per epoch as CSV, with the columns `COLUMNS`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -34,13 +34,13 @@ def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def line(row: Mapping[str, float]) -> str:
-    """A row of the log as text, without the columns that have no value."""
+    """A row of the log as text, without columns that are NaN."""
     values = [f"{key} {value:.4f}" for key, value in row.items() if key != "epoch" and value == value]
     return "  ".join([f"epoch {row['epoch']:3d}", *values])
 
 
 def draw_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Loss and IoU of training and validation over the epochs, as PNG."""
+    """Draws loss and IoU of training and validation over the epochs, as PNG."""
     figure = need("matplotlib.figure", "demo").Figure(figsize=(8.0, 3.4), layout="constrained", facecolor="white")
     epochs = [row["epoch"] for row in history]
     for axis, name in zip(figure.subplots(1, 2), ("loss", "iou"), strict=True):
@@ -55,12 +55,15 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 class Report:
-    """Draws `curves.png`, if matplotlib is there, and feeds TensorBoard, if it is asked for; call it after each epoch.
+    """Draws `curves.png` if matplotlib is installed, and writes TensorBoard events if asked to; call it after each epoch.
 
     Args:
         out: the folder of the run.
-        history: the rows of the run, to which the trainer adds.
-        tensorboard: write events to the folder `tensorboard`.
+        history: the rows of the run; the trainer appends to it.
+        tensorboard: whether to write events to the folder `tensorboard`.
+
+    Raises:
+        InputError: tensorboard is not installed.
     """
 
     def __init__(self, out: Path, history: Sequence[Mapping[str, float]], tensorboard: bool = False):
@@ -83,13 +86,13 @@ class Report:
             self.draw()
 
     def draw(self) -> None:
-        """Draws what has been added since the last time."""
+        """Draws the curves if there are epochs that they do not show."""
         if self.draws and len(self.history) > self.drawn:
             draw_curves(self.out / "curves.png", self.history)
             self.drawn, self.last = len(self.history), time.monotonic()
 
     def close(self) -> None:
-        """After the last epoch, or where the run breaks off."""
+        """Draws the last epochs and closes the events; call it when the run ends or fails."""
         self.draw()
         if self.writer:
             self.writer.close()
