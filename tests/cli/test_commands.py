@@ -15,6 +15,9 @@ from support.folders import SIDE, write_nuclei
 
 import unetpp_fast as uf
 from unetpp_fast import info
+from unetpp_fast.architecture.precision import TRAINED
+from unetpp_fast.cli import predict
+from unetpp_fast.common.errors import InputError
 from unetpp_fast.data import images
 from unetpp_fast.data.images import read_image
 from unetpp_fast.experiments import demo
@@ -80,7 +83,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("fly",), "invalid choice: 'fly'"),
         (("train", "--out", "x"), "--data"),
         (("train", "--data", "nowhere", "--out", "x"), "nowhere/images is not a folder"),
-        (("train", "--data", "DATA", "--out", "OUT", "--features", "4,x"), "'4,x' is no list of widths"),
+        (("train", "--data", "DATA", "--out", "OUT", "--features", "4,x"), "'4,x' is not a list of widths"),
         (("train", "--data", "DATA", "--out", "OUT", "--features", "4"), "features must be 2 to 7"),
         (("train", "--data", "DATA", "--out", "OUT", "--patch", "30"), "--patch must be a positive multiple of 16"),
         (("train", "--data", "DATA", "--out", "OUT", "--patches-per-image", "0"), "--patches-per-image must be at least 1"),
@@ -100,8 +103,11 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "1.1"), "between 0"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "nan"), "between 0"),
         (("predict", "--checkpoint", "none.pt", "--images", "DATA/images", "--out", "OUT"), "none.pt does not exist"),
-        (("predict", "--checkpoint", "RUN/log.csv", "--images", "DATA/images", "--out", "OUT"), "no readable checkpoint"),
-        (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/none", "--out", "OUT"), "none is not a folder of images"),
+        (("predict", "--checkpoint", "RUN/log.csv", "--images", "DATA/images", "--out", "OUT"), "not a readable checkpoint"),
+        (
+            ("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/none", "--out", "OUT"),
+            "none is not a folder of images",
+        ),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT"), "1 channel(s), the model takes 3"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/images", "--out", "OUT", "--level", "3"), "heads at"),
     ],
@@ -136,23 +142,48 @@ def test_a_model_without_class_names_still_predicts(tmp_path, folder):
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "predict"])
-def test_help_tells_every_flag(capsys, command):
+def test_help_shows_every_flag(capsys, command):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
     assert "--device" in text and "--dtype" in text and "--out" in text
 
 
+def test_help_shows_every_command(capsys):
+    assert run("--help") == 0
+    assert "{demo,train,compare,predict,bench,info}" in capsys.readouterr().out
+
+
+def test_choices_are_those_of_the_tables(capsys):
+    """Without the up-sampling that only the reference computes."""
+    choices = {
+        "norm": "{none,batch,instance}",
+        "upsample": "{deconv,nearest,linear}",
+        "dtype": f"{{auto,{','.join(TRAINED)}}}",
+    }
+    for command in ("train", "bench"):
+        assert run(command, "--help") == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(f"--{name} {shown}" in text for name, shown in choices.items())
+    assert run("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--task {nuclei,polyp,liver,nodule}" in text and "{unet,wide_unet,unet++}" in text
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
-    [(["-m", "unetpp_fast", "--version"], uf.__version__), (["-m", "unetpp_fast.info"], "reference")],
-    ids=["version", "info"],
+    [
+        (["-m", "unetpp_fast", "--version"], uf.__version__),
+        (["-m", "unetpp_fast.info"], "reference"),
+        (["-m", "unetpp_fast", "info"], "reference"),
+    ],
+    ids=["version", "info", "info-command"],
 )
 def test_the_package_runs_as_a_module(command, says):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and says in done.stdout
 
 
-def test_info_names_what_is_installed():
+def test_info_prints_what_is_installed():
     facts = dict(line.split(maxsplit=1) for line in info.lines() if len(line.split(maxsplit=1)) == 2)
     assert facts["torch"] == torch.__version__ and facts["unetpp_fast"] == uf.__version__
 
@@ -165,8 +196,6 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, folder, tmp_path):
 
 @pytest.mark.parametrize("classes", [["../outside"], ["/tmp"], [".."], ["a", "b"], [1], "a", ["a/b"]], ids=str)
 def test_classes_of_a_checkpoint_name_no_other_folder(classes):
-    from unetpp_fast.cli import predict, train
-
-    with pytest.raises(train.InputError, match="plain name"):
-        predict._classes(uf.UNet(1, 1, features=(3, 4)), {"about": {"classes": classes}})
-    assert predict._classes(uf.UNet(1, 2, features=(3, 4)), {}) == ["0", "1"]
+    with pytest.raises(InputError, match="plain name"):
+        predict.class_names(uf.UNet(1, 1, features=(3, 4)), {"about": {"classes": classes}})
+    assert predict.class_names(uf.UNet(1, 2, features=(3, 4)), {}) == ["0", "1"]

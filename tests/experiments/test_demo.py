@@ -1,4 +1,4 @@
-"""The demo end to end, short: its table, its pictures, and that the seed decides everything but the times."""
+"""A short demo from end to end: its table, its pictures, and that the seed decides everything but the times."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(tmp_path_factory):
     runs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "FEATURES", (4, 6, 8, 10, 12))
-        patch.setattr(demo, "STEPS_AN_EPOCH", 4)
+        patch.setattr(demo, "STEPS_PER_EPOCH", 4)
         for name in ("one", "two"):
             out = tmp_path_factory.mktemp(name)
             runs.append((out, demo.run(out, epochs=1, seed=3)))
@@ -39,7 +39,7 @@ def rows(tmp_path_factory):
 
 
 def test_the_real_demo_segments_the_other_half(tmp_path):
-    """Three of its ten epochs are enough for the accuracy that the README promises of all ten."""
+    """Three of its ten epochs reach the accuracy that the README states for all ten."""
     rows = {row["name"]: row for row in demo.run(tmp_path, epochs=3)}
     assert rows["UNet++ accurate"]["iou"] >= 0.80
     assert rows["UNet++ L4"]["parameters"] == 2_265_249
@@ -75,7 +75,7 @@ def test_pictures_can_be_looked_at(rows):
 def test_the_picture_shows_the_masks_of_the_table(monkeypatch, tmp_path):
     """In half precision too: what is drawn is what was scored."""
     monkeypatch.setattr(demo, "FEATURES", (4, 6, 8))
-    monkeypatch.setattr(demo, "STEPS_AN_EPOCH", 2)
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 2)
     monkeypatch.setattr(demo, "milliseconds", lambda models, *_: [1.0] * len(models))
     drawn = []
     monkeypatch.setattr(pictures, "qualitative", lambda path, image, truth, masks: drawn.append((truth, masks)))
@@ -92,7 +92,7 @@ def test_without_matplotlib_it_stops_before_training(monkeypatch, tmp_path):
         demo.run(tmp_path, epochs=1)
 
 
-def test_times_are_taken_in_turns():
+def test_timed_runs_are_interleaved():
     calls = []
 
     class Recorder(torch.nn.Module):
@@ -106,7 +106,7 @@ def test_times_are_taken_in_turns():
 
     _, right = demo.halves()
     times = demo.milliseconds([Recorder("a"), Recorder("b")], right, rounds=2)
-    assert calls == ["a", "b"] * 4 and len(times) == 2 and all(time >= 0 for time in times)
+    assert calls == list("aabb") + list("ab") * 2 and len(times) == 2 and all(time >= 0 for time in times)
 
 
 def test_evaluate_is_the_score_of_the_accurate_mode():

@@ -34,7 +34,7 @@ def read(out: Path) -> list[dict]:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(demo, "STEPS_AN_EPOCH", 1)
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 1)
 
 
 def test_the_table_shows_the_four_rows_with_the_spread_of_the_seeds(tmp_path, capsys):
@@ -93,10 +93,10 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
             self._stop = True
         return fit(self, *arguments, **options)
 
-    monkeypatch.setattr(demo, "STEPS_AN_EPOCH", 2)
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 2)
     monkeypatch.setattr(Trainer, "fit", break_off)
     assert run(*SMALL, "--seeds", "0", "--out", tmp_path / "broken") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert [row["model"] for row in read(tmp_path / "broken")] == ["U-Net", "wide U-Net"]
     started = []
 
@@ -139,11 +139,11 @@ def test_data_are_judged_by_the_best_epoch_on_images_held_out(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--sample", "--task", "liver"), "--task says what --data holds"),
+        (("--sample", "--task", "liver"), "--task describes --data"),
         (("--sample", "--width", "0"), "--width must be above 0"),
         (("--sample", "--epochs", "0"), "epochs must be at least 1"),
         ((), r"one of the arguments --data --sample is required"),
-        (("--sample", "--seeds", "one"), "no list of seeds"),
+        (("--sample", "--seeds", "one"), "is not a list of seeds"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, says):

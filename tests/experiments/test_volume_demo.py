@@ -29,7 +29,7 @@ def test_the_parts_do_not_overlap_and_make_the_stack():
 def test_it_segments_planes_it_has_not_seen_and_draws_them(monkeypatch, tmp_path):
     """A smaller network and two short epochs are enough for the accuracy that is promised of the demo."""
     monkeypatch.setattr(volume_demo, "FEATURES", (8, 12))
-    monkeypatch.setattr(demo, "STEPS_AN_EPOCH", 12)
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 12)
     rows = volume_demo.run(tmp_path, epochs=2)
     assert [row["name"] for row in rows] == ["U-Net", "UNet++ accurate", "UNet++ L1"]
     assert rows[1]["iou"] >= 0.6
@@ -41,7 +41,7 @@ def test_it_segments_planes_it_has_not_seen_and_draws_them(monkeypatch, tmp_path
 
 def test_the_picture_shows_the_planes_of_the_masks_that_were_scored(monkeypatch, tmp_path):
     monkeypatch.setattr(volume_demo, "FEATURES", (3, 4))
-    monkeypatch.setattr(demo, "STEPS_AN_EPOCH", 1)
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 1)
     monkeypatch.setattr(demo, "milliseconds", lambda models, *_: [1.0] * len(models))
     drawn = []
     monkeypatch.setattr(volume_demo.pictures, "planes", lambda *arguments: drawn.append(arguments))

@@ -1,77 +1,108 @@
-"""What several commands share: types of arguments, and the network that they describe."""
+"""Arguments that several commands share, the types that parse them, and the network that they describe."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 
+from ..architecture.options import ENGINES, Entry
+from ..architecture.precision import TRAINED
 from ..common.errors import InputError
+from ..data.tasks import TASKS
 from ..models.architectures import UNet, UNetPlusPlus
 from ..models.network import Network
 from ..models.tiled_prediction import parse_bytes
 
+Commands = argparse._SubParsersAction
+Run = Callable[[argparse.Namespace], int | None]
 
-def add_command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of an option, unless it has none or the help gives it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """The parser of a command that `run` runs; `text` describes it."""
+    command = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
     command.set_defaults(run=run)
-    command.add_argument("--device", default="auto", help="auto (the best there is), cpu, cuda, cuda:1, mps")
-    command.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: bfloat16 on a GPU that has it, else float32",
-    )  # fmt: skip
     return command
 
 
-def add_task(command: argparse.ArgumentParser) -> None:
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Adds --device and --dtype."""
+    command.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     command.add_argument(
-        "--task", choices=["nuclei", "polyp", "liver", "nodule"],
+        "--dtype", default="auto", choices=["auto", *TRAINED], help="auto: bfloat16 on a GPU that supports it, else float32"
+    )
+
+
+def add_task(command: argparse.ArgumentParser) -> None:
+    """Adds --task."""
+    command.add_argument(
+        "--task", choices=list(TASKS),
         help="a data set of the paper as its provider ships it, with the paper's network and patch size",
     )  # fmt: skip
 
 
-def sizes_argument(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512, 512x384 or 64x64x64") from None
-    return sizes * 2 if len(sizes) == 1 else sizes
+def engine_options(table: Mapping[str, Entry]) -> list[str]:
+    """The names in a table of `architecture.options` that commands offer: those that more than the reference computes."""
+    return [name for name, entry in table.items() if any(not entry.unsupported(each, entry.keywords) for each in ENGINES)]
 
 
-def tile_argument(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512 or 32x256x256") from None
+def tile_size(text: str) -> tuple[int, ...]:
+    """`512` as (512,), `32x256x256` as (32, 256, 256)."""
+    return _integers(text, "x", "a size such as 512 or 32x256x256")
 
 
-def memory_argument(text: str) -> int:
+def image_size(text: str) -> tuple[int, ...]:
+    """`512` as (512, 512), `64x64x64` as (64, 64, 64)."""
+    size = _integers(text, "x", "a size such as 512, 512x384 or 64x64x64")
+    return size * 2 if len(size) == 1 else size
+
+
+def seed_list(text: str) -> tuple[int, ...]:
+    """`0,1,2` as (0, 1, 2), without repetitions."""
+    return tuple(dict.fromkeys(_integers(text, ",", "a list of seeds such as 0,1,2")))
+
+
+def width_list(text: str) -> tuple[int, ...]:
+    """`32,64` as (32, 64)."""
+    return _integers(text, ",", "a list of widths such as 32,64,128,256,512")
+
+
+def byte_count(text: str) -> int:
+    """`512M` as 512 * 2^20."""
     try:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def seeds_argument(text: str) -> tuple[int, ...]:
+def _integers(text: str, separator: str, what: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        return tuple(int(part) for part in text.split(separator))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds such as 0,1,2") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
 
-def widths_argument(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of widths such as 32,64,128,256,512") from None
+def build_network(arch: str, options: argparse.Namespace, channels: int, classes: int, **extra) -> Network:
+    """The network that --features, --norm and --upsample describe; `extra`: further keywords of the network.
 
-
-def build_network(model: str, options: argparse.Namespace, channels: int, classes: int, **extra) -> Network:
-    arguments = {
+    Raises:
+        InputError: a value is out of range.
+    """
+    keywords = {
         "features": options.features,
         "norm": None if options.norm == "none" else options.norm,
         "upsample": options.upsample,
         **extra,
     }
     try:
-        return (UNetPlusPlus if model == "unet++" else UNet)(channels, classes, **arguments)
+        return (UNetPlusPlus if arch == "unet++" else UNet)(channels, classes, **keywords)
     except ValueError as error:
         raise InputError(str(error)) from error

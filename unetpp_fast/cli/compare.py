@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..architecture.precision import choose_dtype
 from ..common.devices import choose_device
+from ..common.errors import InputError
+from ..data.tasks import FOLDER, TASKS
 from ..experiments import paper_table
-from .arguments import add_command, add_task, seeds_argument
+from ..training.trainer import Interrupted
+from .arguments import Commands, add_command, add_device, add_task, seed_list
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Commands) -> None:
+    """Adds `compare` to the commands."""
     compare = add_command(
-        commands, "compare", run, "Train U-Net, wide U-Net and UNet++ alike and print the paper's table 3 of them."
+        commands, "compare", run, "Train U-Net, wide U-Net and UNet++ with one recipe and print the paper's table 3 of them."
     )
+    add_device(compare)
     source = compare.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="the folder with images/ and masks/, or the data of --task")
-    source.add_argument("--sample", action="store_true", help="half of the nuclei image, judged on the other half")
+    source.add_argument("--sample", action="store_true", help="train on half of the nuclei image, test on the other half")
     add_task(compare)
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for the runs and compare.csv")
-    compare.add_argument("--seeds", type=seeds_argument, default=(0, 1, 2), help="numbers such as 0,1,2; a run each")
-    compare.add_argument("--width", type=float, default=1.0, help="times the paper's channels, 0.25 for a CPU")
+    compare.add_argument("--seeds", type=seed_list, default="0,1,2", help="such as 0,1,2: one run per seed and network")
+    compare.add_argument("--width", type=float, default=1.0, help="factor on the paper's channels; 0.25 suits a CPU")
     compare.add_argument(
-        "--epochs", type=int, default=argparse.SUPPRESS, help="(default: 100 with early stopping; of the sample 10)"
+        "--epochs",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="the largest number of epochs (default: 100; with --sample exactly 10)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
+    """Trains every network with every seed and prints the table; returns the exit code."""
     device = choose_device(options.device)
-    return paper_table.command(options, device, choose_dtype(options.dtype, device))
+    dtype = choose_dtype(options.dtype, device)
+    if options.task and options.sample:
+        raise InputError("--task describes --data: leave it out with --sample")
+    if not 0 < options.width <= 4:
+        raise InputError(f"--width must be above 0 and at most 4, not {options.width}")
+    epochs = getattr(options, "epochs", None)
+    if options.sample:
+        material = paper_table.from_sample(epochs, dtype)
+    else:
+        material = paper_table.from_folder(options.data, TASKS.get(options.task, FOLDER), epochs, dtype)
+    settings = {"data": "sample" if options.sample else str(options.data.resolve()), "task": options.task}
+    try:
+        rows = paper_table.run(material, options.seeds, options.width, options.out, device, settings)
+    except Interrupted:
+        print(f"stopped; finished runs are in {options.out}: the same command continues", file=sys.stderr)
+        return 130
+    print(paper_table.table(rows))
+    print(f"all runs: {options.out / 'compare.csv'}, {options.out / 'compare.json'}")
+    return 0

@@ -10,49 +10,47 @@ import numpy as np
 import torch
 
 from ..architecture.precision import autocast, choose_dtype
-from ..common import extras
 from ..common.devices import choose_device
 from ..common.errors import InputError
+from ..common.progress import progress_bar
 from ..data import prediction_files
 from ..data.images import scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
 from ..models.network import Network
 from ..training import checkpoint
-from .arguments import add_command, memory_argument, tile_argument
+from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
 
-def add_parser(commands) -> None:
-    predict = add_command(commands, "predict", run, "Write a mask for each class and image, in the image's format.")
+def add_parser(commands: Commands) -> None:
+    """Adds `predict` to the commands."""
+    predict = add_command(commands, "predict", run, "Write a mask per class and image, in the image's format.")
+    add_device(predict)
     predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a training")
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")
-    predict.add_argument("--level", type=int, help="head to use (fast) or to stop at (accurate); default the deepest")
+    predict.add_argument("--level", type=int, help="head to use (fast) or the last to use (accurate); default: the deepest")
     predict.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is foreground")
     predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
-    predict.add_argument("--tile", type=tile_argument, help="predict by tiles of so many pixels: 512, or 32x256x256 in 3D")
-    predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that lies in its neighbour too")
+    predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
+    predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
     predict.add_argument(
-        "--max-memory", type=memory_argument, help="512M, 2G: choose tiles that need no more; default one pass"
+        "--max-memory", type=byte_count, help="512M, 2G: choose tiles that need no more; default: one tile per image"
     )
 
 
 def run(options: argparse.Namespace) -> None:
+    """Writes `masks/<class>/<id>` and, if asked for, probabilities in the format of each file; overlays of pictures."""
     device = choose_device(options.device)
-    predict(options, device, choose_dtype(options.dtype, device))
-
-
-def predict(options: argparse.Namespace, device: torch.device, dtype: str) -> None:
-    """Writes `masks/<class>/<id>`, with --probabilities those too, in each file's format, and overlays of pictures."""
+    dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
-        raise InputError(f"--threshold must lie between 0 and 1, not {options.threshold}")
+        raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
     network, content = checkpoint.load_model(options.checkpoint, device)
-    classes = _classes(network, content)
+    classes = class_names(network, content)
     prepare = (content.get("about") or {}).get("prepare", {})
     images = prediction_files.find(options.images)
-    tqdm = extras.need("tqdm", "commands").tqdm
-    for name, path in tqdm(images.items(), desc="predicting", unit="file", disable=None):
+    for name, path in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
         source = prediction_files.read(path, network.topology.spatial_dims, network.topology.in_channels)
         try:
             with autocast(device, dtype):
@@ -72,8 +70,12 @@ def predict(options: argparse.Namespace, device: torch.device, dtype: str) -> No
     print(f"{len(images)} image(s): {options.out / 'masks'}{overlays}")
 
 
-def _classes(network: Network, content: dict) -> list[str]:
-    """The names of the classes, which become names of folders."""
+def class_names(network: Network, content: dict) -> list[str]:
+    """The names of the classes in a checkpoint, or their numbers.
+
+    Raises:
+        InputError: a name cannot be that of a folder, or there are not as many as the network has outputs.
+    """
     about = content.get("about") or {}
     classes = about.get("classes") or [str(index) for index in range(network.out_channels)]
     plain = isinstance(classes, list) and all(
@@ -87,7 +89,7 @@ def _classes(network: Network, content: dict) -> list[str]:
 def _predict_file(
     network: Network, source: prediction_files.Source, options: argparse.Namespace, prepare: dict
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Masks, bool, and probabilities, float32, `[classes, *S]`, of a file, in memory-mapped files."""
+    """Masks, bool, and probabilities, float32 or None, `[classes, *S]`, of a file; both are memory-mapped."""
     chosen = {"mode": options.mode, "level": options.level}
     images = source.images()
     size, tile = images[0].shape[1:], options.tile
@@ -113,12 +115,12 @@ def _predict_file(
 def _predict_scaled(
     network: Network, source: prediction_files.Source, options: argparse.Namespace, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `_predict_file` for a model trained on images scaled to `side` x `side` pixels: scaled likewise, and back again."""
+    """As `_predict_file`, for a model that was trained on images scaled to `side` x `side` pixels."""
     device = next(network.parameters()).device
     probabilities = np.zeros((network.out_channels, *source.shape), np.float32)
     for image, part in zip(source.images(), source.parts(probabilities), strict=True):
         small = scaled(image.astype(np.float32), (side, side))
         x = torch.from_numpy(standardise(small))[None].to(device)
-        found = network.predict(x, mode=options.mode, level=options.level)[0]
-        part[:] = scaled(found.cpu().numpy(), image.shape[1:])
+        prediction = network.predict(x, mode=options.mode, level=options.level)[0]
+        part[:] = scaled(prediction.cpu().numpy(), image.shape[1:])
     return probabilities > options.threshold, probabilities

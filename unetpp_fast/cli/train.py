@@ -25,8 +25,15 @@ from ..training import checkpoint, memory_budget, processes, run_folder
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from .arguments import (
-    Commands, add_command, add_device, add_task, build_network, byte_count, engine_options, width_list,
-)  # fmt: skip
+    Commands,
+    add_command,
+    add_device,
+    add_task,
+    build_network,
+    byte_count,
+    engine_options,
+    width_list,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -38,18 +45,16 @@ def add_parser(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     _add_network(train)
-    train.add_argument("--epochs", type=int, default=100)
+    train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
     batch = train.add_mutually_exclusive_group()
     batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
-    batch.add_argument(
-        "--max-memory", type=byte_count, help="8G: choose the largest batch for which a process needs no more"
-    )
+    batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
     train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
     train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
     train.add_argument(
         "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
     )
-    train.add_argument("--learning-rate", type=float, default=3e-4)
+    train.add_argument("--learning-rate", type=float, default=3e-4, help="of Adam")
     train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
     train.add_argument(
         "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
@@ -59,24 +64,24 @@ def add_parser(commands: Commands) -> None:
         help="patches per image and epoch (default: 4, or the task's)",
     )  # fmt: skip
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=0, help="of the weights, the patches and the validation images")
     train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
     train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
 
 
 def _add_network(train: argparse.ArgumentParser) -> None:
     """Adds the options of the network. Those with SUPPRESS get their defaults from `with_defaults`."""
-    train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++")
+    train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++", help="the network")
     train.add_argument(
         "--features", type=width_list, default=argparse.SUPPRESS,
         help="widths, finest level first (default: the paper's)",
     )  # fmt: skip
     train.add_argument(
         "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,
-        help="(default: batch; with --task: none)",
+        help="norm after each convolution (default: batch; with --task: none)",
     )  # fmt: skip
-    train.add_argument("--upsample", choices=engine_options(UPSAMPLES), default="deconv")
-    train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="(default: 0; with --task: 0.5)")
+    train.add_argument("--upsample", choices=engine_options(UPSAMPLES), default="deconv", help="up-sampling")
+    train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="probability (default: 0; with --task: 0.5)")
     train.add_argument(
         "--deep-supervision", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="a head at each depth of UNet++, needed to prune it (default: yes; with --task: no)",

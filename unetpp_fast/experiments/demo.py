@@ -1,7 +1,9 @@
-"""The paper's comparison on one real image: train U-Net and UNet++ on its left half, judge them on the right one, prune."""
+"""The paper's comparison on one real image: train U-Net and UNet++ on its left half, test them on the right half, prune."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import statistics
 import time
@@ -11,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..architecture.precision import autocast
 from ..common.atomic_files import check_folder
-from ..common.devices import wait
 from ..common.errors import InputError
 from ..common.extras import need
+from ..common.timing import interleaved_times
 from ..data.images import read_image, read_labels
 from ..data.patches import Patches
 from ..data.samples import ArraySample
@@ -31,17 +34,21 @@ from . import pictures
 
 FEATURES = (16, 32, 64, 128, 256)
 PATCH = 96
-STEPS_AN_EPOCH = 20
+STEPS_PER_EPOCH = 20
 
 
 def example(name: str) -> Path:
-    """The path of a file of the shipped sample data, e.g. "nuclei/image.png"."""
+    """The path of a file of the installed sample data, e.g. "nuclei/image.png".
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         path = Path(str(resources.files("unetpp_fast.examples"))) / name
-    except ModuleNotFoundError:  # run from the repository without an installation
+    except ModuleNotFoundError:  # in a repository that is not installed
         path = Path(__file__).parents[2] / "examples" / name
     if not path.is_file():
-        raise InputError(f"the sample data is missing ({path}): install the package anew")
+        raise InputError(f"the sample data is missing ({path}): reinstall the package")
     return path
 
 
@@ -54,15 +61,26 @@ def halves() -> tuple[ArraySample, ArraySample]:
     return ArraySample("left", image[left], mask[left]), ArraySample("right", image[right], mask[right])
 
 
-def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> list[dict]:
-    """Trains, judges and prunes; prints the table, writes `qualitative.png` and `speed_accuracy.png` to `out`.
+def run(
+    out: Path,
+    *,
+    epochs: int = 10,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    loss: nn.Module | None = None,
+) -> list[dict]:
+    """Trains, tests and prunes; prints the table, writes `qualitative.png` and `speed_accuracy.png` to `out`.
+
+    Args:
+        loss: as in `Trainer`.
 
     Returns:
         The rows of the table, keys name, parameters, gflop, iou, dice, ms.
     """
     left, right = halves()
     recipe = make_recipe(epochs, seed, device, dtype)
-    rows, masks = compare(left, right, recipe, out, device, patch=PATCH, features=FEATURES)
+    rows, masks = compare(left, right, recipe, out, device, patch=PATCH, loss=loss, features=FEATURES)
     if processes.is_first():
         pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
         print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
@@ -70,31 +88,42 @@ def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtyp
 
 
 def make_recipe(epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> Recipe:
-    """How the demos train; on a CPU to the same weights for every number of processes and threads."""
-    same = device == "cpu" and dtype == "float32"
-    return Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3, reproducible=same)
+    """The recipe of the demos; in float32 on a CPU, weights do not depend on the number of processes and threads."""
+    reproducible = device == "cpu" and dtype == "float32"
+    return Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3, reproducible=reproducible)
 
 
 def compare(
-    train: ArraySample, test: ArraySample, recipe: Recipe, out: Path, device: str, *, patch: int, **options
+    train: ArraySample,
+    test: ArraySample,
+    recipe: Recipe,
+    out: Path,
+    device: str,
+    *,
+    patch: int,
+    loss: nn.Module | None = None,
+    **options,
 ) -> tuple[list[dict], dict[str, tuple[np.ndarray, float]]]:
-    """Trains U-Net and UNet++ on one part of an image or volume and judges them, and UNet++ pruned, on another; prints the
-    table and draws `speed_accuracy.png`.
+    """Trains U-Net and UNet++ on one part of an image or volume, tests them and pruned UNet++ on another.
+
+    Prints the table and draws `speed_accuracy.png`.
 
     Args:
-        options: of the networks.
+        patch: side of the training patches.
+        loss: as in `Trainer`.
+        options: keywords of both networks.
 
     Returns:
         The rows of the table, and for both networks the mask of `test`, bool `[*S]`, with its IoU.
     """
-    need("matplotlib.figure", "demo")  # now, not after minutes of training
+    need("matplotlib.figure", "demo")  # fails now rather than after minutes of training
     check_folder(out)
-    unet = trained("U-Net", UNet, train, recipe, device, patch, **options)
-    nested = trained("UNet++", UNetPlusPlus, train, recipe, device, patch, deep_supervision=True, **options)
+    unet = trained("U-Net", UNet, train, recipe, device, patch, loss, **options)
+    nested = trained("UNet++", UNetPlusPlus, train, recipe, device, patch, loss, deep_supervision=True, **options)
     models = {"U-Net": unet, "UNet++ accurate": nested}
     models |= {f"UNet++ L{level}": nested.prune(level) for level in nested.topology.heads}
     dtype = recipe.dtype
-    first = processes.is_first()  # the others wait meanwhile, or the times would be of a shared machine
+    first = processes.is_first()  # only one process measures times; the others wait
     times = milliseconds(list(models.values()), test, dtype) if first else [math.nan] * len(models)
     rows = [_row(name, model, test, ms, dtype) for (name, model), ms in zip(models.items(), times, strict=True)]
     if not first:
@@ -108,36 +137,44 @@ def compare(
 
 
 def trained(
-    name: str, build: type[Network], sample: ArraySample, recipe: Recipe, device: str, patch: int, **options
+    name: str,
+    build: type[Network],
+    sample: ArraySample,
+    recipe: Recipe,
+    device: str,
+    patch: int,
+    loss: nn.Module | None = None,
+    **options,
 ) -> Network:
-    """A network of those options, trained on patches of a sample; with several processes, by all of them."""
+    """A network with these options, trained on patches of a sample, by all processes together."""
     torch.manual_seed(recipe.seed)
     network = build(1, 1, **options).to(device)
-    patches = Patches([sample], patch, per_image=recipe.batch_size * STEPS_AN_EPOCH, seed=recipe.seed)
+    patches = Patches([sample], patch, per_image=recipe.batch_size * STEPS_PER_EPOCH, seed=recipe.seed)
     size = "x".join([str(patch)] * network.topology.spatial_dims)
     say = print if processes.is_first() else lambda text: None
     say(f"training {name} on {len(patches) * recipe.epochs} patches of {size}")
     began = time.perf_counter()
-    Trainer(network, patches, [], recipe).fit()
+    Trainer(network, patches, [], recipe, loss=loss).fit()
     say(f"{name} trained in {time.perf_counter() - began:.0f} s")
     return network.eval()
 
 
 def milliseconds(models: Sequence[Network], sample: ArraySample, dtype: str = "float32", rounds: int = 11) -> list[float]:
-    """Median time of each model's forward pass on one whole image, the models taking turns so that drift hits all."""
+    """Median time of each model's forward pass on one whole image; the runs are interleaved."""
     device = next(models[0].parameters()).device
     image = torch.from_numpy(sample.load()[0])[None].to(device)
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds + 2):
-        for model, mine in zip(models, times, strict=True):
-            x = pad_to_multiple(image, model.topology.multiple)
-            with evaluating(model), autocast(device, dtype):
-                wait(device)
-                began = time.perf_counter()
-                model(x)
-                wait(device)
-                mine.append(1e3 * (time.perf_counter() - began))
-    return [statistics.median(mine[2:]) for mine in times]
+
+    def run(model: Network, x: torch.Tensor) -> None:
+        with autocast(device, dtype):
+            model(x)
+
+    padded = [pad_to_multiple(image, model.topology.multiple) for model in models]
+    runs = {str(index): functools.partial(run, *pair) for index, pair in enumerate(zip(models, padded, strict=True))}
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        times = interleaved_times(runs, device, rounds=rounds)
+    return [statistics.median(values) for values in times.values()]
 
 
 def _row(name: str, model: Network, sample: ArraySample, ms: float, dtype: str) -> dict:

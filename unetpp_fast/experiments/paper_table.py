@@ -1,13 +1,11 @@
-"""Table 3 of the paper: U-Net, wide U-Net and UNet++ without and with deep supervision, trained alike with several seeds."""
+"""The paper's table 3: U-Net, wide U-Net and UNet++, also with deep supervision, trained by one recipe and several seeds."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +16,16 @@ import torch
 
 from ..common.atomic_files import check_folder, write_atomic
 from ..common.errors import InputError
-from ..common.extras import need
+from ..common.progress import progress_bar
 from ..data.patches import Patches
 from ..data.samples import groups, split
-from ..data.tasks import FOLDER, TASKS, Task
+from ..data.tasks import FOLDER, Task
 from ..models.architectures import PAPER_FEATURES, UNet, UNetPlusPlus, parameter_count
 from ..models.network import Network
 from ..training.checkpoint import load_model
 from ..training.evaluation import evaluate
 from ..training.recipe import Recipe
-from ..training.trainer import Interrupted, Trainer
+from ..training.trainer import Trainer
 from . import demo
 
 COLUMNS = ("model", "seed", "parameters", "iou", "dice", "epochs", "seconds")
@@ -54,7 +52,12 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Material:
-    """What all contenders share: the data and how they are trained. Without `validation` every epoch runs."""
+    """What all contenders share: the data and the recipe.
+
+    training, validation, test: samples; without `validation` there is no early stopping.
+    per_image: patches per sample and epoch.
+    network: keywords of every network.
+    """
 
     training: Sequence
     validation: Sequence
@@ -68,18 +71,18 @@ class Material:
 
 
 def from_sample(epochs: int | None, dtype: str) -> Material:
-    """The left half of the nuclei image to train on and the right one to judge on, with the demo's norm and learning rate.
+    """The left half of the nuclei image for training and the right one for testing, with the demo's norm and learning rate.
 
-    The image is too small to keep a part for early stopping.
+    The image is too small for a validation part.
     """
     left, right = demo.halves()
     recipe = Recipe(epochs=10 if epochs is None else epochs, learning_rate=1e-3, dtype=dtype)
-    patches = recipe.batch_size * demo.STEPS_AN_EPOCH
+    patches = recipe.batch_size * demo.STEPS_PER_EPOCH
     return Material([left], [], [right], 1, 1, FOLDER, patches, {"norm": "batch"}, recipe)
 
 
 def from_folder(root: Path, task: Task, epochs: int | None, dtype: str) -> Material:
-    """A fifth of the data to judge on and of the rest for early stopping, the same for every seed; the paper's recipe."""
+    """A fifth of the data for testing, a fifth of the rest for early stopping, equal for all seeds; the paper's recipe."""
     samples, classes, channels = task.read(root)
     rest, test = split(samples, TEST_SHARE, 0)
     training, validation = split(rest, VALIDATION_SHARE, 0)
@@ -88,35 +91,20 @@ def from_folder(root: Path, task: Task, epochs: int | None, dtype: str) -> Mater
     return Material(training, validation, test, channels, len(classes), task, task.per_image, network, recipe)
 
 
-def command(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
-    """What `unetpp-fast compare` does; returns the exit code."""
-    if options.task and options.sample:
-        raise InputError("--task says what --data holds: leave it out with --sample")
-    if not 0 < options.width <= 4:
-        raise InputError(f"--width must be above 0 and at most 4, not {options.width}")
-    task, epochs = TASKS[options.task] if options.task else FOLDER, getattr(options, "epochs", None)
-    material = from_sample(epochs, dtype) if options.sample else from_folder(options.data, task, epochs, dtype)
-    settings = {"data": "sample" if options.sample else str(options.data.resolve()), "task": options.task}
-    try:
-        rows = run(material, options.seeds, options.width, options.out, device, settings)
-    except Interrupted:
-        print(f"stopped; what is done is in {options.out}: the same command goes on", file=sys.stderr)
-        return 130
-    print(table(rows))
-    print(f"every run: {options.out / 'compare.csv'}, {options.out / 'compare.json'}")
-    return 0
-
-
 def run(
     material: Material, seeds: Sequence[int], width: float, out: Path, device: torch.device, about: Mapping[str, Any]
 ) -> list[dict]:
-    """Trains every contender with every seed, which decides weights and order of the data alike for all of them.
+    """Trains every contender with every seed. The seed sets the initial weights and the order of the data.
 
-    After each run `compare.csv` and `compare.json` are written to `out`; runs they hold are not repeated, and one that was
-    broken off goes on.
+    After each run `compare.csv` and `compare.json` are written to `out`. Runs that they hold are not repeated; an
+    interrupted one is resumed.
+
+    Args:
+        width: factor on the paper's channels.
+        about: settings of the caller, written to `compare.json`.
 
     Returns:
-        One row a run, keys `COLUMNS`.
+        One row per run, keys `COLUMNS`.
 
     Raises:
         InputError: `out` holds a comparison with other settings.
@@ -126,11 +114,10 @@ def run(
     settings = {**about, "width": width, "epochs": recipe.epochs, "dtype": recipe.dtype, "device": device.type}
     settings["test"] = groups(material.test)
     check_folder(out)
-    rows = _done(out / "compare.json", settings)
-    have = {(row["model"], row["seed"]) for row in rows}
-    wanted = [(contender, seed) for seed in seeds for contender in CONTENDERS if (contender.name, seed) not in have]
-    tqdm = need("tqdm", "commands").tqdm
-    with tqdm(total=len(wanted) * recipe.epochs, desc="comparing", unit="epoch", disable=None) as bar:
+    rows = _finished_rows(out / "compare.json", settings)
+    done = {(row["model"], row["seed"]) for row in rows}
+    wanted = [(contender, seed) for seed in seeds for contender in CONTENDERS if (contender.name, seed) not in done]
+    with progress_bar(total=len(wanted) * recipe.epochs, desc="comparing", unit="epoch", disable=None) as bar:
         for number, (contender, seed) in enumerate(wanted, 1):
             bar.set_postfix_str(f"{contender.name}, seed {seed}")
             rows.append(_train(material, contender, seed, width, out, device, bar.update))
@@ -140,24 +127,24 @@ def run(
     return sorted((row for row in rows if row["seed"] in seeds), key=lambda row: (names.index(row["model"]), row["seed"]))
 
 
-def _done(path: Path, settings: Mapping[str, Any]) -> list[dict]:
-    """The rows of an earlier call with the same settings."""
+def _finished_rows(path: Path, settings: Mapping[str, Any]) -> list[dict]:
+    """The rows of an earlier call, which must have had the same settings."""
     if not path.exists():
         return []
     try:
         content = json.loads(path.read_text())
-        rows, then = content["rows"], content["settings"]
+        rows, earlier = content["rows"], content["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}): remove it, or choose another --out") from error
     for key, value in settings.items():
-        if then.get(key) != value:
-            shown = f"{key}={then.get(key)!r}, now {value!r}" if key != "test" else "images to judge on"
-            raise InputError(f"{path} was made with another {shown}: repeat with the same, or choose another --out")
+        if earlier.get(key) != value:
+            shown = f"{key}={earlier.get(key)!r}, now {value!r}" if key != "test" else "set of test images"
+            raise InputError(f"{path} was made with another {shown}: use the same, or choose another --out")
     return rows
 
 
 def build(contender: Contender, material: Material, width: float) -> Network:
-    """The contender's network with `width` times the paper's channels, at least one each."""
+    """The contender's network with `width` times the paper's channels, at least one per level."""
     features = [max(1, round(width * channels)) for channels in PAPER_FEATURES[contender.arch]]
     options = {**material.network, "features": features, "spatial_dims": material.task.spatial_dims}
     if contender.arch == "unet++":
@@ -197,8 +184,10 @@ def _write(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping]) -> N
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """A line a contender: parameters, IoU and its gain over U-Net with the same seed, each mean ± standard deviation and
-    range over the seeds."""
+    """A line per contender: parameters, IoU and its gain over U-Net with the same seed.
+
+    IoU and gain are mean ± standard deviation and range over the seeds.
+    """
     ious = {contender.name: {} for contender in CONTENDERS}
     for row in rows:
         ious[row["model"]][row["seed"]] = row["iou"]
@@ -213,7 +202,7 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """`0.8531 ± 0.0040 (0.8490 to 0.8570)`; of a single value just that."""
+    """`0.8531 ± 0.0040 (0.8490 to 0.8570)`; a single value as it is."""
     mean = f"{statistics.mean(values):{sign}.4f}"
     if len(values) == 1:
         return mean

@@ -1,4 +1,4 @@
-"""Pictures for people: overlays, the paper's qualitative comparison (Fig. 2) and speed against accuracy (Fig. 3)."""
+"""Overlays, the paper's qualitative comparison (Fig. 2) and speed against accuracy (Fig. 3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stretch(image: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """uint8 `[H, W, 3]`: the image `[C, H, W]` with each mask of `[classes, H, W]` tinted and outlined."""
+    """uint8 `[H, W, 3]`: the image `[C, H, W]` with the masks `[classes, H, W]` tinted and outlined."""
     picture = stretch(image).astype(np.float32)
     for index, mask in enumerate(masks.astype(bool)):
         colour = COLOURS[index % len(COLOURS)]
@@ -41,22 +41,22 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 
 def _figure(columns: int, width: float, height: float, rows: int = 1):
-    figure_module = need("matplotlib.figure", "demo")  # without pyplot: no display, no state
+    figure_module = need("matplotlib.figure", "demo")  # needs no display, unlike pyplot
     figure = figure_module.Figure(figsize=(width, height), layout="constrained", facecolor="white")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure, path: Path) -> None:
-    # No date or version inside, so that equal pictures are equal files.
+    # Without date and version, so that equal pictures are equal files.
     write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=120, metadata={"Software": None}))
 
 
 def qualitative(
     path: Path, image: np.ndarray, truth: np.ndarray, predictions: Mapping[str, tuple[np.ndarray, float]]
 ) -> None:
-    """The paper's Fig. 2: image `[C, H, W]`, truth `[H, W]`, and for each model its mask and IoU.
+    """The paper's Fig. 2: image `[C, H, W]`, truth `[H, W]`, and the mask and IoU of each model.
 
-    In a prediction, what agrees with the truth is light, what is missed is blue, what is too much is red.
+    In a prediction, true positives are light, false negatives blue and false positives red.
     """
     height, width = truth.shape
     count = 2 + len(predictions)
@@ -72,7 +72,7 @@ def planes(
     predictions: Mapping[str, tuple[np.ndarray, float]],
     shown: Sequence[int],
 ) -> None:
-    """As `qualitative`, a row for each plane of a volume: image and masks `[D, H, W]`, `shown` the planes."""
+    """As `qualitative`, with a row for each plane in `shown` of a volume; image and masks are `[D, H, W]`."""
     depth, height, width = truth.shape
     count = 2 + len(predictions)
     figure, grid = _figure(count, 2.6 * count, len(shown) * (2.6 * height / width + 0.1) + 0.4, len(shown))
@@ -84,7 +84,7 @@ def planes(
 
 
 def _fill(axes: Sequence[Any], image: np.ndarray, truth: np.ndarray, masks: Sequence[np.ndarray]) -> None:
-    """Draws an image `[H, W, 3]`, its truth and what predictions make of it, side by side."""
+    """Draws an image `[H, W, 3]`, its truth and the predicted masks side by side."""
     axes[0].imshow(image)
     axes[1].imshow(truth, cmap="gray", vmin=0, vmax=1)
     colours = [tuple(int(value[i : i + 2], 16) for i in (1, 3, 5)) for value in (AGREE, MISSED, EXTRA)]
@@ -98,16 +98,16 @@ def _fill(axes: Sequence[Any], image: np.ndarray, truth: np.ndarray, masks: Sequ
 
 
 def _finish(figure: Any, axes: Sequence[Any], predictions: Mapping[str, tuple[np.ndarray, float]], path: Path) -> None:
-    """Writes the titles above `axes` and saves."""
+    """Writes the titles above `axes` and saves the figure."""
     titles = ["image", "truth", *(f"{name}, IoU {iou:.3f}" for name, (_, iou) in predictions.items())]
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
-    figure.supxlabel("predictions: light = right, blue = missed, red = too much", fontsize=9)
+    figure.supxlabel("predictions: light = correct, blue = missed, red = false positive", fontsize=9)
     _save(figure, path)
 
 
 def speed_accuracy(path: Path, rows: Sequence[Mapping], title: str) -> None:
-    """The paper's Fig. 3: IoU against the time of an image, one point a row with keys name, ms, iou, parameters."""
+    """The paper's Fig. 3: IoU against time per image, one point per row with keys name, ms, iou, parameters."""
     figure, ((axis,),) = _figure(1, 6.0, 4.0)
     nested = [row for row in rows if row["name"].startswith("UNet++")]
     axis.plot([row["ms"] for row in nested], [row["iou"] for row in nested], color="#9aa5b1", linewidth=1, zorder=1)
@@ -119,7 +119,7 @@ def speed_accuracy(path: Path, rows: Sequence[Mapping], title: str) -> None:
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
     axis.margins(x=0.25, y=0.18)
-    axis.set_xlabel("ms an image (median); area: parameters")
+    axis.set_xlabel("ms per image (median); area: parameters")
     axis.set_ylabel("IoU on the held-out part")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)

@@ -1,10 +1,11 @@
-"""The demo in 3D: U-Net and UNet++ trained on the lower planes of a stack of nuclei, judged on the upper ones."""
+"""The demo in 3D: U-Net and UNet++ trained on the lower planes of a stack of nuclei, tested on the upper ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from ..data.samples import ArraySample
 from ..training import processes
@@ -13,7 +14,7 @@ from . import demo, pictures
 FEATURES = (8, 16, 32, 64)
 PATCH = 16
 TRAINED = 20  # planes of 31; the other 11 are held out
-SHOWN = (2, 5, 8)  # of those
+SHOWN = (2, 5, 8)  # of the held-out planes
 
 
 def parts() -> tuple[ArraySample, ArraySample]:
@@ -24,15 +25,27 @@ def parts() -> tuple[ArraySample, ArraySample]:
     return ArraySample("lower", image[lower], mask[lower]), ArraySample("upper", image[upper], mask[upper])
 
 
-def run(out: Path, *, epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> list[dict]:
-    """Trains, judges and prunes; prints the table, writes `planes.png` and `speed_accuracy.png` to `out`.
+def run(
+    out: Path,
+    *,
+    epochs: int = 10,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    loss: nn.Module | None = None,
+) -> list[dict]:
+    """Trains, tests and prunes; prints the table, writes `planes.png` and `speed_accuracy.png` to `out`.
+
+    Args:
+        loss: as in `Trainer`.
 
     Returns:
         The rows of the table, as `demo.run`.
     """
     lower, upper = parts()
     recipe = demo.make_recipe(epochs, seed, device, dtype)
-    rows, masks = demo.compare(lower, upper, recipe, out, device, patch=PATCH, features=FEATURES, spatial_dims=3)
+    options = {"features": FEATURES, "spatial_dims": 3}
+    rows, masks = demo.compare(lower, upper, recipe, out, device, patch=PATCH, loss=loss, **options)
     if processes.is_first():
         pictures.planes(out / "planes.png", upper.image[0], upper.mask[0], masks, SHOWN)
         print(f"pictures: {out / 'planes.png'}, {out / 'speed_accuracy.png'}")
