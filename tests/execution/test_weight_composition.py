@@ -25,6 +25,16 @@ CONV = {2: F.conv2d, 3: F.conv3d}
 DECONV = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+@pytest.mark.parametrize("elements", [None, (1, 1000)])
+def test_the_example_of_one_axis(elements):
+    """The four sums of the module's docstring: phase 0, then phase 1, each for the left and the right pixel."""
+    weight = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    u0, u1 = elements or (1, 1)
+    up = None if elements is None else torch.tensor(elements, dtype=torch.float64).view(1, 1, 2)
+    phases = weight_composition.phase_weights(weight.view(1, 1, 3), up)
+    assert phases.flatten(1).tolist() == [[1 * u1, 10 * u0 + 100 * u1], [1 * u0 + 10 * u1, 100 * u0]]
+
+
 @pytest.mark.parametrize("kind", ["nearest", "project", "deconv"])
 @pytest.mark.parametrize(("axes", "size"), [(2, (1, 1)), (2, (3, 5)), (3, (1, 2, 1)), (3, (2, 3, 2))])
 def test_phases_are_the_convolution_of_the_upsampled_map(axes, size, kind):
@@ -46,11 +56,11 @@ def test_phases_are_the_convolution_of_the_upsampled_map(axes, size, kind):
         up, up_bias = None, None
         upsampled = F.interpolate(low, scale_factor=2)
     expected = channels_last(CONV[axes](torch.cat([prefix, upsampled], 1), weight, bias, padding=1))
-    parts = weight_composition.first_operands(weight, bias, 3, "phases", up, up_bias)
+    operands = weight_composition.first_operands(weight, bias, 3, "phases", up, up_bias)
     out = torch.full_like(expected, torch.nan)
     naive.conv(
-        out, channels_last(prefix), parts.wa, axes=axes, phased=True, stride=2, b=channels_last(low), wb=parts.wb,
-        bias=parts.bias, border=parts.border,
+        out, channels_last(prefix), operands.wa, axes=axes, phased=True, stride=2, b=channels_last(low), wb=operands.wb,
+        bias=operands.bias, border=operands.border,
     )  # fmt: skip
     assert_close_relative(out, expected, FLOAT64)
 
@@ -63,14 +73,14 @@ def test_data_gradients_are_convolutions_of_the_output_gradient(axes, size):
     out = CONV[axes](torch.cat([prefix, F.interpolate(low, scale_factor=2)], 1), weight, padding=1)
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     g_prefix, g_low = torch.autograd.grad(out, (prefix, low), dy)
-    parts = weight_composition.first_operands(weight, None, 3, "phases")
+    operands = weight_composition.first_operands(weight, None, 3, "phases")
     dy = channels_last(dy)
-    found = torch.empty_like(channels_last(g_prefix))
-    naive.conv(found, dy, weight_composition.flipped(parts.wa), axes=axes)
-    assert_close_relative(found, channels_last(g_prefix), FLOAT64)
-    found = torch.empty_like(channels_last(g_low))
-    naive.conv(found, dy, weight_composition.gathered(parts.wb, axes), axes=axes, taps=4, stride=2)
-    assert_close_relative(found, channels_last(g_low), FLOAT64)
+    out = torch.empty_like(channels_last(g_prefix))
+    naive.conv(out, dy, weight_composition.flipped(operands.wa), axes=axes)
+    assert_close_relative(out, channels_last(g_prefix), FLOAT64)
+    out = torch.empty_like(channels_last(g_low))
+    naive.conv(out, dy, weight_composition.gathered(operands.wb, axes), axes=axes, taps=4, stride=2)
+    assert_close_relative(out, channels_last(g_low), FLOAT64)
 
 
 @pytest.mark.parametrize("axes", [2, 3])
@@ -82,13 +92,13 @@ def test_weight_gradients_flow_back_through_the_composition(axes):
     out = CONV[axes](torch.cat([prefix, DECONV[axes](low, up, up_bias, stride=2)], 1), weight, padding=1)
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     expected = torch.autograd.grad(out, (weight, up, up_bias), dy)
-    parts = weight_composition.first_operands(weight, None, 3, "phases", up, up_bias)
+    operands = weight_composition.first_operands(weight, None, 3, "phases", up, up_bias)
     dy = channels_last(dy)
     wa = naive.conv_wgrad(channels_last(prefix), dy, axes=axes)[0]
     wb = naive.conv_wgrad(channels_last(low), dy, axes=axes, phased=True)
     border = naive.border_sums(dy, axes)
-    found = torch.autograd.grad([parts.wa, parts.wb, parts.border], (weight, up, up_bias), [wa, wb, border])
-    assert_close_relative(found, expected, FLOAT64)
+    gradients = torch.autograd.grad([operands.wa, operands.wb, operands.border], (weight, up, up_bias), [wa, wb, border])
+    assert_close_relative(gradients, expected, FLOAT64)
 
 
 def test_folding_keeps_the_exact_eps():
@@ -101,22 +111,22 @@ def test_folding_keeps_the_exact_eps():
         norm.weight.copy_(torch.tensor([0.7, -1.3]))
         norm.bias.copy_(torch.tensor([0.2, 0.3]))
     x = maps(2, 3, (5, 4), 1)
-    parts = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     for start in (bias, None):
-        folded = F.conv2d(x, *weight_composition.fold(weight, start, parts, norm.eps), padding=1)
+        folded = F.conv2d(x, *weight_composition.fold(weight, start, statistics, norm.eps), padding=1)
         assert_close_relative(folded, norm(F.conv2d(x, weight, start, padding=1)), FLOAT64)
 
 
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("kernel", [None, 1, 2])
 def test_no_constant_is_copied_to_the_device(axes, kernel):
-    """A CUDA graph captures kernels only: no tensor is made from numbers of the host, and none is written by element."""
+    """A CUDA graph captures only kernels: no tensor is built from host values, and none is written element by element."""
     weight, up_bias = torch.ones(6, 8, *[3] * axes), torch.ones(5)
     up = None if kernel is None else torch.ones(4, 5, *[kernel] * axes)
     with Recorder() as recorder:
-        parts = weight_composition.first_operands(weight, None, 3, "phases", up, None if up is None else up_bias)
-        weight_composition.first_operands_backward(parts, weight, 3, "phases", up, None if up is None else up_bias)
-        weight_composition.gathered(parts.wb, axes)
+        operands = weight_composition.first_operands(weight, None, 3, "phases", up, None if up is None else up_bias)
+        weight_composition.first_operands_backward(operands, weight, 3, "phases", up, None if up is None else up_bias)
+        weight_composition.gathered(operands.wb, axes)
     assert not {"lift_fresh", "fill_", "index", "new_zeros", "_local_scalar_dense"} & set(recorder.operations)
 
 
@@ -129,14 +139,14 @@ def test_gradients_of_the_composition_are_those_of_autograd(axes, kernel):
     if kernel:
         up = maps(axes, 5, (kernel,) * axes, 5).repeat(2, *[1] * (axes + 1)).requires_grad_()
         up_bias = maps(axes, 5, (1,) * axes, 4)[0].flatten().requires_grad_()
-    parts = weight_composition.first_operands(weight, None, 3, "phases", up, up_bias)
+    operands = weight_composition.first_operands(weight, None, 3, "phases", up, up_bias)
     generator = torch.Generator().manual_seed(3)
-    outputs = [part for part in (parts.wa, parts.wb, parts.border) if part is not None]
+    outputs = [part for part in (operands.wa, operands.wb, operands.border) if part is not None]
     g = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in outputs]
     inputs = [tensor for tensor in (weight, up, up_bias) if tensor is not None]
     expected = torch.autograd.grad(outputs, inputs, g)
     with torch.no_grad():
-        found = weight_composition.first_operands_backward(
+        gradients = weight_composition.first_operands_backward(
             weight_composition.Operands(g[0], g[1], None, g[2] if kernel else None), weight, 3, "phases", up, up_bias
         )
-    assert_close_relative([part for part in found if part is not None], expected, FLOAT64)
+    assert_close_relative([gradient for gradient in gradients if gradient is not None], expected, FLOAT64)

@@ -1,11 +1,24 @@
-"""Weights as the engine's operands: taps first, up-sampling folded in, norm folded in, flipped for data gradients.
+"""Convolution weights as the kernels' operands: taps first, up-sampling and norm folded in, flipped for data gradients.
 
 Everything here is a small multilinear expression of the parameters, differentiable by autograd; for use inside an
 operator, where autograd is off, `first_operands_backward` is its gradient. Composition is done in the parameters' own
 precision and rounded last.
 
-Per axis, output pixel 2u + p of conv3(up2(x)) meets its tap r at the up-sampled position 2u + p + r - 1, which is
-element q = (p + r - 1) mod 2 of low pixel u + (p + r - 1) // 2: tap t = (p + r - 1) // 2 - p + 1 of a 2-tap convolution.
+An example on one axis: conv3(up2(x)) as two 2-tap convolutions of x. up2 puts x[i] u[q] at position 2i + q, for elements
+q = 0 and 1: a transposed convolution's two weights, or u = (1, 1) for nearest neighbour. conv3 weighs positions o - 1, o
+and o + 1 by w0, w1 and w2. Even outputs (phase 0) and odd ones (phase 1) then read two pixels of x each::
+
+    out[2i]     = x[i-1] w0 u1              +  x[i]   (w1 u0 + w2 u1)         nearest: w0       and  w1 + w2
+    out[2i + 1] = x[i]   (w0 u0 + w1 u1)    +  x[i+1] w2 u0                            w0 + w1  and  w2
+
+`phase_weights` computes these four sums, the places, by padding the products of w and u with zeros and slicing::
+
+    q = 0:  pad(w u0) = 0  w0u0  w1u0  w2u0  0     [0:4] = 0     w0u0         w1u0         w2u0
+    q = 1:  pad(w u1) = 0  w0u1  w1u1  w2u1  0     [1:5] = w0u1  w1u1         w2u1         0
+                                             sum, places = w0u1  w0u0 + w1u1  w1u0 + w2u1  w2u0
+
+Place 2t + p is the weight of phase p for tap t, which reads x[i + t + p - 1]: `_by_phase` takes places 0 and 2 as phase 0,
+places 1 and 3 as phase 1. In 2D and 3D the same is done axis by axis.
 """
 
 from __future__ import annotations
@@ -47,17 +60,19 @@ def flipped(wa: Tensor) -> Tensor:
 
 
 def _by_place(wb: Tensor, axes: int) -> Tensor:
-    """Phase weights `[2^axes, 2^axes, K, CO]` as `[4.., K, CO]`, by 2 tap + phase on each axis."""
-    order = [axis + offset for axis in range(axes) for offset in (axes, 0)]
-    wb = wb.reshape(*[2] * (2 * axes), *wb.shape[-2:])
-    return wb.permute(*order, -2, -1).reshape(*[4] * axes, *wb.shape[-2:])
+    """Phase weights `[2^axes, 2^axes, K, CO]` as `[4.., K, CO]`, by place 2 tap + phase on each axis."""
+    channels = wb.shape[-2:]
+    phases_then_taps = wb.reshape(*[2] * (2 * axes), *channels)
+    order = [axis + offset for axis in range(axes) for offset in (axes, 0)]  # tap and phase of each axis
+    return phases_then_taps.permute(*order, -2, -1).reshape(*[4] * axes, *channels)
 
 
 def _by_phase(places: Tensor, axes: int) -> Tensor:
     """The inverse of `_by_place`."""
-    order = [2 * axis + offset for offset in (1, 0) for axis in range(axes)]
-    pairs = places.reshape(*[2] * (2 * axes), *places.shape[-2:])
-    return pairs.permute(*order, -2, -1).reshape(2**axes, 2**axes, *places.shape[-2:])
+    channels = places.shape[-2:]
+    tap_and_phase = places.reshape(*[2] * (2 * axes), *channels)
+    order = [2 * axis + offset for offset in (1, 0) for axis in range(axes)]  # the phases of all axes, then the taps
+    return tap_and_phase.permute(*order, -2, -1).reshape(2**axes, 2**axes, *channels)
 
 
 def gathered(wb: Tensor, axes: int) -> Tensor:
@@ -68,69 +83,81 @@ def gathered(wb: Tensor, axes: int) -> Tensor:
     return _by_place(wb, axes).flip(*range(axes)).flatten(0, axes - 1).transpose(1, 2)
 
 
-def _project(weight: Tensor, up: Tensor | None) -> Tensor:
-    """`[CO, C, 3..]` before a 1x1 convolution `[K, C, 1..]` as `[CO, K, 3..]`."""
-    return weight if up is None else torch.einsum("oc...,kc->ok...", weight, up.flatten(1))
+def _is_nearest(up: Tensor | None) -> bool:
+    """Whether the up-sampling repeats pixels, after a 1x1 convolution or none; else it is a transposed convolution."""
+    return up is None or up.shape[-1] == 1
+
+
+def _letters(axes: int) -> tuple[str, str]:
+    """Einsum's letters for the elements of an up-sampling's weight and for the taps of a convolution."""
+    return "qhg"[:axes], "rsx"[:axes]
 
 
 def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
     """`[2^axes, 2^axes, K, CO]` from the part `[CO, C, 3..]` of a convolution's weight that reads the up-sampled map.
 
     up: None (nearest neighbour), a transposed convolution's weight `[K, C, 2..]`, or a 1x1 convolution's before a
-    nearest-neighbour up-sampling, as `[K, C, 1..]`. Place 2t + p meets tap 2t + p - 1 + q at element q, on each axis.
+    nearest-neighbour up-sampling, as `[K, C, 1..]`.
     """
     axes = weight.ndim - 2
-    border = [0, 0, 0, 0] + [1, 1] * axes
-    if up is None or up.shape[-1] == 1:
-        pairs = F.pad(_project(weight, up).permute(*range(2, 2 + axes), 1, 0), border)
-        pairs = pairs.expand(*[2] * axes, *pairs.shape)
+    elements, taps = _letters(axes)
+    border = [0, 0, 0, 0] + [1, 1] * axes  # a zero before the first tap and after the last
+    if _is_nearest(up):
+        projected = weight if up is None else torch.einsum("oc...,kc->ok...", weight, up.flatten(1))  # [CO, K, 3..]
+        padded = F.pad(projected.permute(*range(2, 2 + axes), 1, 0), border)
+        products = padded.expand(*[2] * axes, *padded.shape)  # every element is the same
     else:
-        expression = "ocrs,kcqh->qhrsko" if axes == 2 else "ocrsx,kcqhg->qhgrsxko"
-        pairs = F.pad(torch.einsum(expression, weight, up), border)
+        products = F.pad(torch.einsum(f"oc{taps},kc{elements}->{elements}{taps}ko", weight, up), border)
+    places = products  # [2.., 5.., K, CO], by element and padded tap; the first element axis leaves in each round
     for _ in range(axes):
-        first, second = pairs.unbind()
-        pairs = first.narrow(axes - 1, 0, 4) + second.narrow(axes - 1, 1, 4)
-    return _by_phase(pairs, axes)
+        element_0, element_1 = places.unbind()
+        places = element_0.narrow(axes - 1, 0, 4) + element_1.narrow(axes - 1, 1, 4)
+    return _by_phase(places, axes)
 
 
 def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """From the gradient of `phase_weights(weight, up)` to those of weight and up."""
     axes = weight.ndim - 2
-    pairs = _by_place(g, axes)
+    elements, taps = _letters(axes)
+    windows = _by_place(g, axes)
     for axis in range(axes):
-        pairs = pairs.unfold(axis, 3, 1)  # by 1 - q and, behind K and CO, by tap
-    if up is None or up.shape[-1] == 1:
-        g = pairs.sum(dim=tuple(range(axes))).transpose(0, 1)
+        windows = windows.unfold(axis, 3, 1)  # element 1 met places 0 to 2, element 0 met places 1 to 3
+    if _is_nearest(up):
+        g_projected = windows.sum(dim=tuple(range(axes))).transpose(0, 1)  # [CO, K, 3..]
         if up is None:
-            return g, None
-        g_up = torch.einsum("okz,ocz->kc", g.flatten(2), weight.flatten(2))
-        return torch.einsum("ok...,kc->oc...", g, up.flatten(1)), g_up.view_as(up)
-    pairs = pairs.flip(*range(axes))
-    expressions = ("qhkors,kcqh->ocrs", "qhkors,ocrs->kcqh") if axes == 2 else (
-        "qhgkorsx,kcqhg->ocrsx", "qhgkorsx,ocrsx->kcqhg")  # fmt: skip
-    return torch.einsum(expressions[0], pairs, up), torch.einsum(expressions[1], pairs, weight)
+            return g_projected, None
+        g_weight = torch.einsum("ok...,kc->oc...", g_projected, up.flatten(1))
+        g_up = torch.einsum("okz,ocz->kc", g_projected.flatten(2), weight.flatten(2))
+        return g_weight, g_up.view_as(up)
+    g_products = windows.flip(*range(axes))  # [2.., K, CO, 3..], by element and tap
+    g_weight = torch.einsum(f"{elements}ko{taps},kc{elements}->oc{taps}", g_products, up)
+    return g_weight, torch.einsum(f"{elements}ko{taps},oc{taps}->kc{elements}", g_products, weight)
 
 
 def _over_neighbours(x: Tensor, axes: int) -> Tensor:
-    """Of `[3.., CO]`, by border class, the sums over the taps inside the map; of sums by class, those by tap: the matrix
-    [[0, 1, 1], [1, 1, 1], [1, 1, 0]] on each axis is symmetric."""
-    x = F.pad(x, [0, 0] + [1, 1] * axes)
+    """Of `[3.., CO]`, by tap, the sums over the taps inside the map, by border class: taps 1 and 2 at the first pixel of
+    an axis, all of them within, 0 and 1 at the last. The matrix [[0, 1, 1], [1, 1, 1], [1, 1, 0]] that does so is
+    symmetric: of values by class, these are the sums by tap."""
+    windows = F.pad(x, [0, 0] + [1, 1] * axes)
     for axis in range(axes):
-        x = x.unfold(axis, 3, 1)
-    return x.sum(dim=tuple(range(-axes, 0))).flip(*range(axes))
+        windows = windows.unfold(axis, 3, 1)
+    from_last_to_first = windows.sum(dim=tuple(range(-axes, 0)))
+    return from_last_to_first.flip(*range(axes))
 
 
 def border_table(weight: Tensor, up_bias: Tensor) -> Tensor:
     """`[3^axes, CO]`: what the bias of an up-sampling adds, by border class; taps outside the map carry none."""
     axes = weight.ndim - 2
-    return _over_neighbours(torch.einsum("oc...,c->...o", weight, up_bias), axes).flatten(0, axes - 1)
+    by_tap = torch.einsum("oc...,c->...o", weight, up_bias)
+    return _over_neighbours(by_tap, axes).flatten(0, axes - 1)
 
 
 def border_table_backward(g: Tensor, weight: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of `border_table(weight, up_bias)` to those of its arguments."""
     axes = weight.ndim - 2
-    summed = _over_neighbours(g.reshape(*[3] * axes, -1), axes).movedim(-1, 0)
-    return torch.einsum("o...,c->oc...", summed, up_bias), torch.einsum("oz,ocz->c", summed.flatten(1), weight.flatten(2))
+    by_tap = _over_neighbours(g.reshape(*[3] * axes, -1), axes).movedim(-1, 0)  # [CO, 3..]
+    g_weight = torch.einsum("o...,c->oc...", by_tap, up_bias)
+    return g_weight, torch.einsum("oz,ocz->c", by_tap.flatten(1), weight.flatten(2))
 
 
 def first_operands(
@@ -148,12 +175,11 @@ def first_operands(
         form: None (no low source), "phases", or "full" for a map that was up-sampled beforehand.
         up, up_bias: of the up-sampling, for "phases"; see `phase_weights`.
     """
-    wa = taps_first(weight[:, :prefix])
+    wa, low = taps_first(weight[:, :prefix]), weight[:, prefix:]
     if form is None:
         return Operands(wa, None, bias)
     if form == "full":
-        return Operands(wa, taps_first(weight[:, prefix:])[None], bias)
-    low = weight[:, prefix:]
+        return Operands(wa, taps_first(low)[None], bias)
     border = None if up_bias is None else border_table(low, up_bias)
     return Operands(wa, phase_weights(low, up), bias, border)
 
@@ -169,11 +195,11 @@ def first_operands_backward(
     if form == "full":
         g_low.copy_(taps_last(g.wb[0], axes))
     elif form == "phases":
-        part, g_up = phase_weights_backward(g.wb, low, up)
-        g_low.copy_(part)
+        from_phases, g_up = phase_weights_backward(g.wb, low, up)
+        g_low.copy_(from_phases)
         if up_bias is not None:
-            part, g_up_bias = border_table_backward(g.border, low, up_bias)
-            g_low += part
+            from_border, g_up_bias = border_table_backward(g.border, low, up_bias)
+            g_low += from_border
     return g_weight, g_up, g_up_bias
 
 
@@ -181,5 +207,5 @@ def fold(weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, ...], eps: flo
     """Weight and bias of a convolution followed by a batch norm (gamma, beta, mean, variance) in eval mode."""
     gamma, beta, mean, variance = norm
     scale = gamma * (variance + eps).rsqrt()
-    start = -mean if bias is None else bias - mean
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), start * scale + beta
+    centred = -mean if bias is None else bias - mean
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), centred * scale + beta
