@@ -1,4 +1,4 @@
-"""UNet++ trained by accelerate on half of the sample image, judged on the other half. Needs accelerate.
+"""UNet++ trained with accelerate on half of the sample image, tested on the other half. Needs accelerate.
 
 accelerate launch examples/accelerate_nuclei.py
 """
@@ -16,7 +16,7 @@ from unetpp_fast.training.evaluation import evaluate
 
 
 def main(steps: int = 100, features: tuple[int, ...] = (16, 32, 64, 128, 256), **options) -> float:
-    """Trains; returns the IoU on the half that was not seen. `options`: of `Accelerator`."""
+    """Trains; returns the IoU on the held-out half. `options`: of `Accelerator`."""
     torch.manual_seed(0)
     accelerator = Accelerator(**options)
     left, right = halves()

@@ -1,4 +1,4 @@
-"""A checkpoint compiled ahead of time: one file that PyTorch loads and runs, from C++ too, without this package.
+"""Compiles a checkpoint ahead of time to one file that PyTorch loads and runs without this package, from C++ too.
 
 python -m unetpp_fast.examples.export_aoti RUN/best.pt model.pt2           # needs a C++ compiler; minutes for a large model
 """
@@ -13,10 +13,13 @@ from unetpp_fast.training.checkpoint import load_model
 
 
 def export(network: nn.Module, path: Path, level: int | None = None, largest: int = 4096, **options):
-    """Compiles probabilities `[N, classes, *S]` of the head at `level` (default the deepest) for images `[N, C, *S]` on the
-    network's device, every axis of S a multiple of 2^depth up to `largest`, and returns the loaded package.
+    """Compiles the network, pruned to `level` (default: the deepest), for its device and returns the loaded package.
 
-    options: of Inductor, as in `torch._inductor.config`.
+    It maps images `[N, C, *S]` to probabilities `[N, classes, *S]` of the head at that level; every axis of S must be a
+    multiple of 2^level and at most `largest`.
+
+    Args:
+        options: of Inductor, as in `torch._inductor.config`.
     """
     topology, device = network.topology, next(network.parameters()).device
     small = network.prune(topology.heads[-1] if level is None else level).eval()

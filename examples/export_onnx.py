@@ -1,4 +1,4 @@
-"""A checkpoint as an ONNX file that takes any batch and size, run once by ONNX Runtime to see that it agrees.
+"""Exports a checkpoint as an ONNX file for any batch and size, and checks it once with ONNX Runtime.
 
 python -m unetpp_fast.examples.export_onnx RUN/best.pt model.onnx          # needs pip install 'unetpp_fast[onnx]'
 """
@@ -14,8 +14,11 @@ from unetpp_fast.training.checkpoint import load_model
 
 
 def export(network: nn.Module, path: Path, level: int | None = None) -> onnxruntime.InferenceSession:
-    """Writes probabilities `[N, classes, *S]` of the head at `level` (default the deepest) as a function of an image
-    `[N, C, *S]`, every axis of S a multiple of 2^depth; of the network, only the nodes that this head needs."""
+    """Writes the network, pruned to `level` (default: the deepest), as an ONNX file.
+
+    It maps images `[N, C, *S]` to probabilities `[N, classes, *S]` of the head at that level; every axis of S must be a
+    multiple of 2^level.
+    """
     topology = network.topology
     small = network.prune(topology.heads[-1] if level is None else level).eval()
     multiple, axes = small.topology.multiple, range(2, 2 + topology.spatial_dims)
@@ -28,9 +31,9 @@ def export(network: nn.Module, path: Path, level: int | None = None) -> onnxrunt
     )  # fmt: skip
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     image = torch.rand(1, topology.in_channels, *[(6 - axis) * multiple for axis in axes])
-    (found,) = session.run(None, {"image": image.numpy()})
+    (probabilities,) = session.run(None, {"image": image.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), wrapped(image), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(probabilities), wrapped(image), rtol=1e-3, atol=1e-4)
     return session
 
 

@@ -1,4 +1,4 @@
-"""UNet++ trained by Lightning on half of the sample image, judged on the other half. Needs lightning.
+"""UNet++ trained with Lightning on half of the sample image, tested on the other half. Needs lightning.
 
 python examples/lightning_nuclei.py
 """
@@ -16,7 +16,7 @@ from unetpp_fast.training.evaluation import evaluate
 
 
 class Nuclei(lightning.LightningModule):
-    """Any model of this package, the paper's loss, Adam."""
+    """UNet++ with the paper's loss and Adam; `options`: of the network."""
 
     def __init__(self, **options):
         super().__init__()
@@ -33,7 +33,7 @@ class Nuclei(lightning.LightningModule):
 
 
 def main(steps: int = 100, features: tuple[int, ...] = (16, 32, 64, 128, 256), **options) -> float:
-    """Trains; returns the IoU on the half that was not seen. `options`: of `lightning.Trainer`."""
+    """Trains; returns the IoU on the held-out half. `options`: of `lightning.Trainer`."""
     lightning.seed_everything(0)
     left, right = halves()
     patches = Patches([left], 96, per_image=8 * steps, seed=0)

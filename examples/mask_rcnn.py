@@ -1,4 +1,4 @@
-"""Mask R-CNN on a UNet++ backbone: instances of nuclei, from the sample image. Needs torchvision.
+"""Instance segmentation of nuclei: Mask R-CNN on a UNet++ backbone, trained on the sample image. Needs torchvision.
 
 python examples/mask_rcnn.py
 """
@@ -26,7 +26,7 @@ def build(features: tuple[int, ...] = (16, 32, 64, 128, 256), channels: int = 64
 
 
 def target(labels: np.ndarray) -> dict[str, Tensor]:
-    """Boxes, classes and masks of the objects in `[H, W]` of numbered instances, as torchvision takes them."""
+    """Boxes, classes and masks in torchvision's format, from numbered instances `[H, W]`."""
     masks = [labels == number for number in np.unique(labels) if number]
     corners = [(np.argwhere(mask).min(axis=0), np.argwhere(mask).max(axis=0) + 1) for mask in masks]
     boxes = torch.tensor([[low[1], low[0], high[1], high[0]] for low, high in corners], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""UNet++ in MONAI's engine: its trainer, evaluator, metric and sliding windows, the model unchanged. Needs monai, ignite.
+"""UNet++, unchanged, with MONAI's trainer, evaluator, metric and sliding windows. Needs monai and pytorch-ignite.
 
 python examples/monai_trainer.py
 """
@@ -17,7 +17,7 @@ from unetpp_fast.experiments.demo import halves
 
 
 def main(steps: int = 100, features: tuple[int, ...] = (16, 32, 64, 128, 256), device: str = "cpu") -> float:
-    """Trains on the left half of the sample image; returns the IoU on the right one, of windows of 128x128 pixels."""
+    """Trains on the left half of the sample image; returns the IoU on the right half, predicted in 128x128 windows."""
     torch.manual_seed(0)
     left, right = halves()
     patches = Patches([left], 96, per_image=8 * steps, seed=0)
@@ -26,7 +26,7 @@ def main(steps: int = 100, features: tuple[int, ...] = (16, 32, 64, 128, 256), d
     model = uf.UNetPlusPlus(1, 1, features=features, deep_supervision=True).to(device)
 
     def mask_of(output: dict) -> dict:
-        """The accurate mode: the mean over the heads."""
+        """The mean over the heads, as in mode "accurate"."""
         output["pred"] = (torch.stack(list(output["pred"])).sigmoid().mean(dim=0) > 0.5).float()
         return output
 

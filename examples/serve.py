@@ -1,4 +1,4 @@
-"""A small HTTP server: POST a PNG, get the mask of the first class as a PNG. For one machine; put a proxy before it.
+"""A small HTTP server: POST a PNG, get the mask of the first class as a PNG. It listens on this machine only.
 
 python -m unetpp_fast.examples.serve RUN/best.pt 8080
 curl --data-binary @image.png http://127.0.0.1:8080/ > mask.png
@@ -23,14 +23,18 @@ MAX_BYTES, MAX_PIXELS = 2**24, 2**22
 
 
 def predict(network: torch.nn.Module, body: bytes) -> bytes:
-    """PNG to PNG; a ValueError says what is wrong with the image."""
+    """The mask of the first class as a PNG, from the bytes of a PNG.
+
+    Raises:
+        ValueError: the image cannot be used; the message gives the reason.
+    """
     if body[:8] != b"\x89PNG\r\n\x1a\n" or len(body) < 33:
-        raise ValueError("the body is no PNG")
-    _check_size(*struct.unpack(">II", body[16:24]))  # before anything is unpacked
+        raise ValueError("the body is not a PNG")
+    _check_size(*struct.unpack(">II", body[16:24]))  # before anything is decompressed
     try:
-        _check_size(*Image.open(io.BytesIO(body)).size)  # which a second header may have changed
+        _check_size(*Image.open(io.BytesIO(body)).size)  # a second header may have changed it
     except OSError as error:
-        raise ValueError("the body is no PNG that can be read") from error
+        raise ValueError("the body is a PNG that cannot be read") from error
     image = images.read_image(io.BytesIO(body))
     probabilities = network.predict(torch.from_numpy(images.standardise(image))[None])
     mask = (probabilities[0, 0] > 0.5).numpy() * np.uint8(255)
@@ -44,10 +48,14 @@ def _check_size(width: int, height: int) -> None:
 
 
 def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
-    """A server on this machine's own address; the checkpoint is read without running code in it."""
+    """A server on 127.0.0.1; loading the checkpoint runs no code from it.
+
+    Raises:
+        InputError: the checkpoint was trained on images that need a preparation, which this example does not do.
+    """
     (network, content), lock = load_model(checkpoint), threading.Lock()
     if content["about"].get("prepare"):
-        raise errors.InputError(f"{checkpoint} wants its images prepared by {content['about']['prepare']}: add that here")
+        raise errors.InputError(f"{checkpoint} needs images prepared by {content['about']['prepare']}: add that here")
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 30  # seconds without a byte
@@ -59,7 +67,7 @@ def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
             if int(length) > MAX_BYTES:
                 return self.send_error(413, f"more than {MAX_BYTES} bytes")
             try:
-                body = self.rfile.read(int(length))  # a slow client holds up nobody else
+                body = self.rfile.read(int(length))  # before the lock, so a slow client does not block others
                 with lock:
                     answer = predict(network, body)
             except ValueError as error:

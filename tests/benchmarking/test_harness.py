@@ -36,7 +36,7 @@ def small(**options) -> uf.Network:
 
 
 def wrong(network, x, case, change):
-    """An implementation that changes what eager PyTorch gives."""
+    """An implementation that changes the outputs of eager PyTorch."""
     prepared = backends.eager(network, x, case)
     right = prepared.forward
     prepared.forward = lambda x: [change(output) for output in right(x)]
@@ -44,7 +44,7 @@ def wrong(network, x, case, change):
 
 
 class Scaled(torch.autograd.Function):
-    """The same value with a gradient one per cent too large."""
+    """The identity, with a gradient that is one per cent too large."""
 
     @staticmethod
     def forward(ctx, x):
@@ -107,7 +107,7 @@ sys.exit(pytest.main([*arguments, "-k", "inference-unet-L4 and (-eager or -fused
 
 
 def test_a_planted_fault_fails_the_benchmark_and_leaves_no_row(tmp_path):
-    """The command as a user runs it, on tiny sizes."""
+    """The command as a user runs it, with tiny inputs."""
     done = subprocess.run([sys.executable, "-c", PLANTED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "eager-channels-last   WRONG: outputs are" in done.stdout and "1 failed" in done.stdout
@@ -122,8 +122,8 @@ def test_the_two_times_rule():
     exact = torch.ones(4, dtype=torch.float64)
     off = 0.01 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     for factor, good in ((0.0, True), (1.9, True), (2.5, False), (torch.nan, False)):
-        said = acceptance.disagreement([exact], [exact + off], [exact + factor * off], torch.bfloat16)
-        assert (said == "") is (good or factor == 2.5)  # bfloat16's own rounding is allowed on top
+        reason = acceptance.disagreement([exact], [exact + off], [exact + factor * off], torch.bfloat16)
+        assert (reason == "") is (good or factor == 2.5)  # bfloat16's rounding is allowed too
     assert acceptance.disagreement([exact], [exact + off], [exact + 2.5 * off], torch.float16)
     assert acceptance.disagreement([exact], [exact], [exact + 1e-6], torch.float32) == ""
     assert acceptance.disagreement([exact], [exact], [exact + 1e-4], torch.float32)
@@ -142,7 +142,7 @@ def takes_64_megabytes(keep: bool) -> float:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("keep", "megabytes"), [(False, 64), (True, 128)])
-def test_peak_memory_counts_what_is_kept_and_what_is_taken_for_a_while(keep, megabytes):
+def test_peak_memory_counts_kept_and_temporary_memory(keep, megabytes):
     assert megabytes - 2 <= measuring.in_fresh_process(takes_64_megabytes, keep) <= megabytes + 8
 
 
@@ -153,8 +153,8 @@ def test_a_memory_case_gives_a_row_with_a_peak():
     assert records.faults(kept) == [] and kept["peak_mb"] > 0 and kept["median_ms"] is None
 
 
-def test_what_would_be_the_reference_again_gets_no_row():
-    """A backend that falls back to the reference is skipped, with the reason."""
+def test_a_fallback_to_the_reference_gets_no_row():
+    """It is skipped, with the reason."""
     network = small(dropout=0.5)
     outcome = harness.measure(dataclasses.replace(CASE, bench="training"), network, {"fused": backends.fused}, CPU, rounds=3)
     assert not outcome.rows and outcome.skipped["fused"]
@@ -289,7 +289,7 @@ def test_a_mistake_is_one_line(capsys, arguments, says):
     assert code == 2 and text.count("\n") == 1 and says in text
 
 
-def test_readme_and_pictures_are_what_the_records_give():
+def test_readme_and_pictures_are_up_to_date_with_the_records():
     done = subprocess.run([sys.executable, "benchmarks/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.stat().st_size < 100_000 for path in (ROOT / "benchmarks/figures").glob("*.png"))
@@ -312,14 +312,14 @@ def test_a_changed_row_fails_the_check(tmp_path):
     figures.write(*where)
     assert figures.check(*where) == [] and figures.NO_GPU in readme.read_text()
     records.merge(path, [*rows, row(**on_gpu, **kernel, **ceilings)])
-    assert any("README.md" in said for said in figures.check(*where))
+    assert any("README.md" in line for line in figures.check(*where))
     figures.write(*where)
     assert figures.check(*where) == [] and figures.NO_GPU not in readme.read_text()
     names = {name: (pictures / f"{name}-gpu.png").read_bytes() for name in figures.KINDS}
     records.merge(path, [row(**on_gpu, level=4, batch=1, median_ms=2.5, ratio_to={"eager": 1.2})])
-    said = " ".join(figures.check(*where))
-    assert all(name in said for name in ("README.md", "speedup-gpu.png", "batch-gpu.png", "levels-gpu.png"))
-    assert "roofline" not in said and "cpu.png" not in said
+    text = " ".join(figures.check(*where))
+    assert all(name in text for name in ("README.md", "speedup-gpu.png", "batch-gpu.png", "levels-gpu.png"))
+    assert "roofline" not in text and "cpu.png" not in text
     figures.write(*where)
     assert figures.check(*where) == [] and (pictures / "roofline-gpu.png").read_bytes() == names["roofline"]
     path.unlink()

@@ -90,7 +90,9 @@ def test_a_bad_row_leaves_the_file_as_it_was(tmp_path):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "cannot be read as records"), ("{}", "is not a list"), ('[{"a": 1}]', "row 0")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "cannot be read as records"), ("{}", "is not a list"), ('[{"a": 1}]', "row 0")]
+)
 def test_a_damaged_file_is_named(tmp_path, text, says):
     path = tmp_path / "machine.json"
     path.write_text(text)

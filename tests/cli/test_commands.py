@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what they write, and that a mistake is one line and exit code 2."""
+"""The commands as a user runs them: what they write, and that a mistake is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ def test_a_mistake_is_one_line(folder, trained, tmp_path, capsys, arguments, say
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: x")])
-def test_a_lack_of_memory_is_one_line(monkeypatch, tmp_path, capsys, error):
+def test_out_of_memory_is_one_line(monkeypatch, tmp_path, capsys, error):
     monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(error))
     assert "out of memory: use a smaller batch" in fails(capsys, "demo", "--out", tmp_path)
-    monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    monkeypatch.setattr(demo, "run", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
         run("demo", "--out", tmp_path)
 
 

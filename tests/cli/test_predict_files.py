@@ -1,4 +1,4 @@
-"""`unetpp-fast predict` on every format: what it reads, what it writes in the same format, and what it says is wrong."""
+"""`unetpp-fast predict` on every format: what it reads, what it writes in the same format, and its error messages."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def load(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("ending", [".npy", ".npz", ".tif", ".tiff", ".nii", ".nii.gz"])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_a_volume_in_and_masks_out_in_its_format(ending, spatial_dims, tmp_path):
-    """A model for images takes its planes, each standardised by itself, as in training."""
+    """A model for images predicts plane by plane; each plane is standardised alone, as in training."""
     model = save(tmp_path / "m.pt", spatial_dims)
     image, path, out = values(5, 17, 22), tmp_path / f"v{ending}", tmp_path / "out"
     store(path, image)
@@ -79,14 +79,14 @@ def test_a_volume_in_and_masks_out_in_its_format(ending, spatial_dims, tmp_path)
     flags = ("--probabilities", "--threshold", threshold)
     assert run("predict", "--checkpoint", tmp_path / "m.pt", "--images", path, "--out", out, *flags) == 0
     for index, label in enumerate("ab"):
-        found = load(out / "probabilities" / label / f"v{ending}")
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted[index], rtol=1e-5, atol=1e-6)
+        probabilities = load(out / "probabilities" / label / f"v{ending}")
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(probabilities, wanted[index], rtol=1e-5, atol=1e-6)
         mask = load(out / "masks" / label / f"v{ending}")
         assert mask.dtype == np.uint8
-        assert np.array_equal(mask, (found > threshold) * np.uint8(255 if "tif" in ending else 1))
+        assert np.array_equal(mask, (probabilities > threshold) * np.uint8(255 if "tif" in ending else 1))
     assert 0 < (wanted > threshold).mean() < 1
-    assert sorted(each.name for each in out.iterdir()) == ["masks", "probabilities"]  # nothing else is left behind
+    assert sorted(folder.name for folder in out.iterdir()) == ["masks", "probabilities"]  # no temporary file is left
 
 
 @pytest.mark.parametrize("form", ["png", "rgb.tif", "rgba.tif", "chw.npy", "hwc.npy", "lzw.tif"])
@@ -106,9 +106,11 @@ def test_colours(form, tmp_path):
         Image.fromarray(last).save(path)
     out = tmp_path / "out"
     assert run("predict", "--checkpoint", tmp_path / "m.pt", "--images", path, "--out", out, "--probabilities") == 0
-    found = np.asarray(Image.open(out / "probabilities/a/x.png")) / 65535 if form == "png" else None
-    found = load(out / "probabilities/a" / path.name) if found is None else found
-    np.testing.assert_allclose(found, expected(model, image)[0], atol=1e-5)
+    if form == "png":
+        probabilities = np.asarray(Image.open(out / "probabilities/a/x.png")) / 65535
+    else:
+        probabilities = load(out / "probabilities/a" / path.name)
+    np.testing.assert_allclose(probabilities, expected(model, image)[0], atol=1e-5)
     assert (out / "overlays/x.png").exists() == (form == "png")
 
 
@@ -123,8 +125,9 @@ def test_tiles_and_a_memory_budget(tmp_path, monkeypatch):
         (("--max-memory", "17M"), {"max_memory": "17M"}),
     ):
         assert run(*arguments, "--out", tmp_path / "out", *flags) == 0
-        found = np.load(tmp_path / "out/probabilities/a/x.npy")
-        np.testing.assert_allclose(found, uf.predict_tiled(model, x, **options)[0, 0].numpy(), rtol=1e-5, atol=1e-6)
+        probabilities = np.load(tmp_path / "out/probabilities/a/x.npy")
+        wanted = uf.predict_tiled(model, x, **options)[0, 0].numpy()
+        np.testing.assert_allclose(probabilities, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_folder_of_several_formats(tmp_path):
@@ -139,13 +142,13 @@ def test_a_folder_of_several_formats(tmp_path):
 
 
 def test_values_are_prepared_as_in_training(tmp_path):
-    """Hounsfield units through the window that the checkpoint names, also where the header scales them."""
+    """Hounsfield units are mapped by the window in the checkpoint, after the scaling in the header."""
     nibabel = pytest.importorskip("nibabel", reason="writes NIfTI")
     window = (-200.0, 250.0)
     model = save(tmp_path / "m.pt", 3, prepare={"window": window})
     real = np.linspace(-400, 400, 6 * 8 * 10, dtype=np.float32).reshape(6, 8, 10)
     image = nibabel.Nifti1Image(real.T, AFFINE)
-    image.header.set_data_dtype(np.int16)  # nibabel then chooses slope and offset
+    image.header.set_data_dtype(np.int16)  # nibabel chooses slope and offset
     nibabel.save(image, tmp_path / "v.nii.gz")
     stored = np.asarray(nibabel.load(tmp_path / "v.nii.gz").dataobj, np.float32).T
     arguments = ("--checkpoint", tmp_path / "m.pt", "--images", tmp_path / "v.nii.gz", "--out", tmp_path / "out")
@@ -222,7 +225,7 @@ def test_wrong_axes_and_channels_and_missing_extras_are_named(tmp_path, capsys, 
         assert f"{module} is missing: pip install 'unetpp_fast[{extra}]'" in text
 
 
-def test_statistics_by_chunks_are_those_of_the_whole(monkeypatch, tmp_path):
+def test_statistics_by_chunks_equal_those_of_the_whole(monkeypatch, tmp_path):
     np.save(tmp_path / "x.npy", values(2, 30, 40, 50))
     source = prediction_files.read(tmp_path / "x.npy", 3, 2)
     monkeypatch.setattr(prediction_files, "CHUNK_BYTES", 8 * 2 * 40 * 50 * 7)

@@ -16,18 +16,18 @@ from unetpp_fast.experiments import demo, pictures
 from unetpp_fast.training.evaluation import evaluate
 
 
-def test_the_halves_do_not_overlap_and_make_the_whole():
+def test_the_halves_do_not_overlap_and_form_the_whole():
     left, right = demo.halves()
     whole = np.asarray(Image.open(demo.example("nuclei/image.png")), np.float32)[None] / 255
     assert np.array_equal(np.concatenate([left.image, right.image], axis=-1), whole)
     assert left.mask.shape == right.mask.shape == (1, 512, 256)
     share = np.concatenate([left.mask, right.mask], axis=-1).mean()
-    assert share == pytest.approx(0.199, abs=5e-4)  # of the pixels are nuclei, says the data's README
+    assert share == pytest.approx(0.199, abs=5e-4)  # the share of nuclei according to the data's README
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Two short demos of small networks with one seed: (folder, rows) each."""
+    """Two short demos of small networks with one seed, each as (folder, rows)."""
     runs = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "FEATURES", (4, 6, 8, 10, 12))
@@ -63,7 +63,7 @@ def test_one_seed_gives_one_result(rows):
         assert {**a, "ms": 0} == {**b, "ms": 0}
 
 
-def test_pictures_can_be_looked_at(rows):
+def test_pictures_are_not_blank(rows):
     (out, _), (again, _) = rows
     assert (out / "qualitative.png").read_bytes() == (again / "qualitative.png").read_bytes()
     for name in ("qualitative.png", "speed_accuracy.png"):
@@ -73,7 +73,7 @@ def test_pictures_can_be_looked_at(rows):
 
 
 def test_the_picture_shows_the_masks_of_the_table(monkeypatch, tmp_path):
-    """In half precision too: what is drawn is what was scored."""
+    """In half precision too, the drawn masks are those that were scored."""
     monkeypatch.setattr(demo, "FEATURES", (4, 6, 8))
     monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 2)
     monkeypatch.setattr(demo, "milliseconds", lambda models, *_: [1.0] * len(models))
@@ -87,7 +87,7 @@ def test_the_picture_shows_the_masks_of_the_table(monkeypatch, tmp_path):
 
 def test_without_matplotlib_it_stops_before_training(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(demo, "trained", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(demo, "trained", lambda *_, **__: pytest.fail("it trained first"))
     with pytest.raises(InputError, match=r"matplotlib is missing: pip install 'unetpp_fast\[demo\]'"):
         demo.run(tmp_path, epochs=1)
 
@@ -109,7 +109,7 @@ def test_timed_runs_are_interleaved():
     assert calls == list("aabb") + list("ab") * 2 and len(times) == 2 and all(time >= 0 for time in times)
 
 
-def test_evaluate_is_the_score_of_the_accurate_mode():
+def test_evaluate_scores_the_accurate_mode():
     network = demo.UNetPlusPlus(1, 1, features=(4, 8), deep_supervision=True).eval()
     left, _ = demo.halves()
     probabilities = network.predict(torch.from_numpy(left.load()[0])[None])

@@ -1,4 +1,4 @@
-"""`unetpp-fast compare`: four networks trained alike, their table, and that what is done is not done again."""
+"""`unetpp-fast compare`: four networks trained by one recipe, their table, and that finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -80,21 +80,21 @@ def test_every_network_of_a_seed_sees_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(Patches, "__getitem__", record)
     assert run(*SMALL, "--seeds", "0,1", "--out", tmp_path) == 0
     batches = {seed: [torch.stack(images[first : first + 8]) for first in range(0, 32, 8)] for seed, images in seen.items()}
-    assert [len(images) for images in seen.values()] == [32, 32]  # a batch of 8 for each network
+    assert [len(images) for images in seen.values()] == [32, 32]  # one batch of 8 per network
     assert all(torch.equal(batch, same[0]) for same in batches.values() for batch in same)
     assert not torch.equal(batches[0][0], batches[1][0])
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     fit = Trainer.fit
 
-    def break_off(self, *arguments, **options):
+    def interrupt(self, *arguments, **options):
         if self.out.name == "unetpp-0":
             self._stop = True
         return fit(self, *arguments, **options)
 
     monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 2)
-    monkeypatch.setattr(Trainer, "fit", break_off)
+    monkeypatch.setattr(Trainer, "fit", interrupt)
     assert run(*SMALL, "--seeds", "0", "--out", tmp_path / "broken") == 130
     assert "the same command continues" in capsys.readouterr().err
     assert [row["model"] for row in read(tmp_path / "broken")] == ["U-Net", "wide U-Net"]
@@ -106,13 +106,13 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Trainer, "fit", record)
     assert run(*SMALL, "--seeds", "0", "--out", tmp_path / "broken") == 0
-    assert started == [("unetpp-0", 1), ("unetpp_ds-0", 0)]  # the second half of an epoch was left
+    assert started == [("unetpp-0", 1), ("unetpp_ds-0", 0)]  # the interrupted one resumes within its epoch
     assert run(*SMALL, "--seeds", "0", "--out", tmp_path / "whole") == 0
     scores = [[(row["model"], row["iou"]) for row in read(tmp_path / name)] for name in ("broken", "whole")]
     assert scores[0] == scores[1]
 
 
-def test_other_settings_want_another_folder(tmp_path, capsys):
+def test_other_settings_need_another_folder(tmp_path, capsys):
     assert run(*SMALL, "--seeds", "0", "--out", tmp_path) == 0
     assert run(*SMALL, "--seeds", "0", "--out", tmp_path, "--epochs", "2") == 2
     assert "compare.json was made with another epochs=1, now 2" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_other_settings_want_another_folder(tmp_path, capsys):
     assert "compare.json cannot be read" in capsys.readouterr().err
 
 
-def test_data_are_judged_by_the_best_epoch_on_images_held_out(tmp_path, monkeypatch):
+def test_the_best_epoch_is_tested_on_held_out_images(tmp_path, monkeypatch):
     material = paper_table.from_folder(write_stage1(tmp_path / "data", count=5), TASKS["nuclei"], 2, "float32")
     seen = []
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def test_one_seed_has_no_spread():
     assert paper_table.spread([0.5, 0.7]) == "0.6000 ± 0.1414 (0.5000 to 0.7000)"
 
 
-def test_an_interrupted_comparison_says_so_to_its_caller(tmp_path, monkeypatch):
+def test_an_interrupted_comparison_raises(tmp_path, monkeypatch):
     def stop(*_, **__):
         raise Interrupted
 

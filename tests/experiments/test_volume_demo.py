@@ -1,4 +1,4 @@
-"""The demo in 3D, short and small: the planes it holds out, its table and its picture."""
+"""The demo in 3D, short and with a small network: its held-out planes, its table and its picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unetpp_fast.execution import reference
 from unetpp_fast.experiments import demo, volume_demo
 
 
-def test_the_parts_do_not_overlap_and_make_the_stack():
+def test_the_parts_do_not_overlap_and_form_the_stack():
     lower, upper = volume_demo.parts()
     with np.load(demo.example("nuclei/volume.npz")) as stack:
         assert np.array_equal(np.concatenate([lower.image, upper.image], axis=1)[0], stack["image"])
@@ -27,7 +27,7 @@ def test_the_parts_do_not_overlap_and_make_the_stack():
 
 
 def test_it_segments_planes_it_has_not_seen_and_draws_them(monkeypatch, tmp_path):
-    """A smaller network and two short epochs are enough for the accuracy that is promised of the demo."""
+    """A smaller network and two short epochs reach the accuracy stated for the demo."""
     monkeypatch.setattr(volume_demo, "FEATURES", (8, 12))
     monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 12)
     rows = volume_demo.run(tmp_path, epochs=2)

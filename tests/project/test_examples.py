@@ -114,7 +114,7 @@ def colour() -> bytes:
         (b"", {}, 411, "Content-Length"),
         (b"", {"Content-Length": "-1"}, 411, "Content-Length"),
         (b"", {"Content-Length": str(2**40)}, 413, "more than"),
-        (b"GIF89a", None, 400, "no PNG"),
+        (b"GIF89a", None, 400, "is not a PNG"),
         (bomb(), None, 400, "100000x100000 is more than"),
         (colour()[:-30], None, 400, "cannot be read"),
         (colour(), None, 400, "expected 1 channels, got 3"),

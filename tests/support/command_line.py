@@ -8,7 +8,7 @@ from unetpp_fast.cli import parser
 
 
 def run(*arguments: str | Path) -> int:
-    """Exit code of `unetpp-fast` with these arguments, in this process."""
+    """The exit code of `unetpp-fast` with these arguments."""
     try:
         return parser.main([str(argument) for argument in arguments])
     except SystemExit as stop:

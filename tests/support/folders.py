@@ -1,4 +1,4 @@
-"""Small data folders in the layout that `unetpp-fast train` reads, cut from the shipped nuclei image."""
+"""Small data folders in the layout that `unetpp-fast train` reads, cut from the nuclei image in `examples/`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIDE = 48
 
 
 def write_nuclei(root: Path, count: int = 5, classes: tuple[str, ...] = ("nuclei",), colour: bool = False) -> Path:
-    """`count` images of 48x48 pixels with one mask a class; all classes have the same masks."""
+    """`count` images of 48x48 pixels with one mask per class; all classes have the same masks."""
     picture = Image.open(example("nuclei/image.png"))
     labels = read_labels(example("nuclei/instances.png"))
     (root / "images").mkdir(parents=True)
