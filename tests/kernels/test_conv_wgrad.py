@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from test_conv import DEVICE, DTYPES, Inputs, assert_judged, bits, double
-from torch import Tensor
+from support.conv_cases import DTYPES, check_wgrad, wgrad_case
+from support.kernel_cases import DEVICE
 
 from unetpp_fast.kernels import conv_wgrad as kernels
 from unetpp_fast.kernels import naive
-
-
-def make_case(
-    dtype: torch.dtype, axes: int, size: tuple[int, ...], n: int = 2, k: int = 5, co: int = 17,
-    phased: bool = False, affine: int | None = None, slope: float = 0.0,
-) -> tuple[Tensor, Tensor, dict]:  # fmt: skip
-    """a, dy and the options of a call; `size` is that of dy, `affine` its number of rows (0: one for each image)."""
-    make = Inputs(dtype)
-    size = (1, *size) if axes == 2 else size
-    units = tuple(s // 2 if phased and on else s for s, on in zip(size, (axes == 3, True, True), strict=True))
-    options = {"axes": axes, "phased": phased, "slope": slope}
-    if affine is not None:
-        options["affine"] = make.affine(affine or n, k)
-    return make.map(n, *units, k, before=0), make.map(n, *size, co), options
-
-
-def check(dtype: torch.dtype, *args, run: Callable = kernels.conv_wgrad, **kwargs) -> None:
-    """One call of `run` against the twin; the inputs keep their bits, and a second call gives the same ones."""
-    a, dy, options = make_case(dtype, *args, **kwargs)
-    before = bits(a), bits(dy)
-    exact = naive.conv_wgrad(double(a), double(dy), **{name: double(value) for name, value in options.items()})
-    twin = naive.conv_wgrad(a, dy, **options)
-    found = run(a, dy, **options)
-    assert found.dtype == twin.dtype
-    assert_judged(found, exact, twin, dtype)
-    assert torch.equal(bits(a), before[0]) and torch.equal(bits(dy), before[1]), "an input was written"
-    assert torch.equal(found, run(a, dy, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,32 +19,33 @@ def check(dtype: torch.dtype, *args, run: Callable = kernels.conv_wgrad, **kwarg
 @pytest.mark.parametrize("phased", [False, True])
 @pytest.mark.parametrize("affine, slope", [(None, 0.0), (1, 0.0), (0, 0.1)])
 def test_uses(dtype: torch.dtype, axes: int, size: tuple[int, ...], phased: bool, affine: int | None, slope: float):
-    check(dtype, axes, size, phased=phased, affine=affine, slope=slope)
+    check_wgrad(kernels.conv_wgrad, dtype, axes, size, phased=phased, affine=affine, slope=slope)
 
 
-@pytest.mark.parametrize("k, co", [(1, 3), (3, 1), (17, 33), (33, 5)])
+@pytest.mark.parametrize("k, co", [(1, 3), (3, 1), (17, 33), (33, 5), (16, 32), (32, 17), (5, 16)])
 @pytest.mark.parametrize("phased", [False, True])
 def test_channels(k: int, co: int, phased: bool):
-    """Odd and unequal widths, whose taps begin anywhere in a block of rows."""
-    check(torch.float32, 2, (4, 6), k=k, co=co, phased=phased, affine=1)
+    """Odd and unequal widths, whose taps begin anywhere in a block of rows; and those that fill blocks."""
+    check_wgrad(kernels.conv_wgrad, torch.float32, 2, (4, 6), k=k, co=co, phased=phased, affine=1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 2)])
 @pytest.mark.parametrize("phased", [False, True])
 def test_one_pixel_axes(size: tuple[int, int], phased: bool):
-    check(torch.float32, 2, tuple(2 * s for s in size) if phased else size, phased=phased, affine=0)
+    size = tuple(2 * s for s in size) if phased else size
+    check_wgrad(kernels.conv_wgrad, torch.float32, 2, size, phased=phased, affine=0)
 
 
 @pytest.mark.parametrize("size, phased", [((1, 1, 3), False), ((1, 2, 1), False), ((2, 2, 2), True)])
 def test_one_pixel_axes_3d(size: tuple[int, int, int], phased: bool):
-    check(torch.float32, 3, size, phased=phased, affine=1)
+    check_wgrad(kernels.conv_wgrad, torch.float32, 3, size, phased=phased, affine=1)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_batches(n: int):
     """Three images by one split more than there are: the last one has tiles past the end."""
     config = kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=3)
-    check(torch.float32, 2, (4, 6), n=n, affine=0, run=partial(kernels.conv_wgrad, config=config))
+    check_wgrad(partial(kernels.conv_wgrad, config=config), torch.float32, 2, (4, 6), n=n, affine=0)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -82,17 +55,17 @@ def test_splits(programs: int, wide: bool, monkeypatch: pytest.MonkeyPatch):
     if wide:
         monkeypatch.setattr(kernels, "NARROW_OFFSETS", 0)
     config = kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=programs)
-    check(torch.float32, 2, (3, 10), n=2, k=3, run=partial(kernels.conv_wgrad, config=config))
+    check_wgrad(partial(kernels.conv_wgrad, config=config), torch.float32, 2, (3, 10), n=2, k=3)
     config = kernels.WgradConfig(2, 2, 4, 128, 32, 4, 1, programs=programs)
-    check(torch.float32, 3, (3, 2, 5), n=1, k=3, co=4, run=partial(kernels.conv_wgrad, config=config))
+    check_wgrad(partial(kernels.conv_wgrad, config=config), torch.float32, 3, (3, 2, 5), n=1, k=3, co=4)
 
 
-def test_nan_of_the_map_reaches_its_taps_alone():
+def test_nan_of_the_map_reaches_only_its_taps():
     """A corner's value meets no gradient through the taps that would look past the border."""
-    a, dy, options = make_case(torch.float32, 2, (4, 4))
+    a, dy, options = wgrad_case(torch.float32, 2, (4, 4))
     a[0, 0, 0, 0, 0] = math.nan
-    found, twin = kernels.conv_wgrad(a, dy, **options), naive.conv_wgrad(a, dy, **options)
-    assert torch.equal(found.isnan(), twin.isnan()) and twin.isnan().any()
+    gradient, twin = kernels.conv_wgrad(a, dy, **options), naive.conv_wgrad(a, dy, **options)
+    assert torch.equal(gradient.isnan(), twin.isnan()) and twin.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +80,7 @@ def test_nan_of_the_map_reaches_its_taps_alone():
     ],
 )
 def test_says_what_is_wrong(change: dict, message: str):
-    a, dy, options = make_case(torch.float32, 2, (4, 6))
+    a, dy, options = wgrad_case(torch.float32, 2, (4, 6))
     for name, value in change.items():
         if name == "a":
             a = value(a)
@@ -120,9 +93,9 @@ def test_says_what_is_wrong(change: dict, message: str):
 def test_configurations():
     cases = [((1, 512, 512), 32, 32, 2), ((1, 6, 6), 512, 512, 2), ((24, 24, 24), 96, 64, 3), ((1, 9, 9), 1, 5, 2)]
     for units, k, co, axes in cases:
-        found = kernels.configs(units, k, co, axes, False, torch.float16)
-        assert found[0] == kernels.default_config(units, k, co, axes, False, torch.float16, False)
-        assert len(set(found)) == len(found)
-        for config in found:
+        configs = kernels.configs(units, k, co, axes, False, torch.float16)
+        assert configs[0] == kernels.default_config(units, k, co, axes, False, torch.float16, False)
+        assert len(set(configs)) == len(configs)
+        for config in configs:
             assert config.block_m in (16, 32, 64, 128) and config.block_co in (16, 32, 64, 128)
             assert axes == 3 or config.block_d == 1

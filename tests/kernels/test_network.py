@@ -37,6 +37,12 @@ def test_a_projection_to_more_channels_than_a_head_has_classes():
     assert_same_passes(model, make_input(1, 1, 2, 4), "triton", bound=BOUND)
 
 
+def test_widths_that_fill_their_blocks():
+    """The kernels load such channels without a mask."""
+    model = build(uf.UNetPlusPlus, 3, 2, features=(16, 32), backend="triton")
+    assert_same_passes(model, make_input(1, 3, 4, 4), "triton", bound=BOUND)
+
+
 @pytest.mark.parametrize(("axes", "depth", "options"), CASES, ids=str)
 def test_outputs_and_every_gradient(axes, depth, options):
     model = network(axes, depth, **options)

@@ -6,9 +6,8 @@ import dataclasses
 from functools import partial
 
 import pytest
-import test_conv as of_conv
-import test_conv_wgrad as of_wgrad
 import torch
+from support.conv_cases import Aligned, Inputs, check_conv, check_wgrad, conv_case, wgrad_case
 
 from unetpp_fast.kernels import conv_configs, conv_wgrad, library, triton_ops, tuning
 from unetpp_fast.kernels.triton_ops import Way
@@ -26,15 +25,6 @@ FORMS = {
 }
 
 
-class Aligned(of_conv.Inputs):
-    """Maps as level buffers of even widths hold them: every address and step a multiple of 16 bytes."""
-
-    start = 8
-
-    def map(self, *shape: int, before: int = 8, after: int = 0) -> torch.Tensor:
-        return super().map(*shape, before=before, after=-shape[-1] % 8 + 8)
-
-
 def ways(axes: int) -> list[Way]:
     boxes = dataclasses.replace(CONFIG[axes], descriptors=True)
     return [Way(None), Way(CONFIG[axes], finalise=True), Way(boxes), Way(boxes, finalise=True)]
@@ -47,26 +37,24 @@ def test_every_way_of_a_convolution(axes, size, index, form):
     dtype = torch.float16 if form == "node" else torch.float32
     way = ways(axes)[index]
     options = {"n": 2 if axes == 2 else 1, "ka": 8, "co": 17, "inputs": Aligned, **FORMS[form]}
-    of_conv.check(dtype, axes, size, run=partial(triton_ops.conv_by, way), **options)
+    check_conv(partial(triton_ops.conv_by, way), dtype, axes, size, **options)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 6)])
 @pytest.mark.parametrize("index", range(4))
 def test_maps_one_pixel_wide(size, index):
     options = {"n": 3, "ka": 8, "inputs": Aligned, **FORMS["node"]}
-    of_conv.check(torch.float32, 2, size, run=partial(triton_ops.conv_by, ways(2)[index]), **options)
+    check_conv(partial(triton_ops.conv_by, ways(2)[index]), torch.float32, 2, size, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("axes", "size"), [(2, (6, 10)), (3, (2, 4, 6))])
 @pytest.mark.parametrize("phased", [False, True])
 @pytest.mark.parametrize("affine", [None, 1, 0])
-@pytest.mark.parametrize(
-    "way", [Way(None), Way(conv_wgrad.WgradConfig(1, 4, 8, 64, 32, 4, 1), True)], ids=["library", "finalised"]
-)
+@pytest.mark.parametrize("way", WGRAD_WAYS, ids=["library", "finalised"])
 def test_every_way_of_a_weight_gradient(dtype, axes, size, phased, affine, way):
     run = partial(triton_ops.conv_wgrad_by, way)
-    of_wgrad.check(dtype, axes, size, phased=phased, affine=affine, slope=0.1, run=run)
+    check_wgrad(run, dtype, axes, size, phased=phased, affine=affine, slope=0.1)
 
 
 @pytest.mark.parametrize("axes", [2, 3])
@@ -86,9 +74,7 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("best", ["library", "descriptors True", "finalise"])
 def test_the_way_that_was_fastest_is_taken_for_sizes_of_its_bucket(as_on_a_gpu, monkeypatch, best):
-    out, a, wa, options = of_conv.make_case(
-        torch.float16, 2, (6, 20), ka=16, co=16, affine="shared", stats=True, inputs=Aligned
-    )
+    out, a, wa, options = conv_case(torch.float16, 2, (6, 20), ka=16, co=16, affine="shared", stats=True, inputs=Aligned)
     offered = triton_ops.ways_of_conv(out, a, **options)
     assert len({str(way) for way in offered}) == len(offered)
     assert not offered[0].finalise and not offered[0].config.descriptors and offered[-1] == Way(None)
@@ -105,16 +91,16 @@ def test_the_way_that_was_fastest_is_taken_for_sizes_of_its_bucket(as_on_a_gpu, 
     with tuning.measuring(measure):
         triton_ops.conv(out, a, wa, **options)
     assert timed == offered
-    other = of_conv.make_case(torch.float16, 2, (7, 24), ka=16, co=16, affine="shared", stats=True, inputs=Aligned)
+    other = conv_case(torch.float16, 2, (7, 24), ka=16, co=16, affine="shared", stats=True, inputs=Aligned)
     triton_ops.conv(*other[:3], **other[3])
-    farther = of_conv.make_case(torch.float16, 2, (9, 20), ka=16, co=16, affine="shared", stats=True, inputs=Aligned)
+    farther = conv_case(torch.float16, 2, (9, 20), ka=16, co=16, affine="shared", stats=True, inputs=Aligned)
     triton_ops.conv(*farther[:3], **farther[3])
     assert taken[0] == offered[0] and taken[3] == triton_ops.ways_of_conv(*farther[:2], **farther[3])[0]
     assert best in str(taken[1]) and str(taken[2]) == str(taken[1])
 
 
 def test_the_fastest_way_of_a_weight_gradient_is_taken(as_on_a_gpu, monkeypatch):
-    a, dy, options = of_wgrad.make_case(torch.float16, 2, (6, 10), affine=1)
+    a, dy, options = wgrad_case(torch.float16, 2, (6, 10), affine=1)
     taken = []
     monkeypatch.setattr(triton_ops, "conv_wgrad_by", lambda way, *args, **kwargs: taken.append(way))
     with tuning.measuring(lambda launch: 1.0 if launch.__defaults__[0] == Way(None) else 2.0):
@@ -123,6 +109,6 @@ def test_the_fastest_way_of_a_weight_gradient_is_taken(as_on_a_gpu, monkeypatch)
 
 
 def test_boxes_need_addresses_that_are_round(as_on_a_gpu):
-    for inputs, expected in ((Aligned, True), (of_conv.Inputs, False)):
-        out, a, _, options = of_conv.make_case(torch.float16, 2, (6, 20), ka=16, co=16, inputs=inputs)
+    for inputs, expected in ((Aligned, True), (Inputs, False)):
+        out, a, _, options = conv_case(torch.float16, 2, (6, 20), ka=16, co=16, inputs=inputs)
         assert any(way.config and way.config.descriptors for way in triton_ops.ways_of_conv(out, a, **options)) == expected
