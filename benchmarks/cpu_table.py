@@ -36,7 +36,7 @@ def network(model: str, level: int = 4) -> Network:
 
 
 def compared(case: Case, rounds: int) -> list[dict]:
-    """The rows of one model and precision, interleaved; prints which implementations have none, and why."""
+    """The rows of one model and precision; prints which implementations have none, and why."""
     chosen = {name: IMPLEMENTATIONS[name] for name in (*ALTERNATIVES, OURS)}
     outcome = harness.measure(case, network(case.model), chosen, CPU, rounds=rounds)
     for name, reason in {**outcome.skipped, **outcome.wrong}.items():
@@ -45,7 +45,7 @@ def compared(case: Case, rounds: int) -> list[dict]:
 
 
 def pruned(model: str, rounds: int) -> list[dict]:
-    """The rows of the levels, timed interleaved."""
+    """The rows of the levels, timed in interleaved runs."""
     case = Case("inference", model, 4, "fast", SIZE, 1, "float32")
     x, _ = harness.make_input(network(model), case, CPU)
     networks = {level: network(model, level) for level in (1, 2, 3, 4)}

@@ -1,4 +1,4 @@
-"""One network, one input, several implementations: each is checked against float64, then all are timed interleaved.
+"""One network, one input, several implementations: each is checked against float64, then timed in interleaved runs.
 
 `unetpp-fast bench` and `benchmarks/` both measure through `measure`. Inputs are two images, repeated to the batch: the
 loss and the gradients of the repeated batch are those of the two, so float64 computes only two.
@@ -33,7 +33,7 @@ class Outcome:
     """What measuring a case gave.
 
     rows: of the implementations with right results.
-    wrong, skipped: why each of the others has no row.
+    wrong, skipped: why the others have no row.
     times: milliseconds of each round.
     """
 
@@ -109,7 +109,7 @@ def measure(
     begin: Callable[[str], object] = str,
     loss: Loss | None = None,
 ) -> Outcome:
-    """Checks the chosen implementations of a network against float64, times them interleaved and makes their rows.
+    """Checks the chosen implementations of a network against float64, times them in interleaved runs and makes their rows.
 
     An implementation with a wrong result is listed in `wrong`, one that cannot run here in `skipped`.
 

@@ -51,7 +51,11 @@ def add_task(command: argparse.ArgumentParser) -> None:
 
 def engine_options(table: Mapping[str, Entry]) -> list[str]:
     """The names in a table of `architecture.options` that commands offer: those that more than the reference computes."""
-    return [name for name, entry in table.items() if any(not entry.unsupported(each, entry.keywords) for each in ENGINES)]
+
+    def supported(entry: Entry) -> bool:
+        return any(not entry.unsupported(backend, entry.keywords) for backend in ENGINES)
+
+    return [name for name, entry in table.items() if supported(entry)]
 
 
 def tile_size(text: str) -> tuple[int, ...]:

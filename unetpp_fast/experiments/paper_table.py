@@ -202,7 +202,7 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """`0.8531 ± 0.0040 (0.8490 to 0.8570)`; a single value as it is."""
+    """`0.8531 ± 0.0040 (0.8490 to 0.8570)`; of a single value only the value."""
     mean = f"{statistics.mean(values):{sign}.4f}"
     if len(values) == 1:
         return mean
