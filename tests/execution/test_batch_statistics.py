@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo): statistics of batch norm over all of them give what one process gives."""
+"""Batch norm statistics over two processes (Gloo, CPU): they give the results of one process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def image(axes: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def passes(model: uf.Network, x: torch.Tensor, start: int, run) -> dict:
-    """Outputs, gradients and running statistics of a step on part of a batch, whose loss counts from image `start`."""
+    """Outputs, gradients and running statistics of a step on the images of a batch from `start` on."""
     x = x.clone().requires_grad_()
     outputs = run(model, x)
     weights = [make_input(3, *head.shape[1:], seed=7 + k, dtype=head.dtype) for k, head in enumerate(outputs)]
-    part = slice(start, start + len(x))
-    sum((head * weight[part]).sum() for head, weight in zip(outputs, weights, strict=True)).backward()
+    images = slice(start, start + len(x))
+    sum((head * weight[images]).sum() for head, weight in zip(outputs, weights, strict=True)).backward()
     return {
         "outputs": [head.detach() for head in outputs], "input": x.grad, "gradients": gradients(model),
         "buffers": dict(model.named_buffers()),
@@ -46,15 +46,15 @@ def forward_by(name: str):
     return lambda model, x: operators.forward(Call(model, x, x.dtype), name)
 
 
-def part_of_a_step(rank: int, axes: int, name: str, first: int) -> dict:
-    """One process's share of a batch of three: the first `first` images, or the rest."""
+def share_of_a_step(rank: int, axes: int, name: str, first: int) -> dict:
+    """A step on one process's images of a batch of three: the first `first` images, or the rest."""
     dtype = torch.float32 if name == "triton" else torch.float64
     model, x = sync_batch_norm(network(axes, dtype)), image(axes, dtype)
-    part = x[:first] if rank == 0 else x[first:]
-    found = passes(model, part, 0 if rank == 0 else first, forward_by(name))
-    for gradient in found["gradients"].values():
+    share = x[:first] if rank == 0 else x[first:]
+    results = passes(model, share, 0 if rank == 0 else first, forward_by(name))
+    for gradient in results["gradients"].values():
         dist.all_reduce(gradient)
-    return found
+    return results
 
 
 def names_and_modes() -> dict:
@@ -76,8 +76,8 @@ CASES += [(2, "triton", 2)] * (ops.HAS_TRITON and ops.INTERPRETED)
 
 
 def everything(rank: int) -> dict:
-    """All that two processes are needed for, in one start."""
-    return {"steps": [part_of_a_step(rank, *case) for case in CASES], "modes": names_and_modes()}
+    """Everything that needs two processes: they start only once."""
+    return {"steps": [share_of_a_step(rank, *case) for case in CASES], "modes": names_and_modes()}
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +87,23 @@ def two(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_take_statistics_together(two, case):
-    """Of unequal parts of a batch, the second even empty: outputs, gradients, running statistics, in float64."""
+    """Outputs, gradients and running statistics, in float64, with a different number of images in each process, or none."""
     axes, name, _ = case
     bound = 10 * FLOAT32 if name == "triton" else FLOAT64
     one = passes(network(axes), image(axes), 0, reference.forward)
-    parts = [found["steps"][CASES.index(case)] for found in two]
+    shares = [of_process["steps"][CASES.index(case)] for of_process in two]
     for index, expected in enumerate(one["outputs"]):
-        assert_close_relative(torch.cat([part["outputs"][index] for part in parts]), expected, bound)
-    assert_close_relative(torch.cat([part["input"] for part in parts]), one["input"], bound)
-    for part in parts:
-        assert_gradients_close(part["gradients"], one["gradients"], bound)
+        assert_close_relative(torch.cat([share["outputs"][index] for share in shares]), expected, bound)
+    assert_close_relative(torch.cat([share["input"] for share in shares]), one["input"], bound)
+    for share in shares:
+        assert_gradients_close(share["gradients"], one["gradients"], bound)
         for key, buffer in one["buffers"].items():
-            assert_close_relative(part["buffers"][key].double(), buffer.double(), bound)
+            assert_close_relative(share["buffers"][key].double(), buffer.double(), bound)
 
 
 def test_a_synced_network_is_the_same_in_eval_mode(two):
-    for found in (part["modes"] for part in two):
-        assert all(found[key] for key in ("equal", "names", "engine", "pruned")) and found["count"] == 12
+    for modes in (of_process["modes"] for of_process in two):
+        assert all(modes[key] for key in ("equal", "names", "engine", "pruned")) and modes["count"] == 12
 
 
 def test_syncing_needs_processes():

@@ -1,4 +1,4 @@
-"""Long runs: what breaks is named and the last good state kept; batches in parts, within a memory; the run's folder."""
+"""Long runs: errors name their cause and keep the last good state; micro-batches; memory budgets; the folder of a run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_batch_that_breaks_the_loss_is_named_and_kept(folder, tmp_path):
-    """Between two looks at the loss: of the batches since the first, the one that made it, not the last."""
+    """Several batches after the last check of the loss: the batch that broke it is named, not the last one."""
     trainer = make_trainer(folder, tmp_path)
     wrong = trainer.patches.batches(0, 2)[2]
     run_step = trainer.train_step.run
@@ -67,15 +67,15 @@ def test_the_batch_that_breaks_the_loss_is_named_and_kept(folder, tmp_path):
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_a_step_that_float16_skips_is_no_error_but_many_are(folder, monkeypatch):
+def test_float16_may_skip_a_step_but_not_every_step(folder, monkeypatch):
     trainer = make_trainer(folder, None, dtype="float16")
     backward, overflows = trainer.train_step._backward, [1]
 
     def overflow(*batch):
-        found = backward(*batch)
+        totals = backward(*batch)
         if overflows.pop() if overflows else False:
             trainer.network.heads["x0_1"].bias.grad.fill_(float("inf"))
-        return found
+        return totals
 
     trainer.train_step._backward = overflow
     trainer.fit(progress=False)
@@ -87,35 +87,35 @@ def test_a_step_that_float16_skips_is_no_error_but_many_are(folder, monkeypatch)
         again.fit(progress=False)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 9])
+@pytest.mark.parametrize("count", [2, 3, 9])
 @pytest.mark.parametrize("norm", [None, "instance"])
-def test_a_batch_in_parts_gives_the_same_gradients(folder, norm, parts):
-    """Of unequal sizes too, and no more than there are images."""
-    found = []
-    for accumulate in (1, parts):
+def test_micro_batches_give_the_gradients_of_the_batch(folder, norm, count):
+    """Also if their sizes differ, or there are fewer images than `accumulate`."""
+    results = []
+    for accumulate in (1, count):
         trainer = make_trainer(folder, None, norm, accumulate=accumulate)
         trainer.network.double()
         sizes, forward = [], trainer.network.forward
         trainer.network.forward = lambda x, forward=forward, sizes=sizes: sizes.append(len(x)) or forward(x)
         x = make_input(4, 1, 16, 16, dtype=torch.float64)
-        given = trainer.train_step.run(x, (x > 0).double(), 4)
-        found.append((sizes, gradients(trainer.network), given))
-    (_, expected, means), (sizes, parted, given) = found
-    assert sizes == {2: [2, 2], 3: [2, 1, 1], 9: [1, 1, 1, 1]}[parts]
-    assert_gradients_close(parted, expected, FLOAT64)
-    assert given.tolist() == pytest.approx(means.tolist(), rel=1e-6)
+        totals = trainer.train_step.run(x, (x > 0).double(), 4)
+        results.append((sizes, gradients(trainer.network), totals))
+    (_, expected, expected_totals), (sizes, accumulated, totals) = results
+    assert sizes == {2: [2, 2], 3: [2, 1, 1], 9: [1, 1, 1, 1]}[count]
+    assert_gradients_close(accumulated, expected, FLOAT64)
+    assert totals.tolist() == pytest.approx(expected_totals.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("patches", "batch", "accumulate", "size", "fits"),
     [
         (5, 5, 1, 1, True), (6, 5, 1, 1, False), (5, 5, 3, 1, False), (5, 9, 3, 1, False), (6, 6, 3, 1, True),
-        (9, 5, 3, 2, False),  # the last batch has parts of two images, the first has one of one
+        (9, 5, 3, 2, False),  # one micro-batch of the first batch has one image; those of the last batch have two
         (8, 4, 2, 2, True),
     ],
 )  # fmt: skip
-def test_no_part_of_any_batch_is_too_small_for_batch_norm(monkeypatch, patches, batch, accumulate, size, fits):
-    """Of a network whose lowest map has one pixel."""
+def test_no_micro_batch_is_too_small_for_batch_norm(monkeypatch, patches, batch, accumulate, size, fits):
+    """In a network whose lowest map has one pixel."""
     model = build(uf.UNetPlusPlus, 1, 1, features=(3, 4))
     array = np.zeros((1, 8, 8), np.float32)
     drawn = Patches([ArraySample("one", array, array > 0)], 2, per_image=patches, seed=0)
@@ -130,7 +130,7 @@ def test_no_part_of_any_batch_is_too_small_for_batch_norm(monkeypatch, patches, 
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A switch after which nothing more can be written."""
+    """A function after whose call the disk is full."""
 
     class Full:
         def __init__(self, stream):
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(folder, tmp_path, ful
 
 
 def test_a_disk_that_fills_at_the_last_moment(tmp_path, monkeypatch):
-    """When the buffers of the system are written out."""
+    """When the system flushes its buffers."""
     atomic_files.write_atomic(tmp_path / "a", lambda stream: stream.write(b"old"))
     monkeypatch.setattr(
         atomic_files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded"))
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_at_the_last_moment(tmp_path, monkeypatch):
 
 
 class Dies(Patches):
-    """Patches whose fifth one ends the process that reads it."""
+    """Patches of which the fifth kills the process that reads it."""
 
     def __getitem__(self, item):
         if item[1] == 4:
@@ -191,7 +191,7 @@ class Dies(Patches):
         return super().__getitem__(item)
 
 
-def test_a_reading_process_that_dies_is_one_line(folder):
+def test_a_worker_process_that_dies_is_one_line(folder):
     samples, _ = find_samples(folder)
     patches = Dies(samples, 32, per_image=1, seed=0)
     batches = [[(0, draw)] for draw in range(5)]
@@ -211,7 +211,7 @@ def test_an_image_that_cannot_be_read_is_one_line(tmp_path, workers):
 
 
 def test_a_step_s_memory_is_counted_from_its_tensors():
-    """What autograd keeps for one image more, and the parameters four times, are the least that a step takes."""
+    """A step takes at least what autograd keeps per image, and four times the parameters."""
     model = build(uf.UNetPlusPlus, 1, 1, features=(8, 16, 32), deep_supervision=True)
     model.to("meta")
     kept = []
@@ -222,12 +222,12 @@ def test_a_step_s_memory_is_counted_from_its_tensors():
         with torch.autograd.graph.saved_tensors_hooks(hooks, lambda tensor: tensor):
             reference.forward(model, x)
         kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
-    each = memory_budget.step_bytes(model, (64, 64), 5) - memory_budget.step_bytes(model, (64, 64), 4)
-    assert kept[1] - kept[0] <= each <= 1.5 * (kept[1] - kept[0])
+    per_image = memory_budget.step_bytes(model, (64, 64), 5) - memory_budget.step_bytes(model, (64, 64), 4)
+    assert kept[1] - kept[0] <= per_image <= 1.5 * (kept[1] - kept[0])
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert memory_budget.step_bytes(model, (64, 64), 4) >= 4 * each + 3 * parameters
+    assert memory_budget.step_bytes(model, (64, 64), 4) >= 4 * per_image + 3 * parameters
     model.recompute = True
-    assert memory_budget.step_bytes(model, (64, 64), 8) < 0.7 * (8 * each + 4 * parameters)
+    assert memory_budget.step_bytes(model, (64, 64), 8) < 0.7 * (8 * per_image + 4 * parameters)
     assert memory_budget.step_bytes(model, (64, 64), 8, "bfloat16") < memory_budget.step_bytes(model, (64, 64), 8)
 
 
@@ -261,20 +261,9 @@ def test_the_loss_s_memory_is_counted():
 
 
 def test_a_run_s_folder(folder, tmp_path, capsys):
-    """The batch that fits is printed and kept; the same command with --resume goes on with it."""
-    command = (
-        "train",
-        "--data",
-        folder,
-        "--out",
-        tmp_path,
-        *SMALL,
-        "--max-memory",
-        "5M",
-        "--accumulate",
-        "2",
-        "--recompute",
-    )
+    """The batch size that fits is printed and saved; the same command with --resume keeps it."""
+    memory = ("--max-memory", "5M", "--accumulate", "2", "--recompute")
+    command = ("train", "--data", folder, "--out", tmp_path, *SMALL, *memory)
     assert run(*command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "config.json", "curves.png", "last.pt", "log.csv"]
     batch = load_checkpoint(tmp_path / "last.pt")["recipe"]["batch_size"]
@@ -308,8 +297,8 @@ def test_tensorboard_s_events_hold_every_epoch(folder, tmp_path):
     with open(tmp_path / "log.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     for name in run_folder.COLUMNS[1:]:
-        found = [(event.step, event.value) for event in events.Scalars(name.replace("_", "/"))]
-        assert found == [(int(row["epoch"]), pytest.approx(float(row[name]), rel=1e-6)) for row in rows]
+        values = [(event.step, event.value) for event in events.Scalars(name.replace("_", "/"))]
+        assert values == [(int(row["epoch"]), pytest.approx(float(row[name]), rel=1e-6)) for row in rows]
 
 
 def test_without_tensorboard_the_extra_is_named(monkeypatch, folder, tmp_path, capsys):
@@ -319,7 +308,7 @@ def test_without_tensorboard_the_extra_is_named(monkeypatch, folder, tmp_path, c
 
 
 def test_an_older_checkpoint_resumes(folder, tmp_path):
-    """One that knows nothing of the parts of a batch."""
+    """One from before micro-batches."""
     make_trainer(folder, tmp_path).fit(progress=False)
     content = load_checkpoint(tmp_path / "last.pt")
     del content["recipe"]["accumulate"], content["unetpp_fast"]

@@ -21,7 +21,7 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32, foreground: float = 0.
 
 
 def formula(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> float:
-    """Equation 2 with the full cross-entropy and 1 added, an image at a time, a pixel at a time."""
+    """Equation 2 with the full cross-entropy and 1 added, pixel by pixel and image by image."""
     losses = []
     for image, mask in zip(logits.double(), target.double(), strict=True):
         entropy = both = total = 0.0
@@ -77,7 +77,7 @@ def test_a_list_is_the_mean_over_the_heads() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    """A sum over 300x300 pixels does not fit float16's range; the gradient comes back in the input's type."""
+    """A sum over 300x300 pixels exceeds the range of float16; the gradient has the dtype of the input."""
     logits, target = pair(1, 1, 300, 300, dtype=dtype, foreground=0.9)
     logits.requires_grad_()
     loss = uf.BCEDiceLoss()(logits, target.to(dtype))
@@ -110,7 +110,7 @@ def test_gradcheck(shape: tuple[int, ...], foreground: float) -> None:
 
 
 def test_no_foreground() -> None:
-    """The dice term is nearly 1 whatever is predicted, so the cross-entropy alone teaches: never not-a-number."""
+    """The dice term is nearly 1 for every prediction: only the cross-entropy has gradients, and nothing is NaN."""
     logits, target = make_input(2, 1, 4, 4).requires_grad_(), torch.zeros(2, 1, 4, 4)
     loss = uf.BCEDiceLoss()(logits, target)
     loss.backward()
@@ -121,7 +121,7 @@ def test_no_foreground() -> None:
 @pytest.mark.parametrize("mask", [0.0, 1.0])
 @pytest.mark.parametrize("size", [50.0, 1e4, 1e30])
 def test_extreme_logits(size: float, mask: float) -> None:
-    """Sure and right costs nothing, sure and wrong is finite and has a gradient that leads out."""
+    """Confident right predictions cost nothing; wrong ones have a finite loss and a gradient that corrects them."""
     target = torch.full((1, 1, 4, 4), mask)
     toward = 2 * mask - 1
     right = uf.BCEDiceLoss()(target.new_full(target.shape, toward * size), target)
@@ -133,7 +133,7 @@ def test_extreme_logits(size: float, mask: float) -> None:
     assert_close_relative(logits.grad, torch.full_like(logits, -toward * 0.5 / 16), FLOAT32)
 
 
-def test_mistakes() -> None:
+def test_wrong_arguments() -> None:
     loss = uf.BCEDiceLoss()
     with pytest.raises(ValueError, match=r"outputs \(2, 1, 4, 4\) and target \(2, 4, 4\) must have the same shape"):
         loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))

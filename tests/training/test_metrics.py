@@ -24,7 +24,7 @@ def dice_of_sets(a: Pixels, b: Pixels) -> float:
 
 
 SCORES = [(uf.iou_score, iou_of_sets), (uf.dice_score, dice_of_sets)]
-each_score = pytest.mark.parametrize("score, of_sets", SCORES, ids=["iou", "dice"])
+both_scores = pytest.mark.parametrize("score, of_sets", SCORES, ids=["iou", "dice"])
 
 
 def foreground(image: Tensor) -> Pixels:
@@ -33,11 +33,11 @@ def foreground(image: Tensor) -> Pixels:
 
 
 def brute_force(of_sets: Callable[[Pixels, Pixels], float], probabilities: Tensor, target: Tensor) -> Tensor:
-    each = [of_sets(foreground(p), foreground(y)) for p, y in zip(probabilities, target, strict=True)]
-    return torch.tensor(sum(each) / len(each), dtype=torch.float64)
+    scores = [of_sets(foreground(p), foreground(y)) for p, y in zip(probabilities, target, strict=True)]
+    return torch.tensor(sum(scores) / len(scores), dtype=torch.float64)
 
 
-@each_score
+@both_scores
 @pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
 @pytest.mark.parametrize("shape", [(1, 1, 6, 7), (3, 1, 5, 5), (2, 3, 4, 4), (2, 2, 3, 2, 4), (4, 5)], ids=str)
 def test_sets(shape: tuple[int, ...], layout: str, score, of_sets) -> None:
@@ -51,9 +51,9 @@ def test_sets(shape: tuple[int, ...], layout: str, score, of_sets) -> None:
         assert_close_relative(value, brute_force(of_sets, shifted, target), FLOAT32)
 
 
-@each_score
+@both_scores
 def test_empty_masks(score, of_sets) -> None:
-    """Both empty is agreement; one empty is none."""
+    """Two empty masks agree; an empty and a full one do not."""
     empty, full = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
     assert score(empty, empty).item() == 1.0
     assert score(full, full).item() == 1.0
@@ -62,7 +62,7 @@ def test_empty_masks(score, of_sets) -> None:
     assert score(torch.cat([empty, full, empty]), torch.cat([empty, empty, full])).item() == pytest.approx(1 / 3)
 
 
-@each_score
+@both_scores
 def test_hard_at_one_half(score, of_sets) -> None:
     """0.5 itself is background, in the prediction and in the target."""
     at, above = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), 0.5001)
@@ -72,9 +72,9 @@ def test_hard_at_one_half(score, of_sets) -> None:
     assert score(torch.full((1, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 0.6)).item() == 1.0
 
 
-@each_score
+@both_scores
 def test_images_are_averaged_and_not_pooled(score, of_sets) -> None:
-    """A small object missed counts as much as a large one found."""
+    """A missed small object counts as much as a found large one."""
     probabilities, target = torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
     probabilities[0], target[0] = 1, 1
     target[1, 0, 0, 0] = 1
@@ -83,7 +83,7 @@ def test_images_are_averaged_and_not_pooled(score, of_sets) -> None:
     assert pooled > 0.9
 
 
-@each_score
+@both_scores
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
 def test_types(dtype: torch.dtype, score, of_sets) -> None:
     probabilities, target = make_input(2, 1, 5, 5).sigmoid(), (make_input(2, 1, 5, 5, seed=1) > 0).float()
@@ -92,7 +92,7 @@ def test_types(dtype: torch.dtype, score, of_sets) -> None:
     assert torch.equal(score(mask, target), score(probabilities, target))
 
 
-@each_score
+@both_scores
 def test_more_pixels_than_float16_or_uint8_hold(score, of_sets) -> None:
     half = torch.ones(1, 1, 300, 300, dtype=torch.float16)
     half[..., 150:, :] = 0
@@ -100,8 +100,8 @@ def test_more_pixels_than_float16_or_uint8_hold(score, of_sets) -> None:
     assert score(half, torch.ones(1, 1, 300, 300, dtype=torch.uint8)).item() == pytest.approx(expected)
 
 
-@each_score
-def test_mistakes(score, of_sets) -> None:
+@both_scores
+def test_wrong_arguments(score, of_sets) -> None:
     with pytest.raises(ValueError, match=r"probabilities \(2, 1, 4, 4\) and target \(2, 4, 4\) must have the same shape"):
         score(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4))
     for shape in ((0, 1, 4, 4), (1, 1, 4, 0), (4,)):

@@ -1,4 +1,4 @@
-"""Training by two processes (gloo, CPU): the same weights as one process finds, files written once, an end when one dies."""
+"""Training by two processes (Gloo, CPU): the weights of one process, files written once, an error when a process dies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from unetpp_fast.training.checkpoint import load_checkpoint
 from unetpp_fast.training.evaluation import evaluate
 from unetpp_fast.training.trainer import Interrupted, Recipe, Trainer
 
-# Of weights. A gradient that happens to be as small as its rounding error still makes a whole step of Adam, so float32
-# gets one epoch, and float64 tells whether two processes do what one does.
+# Relative differences of weights. A gradient that is as small as its rounding error still makes a whole step of Adam, so in
+# float32 the weights are compared after one epoch; float64 shows whether two processes do the same as one.
 CLOSE = {torch.float32: 1e-5, torch.float64: FLOAT64}
 FEATURES = (4, 6, 8)
 NETWORKS = {
@@ -64,17 +65,18 @@ def validation() -> list[ArraySample]:
 
 
 def make_trainer(name: str, out: Path | None = None, **recipe) -> Trainer:
-    """A trainer on the demo's left half: batches of 4, 4 and 1 patches, the last too small for two processes.
+    """A trainer on the left half of the demo's image, with batches of 4, 4 and 1 patches; the last one leaves one process
+    without an image.
 
-    In float64 two epochs; in float32 one of the demo, with the paper's learning rate, one batch of 3 for the kernels, and
-    two epochs of the reproducible training, which differ in no bit.
+    It runs two epochs in float64. In float32 it runs one epoch of the demo, one batch of 3 for the kernels, or two epochs of
+    reproducible training, in which no bit may differ.
     """
     network, (left, _) = NETWORKS[name](), demo.halves()
     network.recompute = name == "recomputed"
     side = {"kernels": 8, "reproducible, small": 12, "reproducible, one pixel": 4}.get(name, 32)
     draws, batch = (3, 3) if name == "kernels" else (9, {32: 4, 12: 5, 4: 3}[side])
     same = name.startswith("reproducible")
-    if same and processes.rank():  # the first process's weights count
+    if same and processes.rank():  # the weights of rank 0 are used
         network.nodes["x0_0"].conv1.weight.data.add_(1)
     wide = name not in ("demo", "kernels", "dropout") and not same
     patches = (Doubles if wide else Patches)([left], side, per_image=draws, seed=1)
@@ -92,26 +94,27 @@ def trained(name: str) -> dict:
 
 
 def demo_weights() -> dict:
-    """UNet++ after an epoch of the demo: its widths, patches, batches and learning rate, in float32."""
+    """UNet++ after five steps of the demo: its widths, patches, batches and learning rate, in float32."""
     (left, _), recipe = demo.halves(), demo.make_recipe(epochs=1)
     options = {"features": demo.FEATURES, "deep_supervision": True}
-    return dict(demo.trained("UNet++", uf.UNetPlusPlus, left, recipe, "cpu", demo.PATCH, **options).state_dict())
+    with patch.object(demo, "STEPS_PER_EPOCH", 5):
+        return dict(demo.trained("UNet++", uf.UNetPlusPlus, left, recipe, "cpu", demo.PATCH, **options).state_dict())
 
 
 def resumed_with_dropout(out: Path) -> list[dict]:
-    """The weights of a whole run, and of one that was taken up after its first epoch."""
+    """The weights of an uninterrupted run, and of a run that was resumed after its first epoch."""
     whole = make_trainer("dropout", out / "whole")
     whole.fit(progress=False)
-    make_trainer("dropout", out / "parts", epochs=1).fit(progress=False)
-    again = make_trainer("dropout", out / "parts")
+    make_trainer("dropout", out / "resumed", epochs=1).fit(progress=False)
+    resumed = make_trainer("dropout", out / "resumed")
     torch.manual_seed(99)
-    again.resume()
-    again.fit(progress=False)
-    return [dict(trainer.network.state_dict()) for trainer in (whole, again)]
+    resumed.resume()
+    resumed.fit(progress=False)
+    return [dict(trainer.network.state_dict()) for trainer in (whole, resumed)]
 
 
 def diverged(out: Path) -> str:
-    """The error of a run whose first batch has a mask that is not finite."""
+    """The error of a run in which a mask of the first batch is not finite."""
     trainer = make_trainer("demo", out)
     trainer.patches.load = lambda index, load=trainer.patches.load: (load(index)[0], load(index)[1] * float("nan"))
     try:
@@ -122,7 +125,7 @@ def diverged(out: Path) -> str:
 
 
 def stopped(rank: int, out: Path) -> list[int]:
-    """Epochs and steps after the second process alone was asked to stop."""
+    """Epochs and steps of a run in which only the second process is asked to stop."""
     trainer = make_trainer("nested", out)
     trainer._stop = rank == 1
     try:
@@ -133,7 +136,7 @@ def stopped(rank: int, out: Path) -> list[int]:
 
 
 def everything(rank: int, out: str) -> dict:
-    """All that two processes are needed for, in one start."""
+    """Everything that needs two processes: they start only once."""
     folder = Path(out)
     make_trainer("nested", folder / "half", epochs=1).fit(progress=False)
     return {
@@ -157,53 +160,53 @@ def two(tmp_path_factory, place) -> list[dict]:
     return run_processes(everything, tmp_path_factory.mktemp("two"), str(place))
 
 
-def assert_same_weights(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_weights(weights: dict, expected: dict) -> None:
+    assert weights.keys() == expected.keys()
     for name, weight in expected.items():
         try:
             bound = CLOSE[weight.dtype] if weight.is_floating_point() else 0
-            assert_close_relative(found[name], weight, bound, floor=1.0)
+            assert_close_relative(weights[name], weight, bound, floor=1.0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_find_the_weights_that_one_finds(two, name):
+def test_two_processes_train_to_the_weights_of_one(two, name):
     one = trained(name)
-    for part in two:
-        found = part["trained"][name]
-        assert_same_weights(found["weights"], one["weights"])
-        for row, expected in zip(found["history"], one["history"], strict=True):
+    results = [of_process["trained"][name] for of_process in two]
+    for result in results:
+        assert_same_weights(result["weights"], one["weights"])
+        for row, expected in zip(result["history"], one["history"], strict=True):
             for key, value in expected.items():
                 assert row[key] == pytest.approx(value, abs=CLOSE[torch.float32], nan_ok=True), key
         if name.startswith("reproducible"):
-            assert all(torch.equal(found["weights"][key], value) for key, value in one["weights"].items())
-    equal = [torch.equal(a, b) for a, b in zip(*(part["trained"][name]["weights"].values() for part in two), strict=True)]
-    assert all(equal)
+            assert all(torch.equal(result["weights"][key], value) for key, value in one["weights"].items())
+    first, second = (result["weights"] for result in results)
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", ["reproducible", "reproducible, small"])
-def test_threads_make_no_difference_either(two, threads, name):
+def test_two_threads_train_to_the_weights_of_one(two, threads, name):
     threads(2)
     one, weights = trained(name), two[0]["trained"][name]["weights"]
     assert all(torch.equal(weights[key], value) for key, value in one["weights"].items())
 
 
 def test_two_processes_train_the_demo_to_the_weights_of_one(two, threads):
-    """At the demo's own size, where a last bit that differed would become a different weight within a few steps; the one
-    process works on two images at once."""
+    """At the size of the demo, where one bit that differs changes the weights within a few steps; the one process computes
+    two images at a time."""
     threads(2)
     one = demo_weights()
-    for part in two:
-        assert [name for name, weight in one.items() if not torch.equal(part["demo"][name], weight)] == []
+    for of_process in two:
+        assert [name for name, weight in one.items() if not torch.equal(of_process["demo"][name], weight)] == []
 
 
 def test_sharded_validation_gives_the_same_numbers(two):
     expected = evaluate(NETWORKS["demo"](), validation())
-    assert [part["scores"] for part in two] == [expected, expected]
+    assert [of_process["scores"] for of_process in two] == [expected, expected]
 
 
-def test_one_process_goes_on_with_a_run_of_two(two, place):
+def test_one_process_resumes_a_run_of_two(two, place):
     trainer = make_trainer("nested", place / "half")
     trainer.resume()
     assert trainer.epoch == 1
@@ -211,23 +214,23 @@ def test_one_process_goes_on_with_a_run_of_two(two, place):
     assert_same_weights(dict(trainer.network.state_dict()), trained("nested")["weights"])
 
 
-def test_dropout_resumes_exactly_on_the_same_number_of_processes(two):
-    for part in two:
-        whole, again = part["resumed"]
-        assert all(torch.equal(whole[name], again[name]) for name in whole)
+def test_dropout_resumes_exactly_with_the_same_number_of_processes(two):
+    for of_process in two:
+        whole, resumed = of_process["resumed"]
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_all_processes_raise_one_error_and_the_batch_is_kept_once(two, place):
-    first, second = (part["diverged"] for part in two)
+def test_all_processes_raise_the_same_error_and_write_the_batch_once(two, place):
+    first, second = (of_process["diverged"] for of_process in two)
     assert first == second and "loss became nan in epoch 1" in first and "batch 1, of left" in first
     kept = torch.load(place / "diverged/bad-batch.pt", weights_only=True)
     assert kept["image"].shape == (4, 1, 32, 32) and kept["mask"].isnan().all()
 
 
-def test_all_processes_stop_where_one_is_asked_to(two, place):
-    assert [part["stopped"] for part in two] == [[1, 0], [1, 0]]
+def test_all_processes_stop_when_one_is_asked_to(two, place):
+    assert [of_process["stopped"] for of_process in two] == [[1, 0], [1, 0]]
     assert load_checkpoint(place / "stopped/last.pt")["epoch"] == 1
-    assert [part["first"] for part in two] == [True, False]
+    assert [of_process["first"] for of_process in two] == [True, False]
     assert sorted(path.name for path in (place / "stopped").iterdir()) == ["last.pt", "log.csv"]
 
 
@@ -245,15 +248,15 @@ def arguments(folder: Path, out: Path) -> list[str]:
 
 
 def second_process(parent: int) -> int:
-    """The process of rank 1 among the children of torchrun."""
+    """The process ID of rank 1 among the children of torchrun."""
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
             return int(child)
-    raise AssertionError("torchrun started no second process")
+    raise AssertionError("torchrun did not start a second process")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes of torchrun in /proc")
-def test_a_killed_process_ends_the_run_with_a_message_and_resume_finishes_it(tmp_path):
+def test_a_killed_process_ends_the_run_with_a_message_and_it_can_be_resumed(tmp_path):
     folder, out = write_nuclei(tmp_path / "data", count=4), tmp_path / "out"
     run = torchrun(folder, out, "--epochs", "900")
     try:
@@ -271,12 +274,11 @@ def test_a_killed_process_ends_the_run_with_a_message_and_resume_finishes_it(tmp
     assert 2 <= done < 900
     assert parser.main([*arguments(folder, out), "--epochs", str(done + 1), "--resume"]) == 0
     rows = (out / "log.csv").read_text().splitlines()
-    assert rows[0] == ",".join(run_folder.COLUMNS) and [row.split(",")[0] for row in rows[1:]] == [
-        *map(str, range(1, done + 2))
-    ]
+    assert rows[0] == ",".join(run_folder.COLUMNS)
+    assert [int(row.split(",")[0]) for row in rows[1:]] == [*range(1, done + 2)]
 
 
-def test_processes_need_a_device_each(monkeypatch):
+def test_each_process_needs_a_device(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="not on 'mps'"), processes.joined("mps"):
         pass

@@ -1,4 +1,4 @@
-"""Training image by image: the gradients are right, and the same bits wherever the images and threads are."""
+"""Training image by image: the gradients are right, with the same bits for any order of images and any threads."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def step_of_images(model: uf.Network, x: torch.Tensor) -> dict:
         return step(model, x)
 
 
-def assert_same_step(found: dict, expected: dict) -> None:
+def assert_same_step(actual: dict, expected: dict) -> None:
     for key in ("outputs", "input"):
-        assert_close_relative(found[key], expected[key], FLOAT64)
-    assert_gradients_close(found["gradients"], expected["gradients"], FLOAT64)
+        assert_close_relative(actual[key], expected[key], FLOAT64)
+    assert_gradients_close(actual["gradients"], expected["gradients"], FLOAT64)
     for name, buffer in expected["buffers"].items():
-        assert_close_relative(found["buffers"][name].double(), buffer.double(), FLOAT64)
+        assert_close_relative(actual["buffers"][name].double(), buffer.double(), FLOAT64)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -88,27 +88,27 @@ def test_special_cases(case):
         model.nodes["x0_1"].up.weight.requires_grad_(False)
         model.nodes["x0_1"].conv1.bias.requires_grad_(False)
     model.recompute = case == "recomputed"
-    found = step_of_images(copy.deepcopy(model), x)
+    results = step_of_images(copy.deepcopy(model), x)
     model.recompute = False
-    assert_same_step(found, step(model, x))
+    assert_same_step(results, step(model, x))
 
 
-def bits(found: dict) -> dict:
-    return {**found["gradients"], **found["buffers"]}
+def bits(results: dict) -> dict:
+    return {**results["gradients"], **results["buffers"]}
 
 
 @pytest.mark.parametrize(
     ("name", "widths", "size"),
     [
         *((name, (16, 24, 40), (40, 36)) for name in ("batch", "instance", "nearest", "linear")),
-        ("batch", (3, 3, 3), (12, 12)),  # maps of 27 values: the next image begins where vectors do not
+        ("batch", (3, 3, 3), (12, 12)),  # maps of 27 values: the next image is not aligned
         ("frozen", (5, 3, 7), (12, 20)),
         ("shuffled", (3, 5), (6, 10, 6)),
         ("no norm", (1, 3, 5), (4, 12, 4)),
     ],
 )
 def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(threads, name, widths, size):
-    """At sizes where the ordinary pass gives others."""
+    """At sizes where the usual pass gives different bits."""
     model, x = network(len(size), widths, **OPTIONS.get(name, {})), make_input(6, 2, *size)
     target = make_input(6, 2, *size, seed=5).sigmoid()
     if name == "frozen":
@@ -124,11 +124,11 @@ def test_float32_gradients_are_the_same_bits_in_any_order_and_on_any_threads(thr
 
     expected = run([0, 1, 2, 3, 4, 5], 1)
     for order, count in (([5, 3, 1, 0, 2, 4], 1), ([0, 1, 2, 3, 4, 5], 2), ([2, 1, 0, 5, 4, 3], 3)):
-        found = run(order, count)
-        assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+        results = run(order, count)
+        assert [key for key, value in expected.items() if not torch.equal(results[key], value)] == []
 
 
-def test_every_thread_computes_by_itself_and_all_is_as_it_was_afterwards(threads):
+def test_threads_compute_one_image_each_and_everything_is_restored(threads):
     threads(3)
     model = network()
     layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
@@ -162,7 +162,7 @@ def test_a_network_that_asks_for_the_kernels_computes_image_by_image_too():
     ],
     ids=["device", "dtype", "dropout"],
 )
-def test_what_cannot_be_reproducible_says_so(options, device, dtype, message):
+def test_settings_that_are_not_reproducible_are_refused(options, device, dtype, message):
     with pytest.raises(InputError, match=message):
         reproducible.check(network(**options), torch.device(device), dtype)
 
@@ -185,7 +185,7 @@ def test_layers_whose_gradients_would_not_be_summed_are_refused(change, message)
 
 
 @pytest.mark.parametrize("more", [["--dropout", "0.5"], ["--max-memory", "1G"]], ids=lambda more: more[0])
-def test_the_command_line_says_so_too(tmp_path, capsys, more):
+def test_the_command_line_refuses_them_too(tmp_path, capsys, more):
     folder = write_nuclei(tmp_path / "data", count=3)
     arguments = ["train", "--data", str(folder), "--out", str(tmp_path / "out"), "--reproducible", "--device", "cpu"]
     assert parser.main([*arguments, "--features", "4,8", "--patch", "32", *more]) == 2
@@ -194,14 +194,15 @@ def test_the_command_line_says_so_too(tmp_path, capsys, more):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize(("accumulate", "reproducible"), [(1, False), (3, False), (3, True), (9, True), (9, False)])
-def test_the_processes_share_every_image_of_every_part(processes, accumulate, reproducible):
-    for whole in (1, 2, 4, 7, 8):
+def test_processes_share_every_image_of_every_micro_batch(processes, accumulate, reproducible):
+    for batch in (1, 2, 4, 7, 8):
         recipe = Recipe(accumulate=accumulate, reproducible=reproducible)
-        shares = [recipe.micro_batches(whole, rank, processes) for rank in range(processes)]
-        parts = [sorted(place for share in part for place in share) for part in zip(*shares, strict=True)]
-        assert [place for part in parts for place in part] == list(range(whole)) and all(parts)
-        assert len(parts) == recipe.micro_batch_count(whole, processes) <= accumulate
-        most = max(len(share) for part in zip(*shares, strict=True) for share in part)
-        assert most == math.ceil(whole / (len(parts) * processes))
+        by_rank = [recipe.micro_batches(batch, rank, processes) for rank in range(processes)]
+        shares = list(zip(*by_rank, strict=True))  # by micro-batch, then by rank
+        micro_batches = [sorted(index for share in of_ranks for index in share) for of_ranks in shares]
+        assert [index for indices in micro_batches for index in indices] == list(range(batch)) and all(micro_batches)
+        assert len(micro_batches) == recipe.micro_batch_count(batch, processes) <= accumulate
+        largest = max(len(share) for of_ranks in shares for share in of_ranks)
+        assert largest == math.ceil(batch / (len(micro_batches) * processes))
         if reproducible:
-            assert parts == [[*part] for part in torch.arange(whole).tensor_split(min(accumulate, whole))]
+            assert micro_batches == [[*indices] for indices in torch.arange(batch).tensor_split(min(accumulate, batch))]

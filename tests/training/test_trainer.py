@@ -1,4 +1,4 @@
-"""The training recipe: what a run leaves behind, and that an interrupted one goes on as if nothing had happened."""
+"""The training loop: the files of a run, and that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.command_line import run
 from support.folders import write_nuclei
 from torch import nn
 
@@ -25,6 +26,7 @@ from unetpp_fast.training import trainer as trainer_module
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from unetpp_fast.training.trainer import Interrupted, Recipe, Trainer
 
+EPOCHS = 20  # of runs that are killed after two
 COMMAND = ("train", "--features", "4,8", "--patch", "32", "--batch-size", "2", "--dropout", "0.2", "--device", "cpu")
 
 
@@ -113,14 +115,14 @@ def test_without_validation_every_epoch_runs(folder):
     assert len(history) == 3 and np.isnan(history[0]["val_iou"])
 
 
-def test_a_form_that_hands_over_no_logits_is_refused():
+def test_a_form_that_does_not_return_logits_is_refused():
     network = uf.UNetPlusPlus(1, 1, features=(4, 8))
     network.form = "sigmoid"
     with pytest.raises(InputError, match='form = "plain" to train'):
         Trainer(network, Patches([], 32, per_image=1, seed=0), [], Recipe())
 
 
-def test_the_seed_decides_the_run(folder):
+def test_the_seed_determines_the_run(folder):
     losses = [make_trainer(folder, None, validate=False, epochs=1).fit(progress=False)[0]["train_loss"] for _ in range(2)]
     assert losses[0] == losses[1]
     other = make_trainer(folder, None, validate=False, epochs=1)
@@ -161,10 +163,16 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(folder, tmp_path, monkeyp
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def start(folder: Path, out: Path, *more: str) -> subprocess.Popen:
-    arguments = [sys.executable, "-m", "unetpp_fast", *COMMAND, "--data", str(folder), "--out", str(out), *more]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two runs at once would wait for one another
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread)
+def arguments(folder: Path, out: Path) -> list[str]:
+    """A training long enough to be killed in its first epochs."""
+    settings = ["--epochs", str(EPOCHS), "--patches-per-image", "6", "--patience", str(EPOCHS)]
+    return [*COMMAND, "--data", str(folder), "--out", str(out), *settings]
+
+
+def start(folder: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "unetpp_fast", *arguments(folder, out)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=one_thread)
 
 
 def wait_for_epochs(process: subprocess.Popen, out: Path, count: int) -> None:
@@ -177,35 +185,35 @@ def wait_for_epochs(process: subprocess.Popen, out: Path, count: int) -> None:
     pytest.fail(f"the training ended or hung before epoch {count}: {process.communicate()[0]}")
 
 
-def finish(process: subprocess.Popen) -> str:
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    return text
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run(*arguments(folder, out)) == 0
+    return out
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_killed_run_resumes_to_the_same_log_and_weights(folder, tmp_path, number):
-    settings = ("--epochs", "30", "--patches-per-image", "6", "--patience", "30")
-    whole = start(folder, tmp_path / "whole", *settings)
-    broken = start(folder, tmp_path / "broken", *settings)
-    wait_for_epochs(broken, tmp_path / "broken", 2)
+def test_a_killed_run_resumes_to_the_same_log_and_weights(folder, whole, tmp_path, capsys, number):
+    broken = start(folder, tmp_path)
+    wait_for_epochs(broken, tmp_path, 2)
     os.kill(broken.pid, number)
     text, _ = broken.communicate(timeout=120)
     assert broken.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), text
-    rows = (tmp_path / "broken/log.csv").read_text().count("\n") - 1
-    assert 2 <= rows < 30
-    assert "resuming after epoch" in finish(start(folder, tmp_path / "broken", *settings, "--resume"))
-    finish(whole)
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    rows = (tmp_path / "log.csv").read_text().count("\n") - 1
+    assert 2 <= rows < EPOCHS
+    assert run(*arguments(folder, tmp_path), "--resume") == 0
+    assert "resuming after epoch" in capsys.readouterr().out
+    assert_same_run(whole, tmp_path)
 
 
 def test_a_finished_run_can_be_extended(folder, tmp_path):
     make_trainer(folder, tmp_path / "whole", epochs=3).fit(progress=False)
-    make_trainer(folder, tmp_path / "parts", epochs=2).fit(progress=False)
-    longer = make_trainer(folder, tmp_path / "parts", epochs=3)
+    make_trainer(folder, tmp_path / "resumed", epochs=2).fit(progress=False)
+    longer = make_trainer(folder, tmp_path / "resumed", epochs=3)
     longer.resume()
     longer.fit(progress=False)
-    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
+    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "resumed/log.csv").read_text()
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
@@ -216,11 +224,11 @@ def test_another_loss_trains_and_resumes(folder, tmp_path, make_loss, reproducib
     usual = make_trainer(folder, None, **recipe).fit(progress=False)
     for key in ("train_loss", "val_loss"):
         assert history[1][key] < history[0][key] and history[0][key] != usual[0][key]
-    make_trainer(folder, tmp_path / "parts", loss=make_loss(), **{**recipe, "epochs": 1}).fit(progress=False)
-    resumed = make_trainer(folder, tmp_path / "parts", loss=make_loss(), **recipe)
+    make_trainer(folder, tmp_path / "resumed", loss=make_loss(), **{**recipe, "epochs": 1}).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "resumed", loss=make_loss(), **recipe)
     resumed.resume()
     resumed.fit(progress=False)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_a_checkpoint_without_a_loss_has_the_default_one(folder, tmp_path):
@@ -253,7 +261,7 @@ def test_resuming_with_other_settings_names_them(folder, tmp_path, change, says)
         other.resume()
 
 
-def test_the_best_model_alone_cannot_be_resumed(folder, tmp_path):
+def test_a_best_model_cannot_be_resumed(folder, tmp_path):
     make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
     (tmp_path / "best.pt").rename(tmp_path / "last.pt")
     with pytest.raises(InputError, match="not the state of a training run"):
@@ -274,8 +282,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(f
 
 
 def test_a_step_that_breaks_the_weights_is_not_saved(folder, tmp_path):
-    """The last step of an epoch, whose effect no loss of that epoch shows."""
-    make_trainer(folder, tmp_path, epochs=1, batch_size=8).fit(progress=False)  # one step an epoch
+    """In the last step of an epoch, whose effect no loss of that epoch shows."""
+    make_trainer(folder, tmp_path, epochs=1, batch_size=8).fit(progress=False)  # one step per epoch
     before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
     broken = make_trainer(folder, tmp_path, epochs=2, batch_size=8)
     broken.resume()
@@ -294,11 +302,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.99])
-def test_truncated_checkpoints_are_named(folder, tmp_path, part):
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.99])
+def test_truncated_checkpoints_are_named(folder, tmp_path, fraction):
     make_trainer(folder, tmp_path, epochs=1).fit(progress=False)
     whole = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").write_bytes(whole[: int(part * len(whole))])
+    (tmp_path / "last.pt").write_bytes(whole[: int(fraction * len(whole))])
     with pytest.raises(InputError, match=r"last\.pt is not a readable checkpoint \(truncated"):
         load_model(tmp_path / "last.pt")
 
@@ -336,13 +344,13 @@ def test_a_recipe_that_cannot_train_is_refused(wrong):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains_and_resumes(folder, tmp_path, dtype):
-    """With float16 the loss scale is part of what is resumed."""
+    """With float16 the loss scale is resumed too."""
     history = make_trainer(folder, tmp_path / "whole", dtype=dtype).fit(progress=False)
     assert all(np.isfinite(row["train_loss"]) for row in history)
-    make_trainer(folder, tmp_path / "parts", epochs=1, dtype=dtype).fit(progress=False)
-    resumed = make_trainer(folder, tmp_path / "parts", dtype=dtype)
+    make_trainer(folder, tmp_path / "resumed", epochs=1, dtype=dtype).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "resumed", dtype=dtype)
     resumed.resume()
     resumed.fit(progress=False)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    one, other = (load_checkpoint(tmp_path / name / "last.pt")["scaler"] for name in ("whole", "parts"))
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    one, other = (load_checkpoint(tmp_path / name / "last.pt")["scaler"] for name in ("whole", "resumed"))
     assert one == other and bool(one) == (dtype == "float16")

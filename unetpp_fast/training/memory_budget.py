@@ -100,7 +100,7 @@ def largest_batch(
         shown = "x".join(map(str, size))
         raise InputError(f"--max-memory is too small: a batch of one patch of {shown} takes {math.ceil(one / 2**20)}M")
     # A bisection that first tries the answer for images that all take the same, and its neighbours.
-    guess = 2 + (limit - two) // max(three - two, 1)
+    guess = min(2 + (limit - two) // max(three - two, 1), most)
     first, low, high = [guess, guess + 1, guess - 1], 1, most
     while low < high:
         middle = first.pop(0) if first else (low + high + 1) // 2
