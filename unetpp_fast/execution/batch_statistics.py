@@ -1,8 +1,8 @@
-"""Batch norm statistics over several processes, on the reference and in the engine.
+"""Batch norm statistics over several processes, for the reference and the fused operators.
 
-`training.processes.sync_batch_norm` replaces the batch norms of a network by ones whose training statistics are those of
-the whole batch, wherever its images lie. Sums of squares are taken around the mean, and the parts of each process combined
-in the order of ranks: every process gets the same bits.
+`training.processes.sync_batch_norm` turns the batch norms of a network into ones whose training statistics are those of the
+whole batch, over all processes. Squares are summed around the mean, and the sums of the processes are combined in the same
+order everywhere: every process gets the same bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.distributed as dist  # whose parts need not be there: a torch may be built without them
+import torch.distributed as dist  # some builds of torch lack its members: name them only inside functions
 from torch import Tensor, nn
 
 from ..architecture.network_spec import NetworkSpec
@@ -29,8 +29,8 @@ def agreed(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
 
 
 def gathered_statistics(mean: Tensor, variance: Tensor, pixels: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """From each process's mean and biased variance `[1, C]` over its `pixels`: parts `[1, processes, 3, C]` as
-    `naive.norm_finalise` takes them, and the pixels of all processes."""
+    """From this process's mean and biased variance `[1, C]` over its `pixels`: the partial statistics of all processes,
+    `[1, processes, 3, C]`, as `naive.norm_finalise` takes them, and the number of all their pixels."""
     count = torch.full_like(mean[0], pixels)
     mine = torch.stack((count, mean[0], variance[0] * count))
     parts = [torch.empty_like(mine) for _ in range(group.size())]
@@ -40,7 +40,8 @@ def gathered_statistics(mean: Tensor, variance: Tensor, pixels: int, group: dist
 
 
 def averages_of(sums: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
-    """`[2, C]` sums over the pixels of every process, divided by their number (`naive.norm_backward`)."""
+    """Means `[2, C]` over the pixels of all processes, from this process's sums over its `count` pixels
+    (`naive.norm_backward`)."""
     packed = torch.cat((sums.flatten(), sums.new_full((1,), count)))
     dist.all_reduce(packed, group=group)
     return (packed[:-1] / packed[-1]).view_as(sums)
@@ -53,7 +54,7 @@ def unbiased(variance: Tensor, count: int | Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_running_statistics(norm: nn.BatchNorm2d | nn.BatchNorm3d, mean: Tensor, variance: Tensor) -> None:
-    """Updates the running statistics of a batch norm by the mean and unbiased variance `[C]` of a batch."""
+    """Updates the running statistics of a batch norm with the mean and unbiased variance `[C]` of a batch."""
     norm.num_batches_tracked += 1
     share = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
@@ -78,9 +79,8 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncedBatchNorm:
-    """What `SyncedBatchNorm2d` and `3d` add to PyTorch's batch norm, whose parameters, buffers and modes they keep.
-
-    `nn.SyncBatchNorm` does the same, only on CUDA devices.
+    """Batch norm with training statistics over a process group, mixed into `nn.BatchNorm2d` and `nn.BatchNorm3d`, whose
+    parameters, buffers and modes it keeps. `nn.SyncBatchNorm` does the same, but only on CUDA devices.
     """
 
     group_name = ""
@@ -111,7 +111,7 @@ class SyncedBatchNorm3d(SyncedBatchNorm, nn.BatchNorm3d):
 
 
 def copy_alone(network: NetworkSpec) -> NetworkSpec:
-    """A copy of the network that asks no other process for statistics."""
+    """A copy of the network whose batch norms take the statistics of this process only."""
     network = copy.deepcopy(network)
     network.sync_group = ""
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""Several processes that train one network, started by `torchrun`: their group, and sums and decisions over all of them.
+"""Several processes that train one network, started by `torchrun`: their group, and sums and flags over all of them.
 
 Without torchrun there is one process, and nothing here communicates.
 """

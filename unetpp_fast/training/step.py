@@ -1,4 +1,4 @@
-"""One optimizer step on this process's images of a batch, in two ways: the usual one, and the reproducible one on a CPU."""
+"""One optimizer step, in two ways: the usual one for every device and precision, and the reproducible one for CPUs."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Step(ABC):
 
     def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
         self.network, self.recipe, self.loss = network, recipe, loss
-        self.model: nn.Module = network  # what computes the outputs
+        self.model: nn.Module = network  # called for the outputs
         self.device = next(network.parameters()).device
         self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
         self._cancelled = _biases_before_norms(network)
 
     def run(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
-        """Updates the weights.
+        """Updates the weights by one step on this process's images of a batch.
 
         Args:
-            image: `[N, C, *S]`, this process's images of the batch, micro-batch after micro-batch; N may be 0.
+            image: `[N, C, *S]`, in the order of `Recipe.micro_batches`; N may be 0.
             mask: `[N, classes, *S]`.
-            batch: images of the batch in all processes together.
+            batch: number of images of the batch, over all processes together.
 
         Returns:
             `[3]`: loss, IoU of the last head, and 1, each times N.
@@ -63,7 +63,7 @@ class Step(ABC):
         return totals
 
     def _backward(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
-        """Adds the gradients of a micro-batch; returns as `run`, for its images."""
+        """Adds the gradients of a micro-batch; returns the result of `run` for its images."""
         with autocast(self.device, self.recipe.dtype):
             outputs = self.model(image)
         heads = outputs if isinstance(outputs, list) else [outputs]
@@ -76,7 +76,7 @@ class Step(ABC):
 
     @abstractmethod
     def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
-        """Runs the backward pass of a micro-batch; returns the mean loss of its images, anything if there are none."""
+        """Runs the backward pass of a micro-batch; returns the mean loss of its images, or any scalar if there are none."""
 
     def _computing(self) -> AbstractContextManager:
         """A context for all computations of a step."""
@@ -106,8 +106,8 @@ class Step(ABC):
 
 
 class UsualStep(Step):
-    """In the recipe's precision, on any device; several processes average gradients by `DistributedDataParallel`, and batch
-    norms take their statistics over all of them."""
+    """In the recipe's precision, on any device. With several processes `DistributedDataParallel` averages the gradients, and
+    batch norms take their statistics over all processes."""
 
     def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
         super().__init__(network, recipe, loss)
@@ -154,7 +154,7 @@ def make_step(network: Network, recipe: Recipe, loss: nn.Module) -> Step:
     """The step that a recipe asks for.
 
     Raises:
-        InputError: the recipe is reproducible and the network cannot be trained so.
+        InputError: the recipe is reproducible and the network cannot be trained reproducibly.
     """
     return (ReproducibleStep if recipe.reproducible else UsualStep)(network, recipe, loss)
 
