@@ -4,15 +4,15 @@
 
 `a` is the leading channels of a level buffer (the prefix: one operand however many nodes it holds), `b` a slice of the
 level below, read at its own resolution: output pixel 2u + p of conv3(up2(b)) is a 2-tap convolution whose weights
-depend on the phase p alone. Every tensor is channels-last, `[N, D, H, W, C]` with D = 1 in 2D.
+depend only on the phase p. Every tensor is channels-last, `[N, D, H, W, C]` with D = 1 in 2D.
 
 One kernel serves all uses. An operand is sampled at `stride * unit + base + t`, t = 0..taps-1 on each axis:
 
-    use                           unit grid   a: taps, stride, base    b: taps, stride, base
-    convolution, no low source    output      3, 1, -1                 none, or 3, 1, -1 (bilinear: up-sampled before)
-    convolution with low source   low level   3, 2, p - 1              2, 1, p - 1
-    data gradient of the prefix   output      3, 1, -1 (flipped W)     none
-    data gradient of the low one  low level   4, 2, -1                 none
+    use                              unit grid   a: taps, stride, base    b: taps, stride, base
+    convolution, no low source       output      3, 1, -1                 none, or 3, 1, -1 (bilinear: up-sampled before)
+    convolution with low source      low level   3, 2, p - 1              2, 1, p - 1
+    data gradient of the prefix      output      3, 1, -1 (flipped W)     none
+    data gradient of the low source  low level   4, 2, -1                 none
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
 def _inside_bits(z, y, x, depth, height, width, TAPS: tl.constexpr, AXES: tl.constexpr):
     """Bit t of [M] is set where the sample of tap t, at (z, y, x) + t, lies inside the map.
 
-    Made once, so that the loop spends one instruction a pixel on its padding instead of two compares an axis.
+    Computed once, so that the loop spends one instruction per pixel on padding instead of two comparisons per axis.
     """
     BITS: tl.constexpr = tl.int64 if AXES == 3 and TAPS > 3 else tl.int32
     columns = tl.zeros_like(x).to(BITS)
@@ -65,29 +65,29 @@ def _inside_bits(z, y, x, depth, height, width, TAPS: tl.constexpr, AXES: tl.con
 
 @triton.jit
 def _accumulate(
-    acc, x_desc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_pixel, n, depth, height, width,
+    acc, x_desc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_p, n, depth, height, width,
     tile_z, tile_y, tile_x, unit_z, unit_y, unit_x, co,
     K: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc [M, CO] += sum over taps t and channels k of act(x[tile + STRIDE unit + t, k] scale + shift) w[t, k, co].
 
-    x_ptr, scale_ptr and shift_ptr stand at the image's first element; w: [TAPS^AXES, K, CO]; tile: scalars, the sample of
-    the tile's first unit; unit: [M]. What depends on the pixel stays as it is from step to step (an offset and the bits);
-    a step adds scalars alone. The padding is zero after norm and activation, so the mask is applied after them. With a
-    descriptor of x, image `n` is fetched from it a box at a time, zero outside the map, and no offsets are made.
+    x_ptr, scale_ptr and shift_ptr point at the image's first element; w: [TAPS^AXES, K, CO]; tile: scalars, the sample of
+    the tile's first unit; unit: [M]. What depends on the pixel, an offset and the bits, is computed before the loop; a
+    step only adds scalars. The padding is zero after norm and activation, so the mask is applied after them. With a
+    descriptor of x, image `n` is fetched box by box, zero outside the map, without offsets.
     """
     K_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = TAPS * TAPS * TAPS * K_STEPS if AXES == 3 else TAPS * TAPS * K_STEPS
     lanes = tl.arange(0, BLOCK_K)
     rows = unit_y * STRIDE * width + unit_x * STRIDE
-    first = (tile_y.to(tl.int64) * width + tile_x) * stride_pixel
+    first = (tile_y.to(tl.int64) * width + tile_x) * stride_p
     if AXES == 3:
         rows += unit_z * STRIDE * height * width
-        first += tile_z.to(tl.int64) * height * width * stride_pixel
+        first += tile_z.to(tl.int64) * height * width * stride_p
     if WIDE:
         rows = rows.to(tl.int64)
-    offsets = (rows * stride_pixel)[:, None] + lanes[None, :]
+    offsets = (rows * stride_p)[:, None] + lanes[None, :]
     weights = lanes[:, None] * CO + co[None, :]
     bits = _inside_bits(
         tile_z + unit_z * STRIDE, tile_y + unit_y * STRIDE, tile_x + unit_x * STRIDE, depth, height, width, TAPS, AXES
@@ -103,7 +103,7 @@ def _accumulate(
         if K % BLOCK_K:
             mask = inside & (k + lanes < K)[None, :]
         if x_desc is None:
-            value = tl.load(x_ptr + (first + moved.to(tl.int64) * stride_pixel + k) + offsets, mask=mask, other=0.0)
+            value = tl.load(x_ptr + (first + moved.to(tl.int64) * stride_p + k) + offsets, mask=mask, other=0.0)
         elif AXES == 3:
             box = x_desc.load([n, tile_z + tap // (TAPS * TAPS), tile_y + tap // TAPS % TAPS, tile_x + tap % TAPS, k])
             value = box.reshape(acc.shape[0], BLOCK_K)
@@ -133,9 +133,9 @@ def _conv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_KA: tl.constexpr, BLOCK_KB: tl.constexpr,
     BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of units, one phase, one block of output channels. depth, height, width: of the unit grid.
+    """A program computes one tile of units, one phase, one block of output channels. depth, height, width: of the unit grid.
 
-    Programs run block of channels by block, phase by phase, tile by tile: neighbours in time share a tile of `a` and `b`.
+    Blocks of channels vary fastest, then phases, then tiles: programs that run together share a tile of `a` and `b`.
     """
     PHASES: tl.constexpr = (8 if AXES == 3 else 4) if PHASED else 1
     CO_BLOCKS: tl.constexpr = (CO + BLOCK_CO - 1) // BLOCK_CO
@@ -158,7 +158,7 @@ def _conv_kernel(
         acc, x_desc=a_desc, x_ptr=a_ptr + n * a_stride_n,
         scale_ptr=None if a_scale_ptr is None else a_scale_ptr + n * a_affine_stride,
         shift_ptr=None if a_shift_ptr is None else a_shift_ptr + n * a_affine_stride,
-        w_ptr=a_weight_ptr, stride_pixel=a_stride_p, n=n.to(tl.int32),
+        w_ptr=a_weight_ptr, stride_p=a_stride_p, n=n.to(tl.int32),
         depth=depth * STRIDE_Z, height=height * STRIDE, width=width * STRIDE,
         tile_z=tile_z * STRIDE_Z + pz - 1, tile_y=tile_y * STRIDE + py - 1, tile_x=tile_x * STRIDE + px - 1,
         unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KA, CO=CO, TAPS=TAPS, STRIDE=STRIDE, AXES=AXES,
@@ -171,9 +171,8 @@ def _conv_kernel(
             acc, x_desc=b_desc, x_ptr=b_ptr + n * b_stride_n,
             scale_ptr=None if b_scale_ptr is None else b_scale_ptr + n * b_affine_stride,
             shift_ptr=None if b_shift_ptr is None else b_shift_ptr + n * b_affine_stride,
-            w_ptr=b_weight_ptr + phase * WEIGHTS, stride_pixel=b_stride_p, n=n.to(tl.int32),
-            depth=depth, height=height, width=width,
-            tile_z=tile_z + pz - 1, tile_y=tile_y + py - 1, tile_x=tile_x + px - 1,
+            w_ptr=b_weight_ptr + phase * WEIGHTS, stride_p=b_stride_p, n=n.to(tl.int32),
+            depth=depth, height=height, width=width, tile_z=tile_z + pz - 1, tile_y=tile_y + py - 1, tile_x=tile_x + px - 1,
             unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KB, CO=CO, TAPS=TAPS_B, STRIDE=1, AXES=AXES,
             BLOCK_K=BLOCK_KB, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
         )  # fmt: skip
@@ -286,7 +285,7 @@ def operand_arguments(
 
 
 def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDescriptor:
-    """A map as the tensor memory accelerator takes it, in boxes of a tile and `block_k` channels."""
+    """Describes a map to the tensor memory accelerator, in boxes of one tile and `block_k` channels."""
     step, (images, depth, height, width, channels) = pixel_stride("x", x), x.shape
     shape = [images, depth, height, width, channels]
     strides = [x.stride(0), height * width * step, width * step, step, 1]
@@ -297,7 +296,7 @@ def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDesc
 
 
 def can_describe(x: Tensor) -> bool:
-    """Whether `descriptor` takes a map: its address and steps are multiples of 16 bytes."""
+    """Whether `descriptor` takes a map: its address and strides are multiples of 16 bytes."""
     steps = x.stride(0), pixel_stride("x", x)
     return all(step * x.itemsize % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
 

@@ -1,4 +1,4 @@
-"""How a convolution is cut into programs: the configurations worth timing, and the one that is used untimed."""
+"""How a convolution is cut into programs: the configurations worth timing, and the default."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How a convolution is cut into programs: a tile of units, at most block_k channels a step, block_co channels out.
+    """How a convolution is cut into programs: a tile of units, up to block_k channels per step, block_co output channels.
 
-    descriptors: operands sampled with unit stride are fetched in boxes by the tensor memory accelerator, where the GPU
-    has one, instead of through an address for each pixel.
+    descriptors: operands sampled with unit stride are fetched in boxes by the tensor memory accelerator, if the GPU has
+    one, instead of through an address per pixel.
     """
 
     block_d: int
@@ -38,7 +38,8 @@ class Config:
         return self.block_d * self.block_h * self.block_w
 
 
-def tile_counts(units: tuple[int, int, int], config) -> list[int]:
+def tile_counts(units: tuple[int, int, int], config: Config) -> list[int]:
+    """Tiles along D, H and W; `config` may be any with `block_d`, `block_h` and `block_w`."""
     blocks = config.block_d, config.block_h, config.block_w
     return [triton.cdiv(unit, block) for unit, block in zip(units, blocks, strict=True)]
 
@@ -49,9 +50,9 @@ def block_of_channels(channels: int, limit: int) -> int:
     return min(sizes, key=lambda size: -(-channels // size) * size)
 
 
-@lru_cache(maxsize=1024)  # every launch asks
+@lru_cache(maxsize=1024)  # called by every launch
 def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tuple[int, int, int]:
-    """The tile of `pixels` units that pads the grid least; of those the one with the fewest samples around it."""
+    """The tile of `pixels` units that pads the grid least; among equals the one with the smallest halo of samples."""
     powers = [2**k for k in range(pixels.bit_length())]
     depths = powers if axes == 3 else [1]
     tiles = [(d, h, pixels // (d * h)) for d, h in itertools.product(depths, powers) if d * h <= pixels]
@@ -67,12 +68,12 @@ def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tupl
 
 
 def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[Config]:
-    """The configurations worth timing, the one used without timing first.
+    """The configurations worth timing; the first is the default.
 
-    A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flop a byte of bf16 at 128 x 32,
-    43 at 128 x 64, 64 at 128 x 128. Narrow maps are therefore bound by loads, and pipelined ones (cp.async) go round L1,
-    where eight of nine taps would hit: one stage, with plain loads, is a candidate there. All of CO up to 128 is one
-    block, so that pixels are loaded once.
+    A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flops per byte of bf16 at
+    128 x 32, 43 at 128 x 64, 64 at 128 x 128. Narrow maps are therefore bound by loads, and pipelined loads (cp.async)
+    bypass L1, where eight of nine taps would hit: one stage, with plain loads, is a candidate there. Up to 128 output
+    channels are one block, so that pixels are loaded once.
     """
     block_co = block_of_outputs(co)
     if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
@@ -85,19 +86,19 @@ def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased
         }[max(block_co, 32)]
         if block_co < 32:
             shapes = [(pixels, k, block_co, warps, stages) for pixels, k, _, warps, stages in shapes]
-    found = []
+    offered = []
     for pixels, block_k, block, warps, stages in shapes:
         tile = block_of_pixels(units, pixels, axes)
-        # A row of float32 channels fills the same bytes with half as many.
+        # Half as many channels of float32 fill the same bytes.
         block_k = max(16, block_k // 2) if dtype.itemsize > 2 else block_k
-        found.append(Config(*tile, block_k, block, warps, stages))
-    small = [config for config in found if config.pixels == 64]
-    first = found[0]
+        offered.append(Config(*tile, block_k, block, warps, stages))
+    small = [config for config in offered if config.pixels == 64]
+    first = offered[0]
     tiles = tile_counts(units, first)
     programs = images * math.prod(tiles) * (2**axes if phased else 1) * triton.cdiv(co, first.block_co)
     if small and programs < PROGRAMS:
-        found.sort(key=lambda config: config not in small)
-    return found
+        offered.sort(key=lambda config: config not in small)
+    return offered
 
 
 def default_config(
@@ -110,6 +111,7 @@ def default_config(
     dtype: torch.dtype,
     interpreted: bool,
 ) -> Config:
+    """The first of `configs`; in the interpreter, as few programs as Triton allows."""
     if not interpreted:
         return configs(units, images, co, axes, phased, dtype)[0]
     block_k, block_co = (min(limit, max(16, triton.next_power_of_2(count))) for count, limit in ((k, 256), (co, 128)))
@@ -117,7 +119,7 @@ def default_config(
 
 
 def interpreted_tile(units: tuple[int, int, int], limits: tuple[int, int, int], channels: int) -> list[int]:
-    """In the interpreter a step takes as long for a large tile as for a small one; Triton allows 2^20 values."""
+    """The largest tile up to `limits`: the interpreter takes as long for a small one, and Triton allows 2^20 values."""
     tile = [min(triton.next_power_of_2(max(unit, 1)), limit) for unit, limit in zip(units, limits, strict=True)]
     while math.prod(tile) * channels > MOST_VALUES:
         tile[tile.index(max(tile))] //= 2
@@ -125,7 +127,7 @@ def interpreted_tile(units: tuple[int, int, int], limits: tuple[int, int, int], 
 
 
 def block_of_outputs(co: int) -> int:
-    """All of up to 128 output channels; of more, the block that spends least, loads of pixels counted as 64 columns."""
+    """All output channels up to 128; of more, the block of least cost, where loading the pixels counts as 64 columns."""
     if co <= 128:
         return max(16, triton.next_power_of_2(co))
     return min((128, 64), key=lambda block: -(-co // block) * (block + 64))

@@ -3,12 +3,12 @@
     dW[p, t, k, c] = sum over images and units u of act(a[u + base + t, k]) dy[o(u), c]
 
     operand                             taps     base     o(u)
-    of dy's own size                    3 a axis -1       u
-    the low source, of half the size    2 a axis p - 1    2u + p
+    of the size of dy                   3/axis   -1       u
+    the low source, of half the size    2/axis   p - 1    2u + p
 
 An implicit GEMM: rows are (tap, channel) pairs, columns output channels, and the sum runs over pixels. Taking rows over
 taps lets 32 channels fill a tile of 128 rows, four taps of which share each load of dy. Pixels are split over programs;
-each writes its sum to a buffer of its own, and those are added in a fixed order.
+each writes its sum to a separate buffer, and the buffers are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .naive import Affine, accumulator
 
 @dataclasses.dataclass(frozen=True)
 class WgradConfig:
-    """A tile of units a step, block_m (tap, channel) rows by block_co channels a program, and how many programs at most.
+    """A tile of units per step, block_m (tap, channel) rows by block_co channels per program, and a maximum of programs.
 
     `programs` bounds the memory of the partial sums, 4 block_m block_co bytes each: 64 MiB for 1024 of 128 x 128.
     """
@@ -69,7 +69,7 @@ def _conv_wgrad_kernel(
 ):  # fmt: skip
     """partial [splits, phases, TAPS^AXES K, CO]: one block of rows and columns, over STEPS tiles in the images' order.
 
-    The tile's place is carried from step to step: dividing its number by the sizes would cost more than the loads.
+    The tile's position is carried from step to step: dividing its index by the sizes would cost more than the loads.
     """
     TAPS: tl.constexpr = 2 if PHASED else 3
     ROWS: tl.constexpr = (TAPS * TAPS * TAPS if AXES == 3 else TAPS * TAPS) * K
@@ -167,7 +167,7 @@ def conv_wgrad(
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     tiles = a.shape[0] * tiles_z * tiles_y * tiles_x
     programs = count * triton.cdiv(taps * k, config.block_m) * triton.cdiv(co, config.block_co)
-    # A constant of the kernel, so one of few values.
+    # A power of two: it is a constant of the kernel, and each value is compiled.
     steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
     splits = triton.cdiv(tiles, steps)
     partial = a.new_empty(splits, count, taps, k, co, dtype=accumulator(a.dtype))
@@ -196,7 +196,7 @@ def conv_wgrad(
 
 
 def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[WgradConfig]:
-    """The configurations worth timing, the one used without timing first.
+    """The configurations worth timing; the first is the default.
 
     A step loads (block_m + block_co) pixels values for 2 block_m block_co pixels flops, as the forward kernel's does.
     """
@@ -210,18 +210,19 @@ def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: boo
             64: [(128, 64, 64, 8, 3), (128, 64, 32, 4, 3)],
             128: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3)],
         }[max(block_co, 32)]
-    found = []
+    offered = []
     for block_m, block, pixels, warps, stages in shapes:
-        # A column of float32 pixels fills the same bytes with half as many.
+        # Half as many pixels of float32 fill the same bytes.
         tile = block_of_pixels(units, max(16, pixels // 2) if dtype.itemsize > 2 else pixels, axes)
         block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
-        found.append(WgradConfig(*tile, block_m, min(block, block_co), warps, stages))
-    return list(dict.fromkeys(found))
+        offered.append(WgradConfig(*tile, block_m, min(block, block_co), warps, stages))
+    return list(dict.fromkeys(offered))
 
 
 def default_config(
     units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype, interpreted: bool
 ) -> WgradConfig:
+    """As `conv_configs.default_config`."""
     if not interpreted:
         return configs(units, k, co, axes, phased, dtype)[0]
     block_m = min(512, triton.next_power_of_2((2 if phased else 3) ** axes * k))

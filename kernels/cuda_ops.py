@@ -1,7 +1,7 @@
 """The ops of `naive.py` by the CUDA kernels of `csrc/` where they can run, by the Triton kernels elsewhere.
 
 The CUDA kernels serve narrow maps. `can_run_conv` and `can_run_conv_wgrad` say whether they take a call and if not, why.
-Their library registers `torch.ops.unetpp_fast_cuda`; `execution/fused/cuda_library.py` loads it. Where calls are measured
+Their library registers `torch.ops.unetpp_fast_cuda`; `execution/fused/libraries.py` loads it. Where calls are measured
 (`tuning.measuring`), the Triton kernels are among the candidates.
 """
 
@@ -119,7 +119,7 @@ class WgradCall:
 
 
 def configs(co: int, gathered: bool) -> list[ConvConfig]:
-    """The instances worth timing, the one used without timing first: it fits every GPU since compute capability 8.0."""
+    """The instances worth timing; the first is the default, which fits every GPU since compute capability 8.0."""
     return [config for config in CONFIGS if config.gathered == gathered and (config.block_co == 64) == (co > 32)]
 
 
@@ -182,7 +182,7 @@ def conv(
 
 
 def _chosen_config(call: ConvCall) -> ConvConfig:
-    """The candidate measured to be the fastest for such a call, the first of `configs` where none was measured."""
+    """The candidate measured to be the fastest for such a call; the first of `configs` if nothing was measured."""
     out, a, b = call.out, call.a, call.b
     candidates = configs(out.shape[-1], call.gathered)
     if not out.is_cuda or not out.numel():

@@ -1,8 +1,8 @@
 """The 1x1 convolution that ends a network: a raw channels-last map in, channels-first class scores out, and back.
 
-Both are bound by memory. Few classes are summed without the tensor cores, whose tiles would be padded to 16 classes.
-With tensor cores, half-precision maps stay as they are, and single-precision weights are split into two float16 or
-three bfloat16 summands, so that nothing but the result is rounded to half; float32 maps take TF32 in three products.
+Both are bound by memory. Few classes are summed without tensor cores, whose tiles would be padded to 16 classes. With
+tensor cores, half-precision maps are used unchanged, and single-precision weights are split into two float16 or three
+bfloat16 summands, so that only the result is rounded to half; float32 maps take three TF32 products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BACKWARD = Tile(elements=2048, programs=1024)
 
 @triton.jit
 def _dot(a, b, acc, SUMMANDS: tl.constexpr):
-    """acc + a b: b as a sum of SUMMANDS in the precision of a, or in one product where 0."""
+    """acc + a b, with b as a sum of SUMMANDS matrices in the precision of a; in one product if 0."""
     if SUMMANDS:
         for _ in tl.static_range(SUMMANDS):
             part = b.to(a.dtype)
@@ -94,7 +94,7 @@ def _head_backward_kernel(
 
         weight_sums[n, chunk, m, k] = sum_p dy[m, p] act(scale x[p, k] + shift)      bias_sums[n, chunk, m] = sum_p dy[m, p]
 
-    HALF: dy and x have one half precision, in which their products are taken; else in float32.
+    HALF: dy and x share a half precision, in which they are multiplied; otherwise in float32.
     """
     n, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
@@ -131,6 +131,7 @@ def _head_backward_kernel(
 
 
 def _check(scores: Tensor, name: str, x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError or TypeError unless scores, map and weight fit one another and the kernels."""
     classes, channels = weight.shape
     expected = (x.shape[0], classes, *x.shape[1:4])
     if scores.shape != expected or scores.device != x.device or weight.device != x.device or channels != x.shape[4]:
@@ -145,12 +146,12 @@ def _check(scores: Tensor, name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _summands(operand: torch.dtype, weight: torch.dtype) -> int:
-    """How many numbers of `operand` make up one weight."""
+    """How many numbers of precision `operand` add up to one weight; 0 if one product does."""
     return 0 if operand == weight or operand == torch.float32 else 2 if operand == torch.float16 else 3
 
 
 def backward_blocks(classes: int, channels: int, half: bool, tile: Tile = BACKWARD) -> tuple[int, int, int, int]:
-    """Pixels, classes and channels of a tile, and warps: fewer, by more warps, for float32: its products take registers."""
+    """Pixels, classes and channels of a tile, and warps; float32 products take more registers: smaller tiles, more warps."""
     block_m = max(16, triton.next_power_of_2(classes))
     block_k = min(64 if half else 32, max(16, triton.next_power_of_2(channels)))
     share = 1 if half else 2
@@ -206,7 +207,7 @@ def head_backward(
     add: bool = False,
     config: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `naive.head_backward`. Reads x once and writes gx once, reading it too where `add`; dy once per 64 channels."""
+    """See `naive.head_backward`. Reads x once, writes gx once and with `add` reads it; reads dy once per 64 channels."""
     tile = config or BACKWARD
     _check(dy, "dy", x, weight)
     check_same(x, gx, "gx")
@@ -218,7 +219,7 @@ def head_backward(
     blocks = triton.cdiv(channels, block_k)
     tiles = triton.cdiv(pixels, block_p)
     aim = max(1, tile.programs // (images * blocks))
-    # At least 16 pixels per class: a chunk's sums are then small beside the pixels they are of.
+    # At least 16 pixels per class: a chunk's sums are then small compared with its pixels.
     steps = triton.next_power_of_2(max(triton.cdiv(tiles, aim), triton.cdiv(min(16 * classes, pixels), block_p)))
     chunks = triton.cdiv(tiles, steps)
     weight_sums = x.new_empty(images * chunks, classes, channels, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""The convolutions of `naive.py` by PyTorch's own, which on a GPU are cuDNN's: candidates beside the fused kernels.
+"""The convolutions of `naive.py` by PyTorch, which on a GPU calls cuDNN: candidates beside the fused kernels.
 
-An operand is what a library needs: a dense map, activated. So a prefix is copied out of its level buffer, as the
-concatenation that other libraries make of it; a low source stays at its own resolution, since a convolution of the
-up-sampled map by phases is a transposed convolution of 4 taps and stride 2:
+A library needs dense, activated operands. So a prefix is copied out of its level buffer, like the concatenation of an
+ordinary implementation; a low source stays at its own resolution, because its convolution by phases is a transposed
+convolution with 4 taps and stride 2:
 
     out[2u + p] = sum_t b[u + t + p - 1] Wb[p, t]  =  sum_i b[i] V[2u + p + 1 - 2i],    V[3 - 2t - p] = Wb[p, t]
 """
@@ -94,7 +94,7 @@ def conv_wgrad(
     x, g = _first(read(a, affine, slope), axes), _first(dy, axes)
     shape = (a.shape[-1], dy.shape[-1], *[4] * axes) if phased else (dy.shape[-1], a.shape[-1], *[3] * axes)
     stride = 2 if phased else 1
-    like = x.new_empty(1).expand(shape)  # of a weight only its shape is used
+    like = x.new_empty(1).expand(shape)  # only the shape of the weight is used
     gradient = torch.ops.aten.convolution_backward(
         g, x, like, None, [stride] * axes, [1] * axes, [1] * axes, phased, [0] * axes, 1, [False, True, False]
     )[1].to(naive.accumulator(a.dtype))

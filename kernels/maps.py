@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share: channels-last maps, the checks of their arguments, the activation."""
+"""What all kernels share: how channels-last maps are cut, checked and passed, and the device functions of their values."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def check_map(name: str, x: Tensor, like: Tensor, sizes: tuple[int, ...] | None 
 
 
 def check_vector(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Weights, in `dtype`; or values beside a sum, in float32 (or in float64 where sums are)."""
+    """Raises ValueError unless x is contiguous, of `shape`, and in `dtype`; by default, of a sum's precision or float32."""
     if tuple(x.shape) != shape or not x.is_contiguous() or x.device != like.device:
         raise ValueError(f"{name} is contiguous {shape} on {like.device}, not {tuple(x.shape)}, {x.stride()} on {x.device}")
     if x.dtype not in ((dtype,) if dtype else (torch.float32, accumulator(like.dtype))):
@@ -143,11 +143,12 @@ def check_vector(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, dty
 
 
 def check_affine(name: str, affine: Affine | None, x: Tensor) -> None:
+    """Raises ValueError unless scale and shift are `[1 or N, C]` of x in the precision of sums, in one layout."""
     for part in affine or ():
         if part.ndim != 2 or part.shape[0] not in (1, x.shape[0]) or part.shape[1] != x.shape[-1]:
             raise ValueError(f"{name} is [1 or {x.shape[0]}, {x.shape[-1]}], not {tuple(part.shape)}")
         if part.stride(1) != 1 and part.shape[1] > 1:
-            raise ValueError(f"{name} has its channels {part.stride(1)} apart; they must stand side by side")
+            raise ValueError(f"{name} has its channels {part.stride(1)} apart; they must lie side by side")
         if part.dtype != accumulator(x.dtype) or part.device != x.device:
             raise ValueError(f"{name} is {part.dtype} on {part.device}; {accumulator(x.dtype)} on {x.device} is needed")
     if affine is not None and (affine[0].shape, affine[0].stride()) != (affine[1].shape, affine[1].stride()):
@@ -162,7 +163,7 @@ def affine_stride(affine: Affine | None) -> int:
 
 
 def check_same(x: Tensor, other: Tensor, name: str) -> None:
-    """Two maps of one shape on one device."""
+    """Raises ValueError unless two maps have one shape and device."""
     if other.shape != x.shape or other.device != x.device:
         raise ValueError(f"{name} is {tuple(other.shape)} on {other.device}, expected {tuple(x.shape)} on {x.device}")
 
@@ -206,16 +207,16 @@ def affine_arguments(x: Tensor, affine: Affine | None) -> dict[str, Tensor | int
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """tf32 where PyTorch's own convolutions would use it. The newer of its two switches: reading the older one raises
-    where both were set."""
+    """tf32 if PyTorch's own convolutions would use it, else ieee. Reads the newer of PyTorch's two switches: reading the
+    older one raises if both were set."""
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the current device, which need not be the tensor's."""
+    """Makes x's device the current one: kernels are launched there."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def interpreted(x: Tensor) -> bool:
-    """On the CPU kernels run in Triton's interpreter, where a step takes as long for a large tile as for a small one."""
+    """Whether kernels on x run in Triton's interpreter, where a step takes as long for a large tile as for a small one."""
     return not x.is_cuda

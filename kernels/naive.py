@@ -1,10 +1,10 @@
-"""Every op of the engine in plain PyTorch: the contract that the kernels keep, and what they are tested against.
+"""Every op of the engine in plain PyTorch: the contract of the kernels, and the reference of their tests.
 
 Maps are channels-last, `[N, D, H, W, C]` with D = 1 in 2D and stride 1 along C; they may be slices of level buffers.
-`axes` is 2 or 3. A map is stored raw where its norm was not folded into weights: then `affine = (scale, shift)`, each
+`axes` is 2 or 3. A map is stored raw unless its norm was folded into weights: then `affine = (scale, shift)`, each
 `[1, C]` (batch norm) or `[N, C]` (instance norm), and a reader sees `act(scale x + shift)`. Without `affine` the map
-holds what its readers see. `act` is leaky ReLU with `slope`; 0 is ReLU. Results go into `out`, which the caller gives.
-Sums are in float32 for half-precision maps and in the map's own precision otherwise.
+holds what its readers see. `act` is leaky ReLU with `slope`; 0 is ReLU. Results are written to `out`, which the caller
+allocates. Sums are in float32 for half-precision maps and in the map's own precision otherwise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def phases(axes: int, phased: bool) -> list[tuple[int, int, int]]:
 
 
 def sampled(x: Tensor, taps: int, stride: int, phase: tuple[int, int, int], units: tuple, axes: int) -> Iterator[Tensor]:
-    """For each tap, `[N, *units, C]`: x at stride * unit + phase - 1 + tap, zero outside; taps in row-major order."""
+    """Per tap, in row-major order, `[N, *units, C]`: x at stride * unit + phase - 1 + tap, zero outside."""
     reach = taps + stride
     pad = [0, 0]
     for on in reversed(_axes(axes)):
@@ -100,7 +100,7 @@ def conv(
     """out = epilogue(conv(a) + conv(b)); see `conv.py` for the geometry of its uses.
 
     Args:
-        out: `[N, *S, CO]`, written, or added to where `add`.
+        out: `[N, *S, CO]`, written, or with `add` added to.
         a: the first operand, `[N, *Sa, KA]`; wa: `[taps^axes, KA, CO]`.
         stride: 2 where `a` has twice the axes of the unit grid; with `phased`, `out` does too.
         b: the low source `[N, *S/2, KB]`, wb: `[2^axes phases, 2^axes taps, KB, CO]` with `phased`;
@@ -128,8 +128,8 @@ def conv(
             total += border[rows]
         if act:
             total = activate(total, slope)
-        where = placed(out, phase, phased, axes)
-        where.copy_(where + total if add else total)
+        target = placed(out, phase, phased, axes)
+        target.copy_(target + total if add else total)
     return statistics(out) if stats else None
 
 
@@ -209,8 +209,8 @@ def norm_backward(
 
         g <- scale (h - mean(h) - z mean(h z))        or scale h where the statistics are `frozen`
 
-    averages: gives (mean(h), mean(h z)) `[2, C]` from their sums over these pixels, where the statistics are those of
-    several processes.
+    averages: returns (mean(h), mean(h z)) `[2, C]` from their sums over these pixels and the number of pixels, if the
+    statistics are those of several processes.
 
     Returns:
         sum(h z) and sum(h), `[C]`: the gradients of the norm's weight and bias.
@@ -254,9 +254,9 @@ def pool_backward(
     """The gradient goes to the first pixel of each window that holds the maximum; others get zero."""
     first = _windows(read(x, affine, slope), axes).argmax(dim=-2)
     for index, phase in enumerate(phases(axes, True)):
-        where = placed(gx, phase, True, axes)
+        target = placed(gx, phase, True, axes)
         part = torch.where(first == index, g, torch.zeros_like(g))
-        where.copy_(where + part if add else part)
+        target.copy_(target + part if add else part)
 
 
 def head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, affine: Affine | None = None, slope: float = 0.0) -> None:

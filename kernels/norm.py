@@ -2,7 +2,7 @@
 
 A map `[N, D, H, W, C]` is read as `[N, pixels, C]` with a constant distance between pixels, so one kernel serves 2D, 3D
 and any slice of a level buffer. Sums are taken per chunk of pixels in float32 and the chunks' sums added in a fixed
-order. How a map is cut depends on its shape alone, not on the GPU: equal inputs give equal bits.
+order. How a map is cut depends only on its shape, not on the GPU: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .maps import Tile, check_same, device_of, load_row, map_arguments, row_arguments
 from .naive import Affine, Averages
 
-GROUP = 512  # parts of a statistic that one program combines where there are more than twice as many
+GROUP = 512  # parts of a statistic that one program combines, if there are more than twice as many
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def _norm_finalise_kernel(
 
         mean = mean_A + d n_B / n          squares = squares_A + squares_B + d^2 n_A n_B / n
 
-    stats [rows, parts, 3, C]; a program takes one row, STEPS tiles of BLOCK_T parts and a block of channels: first each
-    lane of the tile over the steps, then the lanes. Writes [rows, groups, 3, C], or [5, rows, C] where FINAL.
+    stats [rows, parts, 3, C]; a program takes one row, STEPS tiles of BLOCK_T parts and a block of channels. Each lane of
+    the tile combines its parts over the steps, then lanes are combined. Writes [rows, groups, 3, C]; [5, rows, C] if FINAL.
     """
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -72,7 +72,7 @@ def _norm_finalise_kernel(
 
 
 def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> Tensor:
-    """See `naive.norm_finalise`; reads the statistics once. One launch up to 2 GROUP parts, else one more per GROUP-fold."""
+    """See `naive.norm_finalise`. Reads the statistics once; one launch up to 2 GROUP parts, one more per factor GROUP."""
     if stats.dtype != torch.float32 or stats.ndim != 4 or stats.shape[2] != 3:
         raise ValueError(f"expected float32 statistics [N, T, 3, C], got {stats.dtype} {tuple(stats.shape)}")
     channels = stats.shape[3]
@@ -105,7 +105,7 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
 @triton.jit
 def _through_norm(g, x, n, c, C, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
                   scale_ptr, scale_stride, shift_ptr, shift_stride, SLOPE: tl.constexpr):  # fmt: skip
-    """h = g act'(scale x + shift), z = (x - mean) inverse, and scale; h is zero where g is, past the map's edges too."""
+    """h = g act'(scale x + shift), z = (x - mean) inverse, and scale; h is zero where g is, so past the map's edges."""
     x = x.to(tl.float32)
     g = g.to(tl.float32)
     scale = load_row(scale_ptr, scale_stride, n, c, C)
@@ -120,7 +120,7 @@ def _norm_sums_kernel(
     scale_ptr, scale_stride, shift_ptr, shift_stride, sums_ptr, pixels, chunks, C,
     SLOPE: tl.constexpr, FROZEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """sums[n, chunk] = (sum h, sum h z) over the chunk's pixels; g <- scale h where FROZEN. sums [N, chunks, 2, C]."""
+    """sums[n, chunk] = (sum h, sum h z) over the chunk's pixels; g <- scale h if FROZEN. sums [N, chunks, 2, C]."""
     n, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
@@ -179,7 +179,7 @@ def norm_backward(
     averages: Averages | None = None,
     config: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `naive.norm_backward`. Reads g and x twice and writes g once; reads them once where `frozen`."""
+    """See `naive.norm_backward`. Reads g and x twice, once if `frozen`, and writes g once."""
     tile = config or Tile()
     check_same(g, x, "x")
     images, pixels, channels = g.shape[0], g.shape[1:4].numel(), g.shape[4]
@@ -259,9 +259,9 @@ def _border_lines_kernel(
     dy_ptr, dy_stride_n, dy_stride_p, sums_ptr, lines, width, C,
     STEPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """sums[line] = (first, sum of inner, last) of a line of pixels along W; one pixel alone is the last.
+    """sums[line] = (first, sum of inner, last) of a line of pixels along W; a single pixel is the last.
 
-    Lines are numbered through [N, D, H], `lines` to an image; sums [N, D, H, 3, C].
+    Lines are numbered over [N, D, H], `lines` per image; sums [N, D, H, 3, C].
     """
     line = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -280,7 +280,7 @@ def _border_lines_kernel(
 
 
 def _class_sums(sums: Tensor) -> Tensor:
-    """`[size, ...]` as `[3, ...]`: the first, the sum of the inner ones, the last; one alone is the last."""
+    """`[size, ...]` as `[3, ...]`: the first, the sum of the inner ones, the last; a single one is the last."""
     size = sums.shape[0]
     return torch.stack([sums[: min(size - 1, 1)].sum(0), sums[1 : max(size - 1, 1)].sum(0), sums[-1]])
 

@@ -21,7 +21,7 @@ def _window_row(depth, height, AXES: tl.constexpr):
 
 @triton.jit
 def _pixel(q: tl.constexpr, height, width):
-    """How far pixel q of a window, in row-major order, is from its first; int64."""
+    """The distance of pixel q of a window, in row-major order, from its first, in pixels; int64."""
     return tl.cast((q // 4 * 2 * height + q // 2 % 2) * 2 * width + q % 2, tl.int64)
 
 
@@ -60,7 +60,10 @@ def _pool_backward_kernel(
     AXES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """gx[2 o + q] (+)= g[o] where q is the first in row-major order to hold the maximum, else 0. As _pool_kernel."""
+    """gx[2 o + q] (+)= g[o] where q is the first in row-major order to hold the maximum, else 0. As _pool_kernel.
+
+    Values are compared as readers see them: those that round to one number are a tie.
+    """
     n, row, first = _window_row(depth, height, AXES)
     start = tl.program_id(1) * BLOCK_W
     u = tl.arange(0, BLOCK_W)
@@ -125,7 +128,7 @@ def pool_backward(
     add: bool = False,
     config: Tile | None = None,
 ) -> None:
-    """See `naive.pool_backward`. Reads x and g once and writes gx once, reading it too where `add`."""
+    """See `naive.pool_backward`. Reads x and g once, writes gx once and with `add` reads it."""
     check_same(x, gx, "gx")
     grid, geometry = _geometry(g, x, "g", axes, config or Tile(elements=1024))
     if g.numel() == 0:

@@ -1,10 +1,10 @@
-"""Passes over whole maps that a convolution by a library needs before and after it.
+"""The passes over whole maps that a library's convolution needs before and after it.
 
     read:    y = act(scale x + shift), what readers of a raw map see
     finish:  out (+)= act(first + second + bias + border class), with statistics of what was stored
 
-The fused convolution does both as it loads and stores. Done as passes they cost a read and a write of the map each, and
-pay where the convolution alone, by cuDNN or without the transform in its loop, gains more than that.
+The fused convolution does both as it loads and stores. As passes they cost a read and a write of the map each, which
+pays where the convolution itself, by cuDNN or without the transform in its loop, gains more than that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _read_kernel(
 
 
 def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
-    """See `naive.read`: a map of its own, dense. Reads x and writes the result once; `x` itself without `affine`."""
+    """See `naive.read`; the result is dense, or `x` itself without `affine`. Reads x and writes the result once."""
     if affine is None:
         return x
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -3,11 +3,11 @@
 A convolution can be done in several ways, and which is fastest depends on the GPU and the shape:
 
     fused       one kernel, norm and activation applied to an operand each time it is loaded
-    finalise    norm and activation applied once, in a pass of their own, then the kernel without them
+    finalise    norm and activation applied once, in a separate pass, then the kernel without them
     boxes       fused or finalised, operands fetched by the tensor memory accelerator (`Config.descriptors`)
     library     PyTorch's convolution (cuDNN) on dense, activated copies of the operands (`library.py`)
 
-`tuning.choose` takes the one that was measured fastest, and the first of the list where nothing was measured.
+`tuning.choose` picks the one measured to be the fastest, or the first of the list if nothing was measured.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ __all__ = [
     "pool",
     "pool_backward",
 ]
-# Compute capabilities, by their major number, of GPUs whose tensor memory accelerator is used. Those of 12 have one too, but
-# Triton 3.6 compiles boxes for them with a stack frame in every kernel.
+# Major compute capabilities of GPUs whose tensor memory accelerator is used. Those of 12 have one too, but Triton 3.6 gives
+# every kernel with boxes a stack frame there.
 BOX_CAPABILITIES = (9, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """The kernel's configuration, None for the library; whether operands are finalised before the kernel."""
+    """The kernel's configuration, or None for the library; whether operands are finalised before the kernel."""
 
     config: Config | WgradConfig | None
     finalise: bool = False
 
     def __str__(self) -> str:
-        """Without the tile's shape, which depends on the map's."""
+        """Leaves out the tile's shape, which depends on the map's."""
         if self.config is None:
             return "library"
         rest = {name: value for name, value in vars(self.config).items() if name not in ("block_d", "block_h", "block_w")}
@@ -72,7 +72,7 @@ def conv(out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
 
 
 def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options) -> tuple[Way, bool]:
-    """The way of a call of `conv`, by `run` where it is to be measured; and whether a measurement found it."""
+    """The way to run a call of `conv`, measured by `run` inside `tuning.measuring`; and whether it was measured."""
     axes, b = options["axes"], options.get("b")
     units = unit_grid(out, axes, options.get("phased", False))
     flags = [name for name in ("phased", "affine_a", "affine_b", "add", "stats") if options.get(name)]
@@ -80,25 +80,25 @@ def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options)
     form = f"{axes}d taps{options.get('taps', 3)} stride{options.get('stride', 1)} {' '.join(flags)}"
     channels = (a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1])
     key = tuning.key("conv", a.dtype, form, channels, (out.shape[0], *units))
-    found = tuning.choose(key, (out.shape[0], *units), lambda: ways_of_conv(out, a, **options), run)
-    return found, key in tuning.table
+    way = tuning.choose(key, (out.shape[0], *units), lambda: ways_of_conv(out, a, **options), run)
+    return way, key in tuning.table
 
 
 def ways_of_conv(out: Tensor, a: Tensor, **options) -> list[Way]:
-    """The ways worth timing for a call of `conv`, the one used without timing first."""
+    """The ways worth timing for a call of `conv`; the first is the default."""
     phased = options.get("phased", False)
     units = unit_grid(out, options["axes"], phased)
-    found = configs(units, out.shape[0], out.shape[-1], options["axes"], phased, a.dtype)
-    ways = [Way(config) for config in found]
+    offered = configs(units, out.shape[0], out.shape[-1], options["axes"], phased, a.dtype)
+    ways = [Way(config) for config in offered]
     if fits_boxes(a, **options):
-        ways += [Way(dataclasses.replace(config, descriptors=True)) for config in found]
+        ways += [Way(dataclasses.replace(config, descriptors=True)) for config in offered]
     if options.get("affine_a") is not None or options.get("affine_b") is not None:
         ways += [dataclasses.replace(way, finalise=True) for way in ways]
     return [*ways, Way(None)]
 
 
 def conv_by(way: Way, out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
-    """`conv` in one of its ways."""
+    """Runs `conv` in the given way."""
     if way.config is None:
         return library.conv(out, a, wa, **options)
     if way.finalise:
@@ -116,13 +116,13 @@ def conv_wgrad(a: Tensor, dy: Tensor, **options) -> Tensor:
     form = f"{options['axes']}d {' '.join(name for name in ('phased', 'affine') if options.get(name))}"
     units = unit_grid(dy, options["axes"], options.get("phased", False))
     key = tuning.key("conv_wgrad", a.dtype, form, (a.shape[-1], dy.shape[-1]), (a.shape[0], *units))
-    found = tuning.choose(
+    way = tuning.choose(
         key,
         (a.shape[0], *units),
         lambda: ways_of_wgrad(a, dy, **options),
         lambda way: conv_wgrad_by(way, a, dy, **options),
     )
-    return conv_wgrad_by(found, a, dy, **options)
+    return conv_wgrad_by(way, a, dy, **options)
 
 
 def ways_of_wgrad(a: Tensor, dy: Tensor, **options) -> list[Way]:
@@ -136,7 +136,7 @@ def ways_of_wgrad(a: Tensor, dy: Tensor, **options) -> list[Way]:
 
 
 def conv_wgrad_by(way: Way, a: Tensor, dy: Tensor, **options) -> Tensor:
-    """`conv_wgrad` in one of its ways."""
+    """Runs `conv_wgrad` in the given way."""
     if way.config is None:
         return library.conv_wgrad(a, dy, **options)
     if way.finalise:
@@ -146,14 +146,14 @@ def conv_wgrad_by(way: Way, a: Tensor, dy: Tensor, **options) -> Tensor:
 
 @lru_cache
 def _capability(device: torch.device) -> int:
-    """The major number of a GPU's compute capability; maps without memory stand for those on the current GPU."""
+    """The major compute capability of a GPU, 0 for other devices; meta tensors stand for those on the current GPU."""
     if device.type == "meta":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def fits_boxes(a: Tensor, **options) -> bool:
-    """Whether the GPU fetches boxes by itself, and can those of the operands that are sampled with unit stride."""
+    """Whether the GPU has a tensor memory accelerator that can fetch every operand sampled with unit stride."""
     dense = [a] if options.get("stride", 1) == 1 else []
     dense += [options["b"]] if options.get("b") is not None else []
     return _capability(a.device) in BOX_CAPABILITIES and bool(dense) and all(map(fused.can_describe, dense))

@@ -1,5 +1,7 @@
 """Kernels of head.py against the plain PyTorch of naive.py."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from support.kernel_cases import DEVICE, DTYPES, MAPS, assert_kernel_close, doubled, random, random_affine, random_map
@@ -17,14 +19,17 @@ CASES = [  # axes and size, images, channels, classes, rows of affine, slope
     ((2, (1, 1, 1)), 3, 3, 2, 3, 0.1),
     ((3, (1, 5, 1)), 1, 600, 3, 1, 0.0),
     ((2, (1, 3, 7)), 1, 17, 64, 1, 0.1),
+    (MAPS[1], 1, 32, 16, 1, 0.1),
     (MAPS[0], 0, 3, 2, 1, 0.0),
 ]
 PRECISIONS = [(dtype, torch.float32) for dtype in DTYPES] + [(dtype, dtype) for dtype in DTYPES[1:]]
 SMALL = maps.Tile(elements=256, programs=6)
 
 
-def make_scores(images, classes, size, dtype, seed):
-    """Contiguous scores, and the buffer in whose middle they stand, with four NaN on either side."""
+def make_scores(
+    images: int, classes: int, size: Sequence[int], dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous scores in the middle of a buffer, with four NaN on either side, and the buffer."""
     values = random(images, classes, *size, seed=seed, dtype=dtype)
     buffer = torch.full((values.numel() + 8,), torch.nan, dtype=dtype, device=DEVICE)
     scores = buffer[4 : 4 + values.numel()].view(values.shape)

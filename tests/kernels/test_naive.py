@@ -20,7 +20,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def first(x: Tensor, axes: int) -> Tensor:
-    """Channels last, as the engine has it, to channels first, as PyTorch does; D leaves in 2D."""
+    """Channels last, as in the engine, to channels first, as in PyTorch; without D in 2D."""
     x = x.movedim(-1, 1)
     return x if axes == 3 else x.squeeze(2)
 
@@ -39,7 +39,7 @@ def taps_first(weight: Tensor) -> Tensor:
 
 
 def compose_nearest(weight: Tensor, axes: int) -> Tensor:
-    """`[CO, K, *3]` as `[phases, 2^axes taps, K, CO]`: the taps that fall on one low-resolution pixel, added."""
+    """`[CO, K, *3]` as `[phases, 2^axes taps, K, CO]`: the sums of the taps that fall on one low-resolution pixel."""
     result = []
     for phase in itertools.product((0, 1), repeat=axes):
         for tap in itertools.product((0, 1), repeat=axes):
@@ -49,7 +49,7 @@ def compose_nearest(weight: Tensor, axes: int) -> Tensor:
 
 
 def compose_deconv(weight: Tensor, up: Tensor, axes: int) -> Tensor:
-    """As above for a transposed convolution before it, `up` `[K, C, *2]`: position 2 u + q is read by tap of offset q."""
+    """The same after a transposed convolution `up` `[K, C, *2]`, whose element q is at position 2 u + q."""
     result = torch.zeros(2**axes, 2**axes, up.shape[0], weight.shape[0], dtype=weight.dtype)
     for k, phase in enumerate(itertools.product((0, 1), repeat=axes)):
         for taps in itertools.product(range(3), repeat=axes):
@@ -65,14 +65,14 @@ def data_gradient_weights(composed: Tensor, axes: int) -> Tensor:
     """`[4^axes, CO, K]` for taps = 4, stride = 2: input position 2 u - 1 + q belongs to (p, t) with 2 - 2t - p = q - 1."""
     result = []
     for q in itertools.product(range(4), repeat=axes):
-        pairs = [next((p, t) for p in (0, 1) for t in (0, 1) if 2 - 2 * t - p == one - 1) for one in q]
+        pairs = [next((p, t) for p in (0, 1) for t in (0, 1) if 2 - 2 * t - p == offset - 1) for offset in q]
         index = [sum(pair[k] * 2 ** (axes - 1 - axis) for axis, pair in enumerate(pairs)) for k in (0, 1)]
         result.append(composed[index[0], index[1]].T)
     return torch.stack(result)
 
 
-def network(axes, size, up):
-    """A prefix, a low source, weights of conv3 over both, and their convolution by PyTorch, with a graph."""
+def network(axes: int, size: tuple[int, int, int], up: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A prefix, a low source, the weights of a conv3 over both, plain and composed, and its output by PyTorch."""
     a = random(2, *size, 3, seed=1).requires_grad_()
     b = random(2, *(s // 2 if s > 1 else 1 for s in size), 5, seed=2).requires_grad_()
     high = 5 if up == "nearest" else 4
@@ -118,12 +118,12 @@ def test_gradients_of_conv_over_prefix_and_low_source(axes, size, up):
     assert naive.conv(out, dy, flipped, axes=axes, add=True) is None
     assert_close_relative(out - before, ga, FLOAT64)
 
-    # The low source: four taps an axis at stride 2.
+    # The low source: four taps per axis at stride 2.
     out = torch.full_like(b, torch.nan).detach()
     naive.conv(out, dy, data_gradient_weights(composed_again.detach(), axes), axes=axes, taps=4, stride=2)
     assert_close_relative(out, gb, FLOAT64)
 
-    # The weights: PyTorch composes, so its gradient of the composition is what conv_wgrad's result goes through.
+    # The weights: the result of conv_wgrad goes through PyTorch's gradient of the composition.
     wa = naive.conv_wgrad(a.detach(), dy, axes=axes)
     assert_close_relative(wa[0], taps_first(gw[:, :3]), FLOAT64)
     wb = naive.conv_wgrad(b.detach(), dy, axes=axes, phased=True)
@@ -154,7 +154,7 @@ def test_conv_with_second_operand_and_epilogue(axes, size):
 @pytest.mark.parametrize("phased", [False, True])
 @pytest.mark.parametrize(("axes", "size"), SIZES)
 def test_border_table_and_its_gradient(axes, size, phased):
-    """The table as a sum of one-hot maps: its gradient is by class."""
+    """The table added pixel by pixel through an index, whose gradient sums by class."""
     table = random(3**axes, 2, seed=1).requires_grad_()
     a, wa = torch.zeros(1, *size, 3, dtype=torch.float64), torch.zeros(3**axes, 3, 2, dtype=torch.float64)
     out = torch.zeros(1, *size, 2, dtype=torch.float64)
@@ -193,8 +193,7 @@ def test_norm_and_activation(axes, size, kind, slope):
         mean, inverse, *affine, _ = naive.norm_finalise(torch.cat(halves, 1), weight, bias, 1e-3, kind == "instance")
     assert_close_relative(naive.read(x, tuple(affine), slope), y, FLOAT64)
     sums = naive.norm_backward(g, x, mean, inverse, tuple(affine), slope, kind == "frozen")
-    for actual, one in zip((g, *sums), expected, strict=True):
-        assert_close_relative(actual, one, FLOAT64)
+    assert_close_relative((g, *sums), expected, FLOAT64)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.1])
@@ -209,7 +208,7 @@ def test_act_backward(slope):
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(("axes", "size"), SIZES)
 def test_pool(axes, size, add):
-    """Ties too: both give the gradient to the first."""
+    """With ties: both pass the gradient to the first."""
     raw = (random(2, *size, 3, seed=1) * 2).round()
     affine = torch.tensor([[0.5, -2.0, 1.0]], dtype=torch.float64), torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64)
     x = naive.read(raw, affine, 0.0).requires_grad_()

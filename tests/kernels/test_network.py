@@ -15,7 +15,7 @@ from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.fused import ops
 
 pytestmark = pytest.mark.skipif(not (ops.HAS_TRITON and ops.INTERPRETED), reason="needs Triton and its interpreter")
-BOUND = 1e-4  # float32 gradients through normalised layers that add in another order
+BOUND = 1e-4  # float32 gradients through normalised layers, summed in another order
 CASES = [
     (2, 1, {"norm": "batch", "upsample": "deconv"}),
     (2, 2, {"norm": "instance", "upsample": "nearest", "act": ("leaky_relu", {"negative_slope": 0.1})}),
@@ -82,9 +82,9 @@ def test_three_training_steps_give_the_losses_and_weights_of_the_reference():
             optimizer.step()
             losses.append(loss.detach())
         results.append((torch.stack(losses), [*model.parameters(), *model.buffers()]))
-    (losses, weights), (found, found_weights) = results
-    assert_close_relative(found, losses, FLOAT32)
-    for a, b in zip(found_weights, weights, strict=True):
+    (expected_losses, expected_weights), (losses, weights) = results
+    assert_close_relative(losses, expected_losses, FLOAT32)
+    for a, b in zip(weights, expected_weights, strict=True):
         assert_close_relative(a.detach().double(), b.detach().double(), BOUND, floor=0.1)
 
 

@@ -1,9 +1,12 @@
 """Kernels of norm.py against the plain PyTorch of naive.py."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from support.helpers import FLOAT32, assert_close_relative
 from support.kernel_cases import DEVICE, DTYPES, MAPS, Map, assert_kernel_close, doubled, random, random_map
+from torch import Tensor
 
 from unetpp_fast.kernels import maps, naive, norm
 
@@ -20,7 +23,7 @@ CASES = [  # axes and size, images, channels, slope
 ]
 
 
-def make_stats(images: int, parts: int, channels: int) -> torch.Tensor:
+def make_stats(images: int, parts: int, channels: int) -> Tensor:
     """Parts of unequal counts, one of them empty, with means far from zero."""
     stats = torch.stack([random(images, parts, channels, seed=k) for k in range(3)], dim=2)
     counts = torch.arange(parts, device=DEVICE, dtype=torch.float32) % 7 * 16
@@ -47,7 +50,7 @@ def test_finalise(images, parts, channels, instance):
 
 
 def test_finalise_does_not_cancel():
-    """A mean of a thousand standard deviations: the difference of two sums of squares would keep no digit."""
+    """A mean of a thousand standard deviations: the difference of two sums of squares would have no correct digit."""
     x = (1000 + random(2, 64, 8, seed=1)).view(2, 8, 8, 8, 1).transpose(1, 4)
     stats = torch.cat([naive.statistics(x[:, :, k : k + 2]) for k in range(0, 8, 2)], dim=1)
     *_, variance = norm.norm_finalise(stats, stats.new_ones(8), stats.new_zeros(8), 1e-5, False)
@@ -78,7 +81,9 @@ def test_norm_backward(case, images, channels, instance, frozen, slope, dtype):
         assert torch.equal(a, again)
 
 
-def run_in_double(g: Map, x: Map, mean, inverse, affine, slope, frozen):
+def run_in_double(
+    g: Map, x: Map, mean: Tensor, inverse: Tensor, affine: Sequence[Tensor], slope: float, frozen: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     g, *others = doubled((g.view, x.view, mean, inverse, tuple(affine)))
     sums = naive.norm_backward(g, *others, slope, frozen)
     return g, *sums
@@ -123,7 +128,7 @@ def test_border_sums(case, images, channels, dtype):
 
 
 def test_border_sums_are_of_each_class_alone():
-    """A class whose values are small beside its neighbours': a total less other classes would lose them."""
+    """Values small compared with the neighbouring classes': a total minus the other classes would lose them."""
     dy = random(1, 1, 6, 40, 4)
     dy[:, :, 1:-1, 1:-1] *= 1e6
     actual, exact = norm.border_sums(dy, 2), naive.border_sums(dy.double(), 2)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support.kernel_cases import DTYPES, MAPS, assert_kernel_close, doubled, random, random_affine, random_map
+from support.kernel_cases import DTYPES, MAPS, Map, assert_kernel_close, doubled, random, random_affine, random_map
 
 from unetpp_fast.kernels import maps, naive, pool
 
+Size = tuple[int, int, int]
 SMALL = maps.Tile(elements=64)
 CASES = [  # axes and size, images, channels, rows of affine, slope
     (MAPS[0], 2, 5, None, 0.0),
@@ -21,21 +22,22 @@ CASES = [  # axes and size, images, channels, rows of affine, slope
 ]
 
 
-def half(case, images, channels):
+def half(case: tuple[int, Size], images: int, channels: int) -> tuple[int, ...]:
+    """The shape of a pooled map."""
     axes, (depth, height, width) = case
     return images, depth // 2 if axes == 3 else depth, height // 2, width // 2, channels
 
 
-def coarse(images, size, channels, dtype, seed):
-    """Few distinct values, exact in half precision: ties in most windows, and none that rounding adds."""
+def coarse(images: int, size: Size, channels: int, dtype: torch.dtype, seed: int) -> Map:
+    """Few distinct values, exact in half precision: most windows have ties, and rounding adds none."""
     x = random_map(images, size, channels, dtype, seed=seed)
     x.view.copy_((x.view * 2).round() / 2)
     x.before.copy_(x.buffer)
     return x
 
 
-def powers(rows, channels):
-    """An affine of powers of two: what it makes of coarse values is exact."""
+def powers(rows: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An affine with powers of two, exact on coarse values."""
     scale, shift = random(rows, channels, seed=8), random(rows, channels, seed=9)
     return torch.where(scale > 0, 0.5, -2.0), (shift * 2).round()
 
@@ -59,7 +61,8 @@ def test_pool(case, images, channels, rows, slope, dtype):
     assert torch.equal(results[0], results[1])
 
 
-def reshaped(shape):
+def reshaped(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], int]:
+    """Images, size and channels."""
     return shape[0], shape[1:4], shape[4]
 
 
@@ -89,7 +92,7 @@ def test_pool_backward(case, images, channels, rows, slope, add, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_round_to_one_are_a_tie(dtype):
-    """The window's maximum is that of rounded values, and the first pixel to round to it gets the gradient."""
+    """The window's maximum is over rounded values, and the first pixel that rounds to it gets the gradient."""
     x = random_map(1, (1, 4, 8), 5, dtype, seed=4)
     affine = random(1, 5, seed=5) * 1e-3, torch.ones(1, 5, device=x.view.device)
     g = random(1, 1, 2, 4, 5, seed=6, dtype=dtype)
@@ -100,7 +103,7 @@ def test_values_that_round_to_one_are_a_tie(dtype):
 
 
 def test_nan_is_kept():
-    """A diverged training shows: a window with NaN pools to NaN, wherever in the window it stands."""
+    """Diverged training shows: a window with NaN pools to NaN, wherever in the window it is."""
     x = random(1, 1, 2, 8, 1)
     for k in range(4):
         x[0, 0, k // 2, 2 * k + k % 2] = torch.nan

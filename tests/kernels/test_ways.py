@@ -1,4 +1,4 @@
-"""Every way in which a convolution may be done gives what the twin in plain PyTorch gives, and any of them can be chosen."""
+"""Every way to run a convolution agrees with the twin in plain PyTorch, and any of them can be chosen."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_phase_weights_as_a_transposed_convolution_and_back(axes):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Ways are chosen as on a GPU of the newest kind, and run in the interpreter; nothing measured before is known."""
+    """Ways are chosen as on a GPU with boxes, and run in the interpreter; no earlier measurement is known."""
     monkeypatch.setattr(triton_ops, "interpreted", lambda x: False)
     monkeypatch.setattr(triton_ops, "_capability", lambda device: triton_ops.BOX_CAPABILITIES[0])
     monkeypatch.setattr(tuning, "table", {})

@@ -1,4 +1,4 @@
-"""Inputs of the kernels' tests, sliced out of larger buffers full of NaN, and the one rule for how close is close."""
+"""Inputs of the kernels' tests, sliced out of larger buffers full of NaN, and the rule by which results are judged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float
 
 
 class Map:
-    """`view` is a channels-last map with `values` in it; all around it in `buffer` is NaN, and has to stay."""
+    """`view` is a channels-last map that holds `values`; all around it in `buffer` is NaN, which must stay."""
 
     def __init__(self, values: Tensor, dtype: torch.dtype, left: int = 3, right: int = 2) -> None:
         images, depth, height, width, channels = values.shape
@@ -46,19 +46,19 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def random_affine(rows: int | None, channels: int, seed: int = 0) -> tuple[Tensor, Tensor] | None:
-    """Scales of both signs, and shifts; `rows` None for maps that hold what their readers see."""
+    """Scales of both signs, and shifts; None without `rows`, for maps that hold what their readers see."""
     return None if rows is None else (random(rows, channels, seed=seed), 0.3 * random(rows, channels, seed=seed + 1))
 
 
 def doubled(value):
-    """A copy in double precision; tuples too, None stays."""
+    """A copy of a tensor or a tuple of them in double precision; anything else unchanged."""
     if isinstance(value, tuple):
         return tuple(doubled(v) for v in value)
     return value.double().clone() if isinstance(value, Tensor) else value
 
 
 def assert_kernel_close(actual: Tensor, exact: Tensor, naive: Tensor) -> None:
-    """Error at most twice that of `naive` in that precision and one rounding; 1e-5 of the largest in single precision."""
+    """Error at most twice that of `naive` in its precision, plus one rounding; in single precision or 1e-5 of the largest."""
     assert actual.shape == exact.shape and actual.dtype == naive.dtype, f"{actual.shape} {actual.dtype}, {exact.shape}"
     if exact.numel() == 0:
         return
