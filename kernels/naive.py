@@ -102,12 +102,12 @@ def conv(
     Args:
         out: `[N, *S, CO]`, written, or with `add` added to.
         a: the first operand, `[N, *Sa, KA]`; wa: `[taps^axes, KA, CO]`.
-        stride: 2 where `a` has twice the axes of the unit grid; with `phased`, `out` does too.
+        stride: 2 if `a` is twice the size of the unit grid along each axis; with `phased`, so is `out`.
         b: the low source `[N, *S/2, KB]`, wb: `[2^axes phases, 2^axes taps, KB, CO]` with `phased`;
             else an operand of the size of `out`, wb: `[1, 3^axes, KB, CO]`.
         bias: `[CO]`; border: `[3^axes, CO]`, added by border class (0 first, 1 inner, 2 last pixel of each axis).
         act: activate before storing. stats: return `[N, T, 3, CO]`, the count, mean and sum of squared deviations of
-            each of T parts of every image, of the values as stored.
+            each of T parts of every image, over the values as stored.
     """
     acc_dtype = accumulator(a.dtype)
     active = _axes(axes)

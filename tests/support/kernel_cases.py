@@ -58,7 +58,7 @@ def doubled(value):
 
 
 def assert_kernel_close(actual: Tensor, exact: Tensor, naive: Tensor) -> None:
-    """Error at most twice that of `naive` in its precision, plus one rounding; in single precision or 1e-5 of the largest."""
+    """Error at most twice that of `naive` in its precision plus a rounding; in single precision or 1e-5 of the largest."""
     assert actual.shape == exact.shape and actual.dtype == naive.dtype, f"{actual.shape} {actual.dtype}, {exact.shape}"
     if exact.numel() == 0:
         return
