@@ -1,0 +1,294 @@
+"""The CPU kernels of convolutions and of their weight gradients against the plain PyTorch ops in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from support import cpu_kernels
+from support.conv_cases import check_statistics, empty_holds_nan
+from support.cpu_kernels import CHANNELS, DTYPES, FORMS, KERNELS, SIZES, check_conv, check_wgrad, conv_of, wgrad_of
+from torch import Tensor
+
+from unetpp_fast.kernels import cpu_ops, cpu_weights, naive
+
+pytestmark = cpu_kernels.needs_library()
+each_kernel = pytest.mark.parametrize("kernel", list(KERNELS), indirect=True)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def unwritten() -> Iterator[None]:
+    """Memory that was never written holds NaN."""
+    with empty_holds_nan():
+        yield
+
+
+@pytest.fixture
+def kernel(request, monkeypatch) -> str:
+    """The kernel that computes convolutions, whatever their size."""
+    monkeypatch.setattr(cpu_ops, "MIN_TILES", KERNELS[request.param])
+    return request.param
+
+
+@each_dtype
+@each_kernel
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("units", [(6, 10), (13, 7), (2, 6, 7)], ids=str)
+def test_forms(dtype, kernel, form, units):
+    check_conv(dtype, form, units)
+
+
+@each_kernel
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_channels(kernel, channels):
+    for form, units in (("full", (5, 9)), ("node", (5, 9)), ("gathered", (3, 7)), ("node", (1, 3, 5))):
+        check_conv(torch.float32, form, units, channels)
+
+
+@each_kernel
+@pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
+def test_sizes(kernel, units):
+    """Maps one pixel wide, smaller than a tile, and larger than a block."""
+    for form in ("full", "node", "gathered"):
+        check_conv(torch.float32, form, units, n=1, border=True)
+
+
+@each_dtype
+@each_kernel
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"act": True},
+        {"act": True, "slope": 0.1, "bias": True},
+        {"affine": "shared shared", "add": True},
+        {"affine": "image image", "slope": 0.1, "stats": True},
+        {"border": True, "stats": True, "add": True},
+        {"bias": True, "border": True, "act": True, "stats": True},
+    ],
+    ids=lambda option: "-".join(option),
+)
+def test_options(dtype, kernel, option):
+    cleared = dict.fromkeys(("act", "bias", "border", "stats", "add"), False)
+    for form in ("full", "node"):
+        check_conv(dtype, form, (5, 7), n=3, **{**cleared, "affine": "", "slope": 0.0, **option})
+
+
+@each_kernel
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_batches(kernel, n, form):
+    check_conv(torch.float32, form, (3, 5), n=n)
+
+
+@each_kernel
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)], ids=str)
+def test_maps_without_pixels(kernel, size):
+    out, a = torch.empty(2, 1, *size, 3), torch.empty(2, 1, *size, 5)
+    cpu_ops.conv(out, a, torch.ones(9, 5, 3), axes=2)
+    assert torch.equal(cpu_ops.conv_wgrad(a, out, axes=2), torch.zeros(1, 9, 5, 3))
+
+
+@pytest.mark.parametrize("tiles", [5, 6, 7])
+def test_the_kernel_follows_the_tiles(tiles):
+    """Winograd from so many tiles on; both give the same values, so the rule may change with measurements."""
+    (out, *_), _ = conv_of(torch.float32, "full", (4, 4 * tiles))
+    assert cpu_ops.uses_winograd(out, 3, 1, False, False) == (tiles >= cpu_ops.MIN_TILES)
+    check_conv(torch.float32, "full", (4, 4 * tiles))
+
+
+@each_kernel
+def test_reads_a_buffer_that_it_writes(kernel):
+    """A node reads the prefix of its level's buffer and writes the next slice of it."""
+    make = cpu_kernels.CpuInputs(torch.float32)
+    buffer, wa = make.values(2, 1, 9, 13, 24), make.values(9, 8, 16)
+    exact = buffer.double()
+    naive.conv(exact[..., 8:], exact[..., :8].clone(), wa.double(), axes=2)
+    cpu_ops.conv(buffer[..., 8:], buffer[..., :8], wa, axes=2)
+    cpu_kernels.assert_accepted(buffer, exact, buffer)
+
+
+@each_kernel
+def test_statistics_do_not_cancel(kernel):
+    """A mean of a thousand standard deviations: the difference of two sums of squares would keep no digit."""
+    (out, a, wa), options = conv_of(torch.float32, "plain", (13, 21), affine="")
+    parts = cpu_ops.conv(out, a, wa, **{**options, "act": False, "bias": torch.full_like(options["bias"], 1000)})
+    check_statistics(parts, out)
+    table = naive.norm_finalise(parts, parts.new_ones(17), parts.new_zeros(17), 0.0, True)
+    exact = out.double().var((1, 2, 3), correction=0)
+    assert ((table[4] - exact).abs() <= 1e-5 * exact).all()
+
+
+@each_kernel
+def test_minus_infinity_activates_to_zero(kernel):
+    """With a slope of 0, in what is read and in what is stored, as ReLU does."""
+    (out, a, wa), options = conv_of(torch.float32, "plain", (6, 9), affine="shared", stats=False)
+    options["affine_a"][0].abs_()
+    a[0, 0, 2, 3] = -1e30
+    cpu_ops.conv(out, a, wa, **options)
+    expected = out.clone()
+    a[0, 0, 2, 3] = -math.inf
+    options["bias"][4] = -math.inf
+    cpu_ops.conv(out, a, wa, **options)
+    assert (out[..., 4] == 0).all()
+    expected[..., 4] = 0
+    assert torch.equal(out, expected)
+
+
+@each_kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_stays(kernel, form):
+    """Wherever the plain op has NaN, and no farther than the tiles that hold the pixel."""
+    (out, a, wa), options = conv_of(torch.float32, form, (10, 13))
+    a[0, 0, 2, 3, 0] = math.nan
+    expected = out.clone()
+    naive.conv(expected, a, wa, **options)
+    cpu_ops.conv(out, a, wa, **options)
+    assert expected.isnan().any() and (out.isnan() | ~expected.isnan()).all()
+    assert not out[1:].isnan().any() and not out[:, :, 16:].isnan().any() and not out[:, :, :, 16:].isnan().any()
+    if kernel == "direct":
+        assert torch.equal(out.isnan(), expected.isnan())
+
+
+@each_kernel
+def test_weights_are_packed_again_when_they_change(kernel):
+    (out, a, wa), options = conv_of(torch.float32, "plain", (5, 9), affine="", bias=False, stats=False)
+    cpu_ops.conv(out, a, wa, **options)
+    once = out.clone()
+    wa.mul_(2)
+    cpu_ops.conv(out, a, wa, **options)
+    assert torch.equal(out, 2 * once)
+    with torch.inference_mode():
+        weight = wa / 2  # tensors made here do not count their changes
+        cpu_ops.conv(out, a, weight, **options)
+        assert torch.equal(out, once)
+        weight.mul_(2)
+        cpu_ops.conv(out, a, weight, **options)
+        assert torch.equal(out, 2 * once)
+
+
+@each_kernel
+def test_packed_weights_go_with_the_weights(kernel):
+    (out, a, wa), options = conv_of(torch.float32, "node", (5, 9))
+    before = len(cpu_weights._kept)
+    cpu_ops.conv(out, a, wa, **options)
+    assert len(cpu_weights._kept) > before
+    del wa, options["wb"]
+    assert len(cpu_weights._kept) == before
+
+
+@each_dtype
+@pytest.mark.parametrize("units", [(6, 10), (13, 7), (2, 6, 7)], ids=str)
+@pytest.mark.parametrize("phased", [False, True])
+@pytest.mark.parametrize("affine, slope", [(None, 0.0), (1, 0.0), (0, 0.1)])
+def test_weight_gradients(dtype, units, phased, affine, slope):
+    check_wgrad(dtype, units, phased, affine=affine, slope=slope)
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize("phased", [False, True])
+def test_channels_of_weight_gradients(channels, phased):
+    check_wgrad(torch.float32, (5, 9), phased, k=channels[0], co=channels[2], affine=1)
+    check_wgrad(torch.float32, (2, 1, 7), phased, k=channels[1], co=channels[0])
+
+
+@pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
+@pytest.mark.parametrize("phased", [False, True])
+def test_sizes_of_weight_gradients(units, phased, monkeypatch):
+    """Tiles in one batch, and in batches of few that end within a plane."""
+    check_wgrad(torch.float32, units, phased, affine=0)
+    monkeypatch.setattr(cpu_ops, "SCRATCH", 36 * 2 * 32 * 5)
+    check_wgrad(torch.float32, units, phased, affine=0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("phased", [False, True])
+def test_batches_of_weight_gradients(n, phased):
+    check_wgrad(torch.float32, (4, 6), phased, n=n, affine=0)
+
+
+def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero():
+    (a, dy), options = wgrad_of(torch.float32, (6, 9), affine=1)
+    options["affine"][0].abs_()
+    a[0, 0, 2, 3] = -1e30
+    expected = cpu_ops.conv_wgrad(a, dy, **options)
+    a[0, 0, 2, 3] = -math.inf
+    assert torch.equal(cpu_ops.conv_wgrad(a, dy, **options), expected)
+
+
+def calls(large: bool = True) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """Convolutions and weight gradients of several blocks of pixels and outputs, which return copies of their results."""
+
+    def conv(args, options, least: int) -> tuple[Tensor, ...]:
+        before, cpu_ops.MIN_TILES = cpu_ops.MIN_TILES, least
+        parts = cpu_ops.conv(*args, **options)
+        cpu_ops.MIN_TILES = before
+        return (args[0].clone(), *([] if parts is None else [parts]))
+
+    made, channels = [], (33, 40, 70)
+    for form, least in itertools.product(("full", "node", "gathered"), KERNELS.values()):
+        for units in ((37, 29), (3, 5, 6)):
+            args, options = conv_of(torch.float32, form, units, channels, add=False)
+            made.append(lambda args=args, options=options, least=least: conv(args, options, least))
+    for units, phased in itertools.product(((37, 29), (3, 5, 6)), (False, True)):
+        args, options = wgrad_of(torch.float32, units, phased, 33, 70)
+        made.append(lambda args=args, options=options: (cpu_ops.conv_wgrad(*args, **options),))
+    return made
+
+
+def test_bits_are_those_of_any_number_of_threads(threads):
+    for index, call in enumerate(calls()):
+        results = []
+        for count in (1, 2, 3, 2):
+            threads(count)
+            cpu_weights._kept.clear()
+            results.append(call())
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), index
+
+
+def test_python_threads_at_once():
+    expected = [call() for call in calls()]
+    with ThreadPoolExecutor(4) as pool:
+        runs = [list(run) for run in pool.map(lambda k: [call() for call in calls()], range(4))]
+    for results in runs:
+        for a, b in zip(expected, results, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def resident() -> int:
+    """MiB of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_stays_flat_over_a_thousand_shapes():
+    chosen = random.Random(0)
+
+    def once() -> None:
+        axes, form = chosen.choice((2, 2, 3)), chosen.choice(list(FORMS))
+        units = tuple(chosen.randint(1, 9 if axes == 2 else 3) for _ in range(axes))
+        channels = tuple(chosen.randint(1, 40) for _ in range(3))
+        cpu_ops.MIN_TILES = chosen.choice(list(KERNELS.values()))
+        args, options = conv_of(torch.float32, form, units, channels)
+        cpu_ops.conv(*args, **options)
+        if chosen.random() < 0.3:
+            args, options = wgrad_of(torch.float32, units, chosen.random() < 0.5, *channels[:2])
+            cpu_ops.conv_wgrad(*args, **options)
+
+    least = cpu_ops.MIN_TILES
+    try:
+        for _ in range(300):
+            once()
+        before = resident()
+        for _ in range(1000):
+            once()
+    finally:
+        cpu_ops.MIN_TILES = least
+    assert resident() <= before + 8
