@@ -1,8 +1,9 @@
-"""Packaging, and the CUDA kernels of csrc/ where they can be built; the package is complete without them.
+"""Packaging, and the kernels of csrc/ where they can be built; the package is complete without them.
 
-UNETPP_FAST_BUILD: "cuda" builds the kernels or fails; "none" does not; "auto", the default, builds them where nvcc and a
-torch with CUDA are, and otherwise says in one line why not. They are compiled against the torch that is installed, so
-without build isolation: pip install --no-build-isolation .
+UNETPP_FAST_BUILD: "auto", the default, builds the CPU kernels if there is a C++ compiler and the CUDA kernels if there is
+nvcc and a torch with CUDA, and otherwise says in one line why not; "cpu" builds the CPU kernels or fails; "cuda" builds both
+or fails; "none" builds nothing. They are compiled against the installed torch, so without build isolation:
+pip install --no-build-isolation .
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-LIBRARY = "unetpp_fast.execution.fused.unetpp_fast_cuda"
+LIBRARY = "unetpp_fast.execution.fused.unetpp_fast_"  # and "cpu" or "cuda"
 MODE = os.environ.get("UNETPP_FAST_BUILD", "auto")
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/common/version.py").read_text()).group(1)
 
@@ -41,44 +42,54 @@ def builder():
     return module
 
 
-def obstacle() -> str:
-    """Why "auto" does not build the kernels here; "" where it does."""
-    if builder().find_nvcc() is None:
-        return "there is no nvcc"
+INSTEAD = {"cpu": "PyTorch's operators serve instead", "cuda": "Triton's serve instead"}
+
+
+def obstacle(kind: str) -> str:
+    """Why "auto" does not build the kernels of this kind here; "" if it does."""
+    compiler = {"cpu": ("C++ compiler", builder().find_compiler), "cuda": ("nvcc", builder().find_nvcc)}[kind]
+    if compiler[1]() is None:
+        return f"there is no {compiler[0]}"
     if importlib.util.find_spec("torch") is None:
         return "there is no torch to compile against (pip install --no-build-isolation)"
     import torch
 
-    return "" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
+    return "" if kind == "cpu" or torch.version.cuda else f"torch {torch.__version__} has no CUDA"
 
 
-def skip(reason: str) -> None:
-    print(f"unetpp_fast: the CUDA kernels are not built, {reason}; Triton's serve instead", file=sys.stderr)
+def skip(kind: str, reason: str) -> None:
+    name = {"cpu": "CPU", "cuda": "CUDA"}[kind]
+    print(f"unetpp_fast: the {name} kernels are not built, {reason}; {INSTEAD[kind]}", file=sys.stderr)
 
 
-def wanted() -> bool:
-    if MODE not in ("auto", "cuda", "none"):
-        raise SystemExit(f"UNETPP_FAST_BUILD is auto, cuda or none, not {MODE!r}")
-    reason = obstacle() if MODE == "auto" else ""
-    if reason:
-        skip(reason)
-    return MODE != "none" and not reason
+def wanted() -> list[str]:
+    """The kinds of kernels to build."""
+    if MODE not in ("auto", "cuda", "cpu", "none"):
+        raise SystemExit(f"UNETPP_FAST_BUILD is auto, cuda, cpu or none, not {MODE!r}")
+    if MODE != "auto":
+        return {"none": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"]}[MODE]
+    reasons = {kind: obstacle(kind) for kind in ("cpu", "cuda")}
+    for kind, reason in reasons.items():
+        if reason:
+            skip(kind, reason)
+    return [kind for kind, reason in reasons.items() if not reason]
 
 
 class BuildLibrary(build_ext):
-    """The kernels as one library that no Python is linked to."""
+    """The kernels of one kind as a library that is not linked to Python."""
 
     def get_ext_filename(self, name: str) -> str:
         return name.replace(".", "/") + ".so"
 
     def build_extension(self, extension: Extension) -> None:
+        kind = extension.name.removeprefix(LIBRARY)
+        library, folder = Path(self.get_ext_fullpath(extension.name)).resolve(), Path(self.build_temp).resolve() / kind
         try:
-            builder().build(Path(self.get_ext_fullpath(extension.name)).resolve(), Path(self.build_temp).resolve() / "csrc")
+            builder().build(kind, library, folder)
         except RuntimeError as error:
-            if MODE == "cuda":
+            if not extension.optional:
                 raise
-            extension.optional = True
-            skip(f"a compiler failed: {error}")
+            skip(kind, f"a compiler failed: {error}")
 
 
 class Wheel(bdist_wheel):
@@ -106,7 +117,7 @@ setup(
         "unetpp_fast.examples": "examples",
     },
     package_data={"unetpp_fast": ["py.typed"], "unetpp_fast.examples": ["nuclei/*"]},
-    ext_modules=[Extension(LIBRARY, sources=[], optional=MODE == "auto")] if wanted() else [],
+    ext_modules=[Extension(LIBRARY + kind, sources=[], optional=MODE == "auto") for kind in wanted()],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.24"],
     extras_require={

@@ -1,7 +1,7 @@
 """Options, selection, records and the closing table of `pytest benchmarks`.
 
 Each test is one implementation of one case. The first test of a case measures all of its selected implementations
-interleaved; each test then shows the times of its own, or the reason that it has none.
+interleaved; each test then shows its own times, or the reason that it has none.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from unetpp_fast.benchmarking import backends, harness, records
 from unetpp_fast.benchmarking.case import Case, Unavailable
 from unetpp_fast.benchmarking.harness import Outcome
 from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
+from unetpp_fast.common.devices import device_name
 from unetpp_fast.execution.dispatch import tune
 
 
@@ -169,7 +170,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not suite.outcomes:
         return
     write = terminalreporter.write_line
-    terminalreporter.section(f"ratios on {records.device_name(suite.device)}")
+    terminalreporter.section(f"ratios on {device_name(suite.device)}")
     write("time ratios: the other's time / the row's (above 1 the row is faster); memory ratios: the row's / the other's")
     left_out: dict[str, list[str]] = defaultdict(list)
     for case, outcome in suite.outcomes.items():

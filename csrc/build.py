@@ -1,12 +1,14 @@
-"""Builds the CUDA kernels into one library for every torch >= 2.10 and every Python: `python csrc/build.py LIBRARY`.
+"""Builds the kernels into libraries for every torch >= 2.10 and every Python: `python csrc/build.py cpu|cuda LIBRARY`.
 
-Needs nvcc, a C++ compiler and a torch with its headers, whose own CUDA does not matter. Used by setup.py and the tests.
-The environment may set TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), MAX_JOBS, CUDA_HOME and CXX.
+The CPU kernels need a C++17 compiler (GCC or Clang), the CUDA kernels nvcc too; both need a torch with its headers, whose
+own CUDA does not matter. Used by setup.py and the tests. The environment may set CXX, MAX_JOBS and, for CUDA, CUDA_HOME and
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX").
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,14 +21,28 @@ KERNELS = ("half.cu", "bfloat16.cu", "tf32.cu", "kernels.cu")
 # sm_80 code runs on 8.6 to 8.9 too; PTX serves what comes after.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
+CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden"]
+# The CPU kernels are compiled once per instruction set; the library chooses when it is loaded.
+INSTRUCTION_SETS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
+}
 JOB_BYTES = 2 * 2**30  # memory of one compiler
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest that may load the library
+
+Piece = tuple[Path, Path, list]  # source, object, command
 
 
 def find_nvcc() -> str | None:
     """The CUDA compiler of CUDA_HOME, else the first of PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that CXX names, else the first of PATH."""
+    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def jobs() -> int:
@@ -44,23 +60,38 @@ def architectures(nvcc: str) -> list[str]:
     """nvcc's option for TORCH_CUDA_ARCH_LIST, or for the default list as far as this nvcc knows it."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     known = _output(nvcc, "--list-gpu-code").split()
-    found = []
+    codes = []
     for name in re.split(r"[;\s]+", (asked or ARCHITECTURES).strip()):
         number = name.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+a?", number) or int(number.rstrip("a")) < 80:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {name!r}; the kernels need 8.0 or later, such as 8.0;9.0+PTX")
         if asked or f"sm_{number}" in known:
-            found += [f"sm_{number}"] + ["compute_80"] * name.endswith("+PTX")
+            codes += [f"sm_{number}"] + ["compute_80"] * name.endswith("+PTX")
     # Nothing newer than sm_80 is asked for, so one translation serves all.
-    return [f"-gencode=arch=compute_80,code=[{','.join(dict.fromkeys(found))}]"]
+    return [f"-gencode=arch=compute_80,code=[{','.join(dict.fromkeys(codes))}]"]
 
 
-def commands(nvcc: str, library: Path, folder: Path) -> tuple[list[tuple], list[str]]:
-    """(source, object, command) of each piece, and the command that links them."""
+def _torch() -> Path:
     import torch
 
-    torch_path = Path(torch.__file__).parent
-    home = Path(nvcc).resolve().parents[1]
+    return Path(torch.__file__).parent
+
+
+def _bindings(source: Path, folder: Path, *options: str) -> Piece:
+    target = folder / "bindings.o"
+    flags = ["-std=c++20", "-O2", "-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *options]
+    return source, target, [find_compiler(), *flags, f"-isystem{_torch() / 'include'}", "-c", source, "-o", target]
+
+
+def cuda_commands(library: Path, folder: Path) -> tuple[list[Piece], list[str]]:
+    """The pieces of the CUDA library, and the command that links them.
+
+    Raises:
+        RuntimeError: nvcc is missing.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME")
     gencode = architectures(nvcc)
     pieces = []
     for name in KERNELS:
@@ -68,30 +99,45 @@ def commands(nvcc: str, library: Path, folder: Path) -> tuple[list[tuple], list[
         pieces.append(
             (HERE / name, target, [nvcc, *NVCC_FLAGS, *gencode, "-Xcompiler=-fPIC", "-c", HERE / name, "-o", target])
         )
-    target = folder / "bindings.o"
-    compiler = os.environ.get("CXX", "c++")
-    includes = [f"-isystem{path}" for path in (torch_path / "include", home / "include")]
-    options = ["-std=c++20", "-O2", "-fPIC", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *includes]
-    source = HERE / "bindings.cpp"
-    pieces.append((source, target, [compiler, *options, "-c", source, "-o", target]))
+    include = f"-isystem{Path(nvcc).resolve().parents[1] / 'include'}"
+    pieces.append(_bindings(HERE / "bindings.cpp", folder, "-DUSE_CUDA", include))
     # libtorch.so brings the parts of torch that are there, the CUDA ones too; their names are looked up when it is loaded.
     objects = [target for _, target, _ in pieces]
-    link = [nvcc, "-shared", *objects, "-o", library, f"-L{torch_path / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
+    link = [nvcc, "-shared", *objects, "-o", library, f"-L{_torch() / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
     return pieces, [str(part) for part in link]
 
 
-def build(library: Path, folder: Path) -> Path:
-    """Compiles into `folder`, what has changed alone where ninja is there, and links `library`.
+def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tuple[list[Piece], list[str]]:
+    """The pieces of the CPU library, and the command that links them; `extra` flags go to every compiler.
 
     Raises:
-        RuntimeError: nvcc is missing, or a compiler failed; with what it said.
+        RuntimeError: there is no C++ compiler.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME")
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found: install g++ or clang, or set CXX")
+    here = HERE / "cpu"
+    names = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else ("plain",)
+    pieces = []
+    for name in names:
+        target = folder / f"{name}.o"
+        options = [*CPU_FLAGS, *INSTRUCTION_SETS[name], *extra]
+        pieces.append((here / f"{name}.cpp", target, [compiler, *options, "-c", here / f"{name}.cpp", "-o", target]))
+    pieces.append(_bindings(here / "bindings.cpp", folder, *extra))
+    objects = [target for _, target, _ in pieces]
+    libraries = [f"-L{_torch() / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    return pieces, [str(part) for part in [compiler, "-shared", *extra, *objects, "-o", library, *libraries]]
+
+
+def build(kind: str, library: Path, folder: Path, extra: tuple[str, ...] = ()) -> Path:
+    """Compiles the "cpu" or "cuda" kernels into `folder`, only what has changed if ninja is installed, and links `library`.
+
+    Raises:
+        RuntimeError: a compiler is missing or failed; with its output.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    pieces, link = commands(nvcc, library, folder)
+    pieces, link = cuda_commands(library, folder) if kind == "cuda" else cpu_commands(library, folder, extra)
     if shutil.which("ninja"):
         (folder / "build.ninja").write_text(_ninja(pieces, link, library))
         _output("ninja", "-C", folder, "-j", jobs())
@@ -102,8 +148,8 @@ def build(library: Path, folder: Path) -> Path:
     return library
 
 
-def _ninja(pieces: list[tuple], link: list[str], library: Path) -> str:
-    headers = " ".join(str(path) for path in sorted(HERE.glob("*.h")))
+def _ninja(pieces: list[Piece], link: list[str], library: Path) -> str:
+    headers = " ".join(str(path) for path in sorted(HERE.rglob("*.h")))
     lines = ["rule run", "  command = $what"]
     for source, target, command in pieces:
         lines += [f"build {target}: run {source} | {headers}", f"  what = {' '.join(map(str, command))}"]
@@ -119,6 +165,6 @@ def _output(*command) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3 or sys.argv[1] not in ("cpu", "cuda"):
         sys.exit(__doc__)
-    print(build(Path(sys.argv[1]).resolve(), Path(sys.argv[1]).resolve().parent / "objects"))
+    print(build(sys.argv[1], Path(sys.argv[2]).resolve(), Path(sys.argv[2]).resolve().parent / "objects"))

@@ -130,7 +130,7 @@ def _head_backward_kernel(
         tl.store(bias_sums_ptr + row + m, bias_sum, mask=m < CLASSES)
 
 
-def _check(scores: Tensor, name: str, x: Tensor, weight: Tensor) -> None:
+def _check(name: str, scores: Tensor, x: Tensor, weight: Tensor) -> None:
     """Raises ValueError or TypeError unless scores, map and weight fit one another and the kernels."""
     classes, channels = weight.shape
     expected = (x.shape[0], classes, *x.shape[1:4])
@@ -171,7 +171,7 @@ def head(
 ) -> None:
     """See `naive.head`. Reads x once and writes out once."""
     tile = config or Tile()
-    _check(out, "out", x, weight)
+    _check("out", out, x, weight)
     (classes, channels), images, pixels = weight.shape, x.shape[0], x.shape[1:4].numel()
     if bias.shape != (classes,) or not out.is_contiguous():
         raise ValueError(f"bias is {tuple(bias.shape)}, out has strides {out.stride()}: expected [{classes}], contiguous")
@@ -209,8 +209,8 @@ def head_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `naive.head_backward`. Reads x once, writes gx once and with `add` reads it; reads dy once per 64 channels."""
     tile = config or BACKWARD
-    _check(dy, "dy", x, weight)
-    check_same(x, gx, "gx")
+    _check("dy", dy, x, weight)
+    check_same("gx", gx, x)
     (classes, channels), images, pixels = weight.shape, x.shape[0], x.shape[1:4].numel()
     if x.numel() == 0:
         return x.new_zeros(classes, channels, dtype=torch.float32), x.new_zeros(classes, dtype=torch.float32)

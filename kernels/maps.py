@@ -162,10 +162,10 @@ def affine_stride(affine: Affine | None) -> int:
     return 0 if affine is None or affine[0].shape[0] == 1 else affine[0].stride(0)
 
 
-def check_same(x: Tensor, other: Tensor, name: str) -> None:
-    """Raises ValueError unless two maps have one shape and device."""
-    if other.shape != x.shape or other.device != x.device:
-        raise ValueError(f"{name} is {tuple(other.shape)} on {other.device}, expected {tuple(x.shape)} on {x.device}")
+def check_same(name: str, x: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless x has the shape and device of `like`."""
+    if x.shape != like.shape or x.device != like.device:
+        raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}, expected {tuple(like.shape)} on {like.device}")
 
 
 def map_arguments(**maps: Tensor) -> dict[str, Tensor | int]:

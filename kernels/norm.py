@@ -181,7 +181,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `naive.norm_backward`. Reads g and x twice, once if `frozen`, and writes g once."""
     tile = config or Tile()
-    check_same(g, x, "x")
+    check_same("x", x, g)
     images, pixels, channels = g.shape[0], g.shape[1:4].numel(), g.shape[4]
     if g.numel() == 0:
         zeros = g.new_zeros(2, channels, dtype=torch.float32)
@@ -239,7 +239,7 @@ def _act_backward_kernel(
 def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = None) -> Tensor:
     """See `naive.act_backward`. Reads g and out once, writes g once."""
     tile = config or Tile()
-    check_same(g, out, "out")
+    check_same("out", out, g)
     images, pixels, channels = g.shape[0], g.shape[1:4].numel(), g.shape[4]
     if g.numel() == 0:
         return g.new_zeros(channels, dtype=torch.float32)

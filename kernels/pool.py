@@ -92,7 +92,7 @@ def _pool_backward_kernel(
         tl.store(where, part.to(gx_ptr.dtype.element_ty), mask=mask)
 
 
-def _geometry(small: Tensor, x: Tensor, name: str, axes: int, tile: Tile) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _geometry(name: str, small: Tensor, x: Tensor, axes: int, tile: Tile) -> tuple[tuple[int, int, int], dict[str, int]]:
     """The grid, and a kernel's sizes and blocks; raises ValueError unless `small` is half of x along each axis."""
     images, depth, height, width, channels = small.shape
     if (images, depth * (2 if axes == 3 else 1), height * 2, width * 2, channels) != x.shape:
@@ -109,7 +109,7 @@ def pool(
     out: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0, config: Tile | None = None
 ) -> None:
     """See `naive.pool`. Reads x once and writes out once."""
-    grid, geometry = _geometry(out, x, "out", axes, config or Tile())
+    grid, geometry = _geometry("out", out, x, axes, config or Tile())
     if out.numel() == 0:
         return
     operands = map_arguments(out=out, x=x) | affine_arguments(x, affine)
@@ -129,8 +129,8 @@ def pool_backward(
     config: Tile | None = None,
 ) -> None:
     """See `naive.pool_backward`. Reads x and g once, writes gx once and with `add` reads it."""
-    check_same(x, gx, "gx")
-    grid, geometry = _geometry(g, x, "g", axes, config or Tile(elements=1024))
+    check_same("gx", gx, x)
+    grid, geometry = _geometry("g", g, x, axes, config or Tile(elements=1024))
     if g.numel() == 0:
         return
     operands = map_arguments(gx=gx, g=g, x=x) | affine_arguments(x, affine)

@@ -1,9 +1,10 @@
-"""How setup.py decides about the CUDA kernels; `test_sass.py` builds them."""
+"""How setup.py decides about the kernels of csrc/; `test_cpu_library.py` and `test_sass.py` build them."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,15 +33,30 @@ def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def without_nvcc(folder: Path) -> dict[str, str]:
-    return {"CUDA_HOME": str(folder), "PATH": str(folder)}
+    return {"CUDA_HOME": str(folder)}
 
 
-def test_auto_says_in_one_line_why_it_does_not_build(tmp_path: Path):
-    done = setup("--name", UNETPP_FAST_BUILD="auto", **without_nvcc(tmp_path))
+def without_compilers(folder: Path) -> dict[str, str]:
+    return {**without_nvcc(folder), "PATH": str(folder)}
+
+
+def test_auto_says_in_a_line_for_each_kind_why_it_does_not_build(tmp_path: Path):
+    done = setup("--name", UNETPP_FAST_BUILD="auto", **without_compilers(tmp_path))
     assert done.returncode == 0 and done.stdout.strip() == "unetpp_fast"
-    assert (
-        "unetpp_fast: the CUDA kernels are not built, there is no nvcc; Triton's serve instead" in done.stderr.splitlines()
-    )
+    assert done.stderr.splitlines()[-2:] == [
+        "unetpp_fast: the CPU kernels are not built, there is no C++ compiler; PyTorch's operators serve instead",
+        "unetpp_fast: the CUDA kernels are not built, there is no nvcc; Triton's serve instead",
+    ]
+
+
+def test_auto_goes_on_where_a_compiler_fails(tmp_path: Path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    done = setup("build_ext", *folders, UNETPP_FAST_BUILD="auto", CXX=str(compiler), **without_nvcc(tmp_path))
+    assert done.returncode == 0 and "the CPU kernels are not built, a compiler failed" in done.stderr
+    assert not list((tmp_path / "lib").rglob("*.so"))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
@@ -54,18 +70,28 @@ def test_auto_does_not_build_for_a_torch_without_cuda(tmp_path: Path):
 
 
 def test_none_is_silent(tmp_path: Path):
-    assert "CUDA kernels" not in setup("--name", UNETPP_FAST_BUILD="none", **without_nvcc(tmp_path)).stderr
+    assert "kernels" not in setup("--name", UNETPP_FAST_BUILD="none", **without_compilers(tmp_path)).stderr
 
 
-def test_cuda_fails_loudly_without_nvcc(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cpu", "no C++ compiler was found: install g++ or clang, or set CXX"),
+        ("cuda", "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME"),
+    ],
+)
+def test_what_was_asked_for_fails_loudly_without_its_compiler(builder, kind, message, tmp_path: Path, monkeypatch):
+    for name, value in without_compilers(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        builder.build(kind, tmp_path / "library.so", tmp_path / "objects")
     folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
-    done = setup("build_ext", *folders, UNETPP_FAST_BUILD="cuda", **without_nvcc(tmp_path))
-    assert done.returncode != 0 and "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME" in done.stderr
+    assert setup("build_ext", *folders, UNETPP_FAST_BUILD=kind).returncode != 0
 
 
 def test_another_mode_is_refused():
     done = setup("--name", UNETPP_FAST_BUILD="maybe")
-    assert done.returncode != 0 and "UNETPP_FAST_BUILD is auto, cuda or none, not 'maybe'" in done.stderr
+    assert done.returncode != 0 and "UNETPP_FAST_BUILD is auto, cuda, cpu or none, not 'maybe'" in done.stderr
 
 
 def test_architectures(builder, monkeypatch: pytest.MonkeyPatch):

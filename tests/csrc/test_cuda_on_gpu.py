@@ -14,10 +14,10 @@ import unetpp_fast as uf
 from unetpp_fast.execution import dispatch, reference
 from unetpp_fast.execution.acceptance import as_vector, disagreement
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.fused import cuda_library, operators
+from unetpp_fast.execution.fused import libraries, operators
 from unetpp_fast.kernels import cuda_ops
 
-LOADED, REASON = cuda_library.load() if torch.cuda.is_available() else (False, "there is no CUDA device")
+LOADED, REASON = libraries.load("cuda") if torch.cuda.is_available() else (False, "there is no CUDA device")
 pytestmark = pytest.mark.skipif(not LOADED, reason=f"the CUDA kernels cannot run: {REASON}")
 NODE = {"phased": True, "kb": 24, "affine": "1 n", "slope": 0.1, "bias": True, "border": True, "stats": True}
 

@@ -66,7 +66,7 @@ def library() -> Path:
         shutil.rmtree(folder.parent, ignore_errors=True)
         names = ";".join(f"{number // 10}.{number % 10}" for number in ARCHITECTURES)
         environment = {"MAX_JOBS": "2", **os.environ, "TORCH_CUDA_ARCH_LIST": names}
-        _output(sys.executable, SOURCES / "build.py", target, env=environment)
+        _output(sys.executable, SOURCES / "build.py", "cuda", target, env=environment)
     return target
 
 
@@ -183,9 +183,9 @@ for name in ("conv", "conv_wgrad"):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
 def test_sass_library_is_off_and_says_why(library: Path):
     from unetpp_fast import info
-    from unetpp_fast.execution.fused import cuda_library
+    from unetpp_fast.execution.fused import libraries
 
-    assert cuda_library.load(library) == (False, "this torch has no CUDA")
-    assert any(line.startswith("extension") and "off: this torch has no CUDA" in line for line in info.lines())
+    assert libraries.load("cuda", library.parent) == (False, "this torch has no CUDA")
+    assert any(line.startswith("CUDA kernels") and "off: this torch has no CUDA" in line for line in info.lines())
     with pytest.raises(OSError):  # and could not be on
         ctypes.CDLL(str(library), os.RTLD_NOW)

@@ -17,8 +17,7 @@ import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.deployment import optimized
 from unetpp_fast.execution import acceptance, dispatch, reference
-from unetpp_fast.execution.cpu import packed_weights
-from unetpp_fast.execution.fused import ops
+from unetpp_fast.execution.fused import ops, tuning
 from unetpp_fast.execution.plan import operands
 from unetpp_fast.kernels import naive
 from unetpp_fast.models.encoder_network import EncodedNetwork
@@ -36,14 +35,8 @@ OPTIONS = [
 
 
 def network(axes: int = 2, features=(4, 5, 3, 6), **options) -> uf.Network:
-    options = {"deep_supervision": True, "backend": "reference", **options}
+    options = {"deep_supervision": True, "backend": "cpu", **options}
     return build(uf.UNetPlusPlus, 2, 3, spatial_dims=axes, features=features, **options).eval()
-
-
-@pytest.fixture(autouse=True)
-def _no_pass_is_too_small(monkeypatch):
-    """The images here are tiny; what is done for such ones has tests of its own."""
-    monkeypatch.setattr(dispatch, "MIN_GFLOP_PER_NODE", 0.0)
 
 
 def image(axes: int = 2, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -128,9 +121,9 @@ def test_the_model_may_go_on_training():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_weights_are_packed_once(monkeypatch):
-    calls, pack = [], packed_weights.pack
-    monkeypatch.setattr(packed_weights, "pack", lambda *args: calls.append(1) or pack(*args))
+def test_weights_are_composed_once(monkeypatch):
+    calls, compose = [], optimized.all_operands
+    monkeypatch.setattr(optimized, "all_operands", lambda *args: calls.append(1) or compose(*args))
     fast = uf.optimize(network())
     for _ in range(3):
         fast(image()), fast.predict(image()[..., :9])
@@ -142,7 +135,9 @@ import sys, torch
 sys.modules["monai"] = None
 import unetpp_fast as uf
 folder = sys.argv[1]
+torch.set_num_threads(1)
 fast, (x, outputs) = uf.load_optimized(folder + "/fast.pt"), torch.load(folder + "/values.pt", weights_only=True)
+fast.network.backend = "cpu"
 found = fast(x)
 assert type(found) is list and all(torch.equal(a, b) for a, b in zip(found, outputs, strict=True))
 """
@@ -153,14 +148,13 @@ def test_a_saved_state_dict_loads_without_the_peer(tmp_path):
     module = build(monai.BasicUNetPlusPlus, 2, 1, 2, (8, 8, 8, 8, 8, 8), deep_supervision=True).eval()
     x = make_input(1, 1, 16, 32)
     fast = uf.optimize(module, dtype=torch.float32)
+    fast.network.backend = "cpu"
     outputs = fast(x)
     with torch.no_grad():
         assert_close_relative(outputs, module(x), 10 * FLOAT32)
     torch.save(fast.state_dict(), tmp_path / "fast.pt")
     torch.save((x, outputs), tmp_path / "values.pt")
-    code = "import torch, unetpp_fast.execution.dispatch as dispatch\n"
-    code += f"torch.set_num_threads(1)\ndispatch.MIN_GFLOP_PER_NODE = 0.0\n{LOAD}"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -171,6 +165,7 @@ def test_copies_and_state_dicts_give_the_same(settings, tmp_path):
     torch.save(fast.state_dict(), tmp_path / "fast.pt")
     copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), uf.load_optimized(fast.state_dict())]
     for other in [*copies, uf.load_optimized(tmp_path / "fast.pt")]:
+        other.network.backend = "cpu"
         assert all(torch.equal(a, b) for a, b in zip(as_list(other(x)), outputs, strict=True))
         assert torch.equal(other.predict(x), probabilities)
 
@@ -178,7 +173,7 @@ def test_copies_and_state_dicts_give_the_same(settings, tmp_path):
 def test_loading_other_weights_is_noticed():
     fast, x = uf.optimize(network()), image()
     fast(x)
-    other = build(uf.UNetPlusPlus, 2, 3, features=(4, 5, 3, 6), deep_supervision=True, seed=1)
+    other = build(uf.UNetPlusPlus, 2, 3, features=(4, 5, 3, 6), deep_supervision=True, seed=1, backend="cpu")
     fast.load_state_dict(uf.optimize(other).state_dict())
     assert all(torch.equal(a, b) for a, b in zip(fast(x), uf.optimize(other)(x), strict=True))
     with pytest.raises(ValueError, match="load_optimized"):
@@ -188,7 +183,11 @@ def test_loading_other_weights_is_noticed():
 def test_what_cannot_be_loaded_is_said(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"no archive")
     torch.save(network().state_dict(), tmp_path / "other.pt")
-    for name, message in (("none.pt", "does not exist"), ("damaged.pt", "cannot be read"), ("other.pt", "not a state_dict of")):
+    for name, message in (
+        ("none.pt", "does not exist"),
+        ("damaged.pt", "cannot be read"),
+        ("other.pt", "not a state_dict of"),
+    ):
         with pytest.raises(InputError, match=message):
             uf.load_optimized(tmp_path / name)
 
@@ -275,9 +274,8 @@ def test_a_nest_over_an_encoder_runs_as_it_is_and_says_why():
     "more", [{}, {"bias": False, "downsample": "stride", "upsample": "pixelshuffle", "act": LEAKY}], ids=str
 )
 @pytest.mark.parametrize("axes", [2, 3])
-def test_what_runs_on_the_reference_has_its_batch_norms_folded(axes, more, norm, monkeypatch):
-    """Small images, and what no backend runs."""
-    monkeypatch.setattr(dispatch, "MIN_GFLOP_PER_NODE", 0.014)
+def test_what_runs_on_the_reference_has_its_batch_norms_folded(axes, more, norm):
+    """What was not measured to be faster elsewhere, and what no backend runs."""
     model = build(lambda: Network.from_config({**network(axes, norm=norm).config, **more}, "reference")).eval().double()
     x, random = image(axes).double(), torch.get_rng_state()
     fast = uf.optimize(model)
@@ -289,14 +287,17 @@ def test_what_runs_on_the_reference_has_its_batch_norms_folded(axes, more, norm,
     assert not kinds & {nn.BatchNorm2d, nn.BatchNorm3d}
 
 
-def test_small_images_leave_the_cpu_backend_and_large_ones_take_it(monkeypatch):
-    monkeypatch.setattr(dispatch, "MIN_GFLOP_PER_NODE", 0.014)
-    fast = uf.optimize(network())
-    work = fast.network.gflop((16, 24)) / (0.014 * len(fast.network.nodes))
-    assert "are too few for backend='cpu'" in fast.explain(image(batch=1)) and work < 1
-    enough = int(1 / work) + 1
-    for batch, name in ((enough - 1, "reference"), (enough, "cpu")):
-        assert f": {name} (" in fast.explain(image(batch=batch))
+@pytest.mark.skipif(not dispatch.CPU_KERNELS[0], reason=f"the CPU kernels are off: {dispatch.CPU_KERNELS[1]}")
+@pytest.mark.parametrize(("ratio", "name"), [(0.5, "reference"), (2.0, "cpu")])
+def test_the_faster_of_the_kernels_and_the_reference_is_taken(ratio, name, monkeypatch):
+    monkeypatch.setattr(ops, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "verdict", lambda call: {"right": True, "backend": "cpu", "ratio": ratio})
+    model, x = network(), image()
+    fast = uf.optimize(model)
+    fast.network.backend = "auto"
+    assert f": {name} (" in fast.explain(x)
+    with torch.no_grad():
+        assert_close_relative(fast(x), reference.forward(model, x), FLOAT32)
 
 
 def test_odd_sizes_run_where_the_model_takes_them():

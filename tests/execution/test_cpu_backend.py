@@ -1,4 +1,4 @@
-"""The CPU backend against the reference in eval mode: every kind of network, layout and size, in both precisions."""
+"""Inference by the CPU kernels against the reference: every kind of network, layout and size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from support.helpers import FLOAT32, LAYOUTS, assert_close_relative, build, make
 import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, dispatch, reference
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.cpu import convolutions, passes
+from unetpp_fast.execution.cpu import inference
+from unetpp_fast.kernels import cpu_ops
 
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
 UPSAMPLES = [
@@ -25,13 +26,16 @@ NORMS = [None, "batch", "instance"]
 WIDTHS = {1: (3, 5), 2: (5, 7, 6), 3: (2, 5, 3, 4), 4: (2, 3, 5, 4, 3)}
 
 
-@pytest.fixture(autouse=True, params=[500, 2**20], ids=["strips", "whole"])
-def strips(request, monkeypatch):
-    """Strips of a few rows, so that small maps have several, and maps that fit in one."""
-    monkeypatch.setattr(passes, "STRIP_BYTES", request.param)
-    passes.workspaces.clear()
+pytestmark = pytest.mark.skipif(not dispatch.CPU_KERNELS[0], reason=f"the CPU kernels are off: {dispatch.CPU_KERNELS[1]}")
+
+
+@pytest.fixture(autouse=True, params=[0, 10**9], ids=["winograd", "direct"])
+def convolutions(request, monkeypatch):
+    """Both kinds of convolution, whatever the size of a map."""
+    monkeypatch.setattr(cpu_ops, "MIN_TILES", request.param)
+    inference.buffers.clear()
     yield
-    passes.workspaces.clear()
+    inference.buffers.clear()
 
 
 def network(axes: int = 2, depth: int = 2, kind: str = "unet++", **options) -> uf.Network:
@@ -46,7 +50,7 @@ def image(axes: int = 2, depth: int = 2, batch: int = 2, layout: str = "contiguo
 
 @torch.no_grad()
 def assert_same(model: uf.Network, x: torch.Tensor, bound: float = FLOAT32) -> None:
-    """The model runs on the CPU backend, twice over the same memory, and gives what the reference gives."""
+    """The model runs on the CPU kernels, twice over the same buffers, and gives what the reference gives."""
     assert dispatch.choose(Call(model, x))[0] == "cpu"
     expected = reference.forward(model, x)
     for _ in range(2):
@@ -98,10 +102,10 @@ def test_every_layout_of_the_input(layout):
     assert_same(network(), image(layout=layout))
 
 
-def test_batches_that_fit_in_part(monkeypatch):
+def test_batches_in_parts(monkeypatch):
     """Five images, two at once."""
-    monkeypatch.setattr(passes, "STRIP_BYTES", 2 * 4 * 5 * 12 * 20)
-    assert passes.fitting(network().structure.plan, (12, 20), torch.float32) == 2
+    monkeypatch.setattr(inference, "PIXELS_AT_ONCE", 2 * 12 * 20)
+    assert inference.images_at_once((12, 20)) == 2
     for norm in NORMS:
         assert_same(network(norm=norm), image(batch=5))
 
@@ -128,9 +132,8 @@ def test_batch_norms_whose_variances_are_near_eps(axes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_instance_norm_of_maps_far_from_zero(dtype, monkeypatch):
+def test_instance_norm_of_maps_far_from_zero(dtype):
     """Variances are not lost beside large means."""
-    monkeypatch.setattr(passes, "STRIP_BYTES", 2**20)
     model = network(norm="instance", depth=1)
     for name, value in model.named_parameters():
         if name.endswith(("conv1.bias", "conv2.bias")):
@@ -142,28 +145,6 @@ def test_instance_norm_of_maps_far_from_zero(dtype, monkeypatch):
             usual, found = reference.forward(model, x), model(x)
     vectors = [[acceptance.as_vector(outputs)] for outputs in (exact, usual, found)]
     assert acceptance.disagreement(*vectors, dtype) == ""
-
-
-def test_public_operators_take_over_where_onednn_cannot_be_used(monkeypatch):
-    monkeypatch.setattr(convolutions, "internal_reason", lambda axes, dtype: "switched off by a test")
-    for axes in (2, 3):
-        model = network(axes)
-        assert_same(model, image(axes))
-        assert "switched off by a test" in dispatch.choose(Call(model.requires_grad_(False), image(axes)))[1]
-        model.backend = "auto"
-        monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
-        monkeypatch.setattr(dispatch, "MIN_CPU_PIXELS", 0)
-        assert dispatch.choose(Call(model, image(axes))) == ("reference", "switched off by a test")
-
-
-def test_an_operator_that_computes_something_else_is_not_used(monkeypatch):
-    assert convolutions.internal_reason(2, torch.float32) == ""
-    monkeypatch.setattr(convolutions, "add_conv", lambda out, x, weight, bias, relu: None)
-    assert "another result" in convolutions.internal_reason.__wrapped__(2, torch.float32)
-    monkeypatch.setattr(convolutions, "add_conv", None)
-    assert "fail here" in convolutions.internal_reason.__wrapped__(2, torch.float32)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert "no oneDNN" in convolutions.internal_reason.__wrapped__(2, torch.float32)
 
 
 def test_memory_made_under_inference_mode_serves_later_calls():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support.helpers import FLOAT32, assert_close_relative, make_input
@@ -21,7 +23,7 @@ class Pyramid(nn.Module):
         super().__init__()
         conv = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         widths = (channels, *WIDTHS)
-        self.stages = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.stages = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = [x]

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 
 from ..architecture.precision import TRAINED
 from ..common.atomic_files import write_atomic
+from ..common.devices import device_name
 from ..common.errors import InputError
 from ..execution.source_hash import source_hash
 from .implementations import IMPLEMENTATIONS
@@ -147,25 +147,6 @@ def merge(path: Path, rows: Iterable[Mapping]) -> None:
 def is_current(row: Mapping) -> bool:
     """Whether a row was measured with the present kernels and engine."""
     return row["source_hash"] == source_hash()
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    model = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
-    widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
-    return " ".join([model[1] if model else platform.machine(), widest]).strip()
 
 
 def machine(device: torch.device) -> str:

@@ -13,7 +13,6 @@ from ..architecture.precision import autocast
 from ..common import devices, progress
 from ..execution.dispatch import tune
 from ..models.network import Network
-from . import records
 from .case import Builder, Case
 from .harness import Pass, make_input, measure
 from .implementations import IMPLEMENTATIONS
@@ -71,7 +70,7 @@ def report(network: Network, size: Sequence[int], batch: int, dtype: str, device
         for name in outcomes[1].times if device.type == "cuda" else ():
             fits = functools.partial(batch_fits, network, chosen[name], cases[1], device)
             largest[name] = largest_batch(fits)
-    where = f"{records.device_name(device)}, torch {torch.__version__}"
+    where = f"{devices.device_name(device)}, torch {torch.__version__}"
     what = f"{'x'.join(map(str, size))}, batch {batch}, {dtype}, {network.gflop(size) * batch:,.1f} GFLOP forward"
     lines = [where, what, *table([row for outcome in outcomes for row in outcome.rows], largest)]
     for case, outcome in zip(cases, outcomes, strict=True):

@@ -12,7 +12,7 @@ from ..benchmarking import records
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..execution import dispatch
-from ..execution.fused import cuda_library
+from ..execution.fused import libraries
 from ..execution.source_hash import source_hash
 from .arguments import Commands, add_command
 
@@ -44,7 +44,8 @@ def lines() -> list[str]:
         "threads": torch.get_num_threads(),
         "GPUs": ", ".join(_gpus()) or "none that torch can use",
         "backends": ", ".join(dispatch.BACKENDS),
-        "extension": cuda_library.state(),
+        "CPU kernels": libraries.state("cpu"),
+        "CUDA kernels": libraries.state("cuda"),
         "kernels proven on a GPU": _proven(),
         "sources": source_hash(),
         "records": _recorded(),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where processes do not exclude one another
+    fcntl = None
 
 from .errors import InputError, WriteError
 
@@ -48,3 +54,13 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
             raise
         before = "; the earlier file is unchanged" if path.exists() else ""
         raise WriteError(f"cannot write {path} ({error.strerror or error}): free some space{before}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process is inside with the same lock file, which stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as stream:
+        if fcntl:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield  # closing the file unlocks it

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import torch
 
 from .errors import InputError
@@ -28,3 +32,22 @@ def choose_device(name: str) -> torch.device:
         first = str(error).strip().split("\n")[0].split(". ")[0]
         raise InputError(f"device {name!r} cannot be used: {first}; --device cpu always works") from error
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
+    widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
+    return " ".join([model[1] if model else platform.machine(), widest]).strip()

@@ -20,7 +20,7 @@ from ..common.errors import InputError
 from ..converters.converter import convert
 from ..execution import dispatch, reference
 from ..execution.call import Call
-from ..execution.cpu import packed_weights, passes
+from ..execution.cpu import inference
 from ..execution.explanation import describe
 from ..execution.fused.forward import Forward
 from ..execution.fused.ops import load_ops
@@ -46,14 +46,13 @@ class Optimized(nn.Module):
     def __init__(self, network: Network, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
+        if network.backend == "reference":
+            network.backend = "auto"
         self.pruned, self.dtype, self.mode = pruned, dtype, mode
         self._forget()
 
     def _forget(self) -> None:
         """Drops what was composed or captured: the weights have changed or moved."""
-        if self.network.backend in ("auto", "cpu", "reference"):
-            on_cpu = next(self.network.parameters()).device.type == "cpu"
-            self.network.backend = "cpu" if on_cpu else "auto"
         self._composed: dict[tuple, Any] = {}
         self._graphs = Graphs()
         self._lock = threading.Lock()
@@ -124,7 +123,7 @@ class Optimized(nn.Module):
         with self._precision(x), torch.no_grad():
             check_input(self.network, x, any_size=self.network.options["odd_sizes"])
             call = Call(self.network, x)
-            text = describe(call, *self._choose(call))
+            text = describe(call, *dispatch.choose(call))
         if x.is_cuda and self._graphs.reason:
             print(self._graphs.reason)
             text = f"{text}\n{self._graphs.reason}"
@@ -146,22 +145,11 @@ class Optimized(nn.Module):
             if any(size % self.network.topology.multiple for size in x.shape[2:]):
                 return self._plain(x, columns)
             call = Call(self.network, x)
-            name, _ = self._choose(call)
-            if name == "cpu":
-                return passes.run(self.network.structure.plan, self._packed(call), x, columns)
+            name, _ = dispatch.choose(call)
             run = self._plain if name == "reference" else self._by_engine(name, call)
             if x.is_cuda:
                 return self._graphs.run(lambda image: run(image, columns), x, (name, *columns, call.dtype))
             return run(x, columns)
-
-    def _choose(self, call: Call) -> tuple[str, str]:
-        """As `dispatch.choose`; on the reference, batch norms are folded too."""
-        x = call.x
-        if x.device.type == "cpu":
-            gflop = x.shape[0] * self._once(("gflop", *x.shape[2:]), lambda: self.network.gflop(x.shape[2:]))
-            if gflop < dispatch.MIN_GFLOP_PER_NODE * len(self.network.nodes):
-                return "reference", f"{gflop:.3f} GFLOP are too few for backend='cpu' to be faster"
-        return dispatch.choose(call)
 
     def _plain(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
         wanted = [column in columns for column in self.network.topology.heads]
@@ -175,10 +163,6 @@ class Optimized(nn.Module):
                     self._composed[key] = make()
             return self._composed[key]
 
-    def _packed(self, call: Call) -> packed_weights.Weights:
-        plan = self.network.structure.plan
-        return self._once(("cpu", call.dtype), lambda: packed_weights.pack(plan, call.tensors(), call.dtype))
-
     def _by_engine(self, name: str, call: Call) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
         """A fused pass with the ops `name` and operands composed once."""
         structure, dtype = self.network.structure, call.dtype
@@ -187,16 +171,17 @@ class Optimized(nn.Module):
         def make() -> tuple[dict[str, Tensor], dict]:
             with torch.autocast(call.x.device.type, enabled=False):
                 tensors = call.tensors()
-                return tensors, all_operands(structure.plan, tensors, modes, dtype)
+                wide = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+                return tensors, all_operands(structure.plan, wide, modes, dtype)
 
         tensors, composed = self._once(("engine", dtype, call.x.device), make)
 
         def run(image: Tensor, columns: Sequence[int]) -> list[Tensor]:
+            if name == "cpu":
+                return inference.run(structure, composed, tensors, modes, image, dtype, columns)
             with torch.autocast(image.device.type, enabled=False):
                 forward = Forward(structure.plan, load_ops(name), modes, tensors, dtype, operands=composed)
-                logits, _ = forward.run(image, keep=False)
-            pairs = zip(structure.plan.topology.heads, logits, strict=True)
-            return [head for column, head in pairs if column in columns]
+                return forward.run(image, keep=False, columns=columns)[0]
 
         return run
 

@@ -35,6 +35,11 @@ class Call:
         """As `parameters`."""
         return [value for module in self.modules for value in module._buffers.values()]
 
+    @property
+    def in_training(self) -> bool:
+        """Whether any norm takes statistics of this batch."""
+        return any(module.training for module in self.modules if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)))
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers, detached, by their names in the network; the network must have a structure."""
         structure = self.network.structure

@@ -1,16 +1,14 @@
 """Chooses the backend that computes a forward pass, and says why.
 
 `reference` is plain PyTorch. `triton` runs the whole pass as one operator over level buffers (`fused/`) with the kernels of
-`kernels/`; `cuda` does the same but uses the kernels of `csrc/` for narrow convolutions. `cpu` does inference on a CPU with
-oneDNN's convolutions (`cpu/`). A backend that cannot run says why, and the reference takes over.
+`kernels/`; `cuda` does the same with the kernels of `csrc/` for narrow convolutions, `cpu` with those of `csrc/cpu`. A
+backend that cannot run says why, and the reference takes over.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..architecture.input_checks import check_input
 from ..architecture.network_spec import NetworkSpec
@@ -19,14 +17,12 @@ from ..architecture.precision import unsupported_dtype
 from ..kernels.naive import MOST_CLASSES
 from . import batch_statistics, reference
 from .call import Call
-from .cpu import convolutions, packed_weights, passes
-from .fused import cuda_library, operators, ops, tuning
+from .cpu import inference, kept_operands
+from .fused import libraries, operators, ops, tuning
 from .plan import steps
 
 BACKENDS = ("reference", *ENGINES)
-MODE_DEPENDENT_LAYERS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
-MIN_CPU_PIXELS = 8192  # per batch; below, comparing the weights costs more than the backend gains
-MIN_GFLOP_PER_NODE = 0.014  # per batch, with packed weights; below, calling a node takes longer than its convolutions
+CPU_KERNELS = libraries.load("cpu")  # whether they are loaded, and if not, why
 _agreements: dict[tuple, str] = {}  # by structure, precision and process group
 
 
@@ -44,23 +40,18 @@ def check(name: str) -> str:
 def choose(call: Call) -> tuple[str, str]:
     """The backend that computes `call`, and the reason.
 
-    On a GPU "auto" takes the kernels if they were measured to be right and faster, otherwise the reference. The first call
-    of each size measures, or `unetpp_fast.tune` does so beforehand and also finds the fastest way of every node. On a CPU
-    "auto" takes the CPU backend for inference. Weights may change between calls in any way: they are compared by value with
-    those that were packed.
+    "auto" takes the kernels for this device if they were measured to be right and faster, otherwise the reference. The first
+    call of each size measures, or `unetpp_fast.tune` does so beforehand and, on a GPU, also finds the fastest way of every
+    node. Weights may change between calls in any way.
     """
     backend, x = call.network.backend, call.x
     if backend == "reference":
         return "reference", "asked for"
-    if backend == "cpu" or (backend == "auto" and _is_for_cpu(x)):
-        runs, reason = can_run_cpu(call)
-        if runs and backend == "auto" and x.shape[0] * math.prod(x.shape[2:]) < MIN_CPU_PIXELS:
-            return "reference", f"there are fewer than {MIN_CPU_PIXELS} pixels: backend='cpu' would take longer"
-        return ("cpu" if runs else "reference"), reason
-    runs, reason = (can_run_cuda if backend == "cuda" else can_run_triton)(call)
+    on_cpu = backend == "cpu" or (backend == "auto" and _is_for_cpu(x))
+    runs, reason = (can_run_cpu if on_cpu else can_run_cuda if backend == "cuda" else can_run_triton)(call)
     if not runs:
         return "reference", reason
-    if backend in ("triton", "cuda"):
+    if backend != "auto":
         return backend, "asked for"
     return _agreed(call) if call.network.sync_group and call.network.training else _measured(call)
 
@@ -77,24 +68,25 @@ def _agreed(call: Call) -> tuple[str, str]:
 
 
 def _measured(call: Call) -> tuple[str, str]:
-    training = torch.is_grad_enabled() and call.network.training
-    verdict = tuning.verdict(call, training)
-    if verdict and verdict.get("backend") == "cuda" and not cuda_library.load()[0]:
+    verdict = tuning.verdict(call)
+    if verdict and verdict.get("backend") == "cuda" and not libraries.load("cuda")[0]:
         verdict = None  # the library was there when this was measured
     if verdict is None and tuning.may_measure(call.x):
-        verdict = tuning.judge(call, training, _kernels(call))
+        verdict = tuning.judge(call, _kernels(call), compute)
     if verdict is None:
-        return "reference", "not measured on this GPU for this size: unetpp_fast.tune(model, x) does"
+        return "reference", "not measured on this device for this size: unetpp_fast.tune(model, x) does"
     if "error" in verdict:
         return "reference", f"the kernels failed when they were tried: {verdict['error']}"
     if not verdict["right"]:
-        return "reference", "the kernels gave a wrong result on this GPU when they were measured"
+        return "reference", "the kernels gave a wrong result on this device when they were measured"
     name = verdict["backend"] if verdict["ratio"] > 1 else "reference"
     return name, f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
 
 
 def _kernels(call: Call) -> list[str]:
-    """The GPU backends that can compute `call`."""
+    """The backends beside the reference that can compute `call` on its device."""
+    if call.x.device.type == "cpu" and not ops.INTERPRETED:
+        return ["cpu"]
     return ["triton", *(["cuda"] if can_run_cuda(call)[0] else [])]
 
 
@@ -106,14 +98,15 @@ def prepare(network: NetworkSpec) -> None:
 
 
 def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bool = True) -> dict[str, dict]:
-    """Measures the kernels on this GPU for inputs like `x`, once; `backend="auto"` then uses them where they win.
+    """Measures the kernels on this device for inputs like `x`, once; `backend="auto"` then uses them if they are faster.
 
-    Without it, "auto" compares the default kernels with the reference. This first times every way of each convolution; then
-    it checks the whole pass against float64 and times it against the reference. It takes minutes, mostly to compile. Results
-    are kept on disk by GPU, torch, triton and kernel sources. Run it under `torch.autocast` to tune for half precision.
+    Without it, "auto" compares the default kernels with the reference. On a GPU this first times every way of each
+    convolution; then the whole pass is checked against float64 and timed against the reference. On a GPU it takes minutes,
+    mostly to compile. Results are kept on disk by device, torch, triton and kernel sources. Run it under `torch.autocast`
+    to tune for half precision.
 
     Args:
-        network: a model of this package on a GPU; it is not changed.
+        network: a model of this package; it is not changed.
         x: `[N, in_channels, *S]`, of the size and batch to tune for.
         training: measure forward and backward passes too.
         progress: show a progress bar.
@@ -128,10 +121,10 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
     """
     check_input(network, x)
     call = Call(network, x)
-    runs, reason = can_run_triton(call)
+    runs, reason = (can_run_cpu if _is_for_cpu(x) else can_run_triton)(call)
     if not runs:
         raise RuntimeError(f"nothing to tune: {reason}")
-    return tuning.tune(call, training, progress, _kernels(call))
+    return tuning.tune(call, training, progress, _kernels(call), compute)
 
 
 def can_run_triton(call: Call) -> tuple[bool, str]:
@@ -159,7 +152,7 @@ def can_run_cuda(call: Call) -> tuple[bool, str]:
         return runs, reason
     if reason := never_runs(call.network, "cuda"):
         return False, reason
-    loaded, reason = cuda_library.load()
+    loaded, reason = libraries.load("cuda")
     if not loaded:
         return False, f"the CUDA kernels are off: {reason}"
     if call.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
@@ -172,35 +165,27 @@ def can_run_cuda(call: Call) -> tuple[bool, str]:
 def _is_for_cpu(x: Tensor) -> bool:
     """Whether "auto" considers the CPU backend: not when Triton's interpreter runs on the CPU, nor inside a dispatch mode
     that observes operators."""
-    if x.device.type != "cpu" or ops.INTERPRETED or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or ops.INTERPRETED:
         return False
     return torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 def can_run_cpu(call: Call) -> tuple[bool, str]:
-    """Whether the CPU backend can compute `call`, and with which operators; if not, why."""
-    network, x = call.network, call.x
-    if reason := never_runs(network, "cpu"):
+    """Whether the CPU kernels can compute `call`; if not, why."""
+    x = call.x
+    if reason := never_runs(call.network, "cpu"):
         return False, reason
     if x.device.type != "cpu":
         return False, f"the CPU backend needs its input on a CPU, it is on {x.device}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
-        return False, "compiling, tracing and torch.func need plain PyTorch operators"
-    if any(module.training for module in call.modules if isinstance(module, MODE_DEPENDENT_LAYERS)):
-        return False, "the CPU backend is for inference: call model.eval()"
-    if call.needs_gradients:
-        return False, "the CPU backend gives no gradients: use torch.no_grad() or torch.inference_mode()"
-    if type(x) is not Tensor:
-        return False, f"the CPU backend takes plain tensors, not {type(x).__name__}"
+    if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack()):
+        return False, "tracing and torch.func need plain PyTorch operators"
     runs, reason = can_run_fused(call, "cpu")
     if not runs:
         return runs, reason
     if reason := unsupported_dtype(call.dtype, "cpu"):
         return False, reason
-    internal = convolutions.internal_reason(network.topology.spatial_dims, call.dtype)
-    if internal and network.backend == "auto":
-        return False, internal
-    return True, f"PyTorch's operators and in-place sums: {internal}" if internal else "oneDNN writes into kept memory"
+    loaded, reason = CPU_KERNELS
+    return loaded, "" if loaded else f"the CPU kernels are off: {reason}"
 
 
 def never_runs(network: NetworkSpec, backend: str) -> str:
@@ -233,14 +218,19 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
     return True, ""
 
 
+def compute(call: Call, backend: str) -> list[Tensor]:
+    """Logits of every head by one backend, which can compute `call`."""
+    if backend == "reference":
+        return reference.forward(call.network, call.x)
+    if backend == "cpu" and not call.needs_gradients and not call.in_training and not torch.compiler.is_compiling():
+        kept = kept_operands.of_call(call)
+        return inference.run(call.network.structure, kept.composed, kept.values, kept.modes, call.x, call.dtype)
+    return operators.forward(call, backend)
+
+
 def forward(network: NetworkSpec, x: Tensor) -> list[Tensor]:
     """Logits of every head of `network`, by the backend that `choose` picks."""
     if network.backend == "reference":
         return reference.forward(network, x)
     call = Call(network, x)
-    name, _ = choose(call)
-    if name == "reference":
-        return reference.forward(network, x)
-    if name == "cpu":
-        return passes.run(network.structure.plan, packed_weights.of_network(call), x)
-    return operators.forward(call, name)
+    return compute(call, choose(call)[0])

@@ -7,7 +7,7 @@ they load it. Without a norm, or with a batch norm folded into the weights, it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -45,17 +45,25 @@ class Forward:
     operands: Mapping[str, tuple[weight_composition.Operands, weight_composition.Operands]] = field(default_factory=dict)
     statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def run(self, x: Tensor, keep: bool, recompute: bool = False) -> tuple[list[Tensor], Maps]:
+    def run(
+        self, x: Tensor, keep: bool, recompute: bool = False, maps: Maps | None = None, columns: Sequence[int] | None = None
+    ) -> tuple[list[Tensor], Maps]:
         """Logits `[N, classes, *S]` of each head, and the buffers, complete for a backward pass if `keep`.
 
         recompute: the backward pass recomputes the outputs of first convolutions (`Backward`).
+        maps: the buffers of an earlier pass of this size to use again. columns: of the heads to compute, default all.
         Afterwards `statistics` holds the mean and unbiased variance of each norm in mode "batch".
         """
         raw = any(mode != "folded" for mode in self.modes.values())
-        maps = allocate(self.plan, x, self.dtype, keep and not recompute, raw)
+        if maps is None:
+            maps = allocate(self.plan, x, self.dtype, keep and not recompute, raw)
+        else:
+            maps.image.copy_(to_maps(x, self.plan.axes))
         for step in self.plan.steps:
             self._node(maps, step, keep)
-        return [self._head(maps, column) for column in self.plan.topology.heads], maps
+        return [
+            self._head(maps, column) for column in self.plan.topology.heads if columns is None or column in columns
+        ], maps
 
     def _node(self, maps: Maps, step: Step, keep: bool) -> None:
         plan, node = self.plan, step.node
@@ -100,7 +108,9 @@ class Forward:
     def _pool(self, maps: Maps, step: Step) -> None:
         above = next(s for s in self.plan.steps if s.node.position == (step.node.level - 1, 0))
         x, affine_x = maps.out(above)
-        pooled = x.new_empty((*maps.levels[step.node.level].shape[:4], x.shape[-1]))
+        pooled = maps.pools.get(step.node.level)
+        if pooled is None:
+            pooled = x.new_empty((*maps.levels[step.node.level].shape[:4], x.shape[-1]))
         self.ops.pool(pooled, x, axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
         maps.pools[step.node.level] = pooled
 

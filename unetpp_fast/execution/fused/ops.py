@@ -6,14 +6,14 @@ import importlib.util
 import os
 from types import ModuleType
 
-from ...kernels import naive
+from ...kernels import cpu_ops, naive
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Triton's interpreter, on the CPU
 
 
 def load_ops(name: str) -> ModuleType:
-    """The module with the ops: "naive" (plain PyTorch, any device), "triton" or "cuda" (see `dispatch.can_run_cuda`).
+    """The module with the ops: "naive" (plain PyTorch, any device), "cpu", "triton" or "cuda" (see `dispatch.can_run_*`).
 
     Raises:
         ModuleNotFoundError: Triton is not installed.
@@ -26,6 +26,6 @@ def load_ops(name: str) -> ModuleType:
         from ...kernels import cuda_ops
 
         return cuda_ops
-    if name == "naive":
-        return naive
-    raise ValueError(f"no ops are called {name!r}: naive, triton or cuda")
+    if name in ("naive", "cpu"):
+        return {"naive": naive, "cpu": cpu_ops}[name]
+    raise ValueError(f"no ops are called {name!r}: naive, cpu, triton or cuda")

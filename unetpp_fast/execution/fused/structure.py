@@ -130,7 +130,9 @@ def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> t
         if module is network:
             continue
         hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        if type(module) not in _KNOWN_LAYERS or any(hooks) or (isinstance(module, NORMS) and module.eps != plan.eps):
+        if type(module) not in _KNOWN_LAYERS or any(hooks) or "forward" in module.__dict__:
+            return None
+        if isinstance(module, NORMS) and module.eps != plan.eps:
             return None
         count = sum(value is not None for value in module._parameters.values())
         layers.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))

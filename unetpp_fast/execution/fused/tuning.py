@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ...architecture.network_spec import NetworkSpec
-from ...common.atomic_files import write_atomic
-from ...common.devices import wait
+from ...common.atomic_files import locked, write_atomic
+from ...common.devices import device_name, wait
 from ...common.progress import progress_bar
 from ...kernels import tuning as kernel_tuning
 from .. import reference
@@ -32,23 +32,32 @@ from ..acceptance import as_vector, disagreement
 from ..batch_statistics import copy_alone
 from ..call import Call
 from ..source_hash import source_hash
-from . import operators
+from .ops import INTERPRETED
 
 ROUNDS = 15
 NEVER_MS = 1e9  # the reference's time if it does not fit into memory
+SLOW_MS = 300.0  # on a CPU two runs of a slower pass are enough
+MEASURED_PIXELS = 2**18  # of an image on a CPU; the verdict on larger ones is that on a part of them
+CHECKED_PIXELS = 2**12  # of an image on a CPU, where float64 is slow: enough for both kinds of convolution
+Compute = Callable[[Call, str], list[Tensor]]
 _verdicts: dict[str, dict] = {}  # by setting and key
 _latest: dict[str, dict] = {}  # by the key without device and size, for graphs that are being compiled
 _loaded: set[str] = set()
 
 
-@lru_cache
 def setting(device: torch.device) -> str:
     """A name for everything that a measurement depends on besides the model and its input."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    import triton
+    return _setting(device, torch.get_num_threads() if device.type == "cpu" else 0)
 
-    parts = f"{name}-torch{torch.__version__}-triton{triton.__version__}-{source_hash()}"
-    return re.sub(r"[^\w.+-]+", "_", parts)
+
+@lru_cache
+def _setting(device: torch.device, threads: int) -> str:
+    kernels = f"isa{os.environ.get('UNETPP_FAST_ISA', '')}"
+    if device.type == "cuda":
+        import triton
+
+        kernels = f"triton{triton.__version__}"
+    return re.sub(r"[^\w.+-]+", "_", f"{device_name(device)}-torch{torch.__version__}-{kernels}-{source_hash()}")
 
 
 def cache_file(device: torch.device) -> Path:
@@ -76,12 +85,19 @@ def load(device: torch.device) -> None:
 
 
 def save(device: torch.device) -> Path:
-    """Writes the measurements of a device, atomically."""
+    """Writes the measurements of a device, atomically, merged with those that other processes have written meanwhile."""
     path = cache_file(device)
     mine = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
     verdicts = {key: value for key, value in mine.items() if "error" not in value}  # which may pass
-    text = json.dumps({"configurations": kernel_tuning.table, "verdicts": verdicts}, indent=1, sort_keys=True)
-    write_atomic(path, lambda stream: stream.write(text.encode()))
+    with locked(path.with_suffix(".lock")):
+        try:
+            content = json.loads(path.read_text())
+            table, theirs = dict(content["configurations"]), dict(content["verdicts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            table, theirs = {}, {}
+        merged = {"configurations": {**table, **kernel_tuning.table}, "verdicts": {**theirs, **verdicts}}
+        text = json.dumps(merged, indent=1, sort_keys=True)
+        write_atomic(path, lambda stream: stream.write(text.encode()))
     return path
 
 
@@ -90,95 +106,113 @@ def _keep(device: torch.device, key: str, verdict: dict) -> None:
     _latest[key.rpartition(" ")[0]] = verdict
 
 
-def verdict(call: Call, training: bool) -> dict | None:
+def verdict(call: Call) -> dict | None:
     """The verdict on such a pass on this device, or None; keys "right" and "ratio" (above 1: faster than the reference).
 
     While a graph is compiled, the latest verdict on such a pass at any size: sizes may be symbols.
     """
     if torch.compiler.is_compiling():
-        return _latest.get(_pass_key(call, training))
+        return _latest.get(_pass_key(call))
     load(call.x.device)
-    return _verdicts.get(f"{setting(call.x.device)}|{_key(call, training)}")
+    return _verdicts.get(f"{setting(call.x.device)}|{_key(call)}")
 
 
-def _pass_key(call: Call, training: bool) -> str:
-    return f"{call.network.structure.key} {call.dtype} {'training' if training else 'inference'}"
+def _pass_key(call: Call) -> str:
+    return f"{call.network.structure.key} {call.dtype} {'training' if call.needs_gradients else 'inference'}"
 
 
-def _key(call: Call, training: bool) -> str:
+def _key(call: Call) -> str:
     sizes = "x".join(str(kernel_tuning.bucket(size)) for size in (call.x.shape[0], *call.x.shape[2:]))
-    return f"{_pass_key(call, training)} {sizes}"
+    return f"{_pass_key(call)} {sizes}"
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Median time of `run` after two warm-up calls."""
-    run(), run()
-    times = []
-    for _ in range(rounds):
-        wait(device)
-        began = time.perf_counter()
-        run()
-        wait(device)
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+    """Median time of `run` after two warm-up calls; of a slow one on a CPU the faster of these two."""
+    warm_up = [_once(run, device) for _ in range(2)]
+    if device.type == "cpu" and min(warm_up) > SLOW_MS:
+        return min(warm_up)
+    return statistics.median(_once(run, device) for _ in range(rounds))
 
 
-def tune(call: Call, training: bool, progress: bool, kernels: Sequence[str] = ("triton",)) -> dict[str, dict]:
+def _once(run: Callable[[], object], device: torch.device) -> float:
+    wait(device)
+    began = time.perf_counter()
+    run()
+    wait(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def tune(call: Call, training: bool, progress: bool, kernels: Sequence[str], compute: Compute) -> dict[str, dict]:
     """See `dispatch.tune`; `kernels`: the backends to compare with the reference."""
     device = call.x.device
     load(device)
     verdicts = {}
     for name in ("inference", "training")[: 1 + training]:
-        measured = _copy(call, name == "training")
-        for backend in kernels:
-            _time_candidates(measured, backend, name, progress)
-        verdicts[name] = _judge(measured, name == "training", kernels)
-        _keep(device, _key(call, name == "training"), verdicts[name])
+        with torch.set_grad_enabled(name == "training"):
+            measured = _copy(call, name == "training")
+            if device.type == "cuda":
+                for backend in kernels:
+                    _time_candidates(measured, backend, name, progress, compute)
+            verdicts[name] = _judge(measured, kernels, compute)
+            _keep(device, _key(measured), verdicts[name])
     save(device)
     return verdicts
 
 
 def may_measure(x: Tensor) -> bool:
-    """Whether a call may stop to measure: on a GPU, outside a graph, unless `UNETPP_FAST_MEASURE` is 0."""
+    """Whether a call may stop to measure: on a GPU or CPU, outside a graph, unless `UNETPP_FAST_MEASURE` is 0."""
     return (
-        x.is_cuda
+        (x.is_cuda or (x.device.type == "cpu" and not INTERPRETED))
         and x.numel() > 0
         and os.environ.get("UNETPP_FAST_MEASURE") != "0"
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch.utils._python_dispatch._get_current_dispatch_mode() is None  # nobody counts or fakes what runs
-        and not torch.cuda.is_current_stream_capturing()
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-def judge(call: Call, training: bool, kernels: Sequence[str] = ("triton",)) -> dict:
-    """Checks and times the pass that is about to run, once per GPU and size; a failure counts against the kernels."""
+def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
+    """Checks and times the pass that is about to run, once per device and size; a failure counts against the kernels."""
     x, size = call.x, "x".join(map(str, call.x.shape[2:]))
-    print(
-        f"unetpp_fast: comparing its kernels with the reference for {x.shape[0]} image(s) of {size} pixels in {call.dtype},"
-        " once on this GPU (UNETPP_FAST_MEASURE=0 skips this)",
-        file=sys.stderr,
-    )
+    if "triton" in kernels:  # which are compiled first
+        print(
+            f"unetpp_fast: comparing its kernels with the reference for {x.shape[0]} image(s) of {size} pixels in"
+            f" {call.dtype}, once on this device (UNETPP_FAST_MEASURE=0 skips this)",
+            file=sys.stderr,
+        )
     try:
-        verdict = _judge(_copy(call, training), training, kernels, rounds=5)
+        verdict = _judge(_copy(call, call.network.training), kernels, compute, rounds=5 if x.is_cuda else 3)
     except Exception as error:  # whatever it is, the reference takes over
         verdict = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
-    _keep(x.device, _key(call, training), verdict)
+    _keep(x.device, _key(call), verdict)
     with contextlib.suppress(OSError):
         save(x.device)
     return verdict
 
 
 def _copy(call: Call, training: bool) -> Call:
-    """The same pass of a copy of the network that exchanges nothing with other processes."""
-    return Call(copy_alone(call.network).train(training), call.x.detach(), call.dtype)
+    """The same pass of a copy of the network that exchanges nothing with other processes; on a CPU of part of the images."""
+    x = call.x.detach()
+    if x.device.type == "cpu":
+        x = _part(x, MEASURED_PIXELS, call.network.topology.multiple)
+        x = x[: max(1, 2 * MEASURED_PIXELS // x.shape[2:].numel())]
+    return Call(copy_alone(call.network).train(training), x, call.dtype)
 
 
-def _by(backend: str, dtype: torch.dtype) -> Callable[[NetworkSpec, Tensor], list[Tensor]]:
-    return lambda network, x: operators.forward(Call(network, x, dtype), backend)
+def _part(x: Tensor, pixels: int, multiple: int) -> Tensor:
+    """The leading part of images, of at most so many pixels each, or the smallest that a network takes."""
+    while x.shape[2:].numel() > pixels and max(x.shape[2:]) >= 2 * multiple:
+        axis = max(range(2, x.ndim), key=lambda axis: x.shape[axis])
+        x = x.narrow(axis, 0, x.shape[axis] // 2 // multiple * multiple)
+    return x
 
 
-def _time_candidates(call: Call, backend: str, name: str, progress: bool) -> None:
+def _by(backend: str, dtype: torch.dtype, compute: Compute) -> Callable[[NetworkSpec, Tensor], list[Tensor]]:
+    return lambda network, x: compute(Call(network, x, dtype), backend)
+
+
+def _time_candidates(call: Call, backend: str, name: str, progress: bool, compute: Compute) -> None:
     description = f"tuning {name}, {backend}"
     with progress_bar(desc=description, unit="candidate", disable=None if progress else True) as bar:
 
@@ -187,24 +221,27 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool) -> Non
             return milliseconds(launch, call.x.device)
 
         with kernel_tuning.measuring(measure):
-            _run(_by(backend, call.dtype), call.network, call.x, name == "training")
+            _run(_by(backend, call.dtype, compute), call.network, call.x, call.needs_gradients)
 
 
-def _judge(call: Call, training: bool, kernels: Sequence[str], rounds: int = ROUNDS) -> dict:
+def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = ROUNDS) -> dict:
     """The verdict on the fastest backend that is right; one that fails is skipped, unless all fail."""
+    device, training = call.x.device, call.needs_gradients
+    checked = call.x[:2] if device.type == "cuda" else _part(call.x[:2], CHECKED_PIXELS, call.network.topology.multiple)
 
     def took(forward: Callable) -> float:
-        return milliseconds(lambda: _run(forward, call.network, call.x, training), call.x.device, rounds)
+        return milliseconds(lambda: _run(forward, call.network, call.x, training), device, rounds)
 
     verdicts, failed = [], None
     for backend in kernels:
         try:
-            right = _is_right(call.network, call.x[:2], call.dtype, training, _by(backend, call.dtype))
+            forward = _by(backend, call.dtype, compute)
+            right = _is_right(call.network, checked, call.dtype, training, forward)
             try:
                 reference_ms = took(reference.forward)
             except torch.OutOfMemoryError:  # only the kernels, which need less memory, are left
                 reference_ms = NEVER_MS
-            fused_ms = took(_by(backend, call.dtype))
+            fused_ms = took(forward)
         except Exception as error:
             failed = error
             continue

@@ -1,0 +1,384 @@
+// The CPU kernels as `torch.ops.unetpp_fast_cpu`, through PyTorch's stable ABI: one library for every torch >= 2.10 and
+// every Python. Here arguments are checked, the instruction set is chosen, and tensors become pointers and strides.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "blocks.h"
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+namespace unetpp {
+
+int threads() {
+  uint32_t count = 1;
+  torch_get_num_threads(&count);
+  return static_cast<int>(count);
+}
+
+namespace {
+
+struct Shared {
+  void (*body)(void*, int64_t);
+  void* context;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
+
+void take_all(int64_t, int64_t, void* pointer) {
+  Shared& shared = *static_cast<Shared*>(pointer);
+  for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) shared.body(shared.context, i);
+}
+
+}  // namespace
+
+// One region of PyTorch's pool; a thread that the system takes away delays what it has taken, not the rest.
+void parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
+  Shared shared{body, context, count};
+  const int64_t workers = std::min<int64_t>(threads(), count);
+  if (workers <= 1)
+    take_all(0, 1, &shared);
+  else
+    torch_parallel_for(0, workers, 1, take_all, &shared);
+}
+
+namespace {
+
+const Kernels* choose() {
+  const char* asked = std::getenv("UNETPP_FAST_ISA");
+  const std::string name = asked ? asked : "";
+#if defined(__x86_64__)
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (wide && (name.empty() || name == "avx512")) return kernels_avx512();
+  if (narrow && name != "plain") return kernels_avx2();
+#endif
+  return kernels_plain();
+}
+
+const Kernels& kernels() {
+  static const Kernels* chosen = choose();
+  return *chosen;
+}
+
+using torch::headeronly::ScalarType;
+
+void check_floats(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, name, " must be float32 on a CPU");
+}
+
+// A channels-last map [N, D, H, W, C] at a constant distance from pixel to pixel.
+Map map_of(const Tensor& x, const char* name, const Optional& scale = {}, const Optional& shift = {}) {
+  check_floats(x, name);
+  STD_TORCH_CHECK(x.dim() == 5, name, " must be [N, D, H, W, C]");
+  STD_TORCH_CHECK(x.size(4) > 0 && (x.size(4) == 1 || x.stride(4) == 1), name, " must be channels-last");
+  Map map;
+  map.pixel = x.size(4);
+  bool found = false;
+  int64_t inner = 1;
+  for (int axis : {3, 2, 1}) {
+    if (x.size(axis) > 1 && inner > 0) {
+      if (!found) map.pixel = x.stride(axis) / inner;
+      found = true;
+      STD_TORCH_CHECK(x.stride(axis) == map.pixel * inner, "the pixels of ", name, " are not evenly spaced");
+    }
+    inner *= x.size(axis);
+  }
+  map.data = static_cast<float*>(x.data_ptr());
+  map.image = x.size(0) > 1 ? x.stride(0) : 0;
+  map.depth = static_cast<int>(x.size(1));
+  map.height = static_cast<int>(x.size(2));
+  map.width = static_cast<int>(x.size(3));
+  map.channels = static_cast<int>(x.size(4));
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift of ", name, " come together");
+  if (scale) {
+    for (const Tensor* part : {&*scale, &*shift}) {
+      check_floats(*part, "scale and shift");
+      STD_TORCH_CHECK(part->dim() == 2 && part->size(1) == x.size(4) && (part->size(0) == 1 || part->size(0) == x.size(0)) &&
+                          (part->size(1) == 1 || part->stride(1) == 1),
+                      "scale and shift of ", name, " must be [1 or N, C]");
+    }
+    STD_TORCH_CHECK(scale->size(0) == shift->size(0) && (scale->size(0) == 1 || scale->stride(0) == shift->stride(0)),
+                    "scale and shift of ", name, " differ in shape or strides");
+    map.scale = static_cast<const float*>(scale->data_ptr());
+    map.shift = static_cast<const float*>(shift->data_ptr());
+    map.affine_image = scale->size(0) > 1 ? scale->stride(0) : 0;
+  }
+  return map;
+}
+
+const float* values(const Optional& x, int64_t count, const char* name) {
+  if (!x) return nullptr;
+  check_floats(*x, name);
+  STD_TORCH_CHECK(x->is_contiguous() && x->numel() == count, name, " must be contiguous with ", count, " values");
+  return static_cast<const float*>(x->data_ptr());
+}
+
+void check_size(const Map& map, int depth, int height, int width, const char* name) {
+  STD_TORCH_CHECK(map.depth == depth && map.height == height && map.width == width, name, " is ", map.depth, "x", map.height,
+                  "x", map.width, " where ", depth, "x", height, "x", width, " is needed");
+}
+
+void check_images(const Tensor& x, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(x.size(0) == like.size(0), name, " has ", x.size(0), " images, not ", like.size(0));
+}
+
+int64_t padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
+
+// Values of packed weights: `count` filters of `points` values for each pair of channels.
+int64_t packed(int64_t count, int64_t points, int64_t inputs, int64_t outputs) {
+  return count * points * padded(inputs, 4) * padded(outputs, 2 * kernels().lanes);
+}
+
+void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub, Optional scale_b,
+          Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes, int64_t taps, int64_t stride,
+          bool phased, bool winograd, double slope, bool act, bool add) {
+  Conv call;
+  call.axes = static_cast<int>(axes);
+  const bool deep = axes == 3, gathered = taps == 4 && stride == 2;
+  call.geometry = phased ? Geometry::kPhased : gathered ? Geometry::kGathered : Geometry::kPlain;
+  call.out = map_of(out, "out");
+  call.a = map_of(a, "a", scale_a, shift_a);
+  const Map& o = call.out;
+  STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
+  STD_TORCH_CHECK((taps == 3 || taps == 4) && (stride == 1 || stride == 2), "taps are 3 or 4, and stride is 1 or 2");
+  STD_TORCH_CHECK(deep || o.depth == 1, "a map of two axes has depth 1");
+  STD_TORCH_CHECK(!phased || (o.height % 2 == 0 && o.width % 2 == 0 && (!deep || o.depth % 2 == 0)), "phases need even sizes");
+  check_images(a, out, "a");
+  const int step = phased ? 2 : 1, scaled = static_cast<int>(stride);
+  const int depth = deep ? o.depth / step : 1, height = o.height / step, width = o.width / step;
+  check_size(call.a, deep ? depth * scaled : 1, height * scaled, width * scaled, "a");
+  const int64_t plane = taps * taps, depth_taps = deep ? taps : 1;
+  if (winograd)
+    call.ua = values(ua, gathered ? packed((deep ? 4 : 1) * 4, 25, call.a.channels, o.channels) : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
+  else
+    call.ua = values(ua, packed(1, depth_taps * plane, call.a.channels, o.channels), "ua");
+  STD_TORCH_CHECK(!winograd || gathered || (taps == 3 && stride == step), "no transform for these taps");
+  if (b) {
+    STD_TORCH_CHECK(ub.has_value() && !gathered, "b comes with its weights, beside 3 taps of a");
+    call.b = map_of(*b, "b", scale_b, shift_b);
+    check_images(*b, out, "b");
+    check_size(call.b, depth, height, width, "b");
+    const int64_t phases = phased ? (deep ? 8 : 4) : 1, b_taps = phased ? 2 : 3, b_depth = deep ? b_taps : 1;
+    call.ub = values(ub, winograd ? packed(phases * b_depth, phased ? 25 : 36, call.b.channels, o.channels)
+                                  : packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
+  }
+  call.images = static_cast<int>(out.size(0));
+  call.bias = values(bias, o.channels, "bias");
+  call.border = values(border, (deep ? 27 : 9) * static_cast<int64_t>(o.channels), "border");
+  const int64_t parts = winograd ? winograd_parts(call) : o.depth;
+  call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
+  call.slope = static_cast<float>(slope);
+  call.act = act;
+  call.add = add;
+  if (out.numel() == 0) return;
+  if (winograd)
+    kernels().conv_winograd(call);
+  else
+    kernels().conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
+}
+
+// Parts of the statistics of one image.
+int64_t conv_parts(Tensor out, int64_t inputs, bool phased, bool winograd) {
+  Conv call;
+  call.geometry = phased ? Geometry::kPhased : Geometry::kPlain;
+  call.out = map_of(out, "out");
+  call.a.channels = static_cast<int>(inputs);
+  return winograd ? winograd_parts(call) : call.out.depth;
+}
+
+void conv_wgrad(Tensor result, Tensor sums, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes, bool phased,
+                double slope) {
+  Wgrad call;
+  call.axes = static_cast<int>(axes);
+  call.phased = phased;
+  call.a = map_of(a, "a", scale, shift);
+  call.dy = map_of(dy, "dy");
+  const bool deep = axes == 3;
+  const int step = phased ? 2 : 1;
+  STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
+  STD_TORCH_CHECK(deep || call.dy.depth == 1, "a map of two axes has depth 1");
+  check_images(a, dy, "a");
+  STD_TORCH_CHECK(call.dy.height % step == 0 && call.dy.width % step == 0 && (!deep || call.dy.depth % step == 0), "phases need even sizes");
+  check_size(call.a, deep ? call.dy.depth / step : 1, call.dy.height / step, call.dy.width / step, "a");
+  const int64_t k = padded(call.a.channels, kernels().lanes), co = padded(call.dy.channels, kernels().lanes);
+  const int64_t filters = phased ? (deep ? 8 * 2 : 4) : (deep ? 3 : 1), points = phased ? 25 : 36;
+  call.images = static_cast<int>(dy.size(0));
+  const int64_t taps = phased ? 2 : 3;
+  call.result = const_cast<float*>(values(result, filters * taps * taps * call.a.channels * call.dy.channels, "result"));
+  call.sums = const_cast<float*>(values(sums, filters * points * k * co, "sums"));
+  call.scratch = const_cast<float*>(values(scratch, scratch.numel(), "scratch"));
+  call.scratch_size = scratch.numel();
+  STD_TORCH_CHECK(call.scratch_size >= points * (k + co), "scratch is too small for one tile");
+  call.slope = static_cast<float>(slope);
+  kernels().conv_wgrad(call);
+}
+
+Pass pass_of(const Tensor& x, const Optional& scale, const Optional& shift, int64_t axes, double slope, int64_t chunk = 1) {
+  STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
+  STD_TORCH_CHECK(chunk > 0, "chunk is a number of pixels");
+  Pass pass;
+  pass.chunk = chunk;
+  pass.images = static_cast<int>(x.size(0));
+  pass.axes = static_cast<int>(axes);
+  pass.x = map_of(x, "x", scale, shift);
+  pass.slope = static_cast<float>(slope);
+  return pass;
+}
+
+void check_same(const Map& x, const Map& y, const char* name) {
+  check_size(y, x.depth, x.height, x.width, name);
+  STD_TORCH_CHECK(x.channels == y.channels, name, " has ", y.channels, " channels, not ", x.channels);
+}
+
+void check_pooled(const Map& x, const Map& small, int64_t axes, const char* name) {
+  check_size(x, small.depth * (axes == 3 ? 2 : 1), small.height * 2, small.width * 2, "x");
+  STD_TORCH_CHECK(x.channels == small.channels, name, " has ", small.channels, " channels, not ", x.channels);
+}
+
+void pool(Tensor out, Tensor x, Optional scale, Optional shift, int64_t axes, double slope) {
+  Pass pass = pass_of(x, scale, shift, axes, slope);
+  pass.y = map_of(out, "out");
+  check_images(out, x, "out");
+  check_pooled(pass.x, pass.y, axes, "out");
+  if (out.numel()) kernels().pool(pass);
+}
+
+void pool_backward(Tensor gx, Tensor g, Tensor x, Optional scale, Optional shift, int64_t axes, double slope, bool add) {
+  Pass pass = pass_of(x, scale, shift, axes, slope);
+  pass.y = map_of(gx, "gx");
+  pass.g = map_of(g, "g");
+  pass.add = add;
+  check_images(gx, x, "gx");
+  check_images(g, x, "g");
+  check_same(pass.x, pass.y, "gx");
+  check_pooled(pass.x, pass.g, axes, "g");
+  if (g.numel()) kernels().pool_backward(pass);
+}
+
+int64_t pixels_of(const Map& x) { return static_cast<int64_t>(x.depth) * x.height * x.width; }
+
+void head(Tensor out, Tensor x, Optional scale, Optional shift, Tensor weight, Tensor bias, double slope, int64_t chunk) {
+  Pass pass = pass_of(x, scale, shift, 2, slope, chunk);
+  pass.classes = static_cast<int>(weight.size(0));
+  pass.weight = values(weight, static_cast<int64_t>(pass.classes) * pass.x.channels, "weight");
+  pass.bias = values(bias, pass.classes, "bias");
+  pass.y.data = const_cast<float*>(values(out, pass.images * pass.classes * pixels_of(pass.x), "out"));
+  if (out.numel()) kernels().head(pass);
+}
+
+void head_backward(Tensor gx, Tensor sums, Tensor dy, Tensor x, Optional scale, Optional shift, Tensor weight, double slope,
+                   bool add, int64_t chunk) {
+  Pass pass = pass_of(x, scale, shift, 2, slope, chunk);
+  pass.classes = static_cast<int>(weight.size(0));
+  pass.weight = values(weight, static_cast<int64_t>(pass.classes) * pass.x.channels, "weight");
+  pass.y = map_of(gx, "gx");
+  check_images(gx, x, "gx");
+  check_same(pass.x, pass.y, "gx");
+  const int64_t pixels = pixels_of(pass.x), chunks = (pixels + chunk - 1) / chunk;
+  pass.g.data = const_cast<float*>(values(dy, pass.images * pass.classes * pixels, "dy"));
+  pass.sums = const_cast<float*>(values(sums, pass.images * chunks * pass.classes * (pass.x.channels + 1), "sums"));
+  pass.add = add;
+  if (x.numel()) kernels().head_backward(pass);
+}
+
+Pass norm_of(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& inverse, const Tensor& scale,
+             const Tensor& shift, double slope, int64_t chunk) {
+  Pass pass = pass_of(x, scale, shift, 2, slope, chunk);
+  pass.g = map_of(g, "g");
+  check_images(g, x, "g");
+  check_same(pass.x, pass.g, "g");
+  for (const Tensor* part : {&mean, &inverse}) {
+    check_floats(*part, "mean and inverse");
+    STD_TORCH_CHECK(part->dim() == 2 && part->size(0) == scale.size(0) && part->size(1) == scale.size(1) &&
+                        (part->size(0) == 1 || part->stride(0) == scale.stride(0)) && (part->size(1) == 1 || part->stride(1) == 1),
+                    "mean and inverse must lie as scale does");
+  }
+  pass.mean = static_cast<const float*>(mean.data_ptr());
+  pass.inverse = static_cast<const float*>(inverse.data_ptr());
+  return pass;
+}
+
+void norm_sums(Tensor sums, Tensor g, Tensor x, Tensor mean, Tensor inverse, Tensor scale, Tensor shift, double slope,
+               bool frozen, int64_t chunk) {
+  Pass pass = norm_of(g, x, mean, inverse, scale, shift, slope, chunk);
+  const int64_t chunks = (pixels_of(pass.x) + chunk - 1) / chunk;
+  pass.sums = const_cast<float*>(values(sums, pass.images * chunks * 2 * pass.x.channels, "sums"));
+  pass.frozen = frozen;
+  if (x.numel()) kernels().norm_sums(pass);
+}
+
+void norm_apply(Tensor g, Tensor x, Tensor mean, Tensor inverse, Tensor scale, Tensor shift, Tensor averages, double slope,
+                int64_t chunk) {
+  Pass pass = norm_of(g, x, mean, inverse, scale, shift, slope, chunk);
+  pass.averages = values(averages, averages.size(0) * 2 * pass.x.channels, "averages");
+  STD_TORCH_CHECK(averages.size(0) == 1 || averages.size(0) == pass.images, "averages must be [1 or N, 2, C]");
+  pass.averages_image = averages.size(0) > 1 ? 2 * pass.x.channels : 0;
+  if (x.numel()) kernels().norm_apply(pass);
+}
+
+void act_backward(Tensor sums, Tensor g, Tensor x, double slope, int64_t chunk) {
+  Pass pass = pass_of(x, {}, {}, 2, slope, chunk);
+  pass.g = map_of(g, "g");
+  check_images(g, x, "g");
+  check_same(pass.x, pass.g, "g");
+  const int64_t chunks = (pixels_of(pass.x) + chunk - 1) / chunk;
+  pass.sums = const_cast<float*>(values(sums, pass.images * chunks * pass.x.channels, "sums"));
+  if (x.numel()) kernels().act_backward(pass);
+}
+
+int64_t lanes() { return kernels().lanes; }
+
+}  // namespace
+}  // namespace unetpp
+
+STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
+  library.def(
+      "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
+      "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
+      "bool winograd, float slope, bool act, bool add) -> ()");
+  library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
+  library.def(
+      "conv_wgrad(Tensor(a!) result, Tensor(b!) sums, Tensor(c!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, "
+      "int axes, bool phased, float slope) -> ()");
+  library.def("pool(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope) -> ()");
+  library.def(
+      "pool_backward(Tensor(a!) gx, Tensor g, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope, bool add) -> ()");
+  library.def(
+      "head(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor bias, float slope, int chunk) -> ()");
+  library.def(
+      "head_backward(Tensor(a!) gx, Tensor(b!) sums, Tensor dy, Tensor x, Tensor? scale, Tensor? shift, Tensor weight, "
+      "float slope, bool add, int chunk) -> ()");
+  library.def(
+      "norm_sums(Tensor(a!) sums, Tensor(b!) g, Tensor x, Tensor mean, Tensor inverse, Tensor scale, Tensor shift, "
+      "float slope, bool frozen, int chunk) -> ()");
+  library.def(
+      "norm_apply(Tensor(a!) g, Tensor x, Tensor mean, Tensor inverse, Tensor scale, Tensor shift, Tensor averages, "
+      "float slope, int chunk) -> ()");
+  library.def("act_backward(Tensor(a!) sums, Tensor(b!) g, Tensor x, float slope, int chunk) -> ()");
+  library.def("lanes() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
+  library.impl("conv", TORCH_BOX(&unetpp::conv));
+  library.impl("conv_parts", TORCH_BOX(&unetpp::conv_parts));
+  library.impl("conv_wgrad", TORCH_BOX(&unetpp::conv_wgrad));
+  library.impl("pool", TORCH_BOX(&unetpp::pool));
+  library.impl("pool_backward", TORCH_BOX(&unetpp::pool_backward));
+  library.impl("head", TORCH_BOX(&unetpp::head));
+  library.impl("head_backward", TORCH_BOX(&unetpp::head_backward));
+  library.impl("norm_sums", TORCH_BOX(&unetpp::norm_sums));
+  library.impl("norm_apply", TORCH_BOX(&unetpp::norm_apply));
+  library.impl("act_backward", TORCH_BOX(&unetpp::act_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CompositeExplicitAutograd, library) {
+  library.impl("lanes", TORCH_BOX(&unetpp::lanes));
+}

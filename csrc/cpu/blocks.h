@@ -1,0 +1,42 @@
+// How the Winograd kernel cuts a plane into blocks. It depends on shapes alone, never on the number of threads or the
+// instruction set: equal inputs give equal sums.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace unetpp {
+
+struct Blocks {
+  int unit;           // side of what cannot be cut: a tile, or 2 x 2 tiles where phases interleave
+  int rows, columns;  // pixels of a block
+  int down, across;   // blocks of a plane
+};
+
+inline Blocks blocks_of(const Conv& conv) {
+  const int step = conv.geometry == Geometry::kPhased ? 2 : 1;
+  const int inputs = std::max(1, conv.a.channels + conv.b.channels);
+  // Transformed tiles of a block stay in the L2 cache, unless there are so many weights that streaming them costs more.
+  const int tiles = std::min(std::max(std::max(2800 / inputs, conv.out.channels / 8), 12), 64);
+  const int units = std::max(1, tiles / (step * step));
+  Blocks blocks;
+  blocks.unit = 4 * step;
+  const int down = std::max(1, (conv.out.height + blocks.unit - 1) / blocks.unit);
+  const int across = std::max(1, (conv.out.width + blocks.unit - 1) / blocks.unit);
+  const int pieces = (across + units - 1) / units;
+  const int wide = (across + pieces - 1) / pieces;
+  const int high = std::min(down, std::max(1, units / wide));
+  blocks.rows = high * blocks.unit;
+  blocks.columns = wide * blocks.unit;
+  blocks.down = (down + high - 1) / high;
+  blocks.across = (across + wide - 1) / wide;
+  return blocks;
+}
+
+inline int64_t winograd_parts(const Conv& conv) {
+  const Blocks blocks = blocks_of(conv);
+  return static_cast<int64_t>(conv.out.depth) * blocks.down * blocks.across;
+}
+
+}  // namespace unetpp

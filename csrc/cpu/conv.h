@@ -1,0 +1,235 @@
+// Convolutions over a prefix and a low source that are never concatenated or up-sampled, block by block of output pixels:
+// transform the tiles of every operand, multiply, transform back into the block, finish, store. A block stays in the cache.
+//
+//     geometry    operand a                             operand b
+//     plain       3 taps                                none, or 3 taps
+//     phased      3 taps                                2 taps for each phase (py, px): output pixel 2u + p
+//     gathered    4 taps at stride 2: 2 taps on each of the 4 lattices of every second pixel
+//
+// In 3D the taps along depth are further operands of the same sum.
+#pragma once
+
+#include "blocks.h"
+#include "winograd.h"
+
+namespace unetpp {
+namespace ISA {
+
+static thread_local Scratch scratch;
+
+// Operands of one sum in the transformed domain, and the output pixels that it is for: step * i + (oy, ox).
+template <class T>
+struct Sum {
+  static constexpr int kMost = 16;
+  int count = 0, step = 1, oy = 0, ox = 0;
+  Plane planes[kMost];
+  int y_start[kMost], x_start[kMost];  // where the first tap of output (0, 0) lies
+  const float* weights[kMost];         // [n * n, blocks of outputs, k, WIDTH]
+  int down = 0, across = 0;            // tiles in a block
+  float* tiles[kMost];                 // [n * n, tiles, channels rounded up]
+
+  void add(const Plane& plane, int y, int x, const float* packed) {
+    planes[count] = plane;
+    y_start[count] = y;
+    x_start[count] = x;
+    weights[count++] = packed;
+  }
+  int64_t size() const {
+    int64_t total = 0;
+    for (int i = 0; i < count; i++) total += static_cast<int64_t>(T::n) * T::n * down * across * round_up(planes[i].channels, LANES);
+    return total;
+  }
+  // Values of the packed weights of one operand.
+  static int64_t packed(int channels, int blocks) {
+    return static_cast<int64_t>(T::n) * T::n * blocks * round_up(channels, 4) * WIDTH;
+  }
+  float* transform_inputs(int y0, int x0, float* memory) {
+    for (int i = 0; i < count; i++) {
+      const int padded = round_up(planes[i].channels, LANES);
+      const int64_t stride = static_cast<int64_t>(down) * across * padded;
+      tiles[i] = memory;
+      for (int ty = 0; ty < down; ty++)
+        for (int tx = 0; tx < across; tx++)
+          transform<T, false>(planes[i], y0 / step + ty * T::m + y_start[i], x0 / step + tx * T::m + x_start[i],
+                              memory + (ty * across + tx) * padded, stride);
+      memory += T::n * T::n * stride;
+    }
+    return memory;
+  }
+  // Adds the outputs of block `o` of `blocks` blocks of output channels to acc [rows, columns, WIDTH]; writes where `first`.
+  void outputs(int o, int blocks, float* products, float* acc, int rows, int columns, bool first) const {
+    const int number = down * across;
+    for (int t = 0; t < T::n * T::n; t++) {
+      Segment segments[kMost];
+      for (int i = 0; i < count; i++) {
+        const int padded = round_up(planes[i].channels, LANES), k = round_up(planes[i].channels, 4);
+        segments[i] = {tiles[i] + static_cast<int64_t>(t) * number * padded, padded,
+                       weights[i] + (static_cast<int64_t>(t) * blocks + o) * k * WIDTH, k};
+      }
+      multiply_rows(segments, count, number, products + static_cast<int64_t>(t) * number * WIDTH, WIDTH);
+    }
+    for (int j = 0; j < number; j++)
+      for (int v = 0; v < WIDTH; v += LANES) {
+        V y[T::m][T::m];
+        inverse<T>(products + j * WIDTH + v, static_cast<int64_t>(number) * WIDTH, y);
+        const int top = j / across * T::m * step + oy, left = j % across * T::m * step + ox;
+        for (int i = 0; i < T::m && top + i * step < rows; i++)
+          for (int k = 0; k < T::m && left + k * step < columns; k++) {
+            float* place = acc + (static_cast<int64_t>(top + i * step) * columns + left + k * step) * WIDTH + v;
+            store(place, first ? y[i][k] : load(place) + y[i][k]);
+          }
+      }
+  }
+};
+
+INLINE int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
+
+// out = (out +) act(acc + bias + border class) for a block of pixels; acc becomes what was stored.
+static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int rows, int columns, int pitch, int block,
+                   float* acc, float* stats) {
+  const Map& out = conv.out;
+  const int depth_class = conv.axes == 3 ? border_class(z, out.depth) * 9 : 0;
+  for (int v = 0; v < WIDTH; v += LANES) {
+    const int co = block * WIDTH + v, count = out.channels - co;
+    if (count <= 0) break;
+    const V bias = conv.bias ? load_some(conv.bias + co, count) : V{};
+    V total = {};
+    for (int y = 0; y < rows; y++) {
+      const int row_class = depth_class + border_class(y0 + y, out.height) * 3;
+      float* place = out.data + image * out.image +
+                     ((static_cast<int64_t>(z) * out.height + y0 + y) * out.width + x0) * out.pixel + co;
+      float* from = acc + static_cast<int64_t>(y) * pitch * WIDTH + v;
+      for (int x = 0; x < columns; x++, place += out.pixel, from += WIDTH) {
+        V value = load(from) + bias;
+        if (conv.border) {
+          const int row = row_class + border_class(x0 + x, out.width);
+          value += load_some(conv.border + static_cast<int64_t>(row) * out.channels + co, count);
+        }
+        if (conv.act) value = activate(value, conv.slope);
+        if (conv.add) value += load_some(place, count);
+        store_some(place, value, count);
+        if (stats) {
+          store(from, value);
+          total += value;
+        }
+      }
+    }
+    if (!stats) continue;
+    const float pixels = static_cast<float>(rows) * columns;
+    // A mean far from zero is rounded; what remains of it is found beside the squares of the deviations.
+    const V near = total / pixels;
+    V rest = {}, squares = {};
+    for (int y = 0; y < rows; y++)
+      for (int x = 0; x < columns; x++) {
+        const V deviation = load(acc + (static_cast<int64_t>(y) * pitch + x) * WIDTH + v) - near;
+        rest += deviation;
+        squares += deviation * deviation;
+      }
+    rest /= pixels;
+    store_some(stats + co, splat(pixels), count);
+    store_some(stats + out.channels + co, near + rest, count);
+    store_some(stats + 2 * out.channels + co, squares - rest * rest * pixels, count);
+  }
+}
+
+// The sums of one block: the first over a, and with phases one more for each of the 4 in the plane.
+template <class First>
+struct Work {
+  Sum<First> first;
+  Sum<TwoTaps> phases[4];
+  int phase_count = 0;
+};
+
+// Operands of output plane z of an image.
+template <class First>
+static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work<First>& work) {
+  const bool deep = conv.axes == 3;
+  const Map &a = conv.a, &b = conv.b;
+  if (conv.geometry == Geometry::kGathered) {
+    const int64_t packed = Sum<First>::packed(a.channels, blocks);
+    for (int q = 0; q < (deep ? 4 : 1); q++) {
+      const int from = deep ? 2 * z - 1 + q : 0;
+      if (from < 0 || from >= a.depth) continue;
+      for (int parity = 0; parity < 4; parity++) {
+        const int py = parity / 2, px = parity % 2;
+        work.first.add(plane_of(a, image, from, conv.slope, 2, py, px), -py, -px, conv.ua + (q * 4 + parity) * packed);
+      }
+    }
+    return;
+  }
+  const Map* maps[] = {&a, conv.geometry == Geometry::kPlain && b.data ? &b : nullptr};
+  const float* weights[] = {conv.ua, conv.ub};
+  for (int i = 0; i < 2; i++)
+    for (int t = 0; maps[i] && t < (deep ? 3 : 1); t++) {
+      const int from = deep ? z - 1 + t : 0;
+      if (from >= 0 && from < maps[i]->depth)
+        work.first.add(plane_of(*maps[i], image, from, conv.slope), -1, -1,
+                       weights[i] + t * Sum<First>::packed(maps[i]->channels, blocks));
+    }
+  if (conv.geometry != Geometry::kPhased || !b.data) return;
+  work.phase_count = 4;
+  const int pz = deep ? z % 2 : 0, depth_taps = deep ? 2 : 1;
+  const int64_t packed = Sum<TwoTaps>::packed(b.channels, blocks);
+  for (int phase = 0; phase < 4; phase++) {
+    Sum<TwoTaps>& sum = work.phases[phase];
+    sum.step = 2;
+    sum.oy = phase / 2;
+    sum.ox = phase % 2;
+    for (int t = 0; t < depth_taps; t++) {
+      const int from = deep ? z / 2 + pz - 1 + t : 0;
+      if (from >= 0 && from < b.depth)
+        sum.add(plane_of(b, image, from, conv.slope), sum.oy - 1, sum.ox - 1,
+                conv.ub + ((pz * 4 + phase) * depth_taps + t) * packed);
+    }
+  }
+}
+
+template <class First>
+static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, int first_out, int last_out, int out_blocks) {
+  const int per_plane = blocks.down * blocks.across;
+  const int64_t image = block / per_plane / conv.out.depth;
+  const int z = block / per_plane % conv.out.depth;
+  const int y0 = block % per_plane / blocks.across * blocks.rows, x0 = block % blocks.across * blocks.columns;
+  const int rows = std::min(blocks.rows, conv.out.height - y0), columns = std::min(blocks.columns, conv.out.width - x0);
+  Work<First> work;
+  operands_of(conv, image, z, out_blocks, work);
+  work.first.down = (rows + 3) / 4;
+  work.first.across = (columns + 3) / 4;
+  int64_t needed = work.first.size(), tiles = static_cast<int64_t>(work.first.down) * work.first.across;
+  for (int i = 0; i < work.phase_count; i++) {
+    work.phases[i].down = (rows + 7) / 8;
+    work.phases[i].across = (columns + 7) / 8;
+    needed += work.phases[i].size();
+  }
+  const int64_t products = 36 * tiles * WIDTH, pixels = static_cast<int64_t>(rows) * columns * WIDTH;
+  float* memory = scratch.get(needed + products + pixels + 64);
+  float *product = memory, *acc = product + products;
+  float* rest = work.first.transform_inputs(y0, x0, acc + pixels);
+  for (int i = 0; i < work.phase_count; i++) rest = work.phases[i].transform_inputs(y0, x0, rest);
+  float* stats = conv.stats ? conv.stats + block * 3 * conv.out.channels : nullptr;
+  for (int o = first_out; o < last_out; o++) {
+    work.first.outputs(o, out_blocks, product, acc, rows, columns, true);
+    for (int i = 0; i < work.phase_count; i++) work.phases[i].outputs(o, out_blocks, product, acc, rows, columns, false);
+    finish(conv, image, z, y0, x0, rows, columns, columns, o, acc, stats);
+  }
+}
+
+static void conv_winograd(const Conv& conv) {
+  const Blocks blocks = blocks_of(conv);
+  const int64_t count = static_cast<int64_t>(conv.images) * winograd_parts(conv);
+  const int out_blocks = (conv.out.channels + WIDTH - 1) / WIDTH;
+  // Few blocks are divided by output channels too, so that no thread waits; the inputs are then transformed again.
+  const int wanted = static_cast<int>((2 * threads() + count - 1) / count);
+  const int shares = threads() == 1 ? 1 : std::min(out_blocks, std::max(1, wanted));
+  parallel_for(count * shares, [&](int64_t index) {
+    const int share = index % shares;
+    const int first = out_blocks * share / shares, last = out_blocks * (share + 1) / shares;
+    if (conv.geometry == Geometry::kGathered)
+      conv_block<TwoTaps>(conv, blocks, index / shares, first, last, out_blocks);
+    else
+      conv_block<ThreeTaps>(conv, blocks, index / shares, first, last, out_blocks);
+  });
+}
+
+}  // namespace ISA
+}  // namespace unetpp

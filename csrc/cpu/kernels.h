@@ -1,0 +1,95 @@
+// What the CPU kernels take: plain structures, filled by bindings.cpp, and one table of functions per instruction set.
+// Maps are channels-last float32, [N, D, H, W, C] with D = 1 in 2D, at a constant distance from pixel to pixel.
+#pragma once
+
+#include <cstdint>
+
+namespace unetpp {
+
+// A map, and how to read it: act(scale x + shift) where scale is given, x otherwise.
+struct Map {
+  float* data = nullptr;
+  int64_t image = 0, pixel = 0;  // distances in values
+  int depth = 0, height = 0, width = 0, channels = 0;
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+  int64_t affine_image = 0;  // from the row of one image to the next; 0 where all share one
+};
+
+// How the taps of a convolution lie: 3 at stride 1; 3 at stride 2 with b by phases (2 taps); 4 at stride 2.
+enum class Geometry { kPlain, kPhased, kGathered };
+
+// out = epilogue(conv(a) + conv(b)), as kernels/naive.py:conv. ua, ub: packed weights.
+struct Conv {
+  int images = 0, axes = 2;
+  Geometry geometry = Geometry::kPlain;
+  Map out, a, b;
+  const float* ua = nullptr;
+  const float* ub = nullptr;
+  const float* bias = nullptr;
+  const float* border = nullptr;  // [3^axes, CO]
+  float* stats = nullptr;         // [N, parts, 3, CO]
+  float slope = 0;
+  bool act = false, add = false;
+};
+
+// result = the gradient of a convolution's weights, as kernels/naive.py:conv_wgrad.
+struct Wgrad {
+  int images = 0, axes = 2;
+  bool phased = false;
+  Map a, dy;
+  float slope = 0;
+  float* result = nullptr;  // [phases, taps^axes, K, CO]
+  float* sums = nullptr;    // [phases, depth taps, n * n, K, CO] of zeros, each channel count rounded up to lanes
+  float* scratch = nullptr;
+  int64_t scratch_size = 0;  // in values
+};
+
+struct Pass {  // one pass over maps of one size
+  int images = 0, axes = 2;
+  Map x, y, g;  // what each is depends on the pass
+  float slope = 0;
+  bool add = false, frozen = false;
+  int64_t chunk = 0;  // pixels per partial sum
+  const float* mean = nullptr;
+  const float* inverse = nullptr;
+  const float* averages = nullptr;
+  int64_t averages_image = 0;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  int classes = 0;
+  float* sums = nullptr;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;  // channels of a vector; a block of output channels is twice as wide
+  void (*conv_winograd)(const Conv&);
+  void (*conv_direct)(const Conv&, int taps, int stride);
+  void (*conv_wgrad)(const Wgrad&);
+  void (*pool)(const Pass&);
+  void (*pool_backward)(const Pass&);
+  void (*head)(const Pass&);
+  void (*head_backward)(const Pass&);
+  void (*norm_sums)(const Pass&);
+  void (*norm_apply)(const Pass&);
+  void (*act_backward)(const Pass&);
+};
+
+const Kernels* kernels_plain();
+#if defined(__x86_64__)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+
+// body(context, i) for i = 0..count-1, each taken by the next free thread of PyTorch's pool.
+void parallel(int64_t count, void (*body)(void* context, int64_t index), void* context);
+int threads();
+
+template <class F>
+void parallel_for(int64_t count, const F& f) {
+  parallel(count, [](void* context, int64_t index) { (*static_cast<const F*>(context))(index); }, const_cast<F*>(&f));
+}
+
+}  // namespace unetpp

@@ -1,0 +1,199 @@
+"""The ops of `naive.py` on a CPU, under the same names, by the kernels of `csrc/cpu`, for float32 maps; other precisions run
+in `naive.py`.
+
+A 3-tap convolution is computed by Winograd's minimal filtering, F(4x4, 3x3), its low source and the gradient of a low source
+by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. The library registers `torch.ops.unetpp_fast_cpu`;
+`unetpp_fast.execution.fused.libraries` loads it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import cpu_weights, naive
+from .naive import Affine, Averages, accumulator, border_sums, norm_finalise
+
+__all__ = [
+    "act_backward",
+    "border_sums",
+    "conv",
+    "conv_wgrad",
+    "head",
+    "head_backward",
+    "norm_backward",
+    "norm_finalise",
+    "pool",
+    "pool_backward",
+]
+
+MIN_TILES = 6  # of a plane, for Winograd; with fewer, streaming four times as many weights costs more than it saves
+CHUNK = 4096  # pixels of a partial sum
+SCRATCH = 2**22  # values of transformed tiles that a weight gradient holds at a time
+
+
+def _supports(*maps: Tensor | None) -> bool:
+    return all(x is None or x.dtype == torch.float32 for x in maps)
+
+
+def uses_winograd(out: Tensor, taps: int, stride: int, phased: bool, low: bool) -> bool:
+    """Whether a convolution into `out` is computed by Winograd's minimal filtering."""
+    known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or ((taps, stride) == (4, 2) and not phased and not low)
+    return known and math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4) >= MIN_TILES
+
+
+def conv(
+    out: Tensor,
+    a: Tensor,
+    wa: Tensor,
+    *,
+    axes: int,
+    taps: int = 3,
+    stride: int = 1,
+    phased: bool = False,
+    affine_a: Affine | None = None,
+    b: Tensor | None = None,
+    wb: Tensor | None = None,
+    affine_b: Affine | None = None,
+    slope: float = 0.0,
+    bias: Tensor | None = None,
+    border: Tensor | None = None,
+    act: bool = False,
+    add: bool = False,
+    stats: bool = False,
+) -> Tensor | None:
+    """See `naive.conv`. Statistics come as `[N, T, 3, CO]`, one of T parts per block of pixels."""
+    if not _supports(out, a, b):
+        return naive.conv(
+            out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
+            slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
+        )  # fmt: skip
+    winograd = uses_winograd(out, taps, stride, phased, b is not None)
+    ua = _packed(wa, "gathered" if taps == 4 else "plain", axes, winograd)
+    ub = None if wb is None else _packed(wb, "phased" if phased else "low", axes, winograd)
+    partial = None
+    if stats:
+        inputs = a.shape[-1] + (0 if b is None else b.shape[-1])
+        parts = torch.ops.unetpp_fast_cpu.conv_parts(out, inputs, phased, winograd)
+        partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1])
+    torch.ops.unetpp_fast_cpu.conv(
+        out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
+        axes, taps, stride, phased, winograd, float(slope), act, add,
+    )  # fmt: skip
+    return partial
+
+
+def _packed(weight: Tensor, form: str, axes: int, winograd: bool) -> Tensor:
+    width = 2 * torch.ops.unetpp_fast_cpu.lanes()
+    if not winograd:
+        return cpu_weights.kept(weight, "direct", lambda weight: cpu_weights.pack_direct(weight, width))
+    pack = {
+        "plain": cpu_weights.pack_plain,
+        "low": cpu_weights.pack_low,
+        "phased": cpu_weights.pack_phased,
+        "gathered": cpu_weights.pack_gathered,
+    }[form]
+    return cpu_weights.kept(weight, form, lambda weight: pack(weight, axes, width))
+
+
+def conv_wgrad(
+    a: Tensor, dy: Tensor, *, axes: int, phased: bool = False, affine: Affine | None = None, slope: float = 0.0
+) -> Tensor:
+    """See `naive.conv_wgrad`. Sums run in the transformed domain, in an order that does not depend on threads."""
+    if not _supports(a, dy):
+        return naive.conv_wgrad(a, dy, axes=axes, phased=phased, affine=affine, slope=slope)
+    lanes, taps = torch.ops.unetpp_fast_cpu.lanes(), 2 if phased else 3
+    k, co, points = a.shape[-1], dy.shape[-1], (taps + 3) ** 2
+    phases, depth = 2**axes if phased else 1, taps if axes == 3 else 1
+    padded = -(-k // lanes) * lanes, -(-co // lanes) * lanes
+    sums = a.new_zeros(phases * depth, points, *padded)
+    scratch = a.new_empty(max(SCRATCH, points * sum(padded)))
+    result = a.new_empty(phases, taps**axes, k, co)
+    torch.ops.unetpp_fast_cpu.conv_wgrad(result, sums, scratch, a, *(affine or (None, None)), dy, axes, phased, float(slope))
+    return result
+
+
+def pool(out: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0) -> None:
+    """See `naive.pool`."""
+    if not _supports(out, x):
+        return naive.pool(out, x, axes=axes, affine=affine, slope=slope)
+    return torch.ops.unetpp_fast_cpu.pool(out, x, *(affine or (None, None)), axes, float(slope))
+
+
+def pool_backward(
+    gx: Tensor, g: Tensor, x: Tensor, *, axes: int, affine: Affine | None = None, slope: float = 0.0, add: bool = False
+) -> None:
+    """See `naive.pool_backward`."""
+    if not _supports(gx, g, x):
+        return naive.pool_backward(gx, g, x, axes=axes, affine=affine, slope=slope, add=add)
+    return torch.ops.unetpp_fast_cpu.pool_backward(gx, g, x, *(affine or (None, None)), axes, float(slope), add)
+
+
+def head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, affine: Affine | None = None, slope: float = 0.0) -> None:
+    """See `naive.head`."""
+    if not _supports(out, x, weight):
+        return naive.head(out, x, weight, bias, affine=affine, slope=slope)
+    rest = affine or (None, None)
+    return torch.ops.unetpp_fast_cpu.head(out, x, *rest, weight.contiguous(), bias.contiguous(), float(slope), CHUNK)
+
+
+def head_backward(
+    gx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, *, affine: Affine | None = None, slope: float = 0.0, add: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `naive.head_backward`."""
+    if not _supports(gx, dy, x, weight):
+        return naive.head_backward(gx, dy, x, weight, affine=affine, slope=slope, add=add)
+    classes, channels = weight.shape
+    sums = x.new_zeros(x.shape[0], _chunks(x), classes, channels + 1)
+    torch.ops.unetpp_fast_cpu.head_backward(
+        gx, sums, dy.contiguous(), x, *(affine or (None, None)), weight.contiguous(), float(slope), add, CHUNK
+    )
+    total = sums.double().sum((0, 1)).to(x.dtype)
+    return total[:, :channels], total[:, channels]
+
+
+def norm_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    affine: Affine,
+    slope: float,
+    frozen: bool,
+    averages: Averages | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `naive.norm_backward`."""
+    if not _supports(g, x):
+        return naive.norm_backward(g, x, mean, inverse, affine, slope, frozen, averages)
+    sums = x.new_zeros(x.shape[0], _chunks(x), 2, x.shape[-1])
+    torch.ops.unetpp_fast_cpu.norm_sums(sums, g, x, mean, inverse, *affine, float(slope), frozen, CHUNK)
+    per_image = sums.double().sum(1)
+    total = per_image.sum(0)
+    if not frozen:
+        pixels = x.shape[1:4].numel()
+        if averages is not None:
+            means = averages(total.to(accumulator(x.dtype)), x.shape[0] * pixels)[None]
+        elif mean.shape[0] == x.shape[0] and mean.shape[0] > 1:
+            means = per_image / pixels
+        else:
+            means = total[None] / max(1, x.shape[0] * pixels)
+        torch.ops.unetpp_fast_cpu.norm_apply(
+            g, x, mean, inverse, *affine, means.to(x.dtype).contiguous(), float(slope), CHUNK
+        )
+    return total[1].to(x.dtype), total[0].to(x.dtype)
+
+
+def act_backward(g: Tensor, out: Tensor, slope: float) -> Tensor:
+    """See `naive.act_backward`."""
+    if not _supports(g, out):
+        return naive.act_backward(g, out, slope)
+    sums = out.new_zeros(out.shape[0], _chunks(out), out.shape[-1])
+    torch.ops.unetpp_fast_cpu.act_backward(sums, g, out, float(slope), CHUNK)
+    return sums.double().sum((0, 1)).to(out.dtype)
+
+
+def _chunks(x: Tensor) -> int:
+    """Partial sums of an image."""
+    return -(-x.shape[1:4].numel() // CHUNK)
