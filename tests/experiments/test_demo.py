@@ -121,8 +121,9 @@ def test_evaluate_scores_the_accurate_mode():
 def test_the_command_runs_the_demo(monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(demo, "run", lambda out, **options: given.update(options, out=out))
-    assert parser.main(["demo", "--out", str(tmp_path), "--seed", "7", "--device", "cpu"]) == 0
-    assert given == {"out": tmp_path, "seed": 7, "epochs": 10, "device": "cpu", "dtype": "float32"}
+    assert parser.main(["demo", "--out", str(tmp_path), "--seed", "7", "--device", "cpu", "--reproducible"]) == 0
+    expected = {"out": tmp_path, "seed": 7, "epochs": 10, "device": "cpu", "dtype": "float32", "reproducible": True}
+    assert given == expected
 
 
 def test_an_overlay_tints_only_the_mask():

@@ -95,7 +95,7 @@ def trained(name: str) -> dict:
 
 def demo_weights() -> dict:
     """UNet++ after five steps of the demo: its widths, patches, batches and learning rate, in float32."""
-    (left, _), recipe = demo.halves(), demo.make_recipe(epochs=1)
+    (left, _), recipe = demo.halves(), demo.make_recipe(epochs=1, reproducible=True)
     options = {"features": demo.FEATURES, "deep_supervision": True}
     with patch.object(demo, "STEPS_PER_EPOCH", 5):
         return dict(demo.trained("UNet++", uf.UNetPlusPlus, left, recipe, "cpu", demo.PATCH, **options).state_dict())

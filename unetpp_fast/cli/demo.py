@@ -26,6 +26,9 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures")
     command.add_argument("--epochs", type=int, default=10, help="epochs of 160 patches for each model")
     command.add_argument("--seed", type=int, default=0, help="of the weights and the patches")
+    command.add_argument(
+        "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,4 +37,11 @@ def run(options: argparse.Namespace) -> None:
         device = choose_device(name)
         dtype = choose_dtype(options.dtype, device)
         experiment = EXPERIMENTS[options.task]
-        experiment.run(options.out, epochs=options.epochs, seed=options.seed, device=str(device), dtype=dtype)
+        experiment.run(
+            options.out,
+            epochs=options.epochs,
+            seed=options.seed,
+            device=str(device),
+            dtype=dtype,
+            reproducible=options.reproducible,
+        )

@@ -68,18 +68,19 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    reproducible: bool = False,
     loss: nn.Module | None = None,
 ) -> list[dict]:
     """Trains, tests and prunes; prints the table, writes `qualitative.png` and `speed_accuracy.png` to `out`.
 
     Args:
-        loss: as in `Trainer`.
+        reproducible: as in `Recipe`. loss: as in `Trainer`.
 
     Returns:
         The rows of the table, keys name, parameters, gflop, iou, dice, ms.
     """
     left, right = halves()
-    recipe = make_recipe(epochs, seed, device, dtype)
+    recipe = make_recipe(epochs, seed, dtype, reproducible)
     rows, masks = compare(left, right, recipe, out, device, patch=PATCH, loss=loss, features=FEATURES)
     if processes.is_first():
         pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
@@ -87,9 +88,8 @@ def run(
     return rows
 
 
-def make_recipe(epochs: int = 10, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> Recipe:
-    """The recipe of the demos; in float32 on a CPU, weights do not depend on the number of processes and threads."""
-    reproducible = device == "cpu" and dtype == "float32"
+def make_recipe(epochs: int = 10, seed: int = 0, dtype: str = "float32", reproducible: bool = False) -> Recipe:
+    """The recipe of the demos."""
     return Recipe(epochs=epochs, seed=seed, dtype=dtype, learning_rate=1e-3, reproducible=reproducible)
 
 

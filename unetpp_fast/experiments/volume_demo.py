@@ -32,18 +32,19 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
+    reproducible: bool = False,
     loss: nn.Module | None = None,
 ) -> list[dict]:
     """Trains, tests and prunes; prints the table, writes `planes.png` and `speed_accuracy.png` to `out`.
 
     Args:
-        loss: as in `Trainer`.
+        reproducible: as in `Recipe`. loss: as in `Trainer`.
 
     Returns:
         The rows of the table, as `demo.run`.
     """
     lower, upper = parts()
-    recipe = demo.make_recipe(epochs, seed, device, dtype)
+    recipe = demo.make_recipe(epochs, seed, dtype, reproducible)
     options = {"features": FEATURES, "spatial_dims": 3}
     rows, masks = demo.compare(lower, upper, recipe, out, device, patch=PATCH, loss=loss, **options)
     if processes.is_first():

@@ -1,1 +1,1 @@
-"""Inference on a CPU by oneDNN."""
+"""What inference on a CPU keeps between calls: buffers and composed weights."""
