@@ -102,7 +102,7 @@ def test_types(model: uf.UNetPlusPlus, x: object, kind: str) -> None:
         ({"out_channels": 1.0}, r"out_channels must be a positive integer, not 1.0"),
         ({"in_channels": 0}, r"in_channels must be a positive integer, not 0"),
         ({"spatial_dims": 1}, r"spatial_dims must be 2 or 3, not 1"),
-        ({"features": (4,)}, r"features must be 2 to 7 positive integers, one width a level, not \(4,\)"),
+        ({"features": (4,)}, r"features must be 2 to 7 positive integers, one width per level, not \(4,\)"),
         ({"backend": "tpu"}, r"backend 'tpu' is not known: use one of \['auto', 'reference', 'triton', 'cuda', 'cpu'\]"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

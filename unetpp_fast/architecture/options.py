@@ -133,13 +133,15 @@ def norm_name(norm: Option | None) -> str | None:
     return norm if norm is None or isinstance(norm, str) else norm[0]
 
 
+TABLES = {"downsample": DOWNSAMPLES, "upsample": UPSAMPLES, "norm": NORMS, "act": ACTIVATIONS}  # by the option's name
+
+
 def unsupported(options: Mapping[str, Any], backend: str) -> str:
     """Why a backend cannot compute a network with these options (`Network.options`); "" if it can.
 
     Training has further conditions: `training_unsupported`.
     """
-    tables = {"downsample": DOWNSAMPLES, "upsample": UPSAMPLES, "norm": NORMS, "act": ACTIVATIONS}
-    for what, table in tables.items():
+    for what, table in TABLES.items():
         if options.get(what) is not None:
             name, keywords = parse_option(options[what], what, table)
             if reason := table[name].unsupported(backend, keywords):

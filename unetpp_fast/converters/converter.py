@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..architecture.options import ACTIVATIONS, DOWNSAMPLES, NORMS, UPSAMPLES, parse_option
+from ..architecture.options import TABLES, parse_option
 from ..common.errors import first_line
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
@@ -28,7 +28,6 @@ from .registry import PEERS
 
 AGREEMENT = 1e-2  # bound on max|a - b| / max|a|: far above rounding, far below the error of a different graph
 PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
-TABLES = {"act": ACTIVATIONS, "norm": NORMS, "upsample": UPSAMPLES, "downsample": DOWNSAMPLES}
 
 
 def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options: Any) -> Network | EncodedNetwork:

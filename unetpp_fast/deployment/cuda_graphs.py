@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..common.errors import first_line
+
 KEPT_GRAPHS = 4
 Run = Callable[[Tensor], list[Tensor]]
 _capturing = threading.Lock()  # a process captures one graph at a time
@@ -61,7 +63,7 @@ class Graphs:
             try:
                 graph = self._find(run, x, (*key, x.dtype, x.device, tuple(x.shape)))
             except Exception as error:  # of Triton's own kind or torch's
-                self.reason = f"not captured: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                self.reason = f"not captured: {type(error).__name__}: {first_line(error)}"
                 return run(x)
             return graph.replay(x)
 

@@ -16,7 +16,7 @@ from ..architecture.input_checks import check_input
 from ..architecture.options import norm_name
 from ..architecture.output_forms import Outputs
 from ..architecture.precision import PRECISIONS
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from ..converters.converter import convert
 from ..execution import dispatch, reference
 from ..execution.call import Call
@@ -303,8 +303,8 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
         try:
             state = torch.load(source, map_location=device, weights_only=True)
         except Exception as error:  # a damaged file can make the reader fail in any way
-            first = str(error).strip().partition("\n")[0]
-            raise InputError(f"{source} cannot be read as a state_dict: {type(error).__name__}: {first}") from error
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{source} cannot be read as a state_dict: {what}") from error
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None
     if not isinstance(extra, Mapping) or extra.get("unetpp_fast_optimized") != FORMAT:
         raise InputError(f"this is not a state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
@@ -314,8 +314,8 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
         fast = Optimized(Network.from_config(extra["config"]).to(own), pruned=pruned, dtype=dtype, mode=mode)
         fast.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise InputError(f"this state_dict of an optimized module is damaged: {type(error).__name__}: {first}") from error
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"this state_dict of an optimized module is damaged: {what}") from error
     return fast.to(device)
 
 
