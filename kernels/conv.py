@@ -239,7 +239,8 @@ def conv(
     partial = out.new_empty(out.shape[0], parts, 3, co, dtype=accumulator(out.dtype)) if stats else None
     if out.numel() == 0:
         return partial
-    block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka, kb))
+    # Without b as for a: configurations that differ in nothing else are then one kernel.
+    block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka, kb or ka))
     a_boxes = descriptor(a, axes, config, block_ka) if config.descriptors and stride == 1 and can_describe(a) else None
     b_boxes = descriptor(b, axes, config, block_kb) if config.descriptors and kb and can_describe(b) else None
     operand_a = operand_arguments("a", a, wa, affine_a, a_boxes)

@@ -1,30 +1,21 @@
-"""Every kernel compiles for every GPU generation without one: no spill, shared memory that fits, tensor cores in use.
+"""The convolutions compile for every GPU generation without a GPU: no spills, shared memory that fits, tensor cores in use.
 
-The compiler needs the interpreter off, which is decided when Triton is imported; so this file also runs as a script, in a
-process of its own: `python tests/kernels/test_compile.py 90` prints registers, shared memory and spills of each kernel.
+`pytest -s` prints the registers, spills and shared memory of each kernel. With UNETPP_FAST_COMPILE_ALL=1, of every
+combination of form, width, precision, generation and Triton.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from support.triton_versions import VERSIONS, start
+from support.compiled_kernels import ALL, Launch, Row, assert_all_compile, compile_all, main
+from support.triton_versions import VERSIONS
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 HALF = (torch.float16, torch.bfloat16)
-# Everything is six times as many kernels. Otherwise one half precision a case (the two differ in conversions alone), tf32
-# once, three axes at the ends of the widths, and 512, whose blocks are those of 128, in the largest kernels.
-ALL = os.environ.get("UNETPP_FAST_COMPILE_ALL") == "1"
 WIDTHS = (32, 64, 128, 512)
 
 
@@ -102,9 +93,10 @@ def wgrad_case(axes: int, width: int, dtype: torch.dtype, form: str) -> Iterator
 
 
 def cases(capability: int) -> Iterator[tuple]:
-    """(name, launches): two axes in half precision everywhere; three axes and tf32 where they need most registers.
+    """(name, launches), with boxes of the tensor memory accelerator on the GPU that has it.
 
-    Boxes of the tensor memory accelerator on the GPU where they are used.
+    Unless ALL: one half precision per case (the two differ only in conversions), TF32 once, three axes at both ends of the
+    widths, and 512, whose blocks are those of 128, only in the largest kernels.
     """
     forms = [(conv_case, form) for form in ("norm", "node", "dprefix", "dlow")]
     forms += [(wgrad_case, form) for form in ("plain", "image", "low")]
@@ -152,55 +144,26 @@ def source_of(kernel, args: tuple, kwargs: dict):
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def compiled(kernel, args: tuple, kwargs: dict, capability: int) -> dict[str, int]:
-    """Registers, spilled bytes, shared memory and tensor-core instructions of a launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    source, options = source_of(kernel, args, kwargs)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    tensor_cores = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", result.asm["ptx"]))
-    return {
-        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"],
-        "shared": result.metadata.shared, "tensor-core": tensor_cores,
-    }  # fmt: skip
-
-
-def main(capability: int) -> int:
-    """Prints the table; the number of kernels that break a rule."""
+def launches(capability: int) -> Iterator[Launch]:
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    broken = 0
-    for name, launches in cases(capability):
-        for config, kernel, args, kwargs in launches:
-            row = compiled(kernel, args, kwargs, capability)
-            wrong = row["spilled"] > 0 or row["shared"] > SHARED_MEMORY[capability] or row["tensor-core"] == 0
-            broken += wrong
+    for name, calls in cases(capability):
+        for config, kernel, args, kwargs in calls:
             shape = "x".join(str(int(part)) for part in vars(config).values())
-            figures = " ".join(f"{value:>7}" for value in row.values())
-            print(f"sm_{capability} {name:<34} {shape:<26} {figures}{'  BROKEN' if wrong else ''}", flush=True)
-    return broken
+            yield Launch(name, shape, *source_of(kernel, args, kwargs), multiplies=True)
+
+
+@pytest.fixture(scope="module")
+def installed() -> list[Row]:
+    return compile_all("installed", __file__)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compiles_without_spills(version: str):
-    """One line a kernel: registers, spilled bytes, shared memory, tensor-core instructions."""
-    runs = [start(version, __file__, str(capability)) for capability in SHARED_MEMORY]
-    try:
-        results = [(process.communicate(), process) for process in runs]
-    finally:
-        for process in runs:
-            process.kill()
-    print("".join(table for (table, _), _ in results))
-    for (table, errors), process in results:
-        assert process.returncode == 0, f"{table}\n{errors[-3000:]}"
-        assert table.count("\nsm_") > 50
+def test_compiles_without_spills(version: str, installed: list[Row]):
+    if version == "installed":
+        assert_all_compile(installed, groups=27, fewest={80: 83, 90: 108})
+    else:
+        assert_all_compile(compile_all(version, __file__, installed), groups=27, fewest={})
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(int(sys.argv[1])), 1))
+    main(launches)

@@ -1,22 +1,20 @@
-"""The kernels of norm.py, pool.py and head.py compiled for GPUs that need not be there: no spills; tensor cores in heads.
+"""The kernels of norm.py, pool.py, head.py and read.py compile for every GPU generation without a GPU.
 
-In processes of their own, because compiling needs kernels that were not imported for the interpreter.
+No spills, shared memory that fits; tensor cores in the heads. `pytest -s` prints the figures of each kernel.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import importlib
+from collections.abc import Iterator
 
 import pytest
-from support.triton_versions import VERSIONS, start
+from support.compiled_kernels import Launch, Row, assert_all_compile, compile_all, main
+from support.triton_versions import VERSIONS
 
-TARGETS = [80, 90, 120]
 SINGLE = ("stats_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "inverse_ptr", "scale_ptr", "shift_ptr", "averages_ptr")
 SUMS = ("sums_ptr", "weight_sums_ptr", "bias_sums_ptr")
+BRANCHES = ("FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF")
 MAP = {"AFFINE": True, "SLOPE": 0.1}
 
 
@@ -60,35 +58,22 @@ def variants() -> list[tuple[str, str, dict, dict]]:
     return [(m, *entry) for m, entries in groups for entry in entries]
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory, as the assembler counted them."""
-    from triton.backends import nvidia
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-
-
-def compile_one(module: str, name: str, constants: dict, types: dict, map_type: str, target: int, ones: bool) -> str:
-    """One line on a compiled kernel; raises where registers spill. `ones`: as specialised where every size is 1."""
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
+def launch(module: str, name: str, constants: dict, types: dict, map_type: str, ones: bool = False) -> Launch:
+    """A kernel for maps of a type. ones: specialised as for sizes, strides and counts of 1."""
     from triton.compiler import ASTSource
 
     from unetpp_fast.kernels import head
 
     kernel = getattr(importlib.import_module(f"unetpp_fast.kernels.{module}"), name)
-    constants, types, signature, warps = dict(constants), dict(types), {}, 4
+    constants, signature, warps = dict(constants), {}, 4
     if map_type == "fp32" and "SUMMANDS" in constants:
         constants |= {"SUMMANDS": 0, **({"HALF": False} if "HALF" in constants else {})}
     if "channels" in constants:
         *blocks, warps = head.backward_blocks(constants["CLASSES"], constants.pop("channels"), constants["HALF"])
         constants |= zip(("BLOCK_P", "BLOCK_M", "BLOCK_K"), blocks, strict=True)
+    multiplies, shape = "SUMMANDS" in constants, " ".join(f"{key}={value}" for key, value in constants.items())
+    # What decides which lines of a kernel are compiled; the rest are sizes.
+    branches = [str(constants[key]) for key in BRANCHES if key in constants and not ones]
     for parameter in kernel.arg_names:
         kind = types.get(parameter)
         if parameter in constants:
@@ -108,31 +93,32 @@ def compile_one(module: str, name: str, constants: dict, types: dict, map_type: 
     attributes = {
         (k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")
     }
+    group = " ".join([name, map_type, *branches, *["ones"] * ones])
     source = ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
-    used = resources(built.asm["cubin"])
-    line = f"{name} {map_type} sm_{target} {constants if not ones else 'ones'}: {used}, {built.metadata.shared} B shared"
-    if used["LOCAL"] or used["STACK"]:
-        raise AssertionError(f"spills: {line}")
-    if "SUMMANDS" in constants and "mma" not in built.asm["ptx"]:
-        raise AssertionError(f"no tensor cores: {line}")
-    return line
+    return Launch(group, f"{shape} {types}", source, {"num_warps": warps}, multiplies)
+
+
+def launches(capability: int) -> Iterator[Launch]:
+    for variant in variants():
+        yield launch(*variant, "bf16")
+        if capability == 80:
+            yield launch(*variant, "fp16", ones=True)
+        if capability == 90 and variant[3].get("weight_ptr") != "map":
+            yield launch(*variant, "fp32")
+
+
+@pytest.fixture(scope="module")
+def installed() -> list[Row]:
+    return compile_all("installed", __file__)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compiles_without_spills(version, tmp_path):
-    runs = [start(version, __file__, str(target), TRITON_CACHE_DIR=str(tmp_path)) for target in TARGETS]
-    for process in runs:
-        out, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
-        assert len(out.splitlines()) >= len(variants())
+def test_compiles_without_spills(version: str, installed: list[Row]):
+    if version == "installed":
+        assert_all_compile(installed, groups=20, fewest=dict.fromkeys((80, 90), len(variants())))
+    else:
+        assert_all_compile(compile_all(version, __file__, installed), groups=20, fewest={})
 
 
 if __name__ == "__main__":
-    gpu = int(sys.argv[1])
-    for variant in variants():
-        print(compile_one(*variant, "bf16", gpu, False))
-        if gpu == 80:
-            print(compile_one(*variant, "fp16", gpu, True))
-        if gpu == 90 and variant[3].get("weight_ptr") != "map":
-            print(compile_one(*variant, "fp32", gpu, False))
+    main(launches)

@@ -1,0 +1,160 @@
+"""Triton kernels compiled for GPUs that need not be there: registers, spills, shared memory, tensor-core instructions.
+
+Compiling needs the interpreter off, which is decided when Triton is imported. So a test file calls `compile_all`, which runs
+that file as a script in another process; the script calls `main` with its kernels.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from support.triton_versions import start
+
+RECORDS = Path(__file__).parents[2] / "build" / "compiled"
+# Everything is six times as many kernels.
+ALL = os.environ.get("UNETPP_FAST_COMPILE_ALL") == "1"
+TARGETS = (80, 90, 120)
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # sm_80 has 163 KiB, but sm_120 runs its kernels too
+# A thread has 255 registers. From one GPU generation or Triton to another a kernel's registers change by 45 at most.
+MANY_REGISTERS = 200
+
+
+class Launch(NamedTuple):
+    """A kernel as the compiler takes it. `group` names what it does, `shape` the sizes of its blocks."""
+
+    group: str
+    shape: str
+    source: Any  # triton.compiler.ASTSource
+    options: dict[str, int]
+    multiplies: bool  # has to use tensor cores
+
+
+Row = dict[str, Any]  # what the compiler made of a launch: keys of `figures`, capability, group, shape, multiplies
+
+
+def compile_all(version: str, script: str, known: list[Row] | None = None) -> list[Row]:
+    """The rows of a script that calls `main`, with that Triton; prints them as a table.
+
+    known: rows of another Triton; then only the kernels that demand most are compiled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = []
+        if known is not None:
+            arguments = [str(Path(folder) / "known.json")]
+            Path(arguments[0]).write_text(json.dumps(known))
+        process = start(version, script, *arguments, TRITON_CACHE_DIR=folder)
+        out, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    rows = json.loads(out)
+    for row in rows:
+        figures = f"{row['registers']:>4} registers {row['spilled']:>4} spilled {row['shared']:>6} B {row['tensor-core']:>4}"
+        print(f"sm_{row['capability']:<4} {row['group']:<50} {row['shape']:<30} {figures}{'  BROKEN' * bool(faults(row))}")
+    return rows
+
+
+def assert_all_compile(rows: list[Row], groups: int, fewest: dict[int, int]) -> None:
+    """No kernel has a fault; each target has so many groups at least, and so many kernels."""
+    broken = [f"sm_{row['capability']} {row['group']} {row['shape']} {faults(row)}" for row in rows if faults(row)]
+    assert not broken, "\n".join(broken)
+    for target in TARGETS:
+        names = [row["group"] for row in rows if row["capability"] == target]
+        assert len(set(names)) >= groups, f"sm_{target}: {len(set(names))} groups"
+        assert len(names) >= fewest.get(target, groups), f"sm_{target}: {len(names)} kernels"
+
+
+def faults(row: Row) -> str:
+    """What is wrong with a compiled kernel, "" if nothing is."""
+    limit = SHARED_MEMORY[row["capability"]]
+    return ", ".join(
+        text
+        for wrong, text in (
+            (row["spilled"] > 0, "spills registers"),
+            (row["shared"] > limit, f"needs more than {limit} bytes of shared memory"),
+            (row["multiplies"] and row["tensor-core"] == 0, "does not use tensor cores"),
+        )
+        if wrong
+    )
+
+
+def demanding(rows: Iterable[Row]) -> set[tuple[str, str]]:
+    """Group and shape of the kernel of each group with the most registers, and of all with many."""
+    rows = sorted(rows, key=lambda row: row["registers"])
+    most = {row["group"]: row["shape"] for row in rows}
+    return {*most.items(), *((row["group"], row["shape"]) for row in rows if row["registers"] > MANY_REGISTERS)}
+
+
+def main(launches: Callable[[int], Iterable[Launch]]) -> None:
+    """Compiles the launches for every target and prints the rows as JSON.
+
+    All of them for sm_80 and sm_90. sm_120 runs the instructions of sm_80, so for it only those that are demanding there.
+    If the command line names a file of another Triton's rows, only those that are demanding there for any target.
+    """
+    gc.disable()  # torch and Triton are many objects, and each compilation leaves few
+    known = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else None
+    compiler = Compiler(Path(sys.argv[0]).stem)
+    rows: list[Row] = []
+    for capability in TARGETS:
+        chosen = None
+        if not ALL and (known or capability == 120):
+            alike = 80 if capability == 120 else capability
+            chosen = demanding(row for row in known or rows if row["capability"] == alike)
+        for launch in launches(capability):
+            if chosen is None or (launch.group, launch.shape) in chosen:
+                figures = compiler.figures(launch, capability)
+                names = {"group": launch.group, "shape": launch.shape, "multiplies": launch.multiplies}
+                rows.append({"capability": capability, **names, **figures})
+    compiler.save()
+    print(json.dumps(rows))
+
+
+class Compiler:
+    """Compiles launches. Remembers in `build/` what each came to, until its source, arguments or Triton change."""
+
+    def __init__(self, name: str) -> None:
+        import triton
+
+        self.path = RECORDS / f"{name}-{triton.__version__}.json"
+        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.used: dict[str, dict[str, int]] = {}
+
+    def figures(self, launch: Launch, capability: int) -> dict[str, int]:
+        """Registers, spilled bytes, shared memory and tensor-core instructions."""
+        text = f"{launch.source.hash()} {capability} {sorted(launch.options.items())}"
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key not in self.used:
+            self.used[key] = self.known.get(key) or compiled(launch, capability)
+        return self.used[key]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(self.used))
+        os.replace(new, self.path)
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    result = triton.compile(launch.source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    tensor_cores = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", result.asm["ptx"]))
+    return {
+        "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"],
+        "shared": result.metadata.shared, "tensor-core": tensor_cores,
+    }  # fmt: skip
