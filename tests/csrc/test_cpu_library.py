@@ -190,9 +190,10 @@ def runtime(name: str) -> str:
 @pytest.mark.skipif(not runtime("libasan.so"), reason="there is no C++ compiler with AddressSanitizer")
 @pytest.mark.parametrize("name", LANES)
 def test_sanitizers_find_nothing(name):
-    """Under AddressSanitizer and UBSan; maps and weights end where their memory ends."""
+    """Under AddressSanitizer and UBSan; maps and weights end where their memory ends, and new memory holds NaN."""
     preloaded = f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}"
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "LD_PRELOAD": preloaded}
+    memory = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824"
+    options = {"ASAN_OPTIONS": memory, "UBSAN_OPTIONS": "print_stacktrace=1", "LD_PRELOAD": preloaded}
     lanes, calls = run_grid(sanitized(), "TightInputs", UNETPP_FAST_ISA=name, **options)
     if lanes != LANES[name]:
         pytest.skip(f"this CPU or this build has no {name}")

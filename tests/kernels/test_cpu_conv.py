@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -222,27 +223,21 @@ def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero():
     assert torch.equal(cpu_ops.conv_wgrad(a, dy, **options), expected)
 
 
-def calls(large: bool = True) -> list[Callable[[], tuple[Tensor, ...]]]:
+def calls() -> list[Callable[[], list[Tensor]]]:
     """Convolutions and weight gradients of several blocks of pixels and outputs, which return copies of their results."""
-
-    def conv(args, options, least: int) -> tuple[Tensor, ...]:
-        before, cpu_ops.MIN_TILES = cpu_ops.MIN_TILES, least
-        parts = cpu_ops.conv(*args, **options)
-        cpu_ops.MIN_TILES = before
-        return (args[0].clone(), *([] if parts is None else [parts]))
-
-    made, channels = [], (33, 40, 70)
-    for form, least in itertools.product(("full", "node", "gathered"), KERNELS.values()):
-        for units in ((37, 29), (3, 5, 6)):
+    made = []
+    for form in ("full", "node", "gathered"):
+        for units, channels in (((37, 29), (33, 40, 70)), ((3, 5, 6), (33, 40, 70)), ((5, 9), (7, 3, 3))):
             args, options = conv_of(torch.float32, form, units, channels, add=False)
-            made.append(lambda args=args, options=options, least=least: conv(args, options, least))
+            made.append(partial(cpu_kernels.run_op, cpu_ops, "conv", args, options, True))
     for units, phased in itertools.product(((37, 29), (3, 5, 6)), (False, True)):
         args, options = wgrad_of(torch.float32, units, phased, 33, 70)
-        made.append(lambda args=args, options=options: (cpu_ops.conv_wgrad(*args, **options),))
+        made.append(partial(cpu_kernels.run_op, cpu_ops, "conv_wgrad", args, options, False))
     return made
 
 
-def test_bits_are_those_of_any_number_of_threads(threads):
+@each_kernel
+def test_bits_are_those_of_any_number_of_threads(kernel, threads):
     for index, call in enumerate(calls()):
         results = []
         for count in (1, 2, 3, 2):
@@ -253,10 +248,11 @@ def test_bits_are_those_of_any_number_of_threads(threads):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), index
 
 
-def test_python_threads_at_once():
+@each_kernel
+def test_python_threads_at_once(kernel):
     expected = [call() for call in calls()]
     with ThreadPoolExecutor(4) as pool:
-        runs = [list(run) for run in pool.map(lambda k: [call() for call in calls()], range(4))]
+        runs = list(pool.map(lambda _: [call() for call in calls()], range(4)))
     for results in runs:
         for a, b in zip(expected, results, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
