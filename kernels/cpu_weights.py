@@ -42,16 +42,19 @@ def _blocks(filters: Tensor, width: int) -> Tensor:
     return filters.unflatten(-1, (-1, width)).transpose(-3, -2).contiguous()
 
 
-def _transformed(filters: Tensor, taps: int) -> Tensor:
-    """`[count, taps * taps, K, CO]` as `[count, n * n, K, CO]`."""
-    matrix = filter_transform(taps).to(filters.dtype)
-    return torch.matmul(matrix, filters.flatten(2)).unflatten(2, filters.shape[2:])
+def _transformed(blocks: Tensor, taps: int) -> Tensor:
+    """Blocks `[count, taps * taps, ..]` as `[count, n * n, ..]`.
+
+    Whole blocks: the product of matrices with fewer columns has other bits with another number of threads.
+    """
+    matrix = filter_transform(taps).to(blocks.dtype)
+    return torch.matmul(matrix, blocks.flatten(2)).unflatten(2, blocks.shape[2:])
 
 
 def pack_plain(weight: Tensor, axes: int, width: int) -> Tensor:
     """`[3^axes, K, CO]` for Winograd, a filter for each tap along depth."""
     depth = 3 if axes == 3 else 1
-    return _blocks(_transformed(weight.unflatten(0, (depth, 9)), 3), width)
+    return _transformed(_blocks(weight.unflatten(0, (depth, 9)), width), 3)
 
 
 def pack_low(weight: Tensor, axes: int, width: int) -> Tensor:
@@ -63,7 +66,7 @@ def pack_phased(weight: Tensor, axes: int, width: int) -> Tensor:
     """`[2^axes phases, 2^axes taps, K, CO]` for Winograd, a filter for each phase and tap along depth."""
     depth = 2 if axes == 3 else 1
     filters = weight.unflatten(1, (depth, 4)).flatten(0, 1)
-    return _blocks(_transformed(filters, 2), width)
+    return _transformed(_blocks(filters, width), 2)
 
 
 def pack_gathered(weight: Tensor, axes: int, width: int) -> Tensor:
@@ -73,7 +76,7 @@ def pack_gathered(weight: Tensor, axes: int, width: int) -> Tensor:
     lattices = torch.tensor([[1, 3], [0, 2]])
     filters = planes[:, lattices][:, :, :, lattices]  # [depth, py, ty, px, tx, K, CO]
     filters = filters.permute(0, 1, 3, 2, 4, 5, 6).reshape(depth * 4, 4, *weight.shape[1:])
-    return _blocks(_transformed(filters, 2), width)
+    return _transformed(_blocks(filters, width), 2)
 
 
 def pack_direct(weight: Tensor, width: int) -> Tensor:

@@ -78,13 +78,14 @@ void check_floats(const Tensor& x, const char* name) {
 Map map_of(const Tensor& x, const char* name, const Optional& scale = {}, const Optional& shift = {}) {
   check_floats(x, name);
   STD_TORCH_CHECK(x.dim() == 5, name, " must be [N, D, H, W, C]");
-  STD_TORCH_CHECK(x.size(4) > 0 && (x.size(4) == 1 || x.stride(4) == 1), name, " must be channels-last");
+  const bool empty = x.numel() == 0;  // whose strides mean nothing
+  STD_TORCH_CHECK(x.size(4) > 0 && (x.size(4) == 1 || x.stride(4) == 1 || empty), name, " must be channels-last");
   Map map;
   map.pixel = x.size(4);
   bool found = false;
   int64_t inner = 1;
   for (int axis : {3, 2, 1}) {
-    if (x.size(axis) > 1 && inner > 0) {
+    if (x.size(axis) > 1 && !empty) {
       if (!found) map.pixel = x.stride(axis) / inner;
       found = true;
       STD_TORCH_CHECK(x.stride(axis) == map.pixel * inner, "the pixels of ", name, " are not evenly spaced");

@@ -202,7 +202,7 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
     needed += work.phases[i].size();
   }
   const int64_t products = 36 * tiles * WIDTH, pixels = static_cast<int64_t>(rows) * columns * WIDTH;
-  float* memory = scratch.get(needed + products + pixels + 64);
+  float* memory = scratch.get(needed + products + pixels);
   float *product = memory, *acc = product + products;
   float* rest = work.first.transform_inputs(y0, x0, acc + pixels);
   for (int i = 0; i < work.phase_count; i++) rest = work.phases[i].transform_inputs(y0, x0, rest);

@@ -103,7 +103,7 @@ static void direct_image(const Conv& conv, int taps, int stride, int64_t image, 
   const int pixels = conv.out.depth * conv.out.height * conv.out.width;
   int64_t needed = static_cast<int64_t>(pixels) * WIDTH;
   for (int i = 0; i < count; i++) needed += operands[i].padded.size;
-  float* acc = scratch.get(needed + 64);
+  float* acc = scratch.get(needed);
   float* memory = acc + static_cast<int64_t>(pixels) * WIDTH;
   const Map* maps[] = {&conv.a, &conv.b};
   const float* weights[] = {conv.ua, conv.ub};
