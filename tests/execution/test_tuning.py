@@ -153,7 +153,7 @@ def test_nothing_is_measured_in_the_interpreter_or_against_the_users_will(kind, 
     x = make_input(2, 1, 4, 6)
     assert not tuning.may_measure(x)
     if kind == "cpu":
-        monkeypatch.setattr(tuning, "INTERPRETED", False)
+        monkeypatch.setattr(tuning.ops, "INTERPRETED", False)
     else:
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -32,7 +32,7 @@ from ..acceptance import as_vector, disagreement
 from ..batch_statistics import copy_alone
 from ..call import Call
 from ..source_hash import source_hash
-from .ops import INTERPRETED
+from . import ops
 
 ROUNDS = 15
 NEVER_MS = 1e9  # the reference's time if it does not fit into memory
@@ -162,7 +162,7 @@ def tune(call: Call, training: bool, progress: bool, kernels: Sequence[str], com
 def may_measure(x: Tensor) -> bool:
     """Whether a call may stop to measure: on a GPU or CPU, outside a graph, unless `UNETPP_FAST_MEASURE` is 0."""
     return (
-        (x.is_cuda or (x.device.type == "cpu" and not INTERPRETED))
+        (x.is_cuda or (x.device.type == "cpu" and not ops.INTERPRETED))
         and x.numel() > 0
         and os.environ.get("UNETPP_FAST_MEASURE") != "0"
         and not torch.compiler.is_compiling()
