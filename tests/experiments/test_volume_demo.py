@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ def test_it_segments_planes_it_has_not_seen_and_draws_them(monkeypatch, tmp_path
     """A smaller network and two short epochs reach the accuracy stated for the demo."""
     monkeypatch.setattr(volume_demo, "FEATURES", (8, 12))
     monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 12)
+    monkeypatch.setattr(demo, "milliseconds", functools.partial(demo.milliseconds, rounds=1))
     rows = volume_demo.run(tmp_path, epochs=2)
     assert [row["name"] for row in rows] == ["U-Net", "UNet++ accurate", "UNet++ L1"]
     assert rows[1]["iou"] >= 0.6
@@ -58,7 +60,7 @@ def test_the_command_runs_it(monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(volume_demo, "run", lambda out, **options: given.update(options, out=out))
     assert parser.main(["demo", "--task", "volume", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert given == {"out": tmp_path, "seed": 0, "epochs": 10, "device": "cpu", "dtype": "float32"}
+    assert given == {"out": tmp_path, "seed": 0, "epochs": 10, "device": "cpu", "dtype": "float32", "reproducible": False}
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", None])
