@@ -61,7 +61,7 @@ def _origin(rows: Rows) -> str:
     return (
         f"{'; '.join(software)}; commit {all_of('commit')}; {days}; sources `{newest(rows)}`. A row is current as long as "
         "`python -m unetpp_fast.info` prints this hash of the sources; a row with † is of older ones. Milliseconds are "
-        "medians, behind them the ratio to eager, taken round by round, and the peak memory."
+        "medians, followed by the ratio to eager, taken round by round, and the peak memory."
     )
 
 
