@@ -1,5 +1,5 @@
-"""The ops of `naive.py` on a CPU, under the same names, by the kernels of `csrc/cpu`, for float32 maps; other precisions run
-in `naive.py`.
+"""The ops of `naive.py` on a CPU, under the same names, by the kernels of `csrc/cpu`, for float32 and bfloat16 maps; other
+precisions run in `naive.py`. Sums, weights and what a reader computes of a map are float32 in both.
 
 A 3-tap convolution is computed by Winograd's minimal filtering, F(4x4, 3x3), its low source and the gradient of a low source
 by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. The library registers `torch.ops.unetpp_fast_cpu`;
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_weights, naive
-from .naive import Affine, Averages, accumulator, border_sums, norm_finalise
+from .naive import Affine, Averages, border_sums, norm_finalise
 
 __all__ = [
     "act_backward",
@@ -35,7 +35,8 @@ SCRATCH = 2**22  # values of transformed tiles that a weight gradient holds at a
 
 
 def _supports(*maps: Tensor | None) -> bool:
-    return all(x is None or x.dtype == torch.float32 for x in maps)
+    dtypes = {x.dtype for x in maps if x is not None}
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
 
 def uses_winograd(out: Tensor, taps: int, stride: int, phased: bool, low: bool) -> bool:
@@ -77,7 +78,7 @@ def conv(
     if stats:
         inputs = a.shape[-1] + (0 if b is None else b.shape[-1])
         parts = torch.ops.unetpp_fast_cpu.conv_parts(out, inputs, phased, winograd)
-        partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1])
+        partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
         out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
         axes, taps, stride, phased, winograd, float(slope), act, add,
@@ -88,14 +89,14 @@ def conv(
 def _packed(weight: Tensor, form: str, axes: int, winograd: bool) -> Tensor:
     width = 2 * torch.ops.unetpp_fast_cpu.lanes()
     if not winograd:
-        return cpu_weights.kept(weight, "direct", lambda weight: cpu_weights.pack_direct(weight, width))
+        return cpu_weights.kept(weight, "direct", lambda weight: cpu_weights.pack_direct(weight.float(), width))
     pack = {
         "plain": cpu_weights.pack_plain,
         "low": cpu_weights.pack_low,
         "phased": cpu_weights.pack_phased,
         "gathered": cpu_weights.pack_gathered,
     }[form]
-    return cpu_weights.kept(weight, form, lambda weight: pack(weight, axes, width))
+    return cpu_weights.kept(weight, form, lambda weight: pack(weight.float(), axes, width))
 
 
 def conv_wgrad(
@@ -108,9 +109,9 @@ def conv_wgrad(
     k, co, points = a.shape[-1], dy.shape[-1], (taps + 3) ** 2
     phases, depth = 2**axes if phased else 1, taps if axes == 3 else 1
     padded = -(-k // lanes) * lanes, -(-co // lanes) * lanes
-    sums = a.new_zeros(phases * depth, points, *padded)
-    scratch = a.new_empty(max(SCRATCH, points * sum(padded)))
-    result = a.new_empty(phases, taps**axes, k, co)
+    sums = a.new_zeros(phases * depth, points, *padded, dtype=torch.float32)
+    scratch = a.new_empty(max(SCRATCH, points * sum(padded)), dtype=torch.float32)
+    result = a.new_empty(phases, taps**axes, k, co, dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv_wgrad(result, sums, scratch, a, *(affine or (None, None)), dy, axes, phased, float(slope))
     return result
 
@@ -133,24 +134,24 @@ def pool_backward(
 
 def head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, affine: Affine | None = None, slope: float = 0.0) -> None:
     """See `naive.head`."""
-    if not _supports(out, x, weight):
+    if not _supports(out, x):
         return naive.head(out, x, weight, bias, affine=affine, slope=slope)
     rest = affine or (None, None)
-    return torch.ops.unetpp_fast_cpu.head(out, x, *rest, weight.contiguous(), bias.contiguous(), float(slope), CHUNK)
+    return torch.ops.unetpp_fast_cpu.head(out, x, *rest, weight.float().contiguous(), bias.contiguous(), float(slope), CHUNK)
 
 
 def head_backward(
     gx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, *, affine: Affine | None = None, slope: float = 0.0, add: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `naive.head_backward`."""
-    if not _supports(gx, dy, x, weight):
+    if not _supports(gx, dy, x):
         return naive.head_backward(gx, dy, x, weight, affine=affine, slope=slope, add=add)
     classes, channels = weight.shape
-    sums = x.new_zeros(x.shape[0], _chunks(x), classes, channels + 1)
+    sums = x.new_zeros(x.shape[0], _chunks(x), classes, channels + 1, dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.head_backward(
-        gx, sums, dy.contiguous(), x, *(affine or (None, None)), weight.contiguous(), float(slope), add, CHUNK
+        gx, sums, dy.contiguous(), x, *(affine or (None, None)), weight.float().contiguous(), float(slope), add, CHUNK
     )
-    total = sums.double().sum((0, 1)).to(x.dtype)
+    total = sums.double().sum((0, 1)).float()
     return total[:, :channels], total[:, channels]
 
 
@@ -167,31 +168,29 @@ def norm_backward(
     """See `naive.norm_backward`."""
     if not _supports(g, x):
         return naive.norm_backward(g, x, mean, inverse, affine, slope, frozen, averages)
-    sums = x.new_zeros(x.shape[0], _chunks(x), 2, x.shape[-1])
+    sums = x.new_zeros(x.shape[0], _chunks(x), 2, x.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.norm_sums(sums, g, x, mean, inverse, *affine, float(slope), frozen, CHUNK)
     per_image = sums.double().sum(1)
     total = per_image.sum(0)
     if not frozen:
         pixels = x.shape[1:4].numel()
         if averages is not None:
-            means = averages(total.to(accumulator(x.dtype)), x.shape[0] * pixels)[None]
+            means = averages(total.float(), x.shape[0] * pixels)[None]
         elif mean.shape[0] == x.shape[0] and mean.shape[0] > 1:
             means = per_image / pixels
         else:
             means = total[None] / max(1, x.shape[0] * pixels)
-        torch.ops.unetpp_fast_cpu.norm_apply(
-            g, x, mean, inverse, *affine, means.to(x.dtype).contiguous(), float(slope), CHUNK
-        )
-    return total[1].to(x.dtype), total[0].to(x.dtype)
+        torch.ops.unetpp_fast_cpu.norm_apply(g, x, mean, inverse, *affine, means.float().contiguous(), float(slope), CHUNK)
+    return total[1].float(), total[0].float()
 
 
 def act_backward(g: Tensor, out: Tensor, slope: float) -> Tensor:
     """See `naive.act_backward`."""
     if not _supports(g, out):
         return naive.act_backward(g, out, slope)
-    sums = out.new_zeros(out.shape[0], _chunks(out), out.shape[-1])
+    sums = out.new_zeros(out.shape[0], _chunks(out), out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.act_backward(sums, g, out, float(slope), CHUNK)
-    return sums.double().sum((0, 1)).to(out.dtype)
+    return sums.double().sum((0, 1)).float()
 
 
 def _chunks(x: Tensor) -> int:

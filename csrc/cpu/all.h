@@ -1,4 +1,4 @@
-// Every kernel in the namespace ISA, and the table of them.
+// Every kernel in the namespace ISA, and the tables of them.
 #include "conv_direct.h"
 #include "conv_wgrad.h"
 #include "maps.h"
@@ -9,12 +9,20 @@
 #define TEXT(x) TEXT_(x)
 
 namespace unetpp {
+namespace ISA {
 
-const Kernels* NAME(kernels_, ISA)() {
-  static const Kernels kernels = {TEXT(ISA),      LANES,          ISA::conv_winograd, ISA::conv_direct,
-                                  ISA::conv_wgrad, ISA::pool,      ISA::pool_backward, ISA::head,
-                                  ISA::head_backward, ISA::norm_sums, ISA::norm_apply,  ISA::act_backward};
-  return &kernels;
+template <class E>
+static const Kernels& table() {
+  static const Kernels kernels = {TEXT(ISA),     LANES,            conv_winograd<E>, conv_direct<E>,
+                                  conv_wgrad<E>, pool<E>,          pool_backward<E>, head<E>,
+                                  head_backward<E>, norm_sums<E>, norm_apply<E>,    act_backward<E>};
+  return kernels;
+}
+
+}  // namespace ISA
+
+const Kernels& NAME(kernels_, ISA)(Element element) {
+  return element == Element::kFloat ? ISA::table<float>() : ISA::table<BFloat16>();
 }
 
 }  // namespace unetpp

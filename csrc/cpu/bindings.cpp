@@ -1,18 +1,14 @@
 // The CPU kernels as `torch.ops.unetpp_fast_cpu`, through PyTorch's stable ABI: one library for every torch >= 2.10 and
-// every Python. Here arguments are checked, the instruction set is chosen, and tensors become pointers and strides.
+// every Python. Here tensors become the structures of kernels.h, and the instruction set is chosen.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdlib>
-#include <optional>
 #include <string>
 
+#include "arguments.h"
 #include "blocks.h"
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 namespace unetpp {
 
@@ -50,85 +46,24 @@ void parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
 
 namespace {
 
-const Kernels* choose() {
+using Table = const Kernels& (*)(Element);
+
+Table choose() {
   const char* asked = std::getenv("UNETPP_FAST_ISA");
   const std::string name = asked ? asked : "";
 #if defined(__x86_64__)
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (wide && (name.empty() || name == "avx512")) return kernels_avx512();
-  if (narrow && name != "plain") return kernels_avx2();
+  if (wide && (name.empty() || name == "avx512")) return kernels_avx512;
+  if (narrow && name != "plain") return kernels_avx2;
 #endif
-  return kernels_plain();
+  return kernels_plain;
 }
 
-const Kernels& kernels() {
-  static const Kernels* chosen = choose();
-  return *chosen;
-}
-
-using torch::headeronly::ScalarType;
-
-void check_floats(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, name, " must be float32 on a CPU");
-}
-
-// A channels-last map [N, D, H, W, C] at a constant distance from pixel to pixel.
-Map map_of(const Tensor& x, const char* name, const Optional& scale = {}, const Optional& shift = {}) {
-  check_floats(x, name);
-  STD_TORCH_CHECK(x.dim() == 5, name, " must be [N, D, H, W, C]");
-  const bool empty = x.numel() == 0;  // whose strides mean nothing
-  STD_TORCH_CHECK(x.size(4) > 0 && (x.size(4) == 1 || x.stride(4) == 1 || empty), name, " must be channels-last");
-  Map map;
-  map.pixel = x.size(4);
-  bool found = false;
-  int64_t inner = 1;
-  for (int axis : {3, 2, 1}) {
-    if (x.size(axis) > 1 && !empty) {
-      if (!found) map.pixel = x.stride(axis) / inner;
-      found = true;
-      STD_TORCH_CHECK(x.stride(axis) == map.pixel * inner, "the pixels of ", name, " are not evenly spaced");
-    }
-    inner *= x.size(axis);
-  }
-  map.data = static_cast<float*>(x.data_ptr());
-  map.image = x.size(0) > 1 ? x.stride(0) : 0;
-  map.depth = static_cast<int>(x.size(1));
-  map.height = static_cast<int>(x.size(2));
-  map.width = static_cast<int>(x.size(3));
-  map.channels = static_cast<int>(x.size(4));
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift of ", name, " come together");
-  if (scale) {
-    for (const Tensor* part : {&*scale, &*shift}) {
-      check_floats(*part, "scale and shift");
-      STD_TORCH_CHECK(part->dim() == 2 && part->size(1) == x.size(4) && (part->size(0) == 1 || part->size(0) == x.size(0)) &&
-                          (part->size(1) == 1 || part->stride(1) == 1),
-                      "scale and shift of ", name, " must be [1 or N, C]");
-    }
-    STD_TORCH_CHECK(scale->size(0) == shift->size(0) && (scale->size(0) == 1 || scale->stride(0) == shift->stride(0)),
-                    "scale and shift of ", name, " differ in shape or strides");
-    map.scale = static_cast<const float*>(scale->data_ptr());
-    map.shift = static_cast<const float*>(shift->data_ptr());
-    map.affine_image = scale->size(0) > 1 ? scale->stride(0) : 0;
-  }
-  return map;
-}
-
-const float* values(const Optional& x, int64_t count, const char* name) {
-  if (!x) return nullptr;
-  check_floats(*x, name);
-  STD_TORCH_CHECK(x->is_contiguous() && x->numel() == count, name, " must be contiguous with ", count, " values");
-  return static_cast<const float*>(x->data_ptr());
-}
-
-void check_size(const Map& map, int depth, int height, int width, const char* name) {
-  STD_TORCH_CHECK(map.depth == depth && map.height == height && map.width == width, name, " is ", map.depth, "x", map.height,
-                  "x", map.width, " where ", depth, "x", height, "x", width, " is needed");
-}
-
-void check_images(const Tensor& x, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(x.size(0) == like.size(0), name, " has ", x.size(0), " images, not ", like.size(0));
+const Kernels& kernels(Element element = Element::kFloat) {
+  static const Table chosen = choose();
+  return chosen(element);
 }
 
 int64_t padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
@@ -145,26 +80,25 @@ void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, O
   call.axes = static_cast<int>(axes);
   const bool deep = axes == 3, gathered = taps == 4 && stride == 2;
   call.geometry = phased ? Geometry::kPhased : gathered ? Geometry::kGathered : Geometry::kPlain;
-  call.out = map_of(out, "out");
-  call.a = map_of(a, "a", scale_a, shift_a);
+  const Element element = element_of(out, "out");
+  call.out = map_of(out, element, "out");
+  call.a = map_of(a, element, "a", scale_a, shift_a);
   const Map& o = call.out;
-  STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
+  check_axes(axes, o);
   STD_TORCH_CHECK((taps == 3 || taps == 4) && (stride == 1 || stride == 2), "taps are 3 or 4, and stride is 1 or 2");
-  STD_TORCH_CHECK(deep || o.depth == 1, "a map of two axes has depth 1");
-  STD_TORCH_CHECK(!phased || (o.height % 2 == 0 && o.width % 2 == 0 && (!deep || o.depth % 2 == 0)), "phases need even sizes");
+  if (phased) check_even(axes, o);
   check_images(a, out, "a");
   const int step = phased ? 2 : 1, scaled = static_cast<int>(stride);
   const int depth = deep ? o.depth / step : 1, height = o.height / step, width = o.width / step;
   check_size(call.a, deep ? depth * scaled : 1, height * scaled, width * scaled, "a");
-  const int64_t plane = taps * taps, depth_taps = deep ? taps : 1;
-  if (winograd)
-    call.ua = values(ua, gathered ? packed((deep ? 4 : 1) * 4, 25, call.a.channels, o.channels) : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
-  else
-    call.ua = values(ua, packed(1, depth_taps * plane, call.a.channels, o.channels), "ua");
+  const int64_t depth_taps = deep ? taps : 1;
+  call.ua = values(ua, !winograd  ? packed(1, depth_taps * taps * taps, call.a.channels, o.channels)
+                       : gathered ? packed(depth_taps * 4, 25, call.a.channels, o.channels)
+                                  : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
   STD_TORCH_CHECK(!winograd || gathered || (taps == 3 && stride == step), "no transform for these taps");
   if (b) {
     STD_TORCH_CHECK(ub.has_value() && !gathered, "b comes with its weights, beside 3 taps of a");
-    call.b = map_of(*b, "b", scale_b, shift_b);
+    call.b = map_of(*b, element, "b", scale_b, shift_b);
     check_images(*b, out, "b");
     check_size(call.b, depth, height, width, "b");
     const int64_t phases = phased ? (deep ? 8 : 4) : 1, b_taps = phased ? 2 : 3, b_depth = deep ? b_taps : 1;
@@ -181,45 +115,44 @@ void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, O
   call.add = add;
   if (out.numel() == 0) return;
   if (winograd)
-    kernels().conv_winograd(call);
+    kernels(element).conv_winograd(call);
   else
-    kernels().conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
+    kernels(element).conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
 }
 
 // Parts of the statistics of one image.
 int64_t conv_parts(Tensor out, int64_t inputs, bool phased, bool winograd) {
   Conv call;
   call.geometry = phased ? Geometry::kPhased : Geometry::kPlain;
-  call.out = map_of(out, "out");
+  call.out = map_of(out, element_of(out, "out"), "out");
   call.a.channels = static_cast<int>(inputs);
   return winograd ? winograd_parts(call) : call.out.depth;
 }
 
-void conv_wgrad(Tensor result, Tensor sums, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes, bool phased,
-                double slope) {
+void conv_wgrad(Tensor result, Tensor sums, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy,
+                int64_t axes, bool phased, double slope) {
   Wgrad call;
   call.axes = static_cast<int>(axes);
   call.phased = phased;
-  call.a = map_of(a, "a", scale, shift);
-  call.dy = map_of(dy, "dy");
+  const Element element = element_of(a, "a");
+  call.a = map_of(a, element, "a", scale, shift);
+  call.dy = map_of(dy, element, "dy");
   const bool deep = axes == 3;
   const int step = phased ? 2 : 1;
-  STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
-  STD_TORCH_CHECK(deep || call.dy.depth == 1, "a map of two axes has depth 1");
+  check_axes(axes, call.dy);
+  if (phased) check_even(axes, call.dy);
   check_images(a, dy, "a");
-  STD_TORCH_CHECK(call.dy.height % step == 0 && call.dy.width % step == 0 && (!deep || call.dy.depth % step == 0), "phases need even sizes");
   check_size(call.a, deep ? call.dy.depth / step : 1, call.dy.height / step, call.dy.width / step, "a");
   const int64_t k = padded(call.a.channels, kernels().lanes), co = padded(call.dy.channels, kernels().lanes);
-  const int64_t filters = phased ? (deep ? 8 * 2 : 4) : (deep ? 3 : 1), points = phased ? 25 : 36;
+  const int64_t taps = phased ? 2 : 3, filters = phased ? (deep ? 8 * 2 : 4) : (deep ? 3 : 1), points = phased ? 25 : 36;
   call.images = static_cast<int>(dy.size(0));
-  const int64_t taps = phased ? 2 : 3;
   call.result = const_cast<float*>(values(result, filters * taps * taps * call.a.channels * call.dy.channels, "result"));
   call.sums = const_cast<float*>(values(sums, filters * points * k * co, "sums"));
   call.scratch = const_cast<float*>(values(scratch, scratch.numel(), "scratch"));
   call.scratch_size = scratch.numel();
   STD_TORCH_CHECK(call.scratch_size >= points * (k + co), "scratch is too small for one tile");
   call.slope = static_cast<float>(slope);
-  kernels().conv_wgrad(call);
+  kernels(element).conv_wgrad(call);
 }
 
 Pass pass_of(const Tensor& x, const Optional& scale, const Optional& shift, int64_t axes, double slope, int64_t chunk = 1) {
@@ -229,7 +162,7 @@ Pass pass_of(const Tensor& x, const Optional& scale, const Optional& shift, int6
   pass.chunk = chunk;
   pass.images = static_cast<int>(x.size(0));
   pass.axes = static_cast<int>(axes);
-  pass.x = map_of(x, "x", scale, shift);
+  pass.x = map_of(x, element_of(x, "x"), "x", scale, shift);
   pass.slope = static_cast<float>(slope);
   return pass;
 }
@@ -246,22 +179,22 @@ void check_pooled(const Map& x, const Map& small, int64_t axes, const char* name
 
 void pool(Tensor out, Tensor x, Optional scale, Optional shift, int64_t axes, double slope) {
   Pass pass = pass_of(x, scale, shift, axes, slope);
-  pass.y = map_of(out, "out");
+  pass.y = map_of(out, pass.x.element, "out");
   check_images(out, x, "out");
   check_pooled(pass.x, pass.y, axes, "out");
-  if (out.numel()) kernels().pool(pass);
+  if (out.numel()) kernels(pass.x.element).pool(pass);
 }
 
 void pool_backward(Tensor gx, Tensor g, Tensor x, Optional scale, Optional shift, int64_t axes, double slope, bool add) {
   Pass pass = pass_of(x, scale, shift, axes, slope);
-  pass.y = map_of(gx, "gx");
-  pass.g = map_of(g, "g");
+  pass.y = map_of(gx, pass.x.element, "gx");
+  pass.g = map_of(g, pass.x.element, "g");
   pass.add = add;
   check_images(gx, x, "gx");
   check_images(g, x, "g");
   check_same(pass.x, pass.y, "gx");
   check_pooled(pass.x, pass.g, axes, "g");
-  if (g.numel()) kernels().pool_backward(pass);
+  if (g.numel()) kernels(pass.x.element).pool_backward(pass);
 }
 
 int64_t pixels_of(const Map& x) { return static_cast<int64_t>(x.depth) * x.height * x.width; }
@@ -271,8 +204,8 @@ void head(Tensor out, Tensor x, Optional scale, Optional shift, Tensor weight, T
   pass.classes = static_cast<int>(weight.size(0));
   pass.weight = values(weight, static_cast<int64_t>(pass.classes) * pass.x.channels, "weight");
   pass.bias = values(bias, pass.classes, "bias");
-  pass.y.data = const_cast<float*>(values(out, pass.images * pass.classes * pixels_of(pass.x), "out"));
-  if (out.numel()) kernels().head(pass);
+  pass.y.data = scores(out, pass.x.element, pass.images * pass.classes * pixels_of(pass.x), "out");
+  if (out.numel()) kernels(pass.x.element).head(pass);
 }
 
 void head_backward(Tensor gx, Tensor sums, Tensor dy, Tensor x, Optional scale, Optional shift, Tensor weight, double slope,
@@ -280,26 +213,27 @@ void head_backward(Tensor gx, Tensor sums, Tensor dy, Tensor x, Optional scale, 
   Pass pass = pass_of(x, scale, shift, 2, slope, chunk);
   pass.classes = static_cast<int>(weight.size(0));
   pass.weight = values(weight, static_cast<int64_t>(pass.classes) * pass.x.channels, "weight");
-  pass.y = map_of(gx, "gx");
+  pass.y = map_of(gx, pass.x.element, "gx");
   check_images(gx, x, "gx");
   check_same(pass.x, pass.y, "gx");
   const int64_t pixels = pixels_of(pass.x), chunks = (pixels + chunk - 1) / chunk;
-  pass.g.data = const_cast<float*>(values(dy, pass.images * pass.classes * pixels, "dy"));
+  pass.g.data = scores(dy, pass.x.element, pass.images * pass.classes * pixels, "dy");
   pass.sums = const_cast<float*>(values(sums, pass.images * chunks * pass.classes * (pass.x.channels + 1), "sums"));
   pass.add = add;
-  if (x.numel()) kernels().head_backward(pass);
+  if (x.numel()) kernels(pass.x.element).head_backward(pass);
 }
 
 Pass norm_of(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& inverse, const Tensor& scale,
              const Tensor& shift, double slope, int64_t chunk) {
   Pass pass = pass_of(x, scale, shift, 2, slope, chunk);
-  pass.g = map_of(g, "g");
+  pass.g = map_of(g, pass.x.element, "g");
   check_images(g, x, "g");
   check_same(pass.x, pass.g, "g");
   for (const Tensor* part : {&mean, &inverse}) {
     check_floats(*part, "mean and inverse");
     STD_TORCH_CHECK(part->dim() == 2 && part->size(0) == scale.size(0) && part->size(1) == scale.size(1) &&
-                        (part->size(0) == 1 || part->stride(0) == scale.stride(0)) && (part->size(1) == 1 || part->stride(1) == 1),
+                        (part->size(0) == 1 || part->stride(0) == scale.stride(0)) &&
+                        (part->size(1) == 1 || part->stride(1) == 1),
                     "mean and inverse must lie as scale does");
   }
   pass.mean = static_cast<const float*>(mean.data_ptr());
@@ -313,7 +247,7 @@ void norm_sums(Tensor sums, Tensor g, Tensor x, Tensor mean, Tensor inverse, Ten
   const int64_t chunks = (pixels_of(pass.x) + chunk - 1) / chunk;
   pass.sums = const_cast<float*>(values(sums, pass.images * chunks * 2 * pass.x.channels, "sums"));
   pass.frozen = frozen;
-  if (x.numel()) kernels().norm_sums(pass);
+  if (x.numel()) kernels(pass.x.element).norm_sums(pass);
 }
 
 void norm_apply(Tensor g, Tensor x, Tensor mean, Tensor inverse, Tensor scale, Tensor shift, Tensor averages, double slope,
@@ -322,17 +256,17 @@ void norm_apply(Tensor g, Tensor x, Tensor mean, Tensor inverse, Tensor scale, T
   pass.averages = values(averages, averages.size(0) * 2 * pass.x.channels, "averages");
   STD_TORCH_CHECK(averages.size(0) == 1 || averages.size(0) == pass.images, "averages must be [1 or N, 2, C]");
   pass.averages_image = averages.size(0) > 1 ? 2 * pass.x.channels : 0;
-  if (x.numel()) kernels().norm_apply(pass);
+  if (x.numel()) kernels(pass.x.element).norm_apply(pass);
 }
 
 void act_backward(Tensor sums, Tensor g, Tensor x, double slope, int64_t chunk) {
   Pass pass = pass_of(x, {}, {}, 2, slope, chunk);
-  pass.g = map_of(g, "g");
+  pass.g = map_of(g, pass.x.element, "g");
   check_images(g, x, "g");
   check_same(pass.x, pass.g, "g");
   const int64_t chunks = (pixels_of(pass.x) + chunk - 1) / chunk;
   pass.sums = const_cast<float*>(values(sums, pass.images * chunks * pass.x.channels, "sums"));
-  if (x.numel()) kernels().act_backward(pass);
+  if (x.numel()) kernels(pass.x.element).act_backward(pass);
 }
 
 int64_t lanes() { return kernels().lanes; }
@@ -347,13 +281,15 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
       "bool winograd, float slope, bool act, bool add) -> ()");
   library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
   library.def(
-      "conv_wgrad(Tensor(a!) result, Tensor(b!) sums, Tensor(c!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, "
-      "int axes, bool phased, float slope) -> ()");
+      "conv_wgrad(Tensor(a!) result, Tensor(b!) sums, Tensor(c!) scratch, Tensor a, Tensor? scale, Tensor? shift, "
+      "Tensor dy, int axes, bool phased, float slope) -> ()");
   library.def("pool(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope) -> ()");
   library.def(
-      "pool_backward(Tensor(a!) gx, Tensor g, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope, bool add) -> ()");
+      "pool_backward(Tensor(a!) gx, Tensor g, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope, "
+      "bool add) -> ()");
   library.def(
-      "head(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor bias, float slope, int chunk) -> ()");
+      "head(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor bias, float slope, "
+      "int chunk) -> ()");
   library.def(
       "head_backward(Tensor(a!) gx, Tensor(b!) sums, Tensor dy, Tensor x, Tensor? scale, Tensor? shift, Tensor weight, "
       "float slope, bool add, int chunk) -> ()");

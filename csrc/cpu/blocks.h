@@ -14,7 +14,7 @@ struct Blocks {
   int down, across;   // blocks of a plane
 };
 
-inline Blocks blocks_of(const Conv& conv) {
+static inline Blocks blocks_of(const Conv& conv) {
   const int step = conv.geometry == Geometry::kPhased ? 2 : 1;
   const int inputs = std::max(1, conv.a.channels + conv.b.channels);
   // Transformed tiles of a block stay in the L2 cache, unless there are so many weights that streaming them costs more.
@@ -34,7 +34,7 @@ inline Blocks blocks_of(const Conv& conv) {
   return blocks;
 }
 
-inline int64_t winograd_parts(const Conv& conv) {
+static inline int64_t winograd_parts(const Conv& conv) {
   const Blocks blocks = blocks_of(conv);
   return static_cast<int64_t>(conv.out.depth) * blocks.down * blocks.across;
 }

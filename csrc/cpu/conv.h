@@ -18,17 +18,17 @@ namespace ISA {
 static thread_local Scratch scratch;
 
 // Operands of one sum in the transformed domain, and the output pixels that it is for: step * i + (oy, ox).
-template <class T>
+template <class T, class E>
 struct Sum {
   static constexpr int kMost = 16;
   int count = 0, step = 1, oy = 0, ox = 0;
-  Plane planes[kMost];
+  Plane<E> planes[kMost];
   int y_start[kMost], x_start[kMost];  // where the first tap of output (0, 0) lies
   const float* weights[kMost];         // [n * n, blocks of outputs, k, WIDTH]
   int down = 0, across = 0;            // tiles in a block
   float* tiles[kMost];                 // [n * n, tiles, channels rounded up]
 
-  void add(const Plane& plane, int y, int x, const float* packed) {
+  void add(const Plane<E>& plane, int y, int x, const float* packed) {
     planes[count] = plane;
     y_start[count] = y;
     x_start[count] = x;
@@ -36,8 +36,8 @@ struct Sum {
   }
   int64_t size() const {
     int64_t total = 0;
-    for (int i = 0; i < count; i++) total += static_cast<int64_t>(T::n) * T::n * down * across * round_up(planes[i].channels, LANES);
-    return total;
+    for (int i = 0; i < count; i++) total += round_up(planes[i].channels, LANES);
+    return total * T::n * T::n * down * across;
   }
   // Values of the packed weights of one operand.
   static int64_t packed(int channels, int blocks) {
@@ -85,6 +85,7 @@ struct Sum {
 INLINE int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
 
 // out = (out +) act(acc + bias + border class) for a block of pixels; acc becomes what was stored.
+template <class E>
 static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int rows, int columns, int pitch, int block,
                    float* acc, float* stats) {
   const Map& out = conv.out;
@@ -96,8 +97,7 @@ static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int r
     V total = {};
     for (int y = 0; y < rows; y++) {
       const int row_class = depth_class + border_class(y0 + y, out.height) * 3;
-      float* place = out.data + image * out.image +
-                     ((static_cast<int64_t>(z) * out.height + y0 + y) * out.width + x0) * out.pixel + co;
+      E* place = at<E>(out, image, (static_cast<int64_t>(z) * out.height + y0 + y) * out.width + x0) + co;
       float* from = acc + static_cast<int64_t>(y) * pitch * WIDTH + v;
       for (int x = 0; x < columns; x++, place += out.pixel, from += WIDTH) {
         V value = load(from) + bias;
@@ -107,7 +107,7 @@ static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int r
         }
         if (conv.act) value = activate(value, conv.slope);
         if (conv.add) value += load_some(place, count);
-        store_some(place, value, count);
+        value = store_some(place, value, count);
         if (stats) {
           store(from, value);
           total += value;
@@ -133,26 +133,26 @@ static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int r
 }
 
 // The sums of one block: the first over a, and with phases one more for each of the 4 in the plane.
-template <class First>
+template <class First, class E>
 struct Work {
-  Sum<First> first;
-  Sum<TwoTaps> phases[4];
+  Sum<First, E> first;
+  Sum<TwoTaps, E> phases[4];
   int phase_count = 0;
 };
 
 // Operands of output plane z of an image.
-template <class First>
-static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work<First>& work) {
+template <class First, class E>
+static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work<First, E>& work) {
   const bool deep = conv.axes == 3;
   const Map &a = conv.a, &b = conv.b;
   if (conv.geometry == Geometry::kGathered) {
-    const int64_t packed = Sum<First>::packed(a.channels, blocks);
+    const int64_t packed = Sum<First, E>::packed(a.channels, blocks);
     for (int q = 0; q < (deep ? 4 : 1); q++) {
       const int from = deep ? 2 * z - 1 + q : 0;
       if (from < 0 || from >= a.depth) continue;
       for (int parity = 0; parity < 4; parity++) {
         const int py = parity / 2, px = parity % 2;
-        work.first.add(plane_of(a, image, from, conv.slope, 2, py, px), -py, -px, conv.ua + (q * 4 + parity) * packed);
+        work.first.add(plane_of<E>(a, image, from, conv.slope, 2, py, px), -py, -px, conv.ua + (q * 4 + parity) * packed);
       }
     }
     return;
@@ -163,35 +163,35 @@ static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work
     for (int t = 0; maps[i] && t < (deep ? 3 : 1); t++) {
       const int from = deep ? z - 1 + t : 0;
       if (from >= 0 && from < maps[i]->depth)
-        work.first.add(plane_of(*maps[i], image, from, conv.slope), -1, -1,
-                       weights[i] + t * Sum<First>::packed(maps[i]->channels, blocks));
+        work.first.add(plane_of<E>(*maps[i], image, from, conv.slope), -1, -1,
+                       weights[i] + t * Sum<First, E>::packed(maps[i]->channels, blocks));
     }
   if (conv.geometry != Geometry::kPhased || !b.data) return;
   work.phase_count = 4;
   const int pz = deep ? z % 2 : 0, depth_taps = deep ? 2 : 1;
-  const int64_t packed = Sum<TwoTaps>::packed(b.channels, blocks);
+  const int64_t packed = Sum<TwoTaps, E>::packed(b.channels, blocks);
   for (int phase = 0; phase < 4; phase++) {
-    Sum<TwoTaps>& sum = work.phases[phase];
+    Sum<TwoTaps, E>& sum = work.phases[phase];
     sum.step = 2;
     sum.oy = phase / 2;
     sum.ox = phase % 2;
     for (int t = 0; t < depth_taps; t++) {
       const int from = deep ? z / 2 + pz - 1 + t : 0;
       if (from >= 0 && from < b.depth)
-        sum.add(plane_of(b, image, from, conv.slope), sum.oy - 1, sum.ox - 1,
+        sum.add(plane_of<E>(b, image, from, conv.slope), sum.oy - 1, sum.ox - 1,
                 conv.ub + ((pz * 4 + phase) * depth_taps + t) * packed);
     }
   }
 }
 
-template <class First>
+template <class First, class E>
 static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, int first_out, int last_out, int out_blocks) {
   const int per_plane = blocks.down * blocks.across;
   const int64_t image = block / per_plane / conv.out.depth;
   const int z = block / per_plane % conv.out.depth;
   const int y0 = block % per_plane / blocks.across * blocks.rows, x0 = block % blocks.across * blocks.columns;
   const int rows = std::min(blocks.rows, conv.out.height - y0), columns = std::min(blocks.columns, conv.out.width - x0);
-  Work<First> work;
+  Work<First, E> work;
   operands_of(conv, image, z, out_blocks, work);
   work.first.down = (rows + 3) / 4;
   work.first.across = (columns + 3) / 4;
@@ -210,24 +210,29 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
   for (int o = first_out; o < last_out; o++) {
     work.first.outputs(o, out_blocks, product, acc, rows, columns, true);
     for (int i = 0; i < work.phase_count; i++) work.phases[i].outputs(o, out_blocks, product, acc, rows, columns, false);
-    finish(conv, image, z, y0, x0, rows, columns, columns, o, acc, stats);
+    finish<E>(conv, image, z, y0, x0, rows, columns, columns, o, acc, stats);
   }
 }
 
+// Few pieces of work are divided by output channels too, so that no thread waits; the inputs are then transformed again.
+INLINE int shares_of(int64_t count, int out_blocks) {
+  const int64_t wanted = threads() == 1 || count == 0 ? 1 : (2 * threads() + count - 1) / count;
+  return static_cast<int>(std::min<int64_t>(out_blocks, wanted));
+}
+
+template <class E>
 static void conv_winograd(const Conv& conv) {
   const Blocks blocks = blocks_of(conv);
   const int64_t count = static_cast<int64_t>(conv.images) * winograd_parts(conv);
   const int out_blocks = (conv.out.channels + WIDTH - 1) / WIDTH;
-  // Few blocks are divided by output channels too, so that no thread waits; the inputs are then transformed again.
-  const int wanted = static_cast<int>((2 * threads() + count - 1) / count);
-  const int shares = threads() == 1 ? 1 : std::min(out_blocks, std::max(1, wanted));
+  const int shares = shares_of(count, out_blocks);
   parallel_for(count * shares, [&](int64_t index) {
     const int share = index % shares;
     const int first = out_blocks * share / shares, last = out_blocks * (share + 1) / shares;
     if (conv.geometry == Geometry::kGathered)
-      conv_block<TwoTaps>(conv, blocks, index / shares, first, last, out_blocks);
+      conv_block<TwoTaps, E>(conv, blocks, index / shares, first, last, out_blocks);
     else
-      conv_block<ThreeTaps>(conv, blocks, index / shares, first, last, out_blocks);
+      conv_block<ThreeTaps, E>(conv, blocks, index / shares, first, last, out_blocks);
   });
 }
 

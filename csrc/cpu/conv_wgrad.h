@@ -11,9 +11,10 @@
 namespace unetpp {
 namespace ISA {
 
-// sums[k, c] += sum over tiles of a[tile, k] dy[tile, c], for R rows k and WIDTH or, if `half`, LANES columns c.
+// sums[k, c] += sum over tiles of a[tile, k] dy[tile, c], for R rows k and COLUMNS vectors of columns c.
 template <int R, int COLUMNS>
-static void outer(const float* a, int64_t a_tile, const float* dy, int64_t dy_tile, int64_t tiles, float* sums, int64_t row) {
+static void outer(const float* a, int64_t a_tile, const float* dy, int64_t dy_tile, int64_t tiles, float* sums,
+                  int64_t row) {
   V acc[R][COLUMNS] = {};
   for (int64_t j = 0; j < tiles; j++, a += a_tile, dy += dy_tile) {
     V y[COLUMNS];
@@ -43,7 +44,7 @@ struct Pairing {
   int step, pz, py, px, z_step;     // lattice of dy
 };
 
-template <class T>
+template <class T, class E>
 static void accumulate(const Wgrad& call, const Pairing& pair, float* sums) {
   constexpr int n2 = T::n * T::n;
   const int k = round_up(call.a.channels, LANES), co = round_up(call.dy.channels, LANES);
@@ -62,8 +63,8 @@ static void accumulate(const Wgrad& call, const Pairing& pair, float* sums) {
         const int64_t tile = start + j, image = tile / per_plane / planes;
         const int z = first_z + static_cast<int>(tile / per_plane % planes);
         const int y = tile % per_plane / across * T::m, x = tile % across * T::m;
-        const Plane a = plane_of(call.a, image, z + pair.dz, call.slope);
-        const Plane dy = plane_of(call.dy, image, z * pair.z_step + pair.pz, 0, pair.step, pair.py, pair.px);
+        const Plane<E> a = plane_of<E>(call.a, image, z + pair.dz, call.slope);
+        const Plane<E> dy = plane_of<E>(call.dy, image, z * pair.z_step + pair.pz, 0, pair.step, pair.py, pair.px);
         transform<T, false>(a, y + pair.y, x + pair.x, inputs + j * k, count * k);
         transform<T, true>(dy, y, x, gradients + j * co, count * co);
       }
@@ -104,6 +105,7 @@ static void filters(const Wgrad& call, const float* sums, float* result) {
   });
 }
 
+template <class E>
 static void conv_wgrad(const Wgrad& call) {
   const bool deep = call.axes == 3;
   const int n2 = call.phased ? TwoTaps::n * TwoTaps::n : ThreeTaps::n * ThreeTaps::n;
@@ -113,13 +115,14 @@ static void conv_wgrad(const Wgrad& call) {
   for (int phase = 0; phase < phases; phase++) {
     const int pz = phase / 4, py = phase / 2 % 2, px = phase % 2;
     for (int t = 0; t < depth_taps; t++) {
-      float* sums = call.sums + (phase * depth_taps + t) * size;
-      float* result = call.result + static_cast<int64_t>(phase * depth_taps + t) * taps * taps * call.a.channels * call.dy.channels;
+      const int64_t filter = phase * depth_taps + t;
+      float* sums = call.sums + filter * size;
+      float* result = call.result + filter * taps * taps * call.a.channels * call.dy.channels;
       if (call.phased) {
-        accumulate<TwoTaps>(call, {deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, sums);
+        accumulate<TwoTaps, E>(call, {deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, sums);
         filters<TwoTaps>(call, sums, result);
       } else {
-        accumulate<ThreeTaps>(call, {deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, sums);
+        accumulate<ThreeTaps, E>(call, {deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, sums);
         filters<ThreeTaps>(call, sums, result);
       }
     }

@@ -1,14 +1,22 @@
-// What the CPU kernels take: plain structures, filled by bindings.cpp, and one table of functions per instruction set.
-// Maps are channels-last float32, [N, D, H, W, C] with D = 1 in 2D, at a constant distance from pixel to pixel.
+// What the CPU kernels take: plain structures, filled by bindings.cpp, and one table of functions per instruction set and
+// element type. Maps are channels-last, [N, D, H, W, C] with D = 1 in 2D, at a constant distance from pixel to pixel; all
+// maps of a call hold float32 or all hold bfloat16. Everything else is float32.
 #pragma once
 
 #include <cstdint>
 
 namespace unetpp {
 
+struct BFloat16 {  // the upper half of a float32
+  uint16_t bits;
+};
+
+enum class Element { kFloat, kBFloat16 };
+
 // A map, and how to read it: act(scale x + shift) where scale is given, x otherwise.
 struct Map {
-  float* data = nullptr;
+  Element element = Element::kFloat;
+  void* data = nullptr;
   int64_t image = 0, pixel = 0;  // distances in values
   int depth = 0, height = 0, width = 0, channels = 0;
   const float* scale = nullptr;
@@ -76,10 +84,10 @@ struct Kernels {
   void (*act_backward)(const Pass&);
 };
 
-const Kernels* kernels_plain();
+const Kernels& kernels_plain(Element element);
 #if defined(__x86_64__)
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
+const Kernels& kernels_avx2(Element element);
+const Kernels& kernels_avx512(Element element);
 #endif
 
 

@@ -1,9 +1,16 @@
 // Vectors of LANES floats by the compiler's own vector types, one namespace per instruction set (ISA), and scratch memory.
+//
+// Maps are read and written through `load` and `store`, which widen and round their elements E: float or BFloat16.
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+
+#if LANES >= 8
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -14,23 +21,108 @@ namespace ISA {
 
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-INLINE V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-INLINE void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 INLINE V splat(float x) { return x - V{}; }
 
-INLINE V load_some(const float* p, int count) {
-  if (count >= LANES) return load(p);
-  V v = {};
-  std::memcpy(&v, p, sizeof(float) * count);
+INLINE V widen(Halves halves) { return reinterpret_cast<V>(__builtin_convertvector(halves, Words) << 16); }
+INLINE Halves upper(V v) { return __builtin_convertvector(reinterpret_cast<Words>(v) >> 16, Halves); }
+
+// v as a map of E holds it: rounded to the nearest, ties to even; NaN stays NaN.
+template <class E>
+INLINE V rounded(V v) {
+  if (std::is_same<E, float>::value) return v;
+  const Words bits = reinterpret_cast<Words>(v), quiet = bits | 0x400000u, nearest = bits + (0x7fffu + (bits >> 16 & 1u));
+  return reinterpret_cast<V>((v == v ? nearest : quiet) & 0xffff0000u);
+}
+
+INLINE V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+
+INLINE V load(const BFloat16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return widen(halves);
+}
+
+INLINE float scalar(float x) { return x; }
+
+INLINE float scalar(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+
+// Stores return what they have stored.
+INLINE V store(float* p, V v) { return *reinterpret_cast<Unaligned*>(p) = v; }
+
+INLINE V store(BFloat16* p, V v) {
+  v = rounded<BFloat16>(v);
+  const Halves halves = upper(v);
+  std::memcpy(p, &halves, sizeof halves);
   return v;
 }
 
-INLINE void store_some(float* p, V v, int count) {
-  if (count >= LANES)
-    store(p, v);
-  else
-    std::memcpy(p, &v, sizeof(float) * count);
+// Copies `count` < LANES elements in pieces of 8, 4, 2 and 1.
+template <class E>
+INLINE void copy_part(E* to, const E* from, int count) {
+#pragma GCC unroll 4
+  for (int size = LANES / 2; size > 0; size /= 2)
+    if (count & size) {
+      std::memcpy(to, from, sizeof(E) * size);
+      to += size;
+      from += size;
+    }
+}
+
+template <class E>
+INLINE V load_part(const E* p, int count) {
+  E part[LANES] = {};
+  copy_part(part, p, count);
+  return load(part);
+}
+
+template <class E>
+INLINE void store_part(E* p, V v, int count) {
+  E part[LANES];
+  store(part, v);
+  copy_part(p, part, count);
+}
+
+// Instructions with masks, where they are fast.
+#if LANES == 16
+INLINE V load_part(const float* p, int count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+INLINE V load_part(const BFloat16* p, int count) {
+  return widen(reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16((1u << count) - 1, p)));
+}
+INLINE void store_part(float* p, V v, int count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, v); }
+#elif LANES == 8
+INLINE __m256i mask_of(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE V load_part(const float* p, int count) { return _mm256_maskload_ps(p, mask_of(count)); }
+INLINE void store_part(float* p, V v, int count) { _mm256_maskstore_ps(p, mask_of(count), v); }
+#endif
+
+// The first `count` elements, at most LANES; no others are touched.
+template <class E>
+INLINE V load_some(const E* p, int count) {
+  return count >= LANES ? load(p) : load_part(p, count);
+}
+
+template <class E>
+INLINE V store_some(E* p, V v, int count) {
+  if (count >= LANES) return store(p, v);
+  store_part(p, v, count);
+  return rounded<E>(v);
+}
+
+// The place of a pixel, counted in row-major order, in the map of one image.
+template <class E>
+INLINE E* at(const Map& map, int64_t image, int64_t pixel) {
+  return static_cast<E*>(map.data) + image * map.image + pixel * map.pixel;
 }
 
 // Leaky ReLU; NaN passes, and a slope of 0 makes 0 of -inf.
@@ -69,24 +161,24 @@ struct Scratch {
 // Rows of a left operand and the packed right operand that belongs to them.
 struct Segment {
   const float* rows;
-  int64_t row;  // from row to row
+  int64_t row;           // from row to row
   const float* weights;  // [k, WIDTH]
   int k;
 };
 
-#if LANES == 16
-constexpr int MOST_ROWS = 12;
+// Rows of a product: their sums, two vectors each, stay in registers.
+#if LANES == 16 || defined(__aarch64__)
+#define MOST_ROWS 12  // of 32 registers
 #else
-constexpr int MOST_ROWS = 6;
+#define MOST_ROWS 6  // of 16
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define KEEP(x) asm("" : "+v"(x))  // in a register: folding loads of weights into products doubles the loads
-#else
+// Keeps x in a register: folding loads of weights into products doubles the loads. Elsewhere products take registers only.
+#if !defined(__x86_64__)
 #define KEEP(x)
-#endif
-#if defined(__x86_64__) && LANES < 16
-#undef KEEP
+#elif LANES == 16
+#define KEEP(x) asm("" : "+v"(x))
+#else
 #define KEEP(x) asm("" : "+x"(x))
 #endif
 
@@ -119,33 +211,38 @@ static void multiply(const Segment* segments, int count, float* result, int64_t 
   }
 }
 
+// body(R) for a constant R equal to value, of 1 to MOST.
+template <int MOST, class F>
+INLINE void with_constant(int value, const F& body) {
+  if constexpr (MOST > 0) {
+    if (value == MOST)
+      body(std::integral_constant<int, MOST>());
+    else
+      with_constant<MOST - 1>(value, body);
+  }
+}
+
+// body(first, R) for pieces of `count` rows, nearly equal, at most MOST each.
+template <int MOST, class F>
+INLINE void for_pieces(int count, const F& body) {
+  const int pieces = (count + MOST - 1) / MOST;
+  for (int piece = 0, first = 0; piece < pieces; piece++) {
+    const int take = (count - first + pieces - piece - 1) / (pieces - piece);
+    with_constant<MOST>(take, [&](auto rows) { body(first, rows); });
+    first += take;
+  }
+}
+
 // As `multiply`, for any number of rows.
 static void multiply_rows(const Segment* segments, int count, int rows, float* result, int64_t stride) {
-  Segment part[64];
-  for (int s = 0; s < count; s++) part[s] = segments[s];
-  const int pieces = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int piece = 0, done = 0; piece < pieces; piece++) {
-    const int take = (rows - done + pieces - piece - 1) / (pieces - piece);
-    switch (take) {
-      case 1: multiply<1>(part, count, result, stride); break;
-      case 2: multiply<2>(part, count, result, stride); break;
-      case 3: multiply<3>(part, count, result, stride); break;
-      case 4: multiply<4>(part, count, result, stride); break;
-      case 5: multiply<5>(part, count, result, stride); break;
-      case 6: multiply<6>(part, count, result, stride); break;
-#if LANES == 16
-      case 7: multiply<7>(part, count, result, stride); break;
-      case 8: multiply<8>(part, count, result, stride); break;
-      case 9: multiply<9>(part, count, result, stride); break;
-      case 10: multiply<10>(part, count, result, stride); break;
-      case 11: multiply<11>(part, count, result, stride); break;
-      case 12: multiply<12>(part, count, result, stride); break;
-#endif
+  for_pieces<MOST_ROWS>(rows, [&](int first, auto take) {
+    Segment part[64];
+    for (int s = 0; s < count; s++) {
+      part[s] = segments[s];
+      part[s].rows += first * part[s].row;
     }
-    for (int s = 0; s < count; s++) part[s].rows += take * part[s].row;
-    result += take * stride;
-    done += take;
-  }
+    multiply<take>(part, count, result + first * stride, stride);
+  });
 }
 
 }  // namespace ISA

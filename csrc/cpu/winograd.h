@@ -4,8 +4,8 @@
 //                                               points +-1/2, +-6/5, infinity            for r = 2
 //
 // These points keep the error near that of a direct sum; +-1, +-2 lose three times as much. Weights are transformed by
-// kernels/cpu_weights.py; here are the transforms of inputs, of outputs, of the gradients of outputs (A applied to them), and
-// of sums in the transformed domain to gradients of weights (G').
+// kernels/cpu_weights.py; here are the transforms of inputs, of outputs, of the gradients of outputs (A applied to them),
+// and of sums in the transformed domain to gradients of weights (G').
 #pragma once
 
 #include "simd.h"
@@ -93,8 +93,9 @@ struct TwoTaps {
 };
 
 // A plane of one image on a lattice of its pixels, every one or every second.
+template <class E>
 struct Plane {
-  const float* data;
+  const E* data;
   int64_t row, column;  // from lattice point to lattice point
   int height, width;    // in lattice points
   int channels;
@@ -103,10 +104,10 @@ struct Plane {
   float slope;
 };
 
-INLINE Plane plane_of(const Map& map, int64_t image, int z, float slope, int step = 1, int py = 0, int px = 0) {
-  const int64_t pixel = (static_cast<int64_t>(z) * map.height + py) * map.width + px;
-  Plane plane;
-  plane.data = map.data + image * map.image + pixel * map.pixel;
+template <class E>
+INLINE Plane<E> plane_of(const Map& map, int64_t image, int z, float slope, int step = 1, int py = 0, int px = 0) {
+  Plane<E> plane;
+  plane.data = at<E>(map, image, (static_cast<int64_t>(z) * map.height + py) * map.width + px);
   plane.row = static_cast<int64_t>(step) * map.width * map.pixel;
   plane.column = step * map.pixel;
   plane.height = (map.height - py + step - 1) / step;
@@ -120,8 +121,8 @@ INLINE Plane plane_of(const Map& map, int64_t image, int z, float slope, int ste
 
 // The transform of the n x n points from (y0, x0) on, those outside zero, to result[t * stride + channel].
 // GRADIENT: A of the m x m points instead of B'.
-template <class T, bool GRADIENT>
-static void transform(const Plane& plane, int y0, int x0, float* result, int64_t stride) {
+template <class T, bool GRADIENT, class E>
+static void transform(const Plane<E>& plane, int y0, int x0, float* result, int64_t stride) {
   constexpr int n = T::n, size = GRADIENT ? T::m : T::n;
   const bool inside = y0 >= 0 && x0 >= 0 && y0 + size <= plane.height && x0 + size <= plane.width;
   for (int c = 0; c < plane.channels; c += LANES) {
