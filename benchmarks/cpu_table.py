@@ -1,7 +1,7 @@
-"""Inference on a CPU: the paper's UNet++ (no norm, 512x512, batch 1), this package against its alternatives.
+"""The paper's UNet++ (no norm) on a CPU: this package against its alternatives, in inference and training.
 
 `python benchmarks/cpu_table.py` measures every part, prints the table and records the rows. To measure some parts only,
-name them: `python benchmarks/cpu_table.py deconv-float32 memory-deconv-float32 pruned-deconv`.
+name them: `python benchmarks/cpu_table.py deconv-float32 memory-deconv-float32 pruned-deconv deconv-96x8`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from unetpp_fast.models.architectures import UNetPlusPlus
 from unetpp_fast.models.network import Network
 
 SIZE = (512, 512)
+SMALL = ((96, 1), (96, 8), (256, 1), (256, 8))  # more sizes and batches of inference in float32
+TRAINING = ((96, 16), (512, 1))  # sizes and batches of a training step
 UPSAMPLES = {"nearest": "unet++-nearest", "deconv": "unet++"}
 ALTERNATIVES = ("eager-channels-last", "compile", "onnxruntime", "openvino")
 OURS = "fused-cpu"
 CPU = torch.device("cpu")
 
 
-def network(model: str, level: int = 4) -> Network:
-    """The paper's network with seeded weights, pruned to `level`, with one head."""
+def network(model: str, level: int = 4, *, whole: bool = False) -> Network:
+    """The paper's network with seeded weights, pruned to `level`, with one head, or the `whole` one, which is trained."""
     upsample = next(name for name, title in UPSAMPLES.items() if title == model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        whole = UNetPlusPlus(1, 1, norm=None, upsample=upsample, deep_supervision=True).eval()
-    return whole.prune(level)
+        trained = UNetPlusPlus(1, 1, norm=None, upsample=upsample, deep_supervision=True).eval()
+    return trained if whole else trained.prune(level)
 
 
 def compared(case: Case, rounds: int) -> list[dict]:
     """The rows of one model and precision; prints which implementations have none, and why."""
     chosen = {name: IMPLEMENTATIONS[name] for name in (*ALTERNATIVES, OURS)}
-    outcome = harness.measure(case, network(case.model), chosen, CPU, rounds=rounds)
+    measured = network(case.model, whole=case.training)
+    outcome = harness.measure(case, measured, chosen, CPU, rounds=rounds)
     for name, reason in {**outcome.skipped, **outcome.wrong}.items():
         print(f"{case}: {name} has no row: {reason}")
     return outcome.rows
@@ -70,6 +73,14 @@ def parts() -> dict[str, tuple[str, Case]]:
             known[f"{name}-{dtype}"] = ("compared", case)
             memory = dataclasses.replace(case, bench="memory", memory_of="inference")
             known[f"memory-{name}-{dtype}"] = ("compared", memory)
+        for size, batch in SMALL:
+            case = Case("inference", model, 4, "fast", (size, size), batch, "float32")
+            known[f"{name}-{size}x{batch}"] = ("compared", case)
+        for size, batch in TRAINING:
+            case = Case("training", model, 4, "accurate", (size, size), batch, "float32")
+            known[f"training-{name}-{size}x{batch}"] = ("compared", case)
+            memory = dataclasses.replace(case, bench="memory", memory_of="training")
+            known[f"memory-training-{name}-{size}x{batch}"] = ("compared", memory)
         known[f"pruned-{name}"] = ("pruned", Case("inference", model, 4, "fast", SIZE, 1, "float32"))
     return known
 
@@ -83,7 +94,9 @@ def line(rows: list[dict]) -> str:
     unit, ratios = ("peak_mb", ours["peak_ratio_to"]) if memory else ("median_ms", ours["ratio_to"])
     cells = [f"{row['impl']} {row[unit]:.0f}" for row in rows]
     against = [f"{ratio:.2f} x {name}'s" if memory else f"{ratio:.2f} x as fast as {name}" for name, ratio in ratios.items()]
-    what = f"{ours['model']} {ours['dtype']} {'MB' if memory else 'ms'}"
+    size = "x".join(map(str, ours["size"]))
+    what = f"{ours.get('memory_of') or ours['bench']} {ours['model']} {size} batch {ours['batch']} {ours['dtype']}"
+    what = f"{what}, {'MB' if memory else 'ms'}"
     return f"{what}: {', '.join(cells)}; {OURS}: {', '.join(against)}"
 
 
