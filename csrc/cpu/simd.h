@@ -167,8 +167,10 @@ struct Segment {
 };
 
 // Rows of a product: their sums, two vectors each, stay in registers.
-#if LANES == 16 || defined(__aarch64__)
+#if LANES == 16
 #define MOST_ROWS 12  // of 32 registers
+#elif defined(__aarch64__)
+#define MOST_ROWS 8  // of 32, which hold a value of every row too
 #else
 #define MOST_ROWS 6  // of 16
 #endif
