@@ -1,4 +1,4 @@
-"""How setup.py decides about the kernels of csrc/; `test_cpu_library.py` and `test_sass.py` build them."""
+"""How setup.py decides whether to build the kernels of csrc/; `test_cpu_library.py` and `test_sass.py` build them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_another_mode_is_refused():
 
 
 def test_architectures(builder, monkeypatch: pytest.MonkeyPatch):
-    """What was asked for, else the default as far as the compiler knows it; nothing older than the kernels' instructions."""
+    """The requested architectures, else the defaults that the compiler knows; none older than the kernels' instructions."""
     monkeypatch.setattr(builder, "_output", lambda *command: "sm_80\nsm_90\n")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert builder.architectures("nvcc") == ["-gencode=arch=compute_80,code=[sm_80,sm_90]"]
@@ -116,7 +116,7 @@ def test_jobs(builder, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_backend_says_why_it_is_off(monkeypatch: pytest.MonkeyPatch):
-    """The reference takes over; a torch without CUDA is named where everything else would do."""
+    """The reference runs instead; a torch without CUDA is named as the reason if it is the only one."""
     model, x = uf.UNetPlusPlus(1, 1, features=(4, 8), backend="cuda").eval(), torch.rand(1, 1, 4, 6)
     name, reason = dispatch.choose(Call(model, x))
     assert name == "reference" and reason

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, by the checks that the emulation passes, and whole networks by `backend="cuda"`."""
+"""The CUDA kernels on a GPU: the checks that the emulation passes, and whole networks with `backend="cuda"`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _tf32():
 
 
 def on(device: str, op: Callable) -> Callable:
-    """`op` for tensors on the CPU, run on copies of their whole storages that are copied back."""
+    """`op` for tensors on the CPU: it runs on copies of their whole storages, which are copied back."""
 
     def run(*args, **options):
         copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,7 +89,7 @@ def test_the_same_bits_again(dtype: torch.dtype):
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_networks(axes: int, dtype: torch.dtype):
-    """As near to float64 as twice PyTorch's own run in that precision, gradients too."""
+    """Outputs and gradients have at most twice the error of PyTorch's own run in that precision."""
     model, wide = (
         build(uf.UNetPlusPlus, 2, 3, spatial_dims=axes, features=(16, 24, 33), norm="batch", backend="cuda").cuda()
         for _ in range(2)
@@ -104,6 +104,6 @@ def test_networks(axes: int, dtype: torch.dtype):
     exact = passes(wide.double(), x.double(), reference.forward)
     with torch.autocast("cuda", dtype):
         assert dispatch.choose(Call(model, x)) == ("cuda", "asked for")
-        usual = passes(model, x, reference.forward)
-        found = passes(model, x, lambda model, x: operators.forward(Call(model, x, dtype), "cuda"))
-    assert not disagreement(exact, usual, found, dtype)
+        plain = passes(model, x, reference.forward)
+        fused = passes(model, x, lambda model, x: operators.forward(Call(model, x, dtype), "cuda"))
+    assert not disagreement(exact, plain, fused, dtype)

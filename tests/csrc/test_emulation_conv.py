@@ -1,4 +1,4 @@
-"""The CUDA convolution, every instance of it, on the CPU emulation under the sanitizers, against its twin in float64."""
+"""Every instance of the CUDA convolution in the CPU emulation under the sanitizers, against naive.py in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.emulation_cases import PRECISIONS, check_conv, conv_case
 
 from unetpp_fast.kernels import cuda_ops, naive
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled by g++, which is not here")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation needs g++")
 PLAIN = [config for config in cuda_ops.CONFIGS if not config.gathered]
 GATHERED = [config for config in cuda_ops.CONFIGS if config.gathered]
 SMALL = cuda_ops.CONFIGS[1]
@@ -32,7 +32,7 @@ def _plain(emulation):
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("config", PLAIN, ids=str)
 def test_emulation_nodes(emulation, dtype: torch.dtype, config):
-    """A node's first convolution, with everything: prefix and low source by phases, an odd number of stages."""
+    """A node's first convolution with every option: prefix and low source by phases, an odd number of stages."""
     check_conv(cuda_ops.conv, config, dtype, (10, 38), co=config.block_co, **NODE)
     assert emulation.shared == config.shared and emulation.conflicts == 1
 
@@ -40,21 +40,21 @@ def test_emulation_nodes(emulation, dtype: torch.dtype, config):
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("config", PLAIN, ids=str)
 def test_emulation_second_convolutions(dtype: torch.dtype, config):
-    """One operand, several tiles in both directions, channels that fill their chunks in part."""
+    """One operand, several tiles in both directions, channels that fill their chunks only partly."""
     check_conv(cuda_ops.conv, config, dtype, (19, 35), n=1, ka=72, co=config.block_co - 8, affine="n", act=True, stats=True)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("config", GATHERED, ids=str)
 def test_emulation_low_gradients(emulation, dtype: torch.dtype, config):
-    """The data gradient of the low source: 4 x 4 taps at a stride of two, added to what is there."""
+    """The data gradient of the low source: 4 x 4 taps at a stride of two, added to the output."""
     check_conv(cuda_ops.conv, config, dtype, (9, 17), n=1, taps=4, co=config.block_co, add=True)
     assert emulation.shared == config.shared and emulation.conflicts == 1
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_emulation_prefix_gradients(dtype: torch.dtype):
-    """The data gradient of the prefix: wide, in several blocks of channels, added to what is there."""
+    """The data gradient of the prefix: wide, in several blocks of channels, added to the output."""
     check_conv(cuda_ops.conv, cuda_ops.CONFIGS[2], dtype, (9, 33), n=1, ka=32, co=96, add=True)
 
 
@@ -71,7 +71,7 @@ def test_emulation_prefix_gradients(dtype: torch.dtype):
     ids=lambda option: "-".join(option) or "plain",
 )
 def test_emulation_epilogues(dtype: torch.dtype, option: dict):
-    """Each option with maps that are aligned and with maps that are not, an operand of full resolution too."""
+    """Each option with aligned and with unaligned maps; a second operand of full resolution too."""
     for aligned, co in ((True, 24), (False, 21)):
         check_conv(cuda_ops.conv, SMALL, dtype, (5, 7), n=3, ka=33, co=co, aligned=aligned, **option)
 
@@ -87,7 +87,7 @@ def test_emulation_channels(ka: int, kb: int, co: int):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (8, 32), (9, 33), (1, 129)])
 def test_emulation_sizes(size: tuple[int, int]):
-    """One pixel; tiles that are just full; one pixel more; one row. Statistics of parts that hold few pixels."""
+    """One pixel; tiles that are just full; one pixel more; one row. Statistics of parts with few pixels."""
     check_conv(cuda_ops.conv, SMALL, torch.bfloat16, size, n=1, ka=7, border=True, stats=True, affine="1")
     doubled = tuple(2 * axis for axis in size)
     check_conv(cuda_ops.conv, SMALL, torch.bfloat16, doubled, n=1, **(NODE | {"ka": 7, "kb": 7}))
@@ -96,7 +96,7 @@ def test_emulation_sizes(size: tuple[int, int]):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_emulation_orders(emulation, order: int):
-    """Threads in other orders give the same bits: no result hangs on who comes first."""
+    """Threads in other orders give the same bits: no result depends on which thread comes first."""
     results = []
     for emulation.order in (0, order):
         for dtype, config in zip(PRECISIONS, PLAIN[1:], strict=True):
@@ -117,7 +117,7 @@ def test_emulation_reads_a_buffer_that_it_writes():
 
 
 def test_emulation_padding_after_norm_and_nan_in_place():
-    """Zero padding is not shifted; a NaN of the map itself comes out, at ReLU too."""
+    """Zero padding is not shifted; a NaN in the map reaches the output, through ReLU too."""
     out, a, wa, options = conv_case(torch.float16, (3, 3), affine="1", act=True)
     a[0, 0, 1, 1, 0] = math.nan
     cuda_ops.conv(out, a, wa, **options)
@@ -135,7 +135,7 @@ def test_emulation_padding_after_norm_and_nan_in_place():
     ids=["node", "low-gradient", "full-resolution"],
 )
 def test_emulation_3d(dtype: torch.dtype, case: dict):
-    """Planes are stages of their own: more of them than there are taps, and one alone."""
+    """Planes are separate stages: more planes than taps, and a single one."""
     config = cuda_ops.CONFIGS[4 if case.get("taps") == 4 else 1]
     for size in ((4, 2, 6), (2, 10, 34)):
         check_conv(cuda_ops.conv, config, dtype, size, **case)
@@ -151,7 +151,7 @@ def test_emulation_batches(n: int):
 
 
 def test_emulation_says_what_the_kernels_do_not_take():
-    """Wide maps, double precision, float32 without TF32 and other geometries are for Triton."""
+    """Wide maps, double precision, float32 without TF32 and other geometries are left to Triton."""
 
     def reason(channels: int, dtype: torch.dtype = torch.float32, **geometry) -> str:
         out, a = (torch.empty(1, 1, 2, 2, count, dtype=dtype) for count in (channels, 96))

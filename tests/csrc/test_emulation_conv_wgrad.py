@@ -1,4 +1,4 @@
-"""The CUDA kernel for gradients of weights, on the CPU emulation under the sanitizers, against its twin in float64."""
+"""The CUDA kernel for gradients of weights in the CPU emulation under the sanitizers, against naive.py in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from support.emulation_cases import PRECISIONS, check_wgrad, wgrad_case
 
 from unetpp_fast.kernels import cuda_ops
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled by g++, which is not here")
-ONE, MANY = cuda_ops.WgradConfig(1), cuda_ops.WgradConfig(264)  # all tiles by one block, or each by its own
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation needs g++")
+ONE, MANY = cuda_ops.WgradConfig(1), cuda_ops.WgradConfig(264)  # all tiles in one block, or one block per tile
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def _plain(emulation):
 def test_emulation_wgrad(emulation, dtype: torch.dtype, phased: bool, config):
     """Several tiles, images and blocks of channels; the sums of one block or of many."""
     check_wgrad(cuda_ops.conv_wgrad, config, dtype, (10, 38), co=24, phased=phased, rows=2, slope=0.1)
-    assert emulation.conflicts == (0 if dtype == torch.float32 else 1)  # TF32 is not read by ldmatrix
+    assert emulation.conflicts == (0 if dtype == torch.float32 else 1)  # ldmatrix does not read TF32
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("phased", [False, True])
 def test_emulation_wgrad_3d(dtype: torch.dtype, phased: bool):
-    """Each plane of taps by blocks of its own."""
+    """Each plane of taps in separate blocks."""
     for config, size in ((ONE, (4, 2, 6)), (MANY, (2, 10, 34))):
         check_wgrad(cuda_ops.conv_wgrad, config, dtype, size, co=24, phased=phased, rows=1)
 
@@ -64,6 +64,6 @@ def test_emulation_wgrad_is_deterministic(emulation, phased: bool):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_emulation_wgrad_of_nothing():
+def test_emulation_wgrad_of_an_empty_batch():
     a, dy, options = wgrad_case(torch.float16, (2, 4), n=0)
     assert torch.equal(cuda_ops.conv_wgrad(a, dy, **options), torch.zeros(1, 9, 40, 32))

@@ -1,7 +1,7 @@
-"""The emulation notices mistakes: each fault, seeded into the kernels or the hardware, makes the check of a call fail.
+"""The emulation notices mistakes: each fault seeded into the kernels or the hardware makes the check of a call fail.
 
-A barrier that is missing shows only where threads run in an order that needs it, so all orders are tried, as the tests of
-the kernels do.
+A missing barrier shows only if threads run in an order that needs it, so every order is tried, as in the tests of the
+kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from support.emulation_cases import check_conv, check_wgrad
 
 from unetpp_fast.kernels import cuda_ops
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is compiled by g++, which is not here")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation needs g++")
 ORDERS = (0, 1, 2)
 NODE = partial(
     check_conv, cuda_ops.conv, cuda_ops.CONFIGS[0], torch.float16, (18, 34), n=1, ka=40, phased=True, kb=24, affine="1 1"
@@ -27,17 +27,17 @@ DEEP = partial(
 )
 DEEP_WGRAD = partial(check_wgrad, cuda_ops.conv_wgrad, cuda_ops.WgradConfig(1), torch.float16, (4, 2, 6), n=1, rows=1)
 PHASED_WGRAD = partial(WGRAD, phased=True)
-# What is wrong under each fault, and the calls that have to notice.
+# What each fault does, and the calls that have to notice it.
 CASES = {
     "halo": ("tiles begin one column late", [NODE, TWO_STAGES, WGRAD, PHASED_WGRAD]),
-    "plane": ("planes are taken one further", [DEEP, DEEP_WGRAD]),
-    "bounds": ("the row behind the map is read", [TWO_STAGES, PHASED_WGRAD]),
-    "barrier": ("nobody waits until a stage is written", [NODE, TWO_STAGES, WGRAD, PHASED_WGRAD]),
+    "plane": ("planes are read one further on", [DEEP, DEEP_WGRAD]),
+    "bounds": ("the row after the map is read", [TWO_STAGES, PHASED_WGRAD]),
+    "barrier": ("no thread waits until a stage is written", [NODE, TWO_STAGES, WGRAD, PHASED_WGRAD]),
     "reuse": ("a stage is written while others read it", [NODE]),
     "wait": ("copies are not waited for", [NODE, TWO_STAGES, WGRAD]),
     "mask": ("padding is shifted by the norm", [NODE, WGRAD, PHASED_WGRAD]),
     "tail": ("one channel of the neighbour is read", [NODE, TWO_STAGES]),
-    "phase": ("odd columns take the weights of even ones", [NODE, PHASED_WGRAD]),
+    "phase": ("odd columns use the weights of even ones", [NODE, PHASED_WGRAD]),
     "reduction": ("the last partial sum is forgotten", [WGRAD, PHASED_WGRAD]),
 }
 
@@ -49,7 +49,7 @@ def emulation():
 
 
 def caught(emulation: Emulation, fault: str, call) -> str:
-    """What the check of a call says under a fault, in the first order in which it says anything; "" if it never does."""
+    """The error of a call's check under a fault, in the first order that gives one; "" if none does."""
     emulation.fault = fault
     try:
         for emulation.order in ORDERS:
@@ -75,7 +75,7 @@ def test_emulation_catches(emulation, fault: str):
 
 
 def test_emulation_names_the_stray_access(emulation):
-    """The sanitizer says where; the server comes back for the next call."""
+    """The sanitizer says where; the server restarts for the next call."""
     said = caught(emulation, "bounds", TWO_STAGES)
     assert "heap-buffer-overflow" in said and ("halo_tile.h" in said or "wait_copies" in said), said
     assert not caught(emulation, "none", TWO_STAGES)

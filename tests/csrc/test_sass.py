@@ -24,11 +24,11 @@ from unetpp_fast.kernels import cuda_ops
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 120)
-# The most that a block may have, and its registers all together.
+# Shared memory and registers of a block at most.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 REGISTERS = 64 * 1024
 PRECISIONS = {"N2hw4HalfE": "float16", "N2hw8BFloat16E": "bfloat16", "f": "tf32"}
-# Of the candidates that a GPU may pass over, because they are never taken without a measurement.
+# Candidates that are only taken after a measurement, so a GPU that cannot run them may skip them.
 UNMEASURED = [cuda_ops.configs(co, gathered)[0] for co in (32, 64) for gathered in (False, True)]
 ONLY_WHERE_IT_FITS = {config.shared for config in cuda_ops.CONFIGS if config not in UNMEASURED}
 INSTANCES = len(PRECISIONS) * (len(cuda_ops.CONFIGS) + 2) + 1
@@ -43,22 +43,22 @@ def _builder():
 
 def _cuobjdump() -> str | None:
     """nvcc's, or Triton's."""
-    found = importlib.util.find_spec("triton")
-    inside = found and Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
+    triton = importlib.util.find_spec("triton")
+    inside = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
     return shutil.which("cuobjdump") or (str(inside) if inside and inside.exists() else None)
 
 
 TOOL = _cuobjdump()
 pytestmark = [
-    pytest.mark.skipif(_builder().find_nvcc() is None, reason="the kernels are compiled by nvcc, which is not here"),
-    pytest.mark.skipif(TOOL is None, reason="cuobjdump, which lists what a kernel is made of, is not here"),
+    pytest.mark.skipif(_builder().find_nvcc() is None, reason="the kernels need nvcc"),
+    pytest.mark.skipif(TOOL is None, reason="listing instructions needs cuobjdump"),
 ]
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The extension for all three generations, made anew when a source changed; kept in `build/`, which git ignores."""
-    files = sorted(path for path in SOURCES.iterdir() if path.is_file())
+    """The extension for all generations, built again when a source has changed; kept in `build/`, which git ignores."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cu", ".cpp", ".py"))
     text = b"".join(path.read_bytes() for path in files) + torch.__version__.encode()
     folder = ROOT / "build" / "sass" / hashlib.sha256(text).hexdigest()[:16]
     target = folder / "unetpp_fast_cuda.so"
@@ -77,12 +77,12 @@ def _output(*command, **options) -> str:
 
 
 def instance(name: str) -> tuple[str, int, int]:
-    """A kernel's name for people, its threads and its dynamic shared memory, from its mangled name."""
+    """A kernel's readable name, its threads and its dynamic shared memory, from its mangled name."""
     if "add_parts" in name:
         return "add_parts", 256, 0
-    if found := re.search(r"WgradTraitsI(.+?)Lb([01])E", name):
-        phased = found[2] == "1"
-        return f"conv_wgrad {PRECISIONS[found[1]]}{' phased' * phased}", 256, 58240 if phased else 95360
+    if traits := re.search(r"WgradTraitsI(.+?)Lb([01])E", name):
+        phased = traits[2] == "1"
+        return f"conv_wgrad {PRECISIONS[traits[1]]}{' phased' * phased}", 256, 58240 if phased else 95360
     kind, co, rows, stages, gathered = re.search(r"ConvTraitsI(.+?)Li(\d+)ELi(\d+)ELi(\d)ELb([01])E", name).groups()
     rows = int(rows) // 2 if gathered == "1" else int(rows)
     config = next(
@@ -98,29 +98,29 @@ def instance(name: str) -> tuple[str, int, int]:
 @pytest.fixture(scope="module")
 def usage(library: Path) -> dict[tuple[int, str], dict[str, int]]:
     """Registers, stack and local memory of each (architecture, kernel)."""
-    found, architecture = {}, 0
+    rows, architecture = {}, 0
     for line in _output(TOOL, "-res-usage", library).splitlines():
         if match := re.match(r"arch = sm_(\d+)", line.strip()):
             architecture = int(match[1])
         elif match := re.match(r"Function (\S+):", line.strip()):
             name = match[1]
         elif "REG:" in line:
-            found[architecture, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-    return found
+            rows[architecture, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    return rows
 
 
 @pytest.fixture(scope="module")
 def sass(library: Path) -> dict[tuple[int, str], Counter]:
-    """How often each instruction stands in each (architecture, kernel)."""
-    found, architecture, counter = {}, 0, Counter()
+    """The count of each instruction in each (architecture, kernel)."""
+    counters, architecture, counter = {}, 0, Counter()
     for line in _output(TOOL, "-sass", library).splitlines():
         if match := re.match(r"arch = sm_(\d+)", line.strip()):
             architecture = int(match[1])
         elif match := re.match(r"Function : (\S+)", line.strip()):
-            counter = found[architecture, match[1]] = Counter()
+            counter = counters[architecture, match[1]] = Counter()
         elif match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line.strip()):
             counter[match[1]] += 1
-    return found
+    return counters
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -137,7 +137,7 @@ def test_sass_has_no_spill_and_fits(usage, architecture: int):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sass_uses_tensor_cores(sass, architecture: int):
-    """Products by HMMA, operands by ldmatrix (TF32's transposed ones cannot be), copies of 16 bytes to shared memory."""
+    """Products by HMMA, operands by ldmatrix (except TF32's transposed ones), copies of 16 bytes to shared memory."""
     rows = {instance(name)[0]: counter for (number, name), counter in sass.items() if number == architecture}
     assert len(rows) == INSTANCES
     for what, counter in rows.items():
@@ -154,9 +154,9 @@ def test_sass_uses_tensor_cores(sass, architecture: int):
 
 
 def test_sass_links_to_the_stable_abi_alone(library: Path):
-    """What the library takes from torch is what the stable ABI promises."""
+    """The library uses only those symbols of torch that the stable ABI promises."""
     if shutil.which("nm") is None:
-        pytest.skip("nm, which lists the names that a library takes from others, is not here")
+        pytest.skip("listing undefined symbols needs nm")
     taken = [line.split()[-1] for line in _output("nm", "-D", "--undefined-only", library).splitlines()]
     of_torch = [name for name in taken if re.search("torch|c10|aten", name, re.IGNORECASE)]
     assert "aoti_torch_get_current_cuda_stream" in of_torch
@@ -165,7 +165,7 @@ def test_sass_links_to_the_stable_abi_alone(library: Path):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
 def test_sass_library_registers_its_ops(library: Path, tmp_path: Path):
-    """It loads once the one function that a torch without CUDA lacks is lent to it, and has the ops that are emulated."""
+    """It loads with a stub for the one function that a torch without CUDA lacks, and has the ops that are emulated."""
     source = tmp_path / "lent.c"
     source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
     _output(os.environ.get("CC", "cc"), "-shared", "-fPIC", source, "-o", tmp_path / "lent.so")
@@ -176,8 +176,8 @@ torch.ops.load_library({str(library)!r})
 for name in ("conv", "conv_wgrad"):
     print(getattr(torch.ops.unetpp_fast_cuda, name).default._schema)
 """
-    found = _output(sys.executable, "-c", code).splitlines()
-    assert found == [f"unetpp_fast_cuda::{schema}" for schema in SCHEMAS]
+    schemas = _output(sys.executable, "-c", code).splitlines()
+    assert schemas == [f"unetpp_fast_cuda::{schema}" for schema in SCHEMAS]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
@@ -187,5 +187,5 @@ def test_sass_library_is_off_and_says_why(library: Path):
 
     assert libraries.load("cuda", library.parent) == (False, "this torch has no CUDA")
     assert any(line.startswith("CUDA kernels") and "off: this torch has no CUDA" in line for line in info.lines())
-    with pytest.raises(OSError):  # and could not be on
+    with pytest.raises(OSError):  # it could not load either
         ctypes.CDLL(str(library), os.RTLD_NOW)

@@ -36,7 +36,7 @@ def deep_model(spatial_dims: int = 2, **options: Any) -> uf.UNetPlusPlus:
 
 
 def run_and_differentiate(model: nn.Module, parameters_of: nn.Module, x: Tensor) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """Outputs, the input's gradient and the parameters'."""
+    """Outputs, gradient of the input and gradients of the parameters."""
     parameters_of.zero_grad()
     leaf = x.clone().requires_grad_()
     outputs = model(leaf)
@@ -47,7 +47,7 @@ def run_and_differentiate(model: nn.Module, parameters_of: nn.Module, x: Tensor)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["unet++", "unet"])
 def test_compile_fullgraph(name: str, backend: str) -> None:
-    """Outputs and gradients of training, with nothing that breaks the graph."""
+    """Outputs and gradients in training, without a graph break."""
     if backend == "inductor":
         if not shutil.which(os.environ.get("CXX", "g++")):
             pytest.skip("inductor needs a C++ compiler: g++, or another named in CXX")
@@ -73,7 +73,7 @@ def test_compile_fullgraph(name: str, backend: str) -> None:
     ids=str,
 )
 def test_export_with_free_batch_and_sizes(spatial_dims: int, norm: str | None, upsample: Any) -> None:
-    """Exported once with every axis free, it runs at other sizes; both heads come out."""
+    """Exported once with every axis free, it runs at other sizes and returns both heads."""
     model = deep_model(spatial_dims, norm=norm, upsample=upsample).eval()
     free = {0: Dim("batch", max=64)} | {2 + k: 4 * Dim(f"axis{k}", max=64) for k in range(spatial_dims)}
     program = torch.export.export(model, (make_input(3, 2, *(12, 16, 8)[:spatial_dims]),), dynamic_shapes=({**free},))
@@ -94,7 +94,7 @@ def test_export_of_one_size() -> None:
     ids=str,
 )
 def test_onnx_of_a_pruned_network(spatial_dims: int, level: int, norm: str | None, upsample: Any, tmp_path: Path) -> None:
-    """ONNX Runtime gives the head's logits, and the file holds the kept nodes' weights alone."""
+    """ONNX Runtime returns the head's logits, and the file holds only the weights of the kept nodes."""
     pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
     onnx = pytest.importorskip("onnx", reason="reads the exported file")
     runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")

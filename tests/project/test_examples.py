@@ -1,4 +1,4 @@
-"""The recipes of `examples/` run and give what the network gives."""
+"""The recipes in `examples/` run and return what the network returns."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_onnx_takes_any_batch_and_size(tmp_path):
     session = recipe.export(model, tmp_path / "model.onnx", level=1)
     for batch, size in ((1, (8, 20)), (3, (12, 6))):
         image = make_input(batch, 1, *size)
-        (found,) = session.run(["probabilities"], {"image": image.numpy()})
-        assert_close_relative(torch.from_numpy(found), model.predict(image, mode="fast", level=1), COMPILED)
+        (probabilities,) = session.run(["probabilities"], {"image": image.numpy()})
+        assert_close_relative(torch.from_numpy(probabilities), model.predict(image, mode="fast", level=1), COMPILED)
 
 
 def test_aoti_takes_any_batch_and_size(tmp_path):
@@ -74,16 +74,16 @@ def address(tmp_path):
 
 
 def post(address: tuple[str, int], body: bytes, headers: dict | None = None) -> tuple[int, str, bytes]:
-    """Status, reason and body of the answer."""
+    """Status, reason and body of the response."""
     connection = http.client.HTTPConnection(*address, timeout=60)
     connection.putrequest("POST", "/")
     for name, value in ({"Content-Length": str(len(body))} if headers is None else headers).items():
         connection.putheader(name, value)
     connection.endheaders(body)
     answer = connection.getresponse()
-    found = answer.status, answer.reason, answer.read()
+    result = answer.status, answer.reason, answer.read()
     connection.close()
-    return found
+    return result
 
 
 def test_the_server_answers_a_picture_with_its_mask(address, capfd):
@@ -97,7 +97,7 @@ def test_the_server_answers_a_picture_with_its_mask(address, capfd):
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes that says it holds 10^10 pixels."""
+    """A PNG of a few bytes that claims 10^10 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0" * 12
 
@@ -121,5 +121,5 @@ def colour() -> bytes:
     ],
 )
 def test_the_server_says_what_is_wrong(address, body, headers, status, says, capfd):
-    found, reason, _ = post(address, body, headers)
-    assert found == status and says in reason
+    given, reason, _ = post(address, body, headers)
+    assert given == status and says in reason

@@ -1,4 +1,4 @@
-"""The models inside other people's trainers: the examples run as they are, wherever their frameworks are installed."""
+"""The models inside other frameworks' trainers: the examples run unchanged if the framework is installed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import unetpp_fast as uf
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"steps": 12, "features": (6, 8, 10)}
-ALL_FOREGROUND = 0.2201  # the IoU on the right half of a model that learnt nothing: the share of nuclei there
+ALL_FOREGROUND = 0.2201  # the IoU of a model that predicts foreground everywhere: the share of nuclei in the right half
 
 
 def example(name: str, *needs: str) -> ModuleType:
-    """An example as a module; the test is skipped where a framework is missing."""
+    """An example as a module; skips the test if a framework is missing."""
     for module in needs:
         pytest.importorskip(module, reason=f"{module} is not installed", exc_type=ImportError)
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -49,7 +49,7 @@ def test_mask_rcnn_trains_on_its_pyramid():
     assert len(losses) == 4 and np.isfinite(losses).all()
 
 
-def test_what_mask_rcnn_is_taught_are_the_boxes_of_the_nuclei():
+def test_mask_rcnn_learns_the_boxes_of_the_nuclei():
     labels = np.zeros((9, 12), np.uint8)
     labels[1:4, 2:7], labels[5:9, 8:12] = 3, 7
     target = example("mask_rcnn").target(labels)
@@ -65,9 +65,9 @@ def test_sliding_windows_of_monai_take_it_unchanged(dims, size, deep):
     x = make_input(1, 1, *size)
     window = tuple(min(8, axis) for axis in size)
     with torch.no_grad():
-        found = inferers.sliding_window_inference(x, window, 4, model, overlap=0.5)
+        outputs = inferers.sliding_window_inference(x, window, 4, model, overlap=0.5)
         first = model(x[(..., *(slice(0, side) for side in window))])
-    pairs = zip(found if deep else [found], first if deep else [first], strict=True)
+    pairs = zip(outputs if deep else [outputs], first if deep else [first], strict=True)
     for values, corner in pairs:
         assert values.shape == (1, 2, *size)
         pixel = (0, slice(None), *[0] * dims)  # only the first window sees the corner

@@ -1,4 +1,4 @@
-"""The built wheel in an environment of its own, and the rules that the source tree keeps."""
+"""The built wheel in a separate environment, and the rules of the source tree."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(*command: str | Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the tree without what git would ignore."""
+    """A wheel built from a copy of the tree without the files that git ignores."""
     source, out = tmp_path_factory.mktemp("wheel") / "source", tmp_path_factory.mktemp("out")
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", *ignored))
@@ -72,7 +72,7 @@ def test_a_bare_import_of_kernels_is_refused():
 
 
 def test_the_package_needs_only_torch_and_numpy():
-    """Everything else is an extra, imported where it is used through `common.extras.need`."""
+    """Everything else is an extra, imported through `common.extras.need` where it is used."""
     allowed = {"torch", "numpy", "triton", "unetpp_fast"} | sys.stdlib_module_names
     for path in sorted((ROOT / "unetpp_fast").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -81,7 +81,7 @@ def test_the_package_needs_only_torch_and_numpy():
             assert not {name.split(".")[0] for name in names} - allowed, f"{path}: {names}"
 
 
-def test_files_and_functions_are_of_a_size_to_read():
+def test_files_and_functions_are_short():
     for folder in ("unetpp_fast", "kernels", "tests", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()

@@ -26,7 +26,7 @@ FLAGS = ["-std=c++20", "-DUNETPP_EMULATE", "-Wall", "-Wextra", "-Werror"]
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32)
 FAULTS = re.search(r"enum class Fault \{(.*?)\}", (SOURCES / "hardware.h").read_text())[1].replace(" ", "").split(",")
-# Of the ops, as the library declares them: string literals side by side are one.
+# As the library declares the ops; adjacent string literals are one.
 SCHEMAS = [
     re.sub(r'"\s*"', "", found)
     for found in re.findall(r'def\(\s*"((?:[^"]|"\s*")*)"\)', (SOURCES / "bindings.cpp").read_text())
@@ -34,14 +34,14 @@ SCHEMAS = [
 
 
 def build() -> Path:
-    """The server, made anew when a source changed; kept in `build/`, which git ignores."""
+    """The server, built again when a source has changed; kept in `build/`, which git ignores."""
     files = sorted(path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cu", ".cpp"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files) + " ".join(SANITIZED).encode()).hexdigest()[:16]
     folder = ROOT / "build" / "emulation"
     server = folder / f"server-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run in parallel
         if not server.exists():
             for old in folder.glob("server-*"):
                 old.unlink()
@@ -51,7 +51,7 @@ def build() -> Path:
 
 def _compile(folder: Path, server: Path) -> None:
     def compiled(source: Path) -> Path:
-        # The products are done millions of times and touch only the emulation's own memory.
+        # Products run millions of times and touch only the emulation's own memory.
         flags = ["-O3"] if source.name == "warp.cpp" else SANITIZED
         target = folder / f"{source.stem}.o"
         _run(COMPILER, *FLAGS, *flags, "-x", "c++", "-c", source, "-o", target)
@@ -70,10 +70,10 @@ def _run(*command) -> None:
 
 
 class Emulation:
-    """The ops, under the threads' `order` and with the `fault` that are set.
+    """The ops, with threads in the given `order` and with the given `fault`.
 
-    Of the last call: `shared`, the shared memory of its blocks, and `conflicts`, how many rows of a matrix ldmatrix found in
-    the same banks at worst.
+    After a call, `shared` is the shared memory of its blocks, and `conflicts` the most rows of a matrix that ldmatrix read
+    from the same banks.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Emulation:
             self.process = None
 
     def _ask(self, numbers: list[int], storages: list[Tensor]) -> None:
-        """Runs a request; the storages get what the kernel left in its copies of them."""
+        """Runs a request and copies back the storages that the kernel has written."""
         if self.process is None:
             environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
             pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -115,13 +115,13 @@ class Emulation:
                 storage.copy_(torch.frombuffer(bytearray(result), dtype=torch.uint8))
 
     def _receive(self, count: int) -> bytes:
-        found = self.process.stdout.read(count)
-        if len(found) < count:
+        data = self.process.stdout.read(count)
+        if len(data) < count:
             raise EOFError
-        return found
+        return data
 
     def run(self, op: int, config: int, like: Tensor, describe: Callable[[_Call], list[int]]) -> None:
-        """`describe(call)` gives the op's numbers; `call.pointer(x)` those of a tensor, whose storage travels once."""
+        """`describe(call)` returns the op's numbers; `call.pointer(x)` those of a tensor, whose storage is sent once."""
         call = _Call()
         body = describe(call)
         head = [op, PRECISIONS.index(like.dtype), config, self.order, FAULTS.index(self.fault), len(call.storages)]
@@ -199,7 +199,7 @@ def _bits(value: float) -> int:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[Emulation]:
-    """Inside, `torch.ops.unetpp_fast_cuda` runs on the emulation for tensors on the CPU, and TF32 is allowed."""
+    """Inside, `torch.ops.unetpp_fast_cuda` runs in the emulation for tensors on the CPU, and TF32 is allowed."""
     allowed, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "tf32"
     emulation, library = Emulation(), torch.library.Library("unetpp_fast_cuda", "FRAGMENT")
     try:

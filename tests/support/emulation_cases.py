@@ -1,4 +1,4 @@
-"""Calls of the CUDA ops for the emulation, and the rule by which their results are judged."""
+"""Calls of the CUDA ops for the emulation, and the rule that their results have to meet."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ TF32_STEP = 2.0**-10  # of its mantissa; tensor cores sum in float32
 
 
 class Inputs:
-    """Seeded tensors; maps are slices of buffers full of NaN, vectors are whole.
+    """Seeded tensors. Maps are slices of buffers full of NaN; vectors are whole.
 
-    aligned: whether pixels start at multiples of 16 bytes, which decides how a kernel loads.
+    aligned: whether pixels start at multiples of 16 bytes, which decides how a kernel loads them.
     """
 
     def __init__(self, dtype: torch.dtype, aligned: bool, seed: int = 0) -> None:
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
-        self.unit, self.first = (16, 0) if aligned else (1, 1)  # buffers begin and step by so many values
+        self.unit, self.first = (16, 0) if aligned else (1, 1)  # in values: alignment of a pixel, and offset of the first
 
     def values(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
 
     def map(self, images: int, size: Sequence[int], channels: int, after: bool = True) -> Tensor:
-        """`[N, D, H, W, C]` with other channels before it and, if `after`, behind it; the storage ends with the last.
+        """`[N, D, H, W, C]` with other channels before it and, if `after`, after it; the storage ends with the last.
 
         size: D, H, W or, with D = 1, H, W.
         """
@@ -80,14 +80,14 @@ def conv_case(
 
 
 def double(value):
-    """The same in float64; of what is no tensor, itself."""
+    """Tensors in float64; anything else unchanged."""
     if isinstance(value, tuple):
         return tuple(double(part) for part in value)
     return value.double() if isinstance(value, Tensor) else value
 
 
 def rounded(value):
-    """What tensor cores read of maps and weights in float32: TF32, to nearest; halves are as they are."""
+    """As tensor cores read maps and weights: float32 rounded to TF32, to nearest; half precisions unchanged."""
     if isinstance(value, Tensor) and value.dtype == torch.float32:
         bits = (value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
         return torch.where(value.isfinite(), bits.view(torch.float32), value)
@@ -95,7 +95,7 @@ def rounded(value):
 
 
 def twin_conv(out: Tensor, a: Tensor, wa: Tensor, options: dict) -> None:
-    """The call in the map's own precision; float32 as TF32: operands activated, then rounded."""
+    """The call in the map's own precision, float32 as TF32: operands are activated, then rounded."""
     if out.dtype != torch.float32:
         naive.conv(out, a, wa, **options)
         return
@@ -123,17 +123,17 @@ def assert_two_times(actual: Tensor, exact: Tensor, twin: Tensor, dtype: torch.d
 
 
 def bits(x: Tensor) -> Tensor:
-    """What lies in the whole storage of x, NaN included."""
+    """The bytes of the whole storage of x, NaN included."""
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).clone()
 
 
 def inputs_of(values: Sequence) -> list[Tensor]:
-    found = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
-    return [part for part in found if isinstance(part, Tensor)]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def check_conv(conv, config, dtype: torch.dtype, size: tuple[int, ...], **case) -> None:
-    """One call by `conv` against the oracle: values, statistics, what lies beside them, and the inputs."""
+    """One call of `conv` against the oracle: values and statistics; nothing around the map and no input is written."""
     out, a, wa, options = conv_case(dtype, size, **case)
     given = inputs_of([a, wa, *options.values()])
     before = [bits(x) for x in given]
@@ -151,13 +151,13 @@ def check_conv(conv, config, dtype: torch.dtype, size: tuple[int, ...], **case) 
 
 
 def check_statistics(parts: Tensor, out: Tensor) -> None:
-    """The parts `[N, T, 3, CO]`, put together, are those of the values as stored, in every image."""
+    """The parts `[N, T, 3, CO]`, combined, are the statistics of the stored values of every image."""
     assert parts.shape[0] == out.shape[0] and parts.shape[2:] == (3, out.shape[-1])
     assert (parts[:, :, 0].sum(1) == math.prod(out.shape[1:4])).all()
     ones = torch.ones(out.shape[-1], dtype=torch.float64)
-    found = naive.norm_finalise(parts.double(), ones, 0 * ones, 0.1, True)[[0, 4]]
+    combined = naive.norm_finalise(parts.double(), ones, 0 * ones, 0.1, True)[[0, 4]]
     exact = naive.norm_finalise(naive.statistics(out.double()), ones, 0 * ones, 0.1, True)[[0, 4]]
-    for actual, expected in zip(found.float(), exact, strict=True):
+    for actual, expected in zip(combined.float(), exact, strict=True):
         assert_two_times(actual, expected, expected, torch.float32)
 
 
@@ -165,7 +165,7 @@ def wgrad_case(
     dtype: torch.dtype, size: tuple[int, ...], *, n: int = 2, k: int = 40, co: int = 32, phased: bool = False,
     rows: int = 0, slope: float = 0.0, aligned: bool = True, seed: int = 0,
 ) -> tuple[Tensor, Tensor, dict]:  # fmt: skip
-    """a, dy and the options of a call; `size` is that of dy. rows: of a's affine, 0 for none."""
+    """a, dy and the options of a call; `size` is that of dy. rows: of the affine of a, 0 for none."""
     make = Inputs(dtype, aligned, seed)
     a = make.map(n, [axis // 2 if phased else axis for axis in size], k, after=False)
     dy = make.map(n, size, co)

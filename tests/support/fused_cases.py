@@ -1,4 +1,4 @@
-"""Both routes through a network, and a comparison of all that they give."""
+"""Runs a network by the engine and by the reference, and compares everything they return."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unetpp_fast.models.network import Network
 def assert_same_passes(
     network: Network, x: Tensor, ops: str = "naive", heads: slice = slice(None), bound: float = 1e-9
 ) -> None:
-    """Outputs, gradients of input and parameters (absent ones too) and running statistics of the engine against the
+    """Compares outputs, gradients of input and parameters (absent ones too) and running statistics of the engine with the
     reference's, after a forward and a backward pass from some of the heads."""
     other = copy.deepcopy(network)
     results = []
@@ -28,10 +28,10 @@ def assert_same_passes(
         outputs = run(model, mine)
         weighted_sum(outputs[heads]).backward()
         results.append((outputs, mine.grad, gradients(model), dict(model.named_buffers())))
-    (expected, expected_gx, expected_gradients, expected_buffers), (outputs, gx, found, buffers) = results
+    (expected, expected_gx, expected_gradients, expected_buffers), (outputs, gx, gradients_of, buffers) = results
     assert_close_relative(outputs, expected, bound)
     assert_close_relative(gx, expected_gx, bound)
-    assert_gradients_close(found, expected_gradients, bound)
+    assert_gradients_close(gradients_of, expected_gradients, bound)
     for name, buffer in expected_buffers.items():
         assert_close_relative(buffers[name].double(), buffer.double(), bound)
 

@@ -1,4 +1,4 @@
-"""The Triton that is installed and, where `make test` has put it beside, the oldest one that is supported."""
+"""The installed Triton and the oldest supported one, which `make test` installs beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSIONS = ("installed", "oldest")
 
 
 def start(version: str, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Runs a script with that Triton and its interpreter off; skips the test where there is none."""
+    """Runs a script with that Triton and with the interpreter off; skips the test if that Triton is missing."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
     path = [str(Path(__file__).parents[1])]
     if version == "oldest":
