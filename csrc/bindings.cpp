@@ -33,7 +33,7 @@ V* data_of(const Optional& x) {
   return x ? static_cast<V*>(x->data_ptr()) : nullptr;
 }
 
-// From pixel to pixel of a channels-last map [N, D, H, W, C], in values.
+// The distance between pixels of a channels-last map [N, D, H, W, C], in values.
 int pixel_stride(const Tensor& x) {
   for (int axis : {3, 2, 1})
     if (x.size(axis) > 1) return static_cast<int>(x.stride(axis));

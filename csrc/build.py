@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KERNELS = ("half.cu", "bfloat16.cu", "tf32.cu", "kernels.cu")
-# sm_80 code runs on 8.6 to 8.9 too; PTX serves what comes after.
+# sm_80 code runs on 8.6 to 8.9 too; PTX serves later GPUs.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden"]
@@ -46,7 +46,7 @@ def find_compiler() -> str | None:
 
 
 def jobs() -> int:
-    """Compilers to run at once: MAX_JOBS, else as many as there are cores and memory for."""
+    """Compilers to run at once: MAX_JOBS, else as many as cores and memory allow."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     try:
@@ -67,7 +67,7 @@ def architectures(nvcc: str) -> list[str]:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {name!r}; the kernels need 8.0 or later, such as 8.0;9.0+PTX")
         if asked or f"sm_{number}" in known:
             codes += [f"sm_{number}"] + ["compute_80"] * name.endswith("+PTX")
-    # Nothing newer than sm_80 is asked for, so one translation serves all.
+    # Nothing newer than sm_80 is used, so one translation serves all.
     return [f"-gencode=arch=compute_80,code=[{','.join(dict.fromkeys(codes))}]"]
 
 
@@ -101,7 +101,7 @@ def cuda_commands(library: Path, folder: Path) -> tuple[list[Piece], list[str]]:
         )
     include = f"-isystem{Path(nvcc).resolve().parents[1] / 'include'}"
     pieces.append(_bindings(HERE / "bindings.cpp", folder, "-DUSE_CUDA", include))
-    # libtorch.so brings the parts of torch that are there, the CUDA ones too; their names are looked up when it is loaded.
+    # libtorch.so loads the parts of torch that exist, the CUDA ones too; their symbols are resolved at load time.
     objects = [target for _, target, _ in pieces]
     link = [nvcc, "-shared", *objects, "-o", library, f"-L{_torch() / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
     return pieces, [str(part) for part in link]

@@ -2,27 +2,27 @@
 //
 //   out[o] = epilogue( sum_t act(a[o + t - 1]) Wa[t]  +  sum_t act(b[u + p + t - 1]) Wb[p, t]  +  bias )      o = 2u + p
 //
-// A block makes ROWS x 32 output pixels of CO_TILE channels. For each 64 bytes of input channels it copies the tile with
-// its halo once, normalises it in place once, and reads it for every tap. A warp makes 4 rows of 16 pixels, every second of
-// the row, by 32 channels: 64 accumulators a thread. It holds the weights of one column of taps and reads each row of
-// pixels once for all the rows that use it, so that 9 taps cost 18 ldmatrix of pixels and 18 of weights for 144 mma:
-// 1 KiB from shared memory for 16 Ki multiplications. Pixels of one phase stand two apart in a row, so a warp of one column
-// parity reads both sources.
+// A block computes ROWS x 32 output pixels of CO_TILE channels. For each 64 bytes of input channels it copies the tile with
+// its halo once, normalises it in place once, and reads it for every tap. A warp computes 4 rows of 16 pixels, every second
+// one of the row, by 32 channels: 64 accumulators per thread. It holds the weights of one column of taps and reads each row
+// of pixels once for all the rows that use it, so 9 taps cost 18 ldmatrix of pixels and 18 of weights for 144 mma: 1 KiB
+// from shared memory for 16 Ki multiplications. Pixels of one phase are two apart in a row, so a warp of one column parity
+// can read both sources.
 //
-// In bytes, 16-bit, a stage: ROWS = 16, CO_TILE = 32: tile 18 x 34 x 80 = 48,960 and weights 9 x 32 x 64 = 18,432; ROWS = 8:
+// Bytes per stage, 16-bit: ROWS = 16, CO_TILE = 32: tile 18 x 34 x 80 = 48,960 and weights 9 x 32 x 64 = 18,432; ROWS = 8:
 // 27,200; CO_TILE = 64: 36,864. The low source: 10 x 18 x 80 (6 x 18 x 80) and 16 x 32 x 64 (128). 32 bits: the same.
 //
 // The data gradient of the prefix is the same kernel on dy with flipped weights. That of the low source gathers 4 x 4 taps
-// at a stride of two (GATHERED): low pixel u meets dy at 2u - 1 + q; a warp makes 2 rows of 16 low pixels.
+// at a stride of two (GATHERED): low pixel u reads dy at 2u - 1 + q; a warp computes 2 rows of 16 low pixels.
 //
-// In 3D a block makes a tile of one plane, and the planes that meet in it are stages of their own, each with its 9 taps.
+// In 3D a block computes a tile of one plane. Each plane that contributes to it is a separate stage with its own 9 taps.
 #pragma once
 
 #include "halo_tile.h"
 
-// ---- Traits: how an operand is sampled. A warp's accumulator row `m` and frame row `r` meet in the weights of slot
-// use(m, r), if it is one of SLOTS, from row begin(slot) on; tap(x, slot) is that of column x of taps. In 3D output plane z
-// meets plane(z, t), t < PLANES, with the taps from plane_tap(z, t) on, the next group of four GROUP further. ----
+// ---- Traits: how an operand is sampled. A warp's accumulator row `m` uses frame row `r` with the weights of slot
+// use(m, r), if that is one of SLOTS; slot `s` is loaded at row begin(s), and tap(x, s) is its tap in column x. In 3D output
+// plane z uses plane(z, t), t < PLANES, with the taps from plane_tap(z, t) on, each next group of four GROUP later. ----
 
 template <typename T, int ROWS>
 struct Same {  // 3 x 3 taps, of the size of `out`
@@ -73,7 +73,7 @@ struct ConvTraits {
   using Low = Phased<T, ROWS_>;
   static constexpr int CO_TILE = CO_TILE_, STAGES = STAGES_;
   static constexpr bool GATHERED = GATHERED_;
-  static constexpr int M = GATHERED ? 2 : 4;               // rows of 16 pixels a warp
+  static constexpr int M = GATHERED ? 2 : 4;               // rows of 16 pixels per warp
   static constexpr int WARP_COLUMNS = GATHERED ? 1 : 2;    // warps side by side
   static constexpr int OUT_ROWS = GATHERED ? ROWS_ / 2 : ROWS_, OUT_COLUMNS = 16 * WARP_COLUMNS;
   static constexpr int PIXEL_WARPS = OUT_ROWS / M * WARP_COLUMNS, WARPS = PIXEL_WARPS * (CO_TILE / 32);
@@ -86,7 +86,7 @@ struct ConvTraits {
   }
   static constexpr int STAGE = !GATHERED && bytes<Low>() > bytes<First>() ? bytes<Low>() : bytes<First>();
   static constexpr int SHARED = STAGE * STAGES;
-  // To run at once on a multiprocessor of 227 KiB and 65,536 registers, of which 128 a thread suffice for 16 bits.
+  // Blocks at once on a multiprocessor of 227 KiB and 65,536 registers; 128 registers per thread suffice for 16 bits.
   static constexpr int FITTING = 227 * 1024 / (SHARED + 1024);
   static constexpr int BLOCKS = Format<T>::TF32 ? 1 : THREADS * FITTING > 512 ? 512 / THREADS : FITTING;
 
@@ -97,7 +97,7 @@ struct ConvTraits {
 
 // ---- Kernel ----
 
-// Where a block and its warps stand. Rows and columns are of output pixels.
+// The position of a block and its warps. Rows and columns are of output pixels.
 template <typename TRAITS>
 struct Place {
   int image, tile, z, y, x, co;       // of the block
@@ -160,7 +160,7 @@ HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int
   }
 }
 
-// What stage `index` of an operand holds: channels from k on of a plane, and the taps from `tap` on.
+// Contents of stage `index` of an operand: channels of a plane from k on, and the taps from `tap` on.
 struct Part {
   int k, plane, tap;
 
@@ -198,7 +198,7 @@ struct Stages {
   static constexpr int CHUNK = Format<typename TRAITS::T>::CHUNK;
   const ConvArguments& p;
 
-  // Made anew for each use: registers are for accumulators.
+  // Computed again for each use, to leave the registers to the accumulators.
   HW_FUNCTION Place<TRAITS> place() const { return {p, hw::forgotten(hw::block()), hw::forgotten(hw::thread())}; }
   HW_FUNCTION static uint32_t memory(int index) { return index % TRAITS::STAGES * TRAITS::STAGE; }
   HW_FUNCTION bool of_low(int index) const { return !TRAITS::GATHERED && index >= p.stages_a && p.phased; }
@@ -241,12 +241,12 @@ HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTAN
   HW_NO_UNROLL
   for (int index = 0; index < p.stages; ++index) {
     if (TRAITS::STAGES == 1) {
-      if (index && !hw::fault(hw::Fault::reuse)) hw::barrier();  // all have read the stage before
+      if (index && !hw::fault(hw::Fault::reuse)) hw::barrier();  // every thread has read the previous stage
       stages.load(index);
     }
     hw::wait_copies();
     stages.transform(index);
-    if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // all have written this stage, and read the one before
+    if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // every thread has written this stage and read the previous one
     if (TRAITS::STAGES == 2 && index + 1 < p.stages) stages.load(index + 1);
     stages.multiply(index, acc);
   }

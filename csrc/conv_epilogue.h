@@ -1,8 +1,8 @@
-// The end of conv.h's kernel: bias, border, activation, addition, the store and the statistics of what was stored.
+// The epilogue of conv.h's kernel: bias, border, activation, addition, the store, and the stored values' statistics.
 // Included by conv.h only.
 #pragma once
 
-// Four lanes exchange: value i of lane q becomes value q of lane i. Twice is nothing.
+// Transposes 4 x 4 values across four lanes: value i of lane q becomes value q of lane i. Its own inverse.
 HW_FUNCTION void transpose_quad(uint32_t (&v)[4]) {
   const bool odd = lane() & 1, high = lane() & 2;
   HW_UNROLL
@@ -19,7 +19,7 @@ HW_FUNCTION void transpose_quad(uint32_t (&v)[4]) {
 
 HW_FUNCTION int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
 
-// One pixel's values of a thread: channels co + 8 n + {0, 1}, in four lanes those of 32 channels.
+// A thread's values of one pixel: channels co + 8 n + {0, 1}; four lanes hold all 32 channels.
 template <typename T>
 struct Values {
   float v[4][2];
@@ -39,7 +39,7 @@ struct Values {
       for (int e = 0; e < 2; ++e) v[n][e] += other.v[n][e];
   }
 
-  // As four words, each a pair.
+  // As four words of two values each.
   HW_FUNCTION void pack(uint32_t (&words)[4]) const {
     HW_UNROLL
     for (int n = 0; n < 4; ++n) words[n] = hw::pack<T>(v[n][0], v[n][1]);
@@ -52,7 +52,7 @@ struct Values {
     }
   }
 
-  // Adds what is at `pixel`. All lanes call; `inside` says whose pixel exists.
+  // Adds the values stored at `pixel`. Every lane has to call it; `inside`: the lane's pixel exists.
   HW_FUNCTION void add_map(const char* pixel, bool inside, int co, int channels, bool vector) {
     Values old{};
     if constexpr (sizeof(T) == 2) {
@@ -76,7 +76,7 @@ struct Values {
     add(old);
   }
 
-  // Stores, and becomes what was stored.
+  // Stores the values, and keeps them as rounded by the store.
   HW_FUNCTION void store(char* pixel, bool inside, int co, int channels, bool vector) {
     if constexpr (sizeof(T) == 2) {
       hw::Vec vec;
@@ -109,8 +109,8 @@ struct Values {
   }
 };
 
-// The sums over the block's pixels, in a fixed order: over rows by the thread, over pixels of a row by shuffles, over warps
-// in `memory`, [warps, 32].
+// The sums over the block's pixels, in a fixed order: over rows within a thread, over pixels of a row by shuffles, over
+// warps in `memory`, [warps, 32].
 template <typename TRAITS>
 HW_FUNCTION void add_up(float (&sums)[4][2], uint32_t memory, const Place<TRAITS>& place) {
   const int warp = hw::thread() / 32, quad = lane() % 4;
@@ -133,7 +133,7 @@ HW_FUNCTION void add_up(float (&sums)[4][2], uint32_t memory, const Place<TRAITS
   }
 }
 
-// Count, mean and sum of squared deviations around that mean of the block's pixels; acc holds what was stored.
+// Count, mean and sum of squared deviations from that mean, over the block's pixels; acc holds the stored values.
 template <typename TRAITS>
 HW_FUNCTION void store_statistics(const float (&acc)[TRAITS::M][4][4], const ConvArguments& p, const Place<TRAITS>& place) {
   const int rows = clamp(p.height - place.y, 0, TRAITS::OUT_ROWS);
@@ -144,7 +144,7 @@ HW_FUNCTION void store_statistics(const float (&acc)[TRAITS::M][4][4], const Con
     const int m = k / 16, n = k / 4 % 4, half = k / 2 % 2, e = k % 2;
     if (place.inside(p, m, half)) mean[n][e] += acc[m][n][half * 2 + e];
   }
-  hw::barrier();  // the stages are free
+  hw::barrier();  // the stages are no longer used
   add_up(mean, 0, place);
   HW_UNROLL
   for (int k = 0; k < 8; ++k) mean[k / 2][k % 2] /= count;

@@ -3,24 +3,24 @@
 //   dW[t, k, c] = sum over pixels o of act(a[o + t - 1, k]) dy[o, c]          and, for the low source of half the size,
 //   dW[p, t, k, c] = sum over u of act(b[u + p + t - 1, k]) dy[2u + p, c]
 //
-// A block takes 64 bytes of channels on both sides (32 x 32, in TF32 16 x 16) and a range of 8 x 32 tiles of dy; pixels are
-// the long side of the product, so both factors are read transposed. A warp holds all taps of 16 x 16 channels (72
-// accumulators a thread, 64 by phases) and sums over one column parity: 16 pixels of a row are one product deep. Rows of dy
-// stay in registers while the rows of `a` that meet them pass: 3 ldmatrix of pixels and one of dy for 18 mma.
+// A block takes 64 bytes of channels on both sides (32 x 32, in TF32 16 x 16) and a range of 8 x 32 tiles of dy. The product
+// sums over pixels, so both factors are read transposed. A warp holds all taps of 16 x 16 channels (72 accumulators per
+// thread, 64 for phases) and sums over one column parity: one product sums over 16 pixels of a row. Rows of dy stay in
+// registers while the rows of `a` that use them are read: 3 ldmatrix of pixels and one of dy for 18 mma.
 //
-// Bytes of a stage: tile 10 x 34 x 80 = 27,200 (by phases 6 x 18 x 80 = 8,640) and dy 8 x 32 x 80 = 20,480; two stages.
+// Bytes per stage: tile 10 x 34 x 80 = 27,200 (phases: 6 x 18 x 80 = 8,640) and dy 8 x 32 x 80 = 20,480; two stages.
 //
-// Every block and parity writes sums of its own, and a second kernel adds those in a fixed order: no atomics, the same
-// bits every time.
+// Every block and parity writes its own sums, and a second kernel adds them in a fixed order: no atomics, the same bits
+// every time.
 //
 // In 3D a block takes one plane of taps, of one phase.
 #pragma once
 
 #include "halo_tile.h"
 
-// ---- Traits: row `r` of the tile and slot `s` of taps meet in row(r, s) of dy, where slot s - 1 was at row r - 1,
-// unless s is a multiple of PERIOD. In 3D, slab d of PLANES: plane(z, d) meets gradient_plane(z, d) of dy, in the taps from
-// plane_tap(d) on, the next group of four GROUP further. ----
+// ---- Traits: row `r` of the tile and slot `s` of taps use row(r, s) of dy, which slot s - 1 used at row r - 1 unless s is
+// a multiple of PERIOD. In 3D, slab d of PLANES pairs plane(z, d) with gradient_plane(z, d) of dy for the taps from
+// plane_tap(d) on, each next group of four GROUP later. ----
 
 template <typename T>
 struct SameWgrad {
@@ -56,12 +56,12 @@ struct WgradTraits {
   static constexpr bool PHASED = PHASED_;
   static constexpr int WARPS = 8, THREADS = WARPS * 32;
   static constexpr int SIDE = Format<T>::CHUNK / 16;          // warps along K, and along CO
-  static constexpr int BANDS = WARPS / (SIDE * SIDE * 2);     // of rows, where the channels leave warps over
-  static constexpr int ROWS = GRADIENT::ROWS / BANDS;         // of dy a warp
+  static constexpr int BANDS = WARPS / (SIDE * SIDE * 2);     // of rows, if the channels leave warps over
+  static constexpr int ROWS = GRADIENT::ROWS / BANDS;         // of dy per warp
   static constexpr int FRAMES = ROWS / KIND::UNIT + 2;
   static constexpr int STEPS = Format<T>::TF32 ? 2 : 1;       // products for 16 pixels
-  static constexpr int PARTS = PHASED ? BANDS : 2 * BANDS;    // sums a block
-  static constexpr int BLOCKS = Format<T>::TF32 ? 1 : 2;      // 128 registers a thread suffice for 16 bits
+  static constexpr int PARTS = PHASED ? BANDS : 2 * BANDS;    // sums per block
+  static constexpr int BLOCKS = Format<T>::TF32 ? 1 : 2;      // 128 registers per thread suffice for 16 bits
   static constexpr int STAGE = KIND::TILE::BYTES + GRADIENT::BYTES, SHARED = 2 * STAGE;
   static_assert(SIDE * SIDE * 2 * BANDS == WARPS && ROWS % KIND::UNIT == 0);
   static_assert(SHARED <= 99 * 1024, "no GPU since sm_80 has less");
@@ -69,7 +69,7 @@ struct WgradTraits {
 
 // ---- Kernels ----
 
-// Which channels a block takes; which of them, and which pixels, a warp.
+// The channels of a block, and the channels and pixels of a warp.
 template <typename TRAITS>
 struct WgradPlace {
   int slab, k, co, k_part, co_part, parity, band;
@@ -87,7 +87,7 @@ struct WgradPlace {
   }
 };
 
-// 16 pixels side by side from `offset` on, by the 16 channels there, transposed: as the first factor.
+// 16 adjacent pixels from `offset` on by 16 channels, transposed, as the first factor.
 template <typename T, int STEPS>
 HW_FUNCTION void load_rows(uint32_t (&a)[STEPS][4], uint32_t offset) {
   if constexpr (Format<T>::TF32) {
@@ -214,7 +214,7 @@ HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_wgrad_kernel(HW_C
   for (; left; --left, ++tile, stage = TRAITS::STAGE - stage) {
     hw::wait_copies();
     transform(tile, stage);
-    if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // all have written this stage, and read the one before
+    if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // every thread has written this stage and read the previous one
     if (left > 1) load(tile + 1, TRAITS::STAGE - stage);
     add_gradients<TRAITS>(acc, stage, place);
   }
@@ -238,7 +238,7 @@ const char* launch_wgrad(WgradArguments p, Stream stream) {
   using T = typename TRAITS::T;
   constexpr int CHUNK = Format<T>::CHUNK;
   for (Map* map : {&p.a, &p.dy}) map->set_vector(sizeof(T));
-  if (p.parts % TRAITS::PARTS) return "the partial sums are no whole number of blocks";
+  if (p.parts % TRAITS::PARTS) return "the partial sums are not a whole number of blocks";
   const int splits = p.parts / TRAITS::PARTS;
   p.tiles_x = (p.dy.width + TRAITS::GRADIENT::COLUMNS - 1) / TRAITS::GRADIENT::COLUMNS;
   p.tiles = (p.dy.height + TRAITS::GRADIENT::ROWS - 1) / TRAITS::GRADIENT::ROWS * p.tiles_x;

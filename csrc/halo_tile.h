@@ -1,13 +1,13 @@
 // Tiles of channels-last maps in shared memory: 64 bytes of channels (32 of 16 bits, 16 of 32) for each pixel and its halo.
 //
-// Bytes and banks: a pixel takes 80 bytes, 16 of them unused, so that the 16-byte rows of eight pixels side by side, which
-// ldmatrix reads at once, lie in eight different groups of banks, and a tap is a constant added to the address. Where a
-// warp's pixels are two columns apart (one phase of an up-sampled map, or a stride of two), the tile keeps even columns in
-// front and odd ones behind (SPLIT), and they are side by side again.
+// Bytes and banks: a pixel takes 80 bytes, 16 of them unused, so that the 16-byte rows of eight adjacent pixels, which
+// ldmatrix reads at once, lie in eight different groups of banks, and a tap is a constant added to the address. If a
+// warp's pixels are two columns apart (one phase of an up-sampled map, or a stride of two), the tile stores the even
+// columns first and the odd ones after them (SPLIT), which makes the pixels adjacent again.
 // Weights are rows (tap, channel) of CO values without padding; their 16-byte pieces are permuted by the row instead,
-// which costs nothing, as every lane reads rows of one residue.
+// which costs nothing, as every lane reads rows of the same residue.
 //
-// Padding is written by the copy (zero fill) and stays zero: norm and activation touch pixels inside the map alone.
+// Padding is written by the copy (zero fill) and stays zero: norm and activation touch only pixels inside the map.
 #pragma once
 
 #include "hardware.h"
@@ -34,7 +34,7 @@ struct Tile {
   HW_FUNCTION static constexpr uint32_t at(int row, int x) { return (row * COLUMNS + column(x)) * PITCH; }
 };
 
-// Up to VECTOR values from memory that is aligned to one value only; zeros behind them.
+// Up to VECTOR values from memory that is aligned to one value only; zeros after them.
 template <typename T>
 HW_FUNCTION hw::Vec load_values(const char* from, int count) {
   hw::Vec vec{};
@@ -78,7 +78,7 @@ HW_FUNCTION void load_tile(uint32_t offset, const Map& map, int image, int plane
   }
 }
 
-// Norm and activation of what this thread copied, once its copies have landed; TF32 is rounded to.
+// Norm and activation of what this thread copied, after its copies have arrived; rounds float32 to TF32.
 template <typename TILE, int THREADS>
 HW_FUNCTION void transform_tile(uint32_t offset, const Map& map, int image, int plane, int row, int column, int k,
                                 float slope) {
@@ -129,8 +129,8 @@ struct Weights {
   HW_FUNCTION static constexpr uint32_t at(int row, int piece) { return row * ROW + permuted(row, piece) * 16; }
 };
 
-// Starts to copy channels k.. and columns co.. of TAPS taps, from first_tap on, `group` further after every four (which is
-// 4 where they follow each other); zeros past K and CO. `vector`: rows start at multiples of 16 bytes.
+// Starts to copy channels k.. and columns co.. of TAPS taps from first_tap on, each next four `group` later (4 if they are
+// contiguous); zeros past K and CO. `vector`: rows start at multiples of 16 bytes.
 template <typename T, int CO_TILE, int TAPS, int THREADS>
 HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels, int columns, int k, int co, int first_tap,
                               int group, bool vector) {
@@ -154,7 +154,7 @@ HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels
 
 HW_FUNCTION int lane() { return hw::thread() % 32; }
 
-// 16 pixels side by side and one step of channels, as the first factor of a product.
+// 16 adjacent pixels and one step of channels, as the first factor of a product.
 template <typename T>
 HW_FUNCTION void load_pixels(uint32_t (&a)[4], uint32_t offset) {
   hw::load_matrices(a, offset + lane() % 16 * PITCH + lane() / 16 * 16);

@@ -1,5 +1,5 @@
 // Everything the kernels ask of a GPU, and nothing else. A kernel that includes only this header also compiles as plain
-// C++ with -DUNETPP_EMULATE, where emulation/hardware.h gives every name here another meaning (see README.md).
+// C++ with -DUNETPP_EMULATE, where emulation/hardware.h defines every name here for a CPU (see README.md).
 //
 // Shared memory is addressed by byte offsets into the block's dynamic shared memory. Tags name how 16 bytes are read:
 // Half and BFloat16 hold eight values, float four (multiplied as TF32).
@@ -25,7 +25,7 @@ struct alignas(8) Pair {
   float first, second;
 };
 
-// Faults that the emulation can be told to commit, to see that its tests notice. On a GPU there are none.
+// Faults that the emulation commits on request, to check that the tests notice them. On a GPU there are none.
 enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, phase, reduction };
 
 }  // namespace hw
@@ -51,7 +51,7 @@ HW_FUNCTION int block_row() { return blockIdx.y; }
 HW_FUNCTION void barrier() { __syncthreads(); }
 HW_FUNCTION constexpr bool fault(Fault) { return false; }
 
-// The same value, which the compiler computes anew instead of holding it in a register until here.
+// The same value; the compiler computes it again instead of keeping it in a register until here.
 HW_FUNCTION int forgotten(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -76,7 +76,7 @@ HW_FUNCTION void store_shared(uint32_t offset, V value) {
   *reinterpret_cast<V*>(shared_memory() + offset) = value;
 }
 
-// Copies `bytes` (0 to 16) to shared memory and fills up with zeros to 16; done after wait_copies by the same thread.
+// Copies `bytes` (0 to 16) to shared memory and fills with zeros up to 16; complete after wait_copies by the same thread.
 HW_FUNCTION void copy_async(uint32_t offset, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)), "l"(from), "r"(bytes)
                : "memory");
@@ -159,14 +159,14 @@ HW_FUNCTION uint32_t tf32(float value) {
 HW_FUNCTION float as_float(uint32_t bits) { return __uint_as_float(bits); }
 HW_FUNCTION uint32_t as_bits(float value) { return __float_as_uint(value); }
 
-// nullptr, or what went wrong.
+// Returns nullptr, or an error message.
 template <auto KERNEL, typename Arguments>
 const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
-  cudaError_t error = cudaSetDevice(stream.device);  // this library has a CUDA runtime of its own
+  cudaError_t error = cudaSetDevice(stream.device);  // this library has its own CUDA runtime
   if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess)
     KERNEL<<<dim3(blocks, rows), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);
-  const cudaError_t last = cudaGetLastError();  // asked for in any case: nobody else is to find an error of ours
+  const cudaError_t last = cudaGetLastError();  // always called, so that no later call reports this error
   if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,4 +1,4 @@
-// The kernels by precision. Each precision is compiled by itself (half.cu, bfloat16.cu, tf32.cu), side by side.
+// The kernels by precision. Each precision is a separate source (half.cu, bfloat16.cu, tf32.cu): they compile in parallel.
 #include "kernels.h"
 
 #include "hardware.h"

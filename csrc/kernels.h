@@ -1,5 +1,5 @@
-// What the kernels offer to whoever runs them: the binding to PyTorch, and the emulation's server.
-// Pointers to maps and weights are to bytes; the precision comes beside them. All other values are float32.
+// The kernels' interface, used by the binding to PyTorch and by the emulation's server.
+// Maps and weights are byte pointers, and their precision is a separate argument. All other values are float32.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Map {
   const char* data = nullptr;
   int64_t image_stride = 0;
   int pixel_stride = 0, depth = 1, height = 0, width = 0, channels = 0;
-  const float* scale = nullptr;  // [1 or N, channels], null: read as it is
+  const float* scale = nullptr;  // [1 or N, channels]; null: no affine
   const float* shift = nullptr;
   int affine_stride = 0;  // from image to image
   bool vector = false;
@@ -36,7 +36,7 @@ struct ConvArguments {
   float slope = 0;
   bool deep = false;  // 3D
   bool act = false, add = false;
-  // Of the launch.
+  // Set by the launch.
   int tiles_y = 0, tiles_x = 0, co_blocks = 0;
   int planes_a = 1, planes_b = 1, stages_a = 0, stages = 0;
   bool vector_weights = false, vector_out = false;
@@ -49,12 +49,12 @@ struct WgradArguments {
   int images = 0, parts = 0;
   bool phased = false, deep = false;
   float slope = 0;
-  // Of the launch.
+  // Set by the launch.
   int tiles = 0, tiles_x = 0, tiles_each = 0, co_blocks = 0;  // tiles: of a plane
   int planes = 0, slabs = 0, taps = 0;
 };
 
-// Each returns nullptr, or what went wrong. `precision`: 0 float16, 1 bfloat16, 2 float32 multiplied as TF32. `config`: the
+// Each returns nullptr, or an error message. `precision`: 0 float16, 1 bfloat16, 2 float32 multiplied as TF32. `config`: the
 // number of a configuration in dispatch_conv.
 const char* run_conv(int precision, int config, const ConvArguments& arguments, Stream stream);
 const char* run_wgrad(int precision, const WgradArguments& arguments, Stream stream);

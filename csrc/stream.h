@@ -1,6 +1,6 @@
 #pragma once
 
-// Where a kernel is to run: CUDA's stream, and the number of its device.
+// Where a kernel runs: a CUDA stream and the number of its device.
 struct Stream {
   void* handle = nullptr;
   int device = 0;

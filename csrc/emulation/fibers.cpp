@@ -43,7 +43,7 @@ const void* arguments;
 
 #if defined(__x86_64__)
 
-// Saves what a function call has to keep, and goes on where `to` was saved. No system call, unlike swapcontext.
+// Saves the registers that a call preserves, and continues where `to` was saved. No system call, unlike swapcontext.
 extern "C" void emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -88,7 +88,7 @@ std::vector<ucontext_t> contexts;
 ucontext_t scheduler;
 
 void* prepare(char* stack, void (*entry)()) {
-  contexts.reserve(stacks.size());  // addresses are kept
+  contexts.reserve(stacks.size());  // keeps the addresses
   contexts.emplace_back();
   ucontext_t& context = contexts.back();
   getcontext(&context);
@@ -122,7 +122,7 @@ void resume(Thread& thread) {
   to_thread(thread);
 }
 
-// Runs a warp until none of its threads can go on; whether any could.
+// Runs a warp until none of its threads can continue; returns whether any could.
 bool run_warp(int warp) {
   bool any = false;
   for (bool again = true; again;) {
@@ -193,7 +193,7 @@ void barrier() {
 }
 
 void run_block(int count, uint32_t bytes, void (*given_body)(const void*), const void* given_arguments, uint32_t order) {
-  if (count % WARP) fail("%d threads are no whole number of warps", count);
+  if (count % WARP) fail("%d threads are not a whole number of warps", count);
   body = given_body;
   arguments = given_arguments;
   at_barrier = 0;
@@ -201,7 +201,7 @@ void run_block(int count, uint32_t bytes, void (*given_body)(const void*), const
 #if !defined(__x86_64__)
   contexts.clear();
 #endif
-  // A piece of its own, so that the sanitizer sees the end; 0xff in every byte is NaN in every format.
+  // A separate allocation, so that the sanitizer sees its end; 0xff in every byte is NaN in every format.
   std::unique_ptr<char[]> memory(new char[bytes]);
   memset(memory.get(), 0xff, bytes);
   shared = memory.get();
@@ -211,7 +211,7 @@ void run_block(int count, uint32_t bytes, void (*given_body)(const void*), const
   threads.assign(count, {});
   for (int k = 0; k < count; ++k) {
     threads[k].index = k;
-    ASAN_UNPOISON_MEMORY_REGION(stacks[k].get(), STACK);  // the last thread there did not return from its first function
+    ASAN_UNPOISON_MEMORY_REGION(stacks[k].get(), STACK);  // the previous thread there did not return from `entry`
     threads[k].stack_pointer = prepare(stacks[k].get(), entry);
   }
   std::minstd_rand random(order + 1);

@@ -1,4 +1,4 @@
-// One thread block on the CPU: a fiber a thread, switched only where threads wait for each other.
+// One thread block on the CPU: one fiber per thread, switched only where threads wait for each other.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@ namespace emulation {
 
 constexpr int WARP = 32;
 
-// Stops the process and says why, with the thread it happened in.
+// Stops the process with a message that names the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 struct Copy {
@@ -22,23 +22,23 @@ struct Thread {
   int index;
   enum { ready, at_collective, at_barrier, done } state;
   void* stack_pointer;
-  std::vector<Copy> copies;  // asked for and not waited for
+  std::vector<Copy> copies;  // started and not waited for
 };
 
-// What the lanes of a warp hand over to an instruction that they execute together.
+// What the lanes of a warp pass to an instruction that they execute together.
 struct Collective {
   const char* name;
   void* lanes[WARP];
 };
 
-// The thread that runs, and the grid's place of its block.
+// The running thread, and the position of its block in the grid.
 Thread& current();
 extern int block_x, block_y;
 extern char* shared;
 extern uint32_t shared_bytes;
 
-// What the blocks have needed: shared memory of the largest, and how many rows of an 8x8 matrix lay in one group of banks at
-// the worst (1: ldmatrix reads without conflicts).
+// The shared memory of the largest block, and the most rows of an 8x8 matrix in one group of banks (1: ldmatrix reads
+// without conflicts).
 struct Seen {
   int64_t shared_bytes = 0, conflicts = 0;
 };
@@ -48,8 +48,8 @@ extern Seen seen;
 void collective(const char* name, void* mine, void (*execute)(Collective&));
 void barrier();
 
-// Runs `body(arguments)` in every thread of a block. `order` chooses who goes first: 0 ascending and 1 descending warps,
-// each as far as it can; larger numbers seed a random choice at every switch.
+// Runs `body(arguments)` in every thread of a block. `order` chooses which threads go first: 0 and 1 take the warps in
+// ascending and descending order, each as far as it can go; larger numbers seed a random choice at every switch.
 void run_block(int threads, uint32_t bytes, void (*body)(const void*), const void* arguments, uint32_t order);
 
 extern uint32_t order;  // of the blocks that `hw::launch` runs

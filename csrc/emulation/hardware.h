@@ -1,4 +1,4 @@
-// What hardware.h promises, on a CPU. Included by hardware.h only.
+// hardware.h for a CPU. Included by hardware.h only.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,7 @@
 
 namespace emulation {
 
-// Where `bytes` of shared memory lie, after a check of alignment and end.
+// The address of `bytes` of shared memory, after a check of alignment and end.
 inline char* at(uint32_t offset, uint32_t bytes) {
   if (offset % bytes) fail("shared memory: %u bytes at offset %u are not aligned", bytes, offset);
   if (offset + bytes > shared_bytes)
@@ -79,7 +79,7 @@ void store_shared(uint32_t offset, V value) {
   memcpy(emulation::at(offset, sizeof(V)), &value, sizeof(V));
 }
 
-// On a GPU the bytes may land at any time until they are waited for: until then nobody can rely on the old or the new.
+// On a GPU the bytes may arrive at any time before the wait; until then neither old nor new ones can be relied on.
 inline void copy_async(uint32_t offset, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("copies from %p, which is not aligned to 16 bytes", from);
   if (bytes < 0 || bytes > 16) emulation::fail("copies %d bytes", bytes);

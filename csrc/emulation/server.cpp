@@ -2,8 +2,8 @@
 //
 // A request is int64 numbers, preceded by their count: the op, its precision, configuration, order of threads, fault, the
 // number of storages and the size of each in bytes, and then what the op takes; the storages' bytes follow. A pointer is
-// (storage or -1, offset in bytes). The answer is what `emulation::seen` says, an error's length and text (0: none), and all
-// storages' bytes.
+// (storage or -1, offset in bytes). The answer is `emulation::seen`, the length (0: none) and text of an error, and the
+// bytes of all storages.
 #include <cstdio>
 #include <memory>
 #include <string>
@@ -22,7 +22,7 @@ void send(const void* from, size_t bytes) {
   if (bytes) fwrite(from, 1, bytes, stdout);
 }
 
-// Each storage is a piece of its own, of its very size, so that the sanitizer sees every stray access.
+// Each storage is a separate allocation of exactly its size, so that the sanitizer sees every stray access.
 struct Request {
   std::vector<int64_t> numbers;
   size_t next = 0;

@@ -1,4 +1,4 @@
-// The instructions that a warp executes together. Registers are laid out as the PTX manual says for each.
+// The instructions that a warp executes together. Registers are laid out as the PTX manual describes.
 #include "../hardware.h"
 
 namespace emulation {
