@@ -15,7 +15,7 @@ demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
 test: .venv/test .venv/triton-$(OLDEST_TRITON)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -1,6 +1,7 @@
 """Models here are tiny: one thread computes them faster than several that wait for each other."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.quicken()
+
+# The files that take longest run first, so that the others can even out the processes of `make test`.
+LONGEST = (
+    "kernels/test_compile.py",
+    "kernels/test_compile_small.py",
+    "models/test_export.py",
+    "experiments/test_demo.py",
+    "csrc/test_cpu_library.py",
+    "csrc/test_sass.py",
+    "training/test_processes.py",
+    "csrc/test_emulation_conv.py",
+    "project/test_packaging.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture
