@@ -72,8 +72,8 @@ def conv_case(axes: int, width: int, dtype: torch.dtype, form: str, boxes: bool 
     weights = empty(options.get("taps", 3) ** axes, width, width, dtype=dtype)
     out = empty(4, *size, width * 5, dtype=dtype)[..., :width]
     units = conv.unit_grid(out, axes, phased)
-    found = conv_configs.configs(units, 4, width, axes, phased, dtype)
-    for config in [replace(config, descriptors=True) for config in found] if boxes else found:
+    configs = conv_configs.configs(units, 4, width, axes, phased, dtype)
+    for config in [replace(config, descriptors=True) for config in configs] if boxes else configs:
         yield config, *record(conv, "_conv_kernel", conv.conv, out, a, weights, config=config, **options)
 
 
