@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.compiled_kernels import ALL, Launch, Row, assert_all_compile, compile_all, main
+from support.compiled_kernels import ALL, Launch, assert_all_compile, compile_all, main
 from support.triton_versions import VERSIONS
 
 HALF = (torch.float16, torch.bfloat16)
@@ -152,17 +152,10 @@ def launches(capability: int) -> Iterator[Launch]:
             yield Launch(name, shape, *source_of(kernel, args, kwargs), multiplies=True)
 
 
-@pytest.fixture(scope="module")
-def installed() -> list[Row]:
-    return compile_all("installed", __file__)
-
-
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compiles_without_spills(version: str, installed: list[Row]):
-    if version == "installed":
-        assert_all_compile(installed, groups=27, fewest={80: 83, 90: 108})
-    else:
-        assert_all_compile(compile_all(version, __file__, installed), groups=27, fewest={})
+def test_compiles_without_spills(version: str):
+    fewest = {80: 83, 90: 108} if version == "installed" else {}
+    assert_all_compile(compile_all(version, __file__), groups=27, fewest=fewest)
 
 
 if __name__ == "__main__":

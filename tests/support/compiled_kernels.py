@@ -2,6 +2,10 @@
 
 Compiling needs the interpreter off, which is decided when Triton is imported. So a test file calls `compile_all`, which runs
 that file as a script in another process; the script calls `main` with its kernels.
+
+Both Tritons compile the first kernel of each group for every GPU generation: of a convolution's configurations the one that
+runs without tuning, of the other kernels' block sizes the largest. The installed Triton also compiles the rest, for sm_90
+and for sm_80, whose instructions sm_120 runs too.
 """
 
 from __future__ import annotations
@@ -21,12 +25,9 @@ from typing import Any, NamedTuple
 from support.triton_versions import start
 
 RECORDS = Path(__file__).parents[2] / "build" / "compiled"
-# Everything is six times as many kernels.
-ALL = os.environ.get("UNETPP_FAST_COMPILE_ALL") == "1"
+ALL = os.environ.get("UNETPP_FAST_COMPILE_ALL") == "1"  # every kernel by both Tritons; many more kernels
 TARGETS = (80, 90, 120)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # sm_80 has 163 KiB, but sm_120 runs its kernels too
-# A thread has 255 registers. From one GPU generation or Triton to another a kernel's registers change by 45 at most.
-MANY_REGISTERS = 200
 
 
 class Launch(NamedTuple):
@@ -42,17 +43,10 @@ class Launch(NamedTuple):
 Row = dict[str, Any]  # what the compiler made of a launch: keys of `figures`, capability, group, shape, multiplies
 
 
-def compile_all(version: str, script: str, known: list[Row] | None = None) -> list[Row]:
-    """The rows of a script that calls `main`, with that Triton; prints them as a table.
-
-    known: rows of another Triton; then only the kernels that demand most are compiled.
-    """
+def compile_all(version: str, script: str) -> list[Row]:
+    """The rows of a script that calls `main`, with that Triton; prints them as a table."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = []
-        if known is not None:
-            arguments = [str(Path(folder) / "known.json")]
-            Path(arguments[0]).write_text(json.dumps(known))
-        process = start(version, script, *arguments, TRITON_CACHE_DIR=folder)
+        process = start(version, script, version, TRITON_CACHE_DIR=folder)
         out, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     rows = json.loads(out)
@@ -86,33 +80,20 @@ def faults(row: Row) -> str:
     )
 
 
-def demanding(rows: Iterable[Row]) -> set[tuple[str, str]]:
-    """Group and shape of the kernel of each group with the most registers, and of all with many."""
-    rows = sorted(rows, key=lambda row: row["registers"])
-    most = {row["group"]: row["shape"] for row in rows}
-    return {*most.items(), *((row["group"], row["shape"]) for row in rows if row["registers"] > MANY_REGISTERS)}
-
-
 def main(launches: Callable[[int], Iterable[Launch]]) -> None:
-    """Compiles the launches for every target and prints the rows as JSON.
-
-    All of them for sm_80 and sm_90. sm_120 runs the instructions of sm_80, so for it only those that are demanding there.
-    If the command line names a file of another Triton's rows, only those that are demanding there for any target.
-    """
+    """Compiles the launches with the Triton that the command line names, and prints the rows as JSON."""
     gc.disable()  # torch and Triton are many objects, and each compilation leaves few
-    known = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else None
+    oldest = sys.argv[1] == "oldest"
     compiler = Compiler(Path(sys.argv[0]).stem)
     rows: list[Row] = []
     for capability in TARGETS:
-        chosen = None
-        if not ALL and (known or capability == 120):
-            alike = 80 if capability == 120 else capability
-            chosen = demanding(row for row in known or rows if row["capability"] == alike)
+        groups: set[str] = set()
         for launch in launches(capability):
-            if chosen is None or (launch.group, launch.shape) in chosen:
-                figures = compiler.figures(launch, capability)
+            first = launch.group not in groups
+            groups.add(launch.group)
+            if first or ALL or (not oldest and capability != 120):
                 names = {"group": launch.group, "shape": launch.shape, "multiplies": launch.multiplies}
-                rows.append({"capability": capability, **names, **figures})
+                rows.append({"capability": capability, **names, **compiler.figures(launch, capability)})
     compiler.save()
     print(json.dumps(rows))
 
