@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -110,7 +111,7 @@ class Compiler:
 
     def figures(self, launch: Launch, capability: int) -> dict[str, int]:
         """Registers, spilled bytes, shared memory and tensor-core instructions."""
-        text = f"{launch.source.hash()} {capability} {sorted(launch.options.items())}"
+        text = f"{launch.source.hash()} {capability} {sorted(launch.options.items())} {inspect.getsource(compiled)}"
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.used:
             self.used[key] = self.known.get(key) or compiled(launch, capability)
