@@ -48,6 +48,6 @@ clean:
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
 	touch $@
 
-# Beside the newest Triton, which pip picks: the kernels are compiled by both.
+# The oldest supported Triton beside the newest, which pip picks: both compile the kernels.
 .venv/triton-$(OLDEST_TRITON): | .venv/base
 	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLDEST_TRITON)
