@@ -31,7 +31,8 @@ __all__ = [
 
 MIN_TILES = 6  # of a plane, for Winograd; with fewer, streaming four times as many weights costs more than it saves
 CHUNK = 4096  # pixels of a partial sum
-SCRATCH = 2**22  # values of transformed tiles that a weight gradient holds at a time
+SCRATCH = 2**21  # values of transformed tiles that a weight gradient holds at a time, so that they stay in the cache
+MIN_BATCH = 128  # tiles that it holds at least: the last transform of their sums costs as much as twenty
 
 
 def _supports(*maps: Tensor | None) -> bool:
@@ -107,12 +108,11 @@ def conv_wgrad(
         return naive.conv_wgrad(a, dy, axes=axes, phased=phased, affine=affine, slope=slope)
     lanes, taps = torch.ops.unetpp_fast_cpu.lanes(), 2 if phased else 3
     k, co, points = a.shape[-1], dy.shape[-1], (taps + 3) ** 2
-    phases, depth = 2**axes if phased else 1, taps if axes == 3 else 1
-    padded = -(-k // lanes) * lanes, -(-co // lanes) * lanes
-    sums = a.new_zeros(phases * depth, points, *padded, dtype=torch.float32)
-    scratch = a.new_empty(max(SCRATCH, points * sum(padded)), dtype=torch.float32)
+    phases = 2**axes if phased else 1
+    tile = points * (-(-k // lanes) * lanes + -(-co // lanes) * lanes)
+    scratch = a.new_empty(max(SCRATCH, MIN_BATCH * tile), dtype=torch.float32)
     result = a.new_empty(phases, taps**axes, k, co, dtype=torch.float32)
-    torch.ops.unetpp_fast_cpu.conv_wgrad(result, sums, scratch, a, *(affine or (None, None)), dy, axes, phased, float(slope))
+    torch.ops.unetpp_fast_cpu.conv_wgrad(result, scratch, a, *(affine or (None, None)), dy, axes, phased, float(slope))
     return result
 
 

@@ -129,8 +129,8 @@ int64_t conv_parts(Tensor out, int64_t inputs, bool phased, bool winograd) {
   return winograd ? winograd_parts(call) : call.out.depth;
 }
 
-void conv_wgrad(Tensor result, Tensor sums, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy,
-                int64_t axes, bool phased, double slope) {
+void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,
+                bool phased, double slope) {
   Wgrad call;
   call.axes = static_cast<int>(axes);
   call.phased = phased;
@@ -147,7 +147,6 @@ void conv_wgrad(Tensor result, Tensor sums, Tensor scratch, Tensor a, Optional s
   const int64_t taps = phased ? 2 : 3, filters = phased ? (deep ? 8 * 2 : 4) : (deep ? 3 : 1), points = phased ? 25 : 36;
   call.images = static_cast<int>(dy.size(0));
   call.result = const_cast<float*>(values(result, filters * taps * taps * call.a.channels * call.dy.channels, "result"));
-  call.sums = const_cast<float*>(values(sums, filters * points * k * co, "sums"));
   call.scratch = const_cast<float*>(values(scratch, scratch.numel(), "scratch"));
   call.scratch_size = scratch.numel();
   STD_TORCH_CHECK(call.scratch_size >= points * (k + co), "scratch is too small for one tile");
@@ -281,8 +280,8 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
       "bool winograd, float slope, bool act, bool add) -> ()");
   library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
   library.def(
-      "conv_wgrad(Tensor(a!) result, Tensor(b!) sums, Tensor(c!) scratch, Tensor a, Tensor? scale, Tensor? shift, "
-      "Tensor dy, int axes, bool phased, float slope) -> ()");
+      "conv_wgrad(Tensor(a!) result, Tensor(b!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, int axes, "
+      "bool phased, float slope) -> ()");
   library.def("pool(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope) -> ()");
   library.def(
       "pool_backward(Tensor(a!) gx, Tensor g, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope, "

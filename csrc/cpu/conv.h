@@ -15,7 +15,8 @@
 namespace unetpp {
 namespace ISA {
 
-static thread_local Scratch scratch;
+// A distance between the n x n points of a transform: whole pages would put all of them into the same few sets of a cache.
+INLINE int64_t spread(int64_t values) { return values % 1024 == 0 ? values + 32 : values; }
 
 // Operands of one sum in the transformed domain, and the output pixels that it is for: step * i + (oy, ox).
 template <class T, class E>
@@ -36,9 +37,11 @@ struct Sum {
   }
   int64_t size() const {
     int64_t total = 0;
-    for (int i = 0; i < count; i++) total += round_up(planes[i].channels, LANES);
-    return total * T::n * T::n * down * across;
+    for (int i = 0; i < count; i++) total += T::n * T::n * stride(i);
+    return total;
   }
+  // From point to point of the transformed tiles of operand i.
+  int64_t stride(int i) const { return spread(static_cast<int64_t>(down) * across * round_up(planes[i].channels, LANES)); }
   // Values of the packed weights of one operand.
   static int64_t packed(int channels, int blocks) {
     return static_cast<int64_t>(T::n) * T::n * blocks * round_up(channels, 4) * WIDTH;
@@ -46,32 +49,32 @@ struct Sum {
   float* transform_inputs(int y0, int x0, float* memory) {
     for (int i = 0; i < count; i++) {
       const int padded = round_up(planes[i].channels, LANES);
-      const int64_t stride = static_cast<int64_t>(down) * across * padded;
       tiles[i] = memory;
       for (int ty = 0; ty < down; ty++)
         for (int tx = 0; tx < across; tx++)
           transform<T, false>(planes[i], y0 / step + ty * T::m + y_start[i], x0 / step + tx * T::m + x_start[i],
-                              memory + (ty * across + tx) * padded, stride);
-      memory += T::n * T::n * stride;
+                              memory + (ty * across + tx) * padded, stride(i));
+      memory += T::n * T::n * stride(i);
     }
     return memory;
   }
   // Adds the outputs of block `o` of `blocks` blocks of output channels to acc [rows, columns, WIDTH]; writes where `first`.
   void outputs(int o, int blocks, float* products, float* acc, int rows, int columns, bool first) const {
     const int number = down * across;
+    const int64_t product = spread(static_cast<int64_t>(number) * WIDTH);
     for (int t = 0; t < T::n * T::n; t++) {
       Segment segments[kMost];
       for (int i = 0; i < count; i++) {
         const int padded = round_up(planes[i].channels, LANES), k = round_up(planes[i].channels, 4);
-        segments[i] = {tiles[i] + static_cast<int64_t>(t) * number * padded, padded,
+        segments[i] = {tiles[i] + t * stride(i), padded,
                        weights[i] + (static_cast<int64_t>(t) * blocks + o) * k * WIDTH, k};
       }
-      multiply_rows(segments, count, number, products + static_cast<int64_t>(t) * number * WIDTH, WIDTH);
+      multiply_rows(segments, count, number, products + t * product, WIDTH);
     }
     for (int j = 0; j < number; j++)
       for (int v = 0; v < WIDTH; v += LANES) {
         V y[T::m][T::m];
-        inverse<T>(products + j * WIDTH + v, static_cast<int64_t>(number) * WIDTH, y);
+        inverse<T>(products + j * WIDTH + v, product, y);
         const int top = j / across * T::m * step + oy, left = j % across * T::m * step + ox;
         for (int i = 0; i < T::m && top + i * step < rows; i++)
           for (int k = 0; k < T::m && left + k * step < columns; k++) {
@@ -82,54 +85,67 @@ struct Sum {
   }
 };
 
+// Whether the result goes past the caches: it is large, and nothing of it was read.
+template <class E>
+INLINE bool passes_caches(const Conv& conv) {
+  const Map& out = conv.out;
+  const int64_t pixels = static_cast<int64_t>(conv.images) * out.depth * out.height * out.width;
+  return !conv.add && pixels * out.channels * static_cast<int64_t>(sizeof(E)) >= (16 << 20);
+}
+
 INLINE int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
 
-// out = (out +) act(acc + bias + border class) for a block of pixels; acc becomes what was stored.
+// Count, mean and sum of squared deviations of each channel of a block of `pixels`, into stats [3, channels]; totals: sums.
+static void statistics(const float* acc, int64_t pixels, const V* totals, int count, float* stats, int channels) {
+  const float number = static_cast<float>(pixels);
+  for (int v = 0; v < count; v += LANES, acc += LANES, stats += LANES, totals++) {
+    // A mean far from zero is rounded; what remains of it is found beside the squares of the deviations.
+    const V near = *totals / number;
+    V rest = {}, squares = {};
+    for (int64_t p = 0; p < pixels; p++) {
+      const V deviation = load(acc + p * WIDTH) - near;
+      rest += deviation;
+      squares += deviation * deviation;
+    }
+    rest /= number;
+    store_some(stats, splat(number), count - v);
+    store_some(stats + channels, near + rest, count - v);
+    store_some(stats + 2 * channels, squares - rest * rest * number, count - v);
+  }
+}
+
+// out = (out +) act(acc + bias + border class) for a block of rows x columns pixels; acc becomes what was stored if there
+// are stats.
 template <class E>
-static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int rows, int columns, int pitch, int block,
-                   float* acc, float* stats) {
+static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int rows, int columns, int block, float* acc,
+                   float* stats) {
   const Map& out = conv.out;
+  const int first = block * WIDTH, count = std::min(WIDTH, out.channels - first);
   const int depth_class = conv.axes == 3 ? border_class(z, out.depth) * 9 : 0;
-  for (int v = 0; v < WIDTH; v += LANES) {
-    const int co = block * WIDTH + v, count = out.channels - co;
-    if (count <= 0) break;
-    const V bias = conv.bias ? load_some(conv.bias + co, count) : V{};
-    V total = {};
-    for (int y = 0; y < rows; y++) {
-      const int row_class = depth_class + border_class(y0 + y, out.height) * 3;
-      E* place = at<E>(out, image, (static_cast<int64_t>(z) * out.height + y0 + y) * out.width + x0) + co;
-      float* from = acc + static_cast<int64_t>(y) * pitch * WIDTH + v;
-      for (int x = 0; x < columns; x++, place += out.pixel, from += WIDTH) {
-        V value = load(from) + bias;
+  const bool past = passes_caches<E>(conv);
+  V bias[2] = {}, totals[2] = {};
+  for (int v = 0; conv.bias && v < count; v += LANES) bias[v / LANES] = load_some(conv.bias + first + v, count - v);
+  float* from = acc;
+  for (int y = 0; y < rows; y++) {
+    const int row_class = depth_class + border_class(y0 + y, out.height) * 3;
+    E* place = at<E>(out, image, (static_cast<int64_t>(z) * out.height + y0 + y) * out.width + x0) + first;
+    for (int x = 0; x < columns; x++, place += out.pixel, from += WIDTH)
+      for (int v = 0; v < count; v += LANES) {
+        V value = load(from + v) + bias[v / LANES];
         if (conv.border) {
-          const int row = row_class + border_class(x0 + x, out.width);
-          value += load_some(conv.border + static_cast<int64_t>(row) * out.channels + co, count);
+          const int64_t row = row_class + border_class(x0 + x, out.width);
+          value += load_some(conv.border + row * out.channels + first + v, count - v);
         }
         if (conv.act) value = activate(value, conv.slope);
-        if (conv.add) value += load_some(place, count);
-        value = store_some(place, value, count);
-        if (stats) {
-          store(from, value);
-          total += value;
-        }
+        if (conv.add) value += load_some(place + v, count - v);
+        value = past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
+        if (!stats) continue;
+        store(from + v, value);
+        totals[v / LANES] += value;
       }
-    }
-    if (!stats) continue;
-    const float pixels = static_cast<float>(rows) * columns;
-    // A mean far from zero is rounded; what remains of it is found beside the squares of the deviations.
-    const V near = total / pixels;
-    V rest = {}, squares = {};
-    for (int y = 0; y < rows; y++)
-      for (int x = 0; x < columns; x++) {
-        const V deviation = load(acc + (static_cast<int64_t>(y) * pitch + x) * WIDTH + v) - near;
-        rest += deviation;
-        squares += deviation * deviation;
-      }
-    rest /= pixels;
-    store_some(stats + co, splat(pixels), count);
-    store_some(stats + out.channels + co, near + rest, count);
-    store_some(stats + 2 * out.channels + co, squares - rest * rest * pixels, count);
   }
+  if (past) stream_end();
+  if (stats) statistics(acc, static_cast<int64_t>(rows) * columns, totals, count, stats + first, out.channels);
 }
 
 // The sums of one block: the first over a, and with phases one more for each of the 4 in the plane.
@@ -201,7 +217,7 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
     work.phases[i].across = (columns + 7) / 8;
     needed += work.phases[i].size();
   }
-  const int64_t products = 36 * tiles * WIDTH, pixels = static_cast<int64_t>(rows) * columns * WIDTH;
+  const int64_t products = 36 * spread(tiles * WIDTH), pixels = static_cast<int64_t>(rows) * columns * WIDTH;
   float* memory = scratch.get(needed + products + pixels);
   float *product = memory, *acc = product + products;
   float* rest = work.first.transform_inputs(y0, x0, acc + pixels);
@@ -210,7 +226,7 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
   for (int o = first_out; o < last_out; o++) {
     work.first.outputs(o, out_blocks, product, acc, rows, columns, true);
     for (int i = 0; i < work.phase_count; i++) work.phases[i].outputs(o, out_blocks, product, acc, rows, columns, false);
-    finish<E>(conv, image, z, y0, x0, rows, columns, columns, o, acc, stats);
+    finish<E>(conv, image, z, y0, x0, rows, columns, o, acc, stats);
   }
 }
 

@@ -153,7 +153,7 @@ static void direct_image(const Conv& conv, int taps, int stride, int64_t image, 
     direct_sums(conv, operands, count, o, acc);
     for (int z = 0; z < conv.out.depth; z++) {
       float* stats = conv.stats ? conv.stats + (image * conv.out.depth + z) * 3 * conv.out.channels : nullptr;
-      finish<E>(conv, image, z, 0, 0, conv.out.height, conv.out.width, conv.out.width, o, acc + z * plane, stats);
+      finish<E>(conv, image, z, 0, 0, conv.out.height, conv.out.width, o, acc + z * plane, stats);
     }
   }
 }

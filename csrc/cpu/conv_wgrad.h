@@ -2,8 +2,9 @@
 //
 //     dW = G' [ sum over tiles (B' d B) * (A dY A') ] G
 //
-// Tiles are transformed in batches that fit the scratch memory; then every sum is one thread's, over the tiles in their
-// order: the same bits for any number of threads.
+// Tiles are transformed in batches that fit the scratch memory. Then every sum over the tiles of a batch is one thread's, in
+// their order, for as many input channels at a time as stay in the cache until the last transform adds them to the result:
+// the same bits for any number of threads.
 #pragma once
 
 #include "winograd.h"
@@ -11,7 +12,7 @@
 namespace unetpp {
 namespace ISA {
 
-// sums[k, c] += sum over tiles of a[tile, k] dy[tile, c], for R rows k and COLUMNS vectors of columns c.
+// sums[k, c] = sum over tiles of a[tile, k] dy[tile, c], for R rows k and COLUMNS vectors of columns c.
 template <int R, int COLUMNS>
 static void outer(const float* a, int64_t a_tile, const float* dy, int64_t dy_tile, int64_t tiles, float* sums,
                   int64_t row) {
@@ -30,13 +31,11 @@ static void outer(const float* a, int64_t a_tile, const float* dy, int64_t dy_ti
     }
   }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < COLUMNS; c++) {
-      float* place = sums + r * row + c * LANES;
-      store(place, load(place) + acc[r][c]);
-    }
+    for (int c = 0; c < COLUMNS; c++) store(sums + r * row + c * LANES, acc[r][c]);
 }
 
 constexpr int OUTER_ROWS = 4;  // divides every padded channel count
+constexpr int SUMS = 1 << 19;  // values that stay in the cache
 
 // One pair of planes per image and depth: of the operand, shifted, and of dy on its lattice.
 struct Pairing {
@@ -44,87 +43,107 @@ struct Pairing {
   int step, pz, py, px, z_step;     // lattice of dy
 };
 
-template <class T, class E>
-static void accumulate(const Wgrad& call, const Pairing& pair, float* sums) {
-  constexpr int n2 = T::n * T::n;
-  const int k = round_up(call.a.channels, LANES), co = round_up(call.dy.channels, LANES);
-  const int height = call.dy.height / pair.step, width = call.dy.width / pair.step, depth = call.dy.depth / pair.z_step;
-  const int down = (height + T::m - 1) / T::m, across = (width + T::m - 1) / T::m;
-  const int per_plane = down * across;
-  // Planes whose partner lies outside the map add nothing.
-  const int first_z = std::max(0, -pair.dz), last_z = std::min(depth, call.a.depth - pair.dz);
-  const int64_t planes = std::max(0, last_z - first_z), total = call.images * planes * per_plane;
-  const int64_t batch = std::max<int64_t>(1, call.scratch_size / (static_cast<int64_t>(n2) * (k + co)));
-  for (int64_t start = 0; start < total; start += batch) {
-    const int64_t count = std::min(batch, total - start);
-    float *inputs = call.scratch, *gradients = inputs + n2 * count * k;
-    parallel_for((count + 7) / 8, [&](int64_t group) {
-      for (int64_t j = group * 8; j < std::min(count, group * 8 + 8); j++) {
-        const int64_t tile = start + j, image = tile / per_plane / planes;
-        const int z = first_z + static_cast<int>(tile / per_plane % planes);
-        const int y = tile % per_plane / across * T::m, x = tile % across * T::m;
-        const Plane<E> a = plane_of<E>(call.a, image, z + pair.dz, call.slope);
-        const Plane<E> dy = plane_of<E>(call.dy, image, z * pair.z_step + pair.pz, 0, pair.step, pair.py, pair.px);
-        transform<T, false>(a, y + pair.y, x + pair.x, inputs + j * k, count * k);
-        transform<T, true>(dy, y, x, gradients + j * co, count * co);
-      }
-    });
-    const int rows = k / OUTER_ROWS;
-    parallel_for(static_cast<int64_t>(n2) * rows, [&](int64_t index) {
-      const int t = index / rows, r = index % rows * OUTER_ROWS;
-      const float *a = inputs + t * count * k + r, *dy = gradients + t * count * co;
-      float* place = sums + (static_cast<int64_t>(t) * k + r) * co;
-      int c = 0;
-      for (; c + WIDTH <= co; c += WIDTH) outer<OUTER_ROWS, 2>(a, k, dy + c, co, count, place + c, co);
-      if (c < co) outer<OUTER_ROWS, 1>(a, k, dy + c, co, count, place + c, co);
-    });
+// The tiles of all pairs of planes, in the order of images and planes.
+struct Tiles {
+  int across, per_plane, first_z;
+  int64_t planes, total;
+
+  Tiles(const Wgrad& call, const Pairing& pair, int m) {
+    const int height = call.dy.height / pair.step, width = call.dy.width / pair.step, depth = call.dy.depth / pair.z_step;
+    across = (width + m - 1) / m;
+    per_plane = (height + m - 1) / m * across;
+    // Planes whose partner lies outside the map add nothing.
+    first_z = std::max(0, -pair.dz);
+    planes = std::max(0, std::min(depth, call.a.depth - pair.dz) - first_z);
+    total = call.images * planes * per_plane;
   }
+};
+
+// Tiles `start` to `start + count`, transformed: inputs [n * n, count, k] and gradients [n * n, count, co].
+template <class T, class E>
+static void transform_tiles(const Wgrad& call, const Pairing& pair, const Tiles& tiles, int64_t start, int64_t count, int k,
+                            int co, float* inputs, float* gradients) {
+  parallel_for((count + 7) / 8, [&](int64_t group) {
+    for (int64_t j = group * 8; j < std::min(count, group * 8 + 8); j++) {
+      const int64_t plane = (start + j) / tiles.per_plane, place = (start + j) % tiles.per_plane;
+      const int64_t image = plane / tiles.planes;
+      const int z = tiles.first_z + static_cast<int>(plane % tiles.planes);
+      const int y = place / tiles.across * T::m, x = place % tiles.across * T::m;
+      const Plane<E> a = plane_of<E>(call.a, image, z + pair.dz, call.slope);
+      const Plane<E> dy = plane_of<E>(call.dy, image, z * pair.z_step + pair.pz, 0, pair.step, pair.py, pair.px);
+      transform<T, false>(a, y + pair.y, x + pair.x, inputs + j * k, count * k);
+      transform<T, true>(dy, y, x, gradients + j * co, count * co);
+    }
+  });
 }
 
-// result[t, k, c] = G' S G, r x r, of the n x n sums S of each pair of channels.
+// result[t, first + row, c] (+)= G' S G, r x r, of the n x n sums S [n * n, rows, co] of each pair of channels.
 template <class T>
-static void filters(const Wgrad& call, const float* sums, float* result) {
+static void filters(const Wgrad& call, const float* sums, int first, int rows, int co, bool add, float* result) {
   const int channels = call.a.channels, outputs = call.dy.channels;
-  const int64_t k = round_up(channels, LANES), co = round_up(outputs, LANES);
-  parallel_for(channels, [&](int64_t row) {
+  parallel_for(std::min(rows, channels - first), [&](int64_t row) {
     for (int c = 0; c < outputs; c += LANES) {
-      V rows[T::r][T::n];
+      V columns[T::r][T::n];
       for (int x = 0; x < T::n; x++) {
         V d[T::n], w[T::r];
-        for (int y = 0; y < T::n; y++) d[y] = load(sums + ((y * T::n + x) * k + row) * co + c);
+        for (int y = 0; y < T::n; y++) d[y] = load(sums + (static_cast<int64_t>(y * T::n + x) * rows + row) * co + c);
         T::filter(d, w);
-        for (int y = 0; y < T::r; y++) rows[y][x] = w[y];
+        for (int y = 0; y < T::r; y++) columns[y][x] = w[y];
       }
       for (int y = 0; y < T::r; y++) {
         V w[T::r];
-        T::filter(rows[y], w);
-        for (int x = 0; x < T::r; x++)
-          store_some(result + (static_cast<int64_t>(y * T::r + x) * channels + row) * outputs + c, w[x], outputs - c);
+        T::filter(columns[y], w);
+        for (int x = 0; x < T::r; x++) {
+          float* place = result + (static_cast<int64_t>(y * T::r + x) * channels + first + row) * outputs + c;
+          store_some(place, add ? load_some(place, outputs - c) + w[x] : w[x], outputs - c);
+        }
       }
     }
   });
 }
 
+// result [r * r, channels of a, channels of dy] of one filter.
+template <class T, class E>
+static void wgrad_filter(const Wgrad& call, const Pairing& pair, float* result) {
+  constexpr int n2 = T::n * T::n;
+  const int k = round_up(call.a.channels, LANES), co = round_up(call.dy.channels, LANES);
+  const Tiles tiles(call, pair, T::m);
+  if (tiles.total == 0) std::memset(result, 0, sizeof(float) * T::r * T::r * call.a.channels * call.dy.channels);
+  const int at_once = std::min(k, std::max(1, SUMS / (n2 * co * OUTER_ROWS)) * OUTER_ROWS);
+  float* sums = scratch.get(static_cast<int64_t>(n2) * at_once * co);
+  const int64_t batch = std::max<int64_t>(1, call.scratch_size / (static_cast<int64_t>(n2) * (k + co)));
+  for (int64_t start = 0; start < tiles.total; start += batch) {
+    const int64_t count = std::min(batch, tiles.total - start);
+    float *inputs = call.scratch, *gradients = inputs + n2 * count * k;
+    transform_tiles<T, E>(call, pair, tiles, start, count, k, co, inputs, gradients);
+    for (int first = 0; first < call.a.channels; first += at_once) {
+      const int rows = std::min(at_once, k - first), groups = rows / OUTER_ROWS;
+      parallel_for(static_cast<int64_t>(n2) * groups, [&](int64_t index) {
+        const int t = index / groups, r = index % groups * OUTER_ROWS;
+        const float *a = inputs + t * count * k + first + r, *dy = gradients + t * count * co;
+        float* place = sums + (static_cast<int64_t>(t) * rows + r) * co;
+        int c = 0;
+        for (; c + WIDTH <= co; c += WIDTH) outer<OUTER_ROWS, 2>(a, k, dy + c, co, count, place + c, co);
+        if (c < co) outer<OUTER_ROWS, 1>(a, k, dy + c, co, count, place + c, co);
+      });
+      filters<T>(call, sums, first, rows, co, start > 0, result);
+    }
+  }
+}
+
 template <class E>
 static void conv_wgrad(const Wgrad& call) {
   const bool deep = call.axes == 3;
-  const int n2 = call.phased ? TwoTaps::n * TwoTaps::n : ThreeTaps::n * ThreeTaps::n;
-  const int64_t size = static_cast<int64_t>(n2) * round_up(call.a.channels, LANES) * round_up(call.dy.channels, LANES);
-  const int taps = call.phased ? 2 : 3, depth_taps = deep ? taps : 1;
-  const int phases = call.phased ? (deep ? 8 : 4) : 1;
+  const int taps = call.phased ? 2 : 3, depth_taps = deep ? taps : 1, phases = call.phased ? (deep ? 8 : 4) : 1;
+  float* result = call.result;
   for (int phase = 0; phase < phases; phase++) {
     const int pz = phase / 4, py = phase / 2 % 2, px = phase % 2;
     for (int t = 0; t < depth_taps; t++) {
-      const int64_t filter = phase * depth_taps + t;
-      float* sums = call.sums + filter * size;
-      float* result = call.result + filter * taps * taps * call.a.channels * call.dy.channels;
-      if (call.phased) {
-        accumulate<TwoTaps, E>(call, {deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, sums);
-        filters<TwoTaps>(call, sums, result);
-      } else {
-        accumulate<ThreeTaps, E>(call, {deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, sums);
-        filters<ThreeTaps>(call, sums, result);
-      }
+      if (call.phased)
+        wgrad_filter<TwoTaps, E>(call, {deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, result);
+      else
+        wgrad_filter<ThreeTaps, E>(call, {deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, result);
+      result += static_cast<int64_t>(taps) * taps * call.a.channels * call.dy.channels;
     }
   }
 }

@@ -48,7 +48,6 @@ struct Wgrad {
   Map a, dy;
   float slope = 0;
   float* result = nullptr;  // [phases, taps^axes, K, CO]
-  float* sums = nullptr;    // [phases, depth taps, n * n, K, CO] of zeros, each channel count rounded up to lanes
   float* scratch = nullptr;
   int64_t scratch_size = 0;  // in values
 };

@@ -119,6 +119,28 @@ INLINE V store_some(E* p, V v, int count) {
   return rounded<E>(v);
 }
 
+// As `store_some`; whole aligned vectors go past the caches, where the CPU can. After the last, `stream_end`.
+template <class E>
+INLINE V stream_some(E* p, V v, int count) {
+#if LANES == 16
+  if (count >= LANES && reinterpret_cast<uintptr_t>(p) % (LANES * sizeof(E)) == 0) {
+    v = rounded<E>(v);
+    if constexpr (sizeof(E) == sizeof(float))
+      _mm512_stream_ps(reinterpret_cast<float*>(p), v);
+    else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(upper(v)));
+    return v;
+  }
+#endif
+  return store_some(p, v, count);
+}
+
+INLINE void stream_end() {
+#if LANES == 16
+  _mm_sfence();
+#endif
+}
+
 // The place of a pixel, counted in row-major order, in the map of one image.
 template <class E>
 INLINE E* at(const Map& map, int64_t image, int64_t pixel) {
@@ -157,6 +179,8 @@ struct Scratch {
   }
   ~Scratch() { std::free(data); }
 };
+
+static thread_local Scratch scratch;
 
 // Rows of a left operand and the packed right operand that belongs to them.
 struct Segment {

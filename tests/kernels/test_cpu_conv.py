@@ -115,6 +115,21 @@ def test_reads_a_buffer_that_it_writes(kernel):
     cpu_kernels.assert_accepted(buffer, exact, buffer)
 
 
+@each_dtype
+def test_large_results(dtype):
+    """Results of 16 MB go past the caches where a vector is aligned and whole: here some are, some are not."""
+    make = cpu_kernels.CpuInputs(dtype)
+    a, wa = make.map(1, 1, 512, 512, 2), make.values(9, 2, 40)
+    buffer = torch.full((1, 1, 512, 512, 56), math.nan, dtype=dtype)
+    twin = torch.empty(1, 1, 512, 512, 40, dtype=dtype)
+    exact = twin.double()
+    naive.conv(exact, a.double(), wa.double(), axes=2)
+    naive.conv(twin, a, wa, axes=2)
+    cpu_ops.conv(buffer[..., 16:], a, wa, axes=2)
+    cpu_kernels.assert_accepted(buffer[..., 16:], exact, twin)
+    assert buffer[..., :16].isnan().all()
+
+
 @each_kernel
 def test_statistics_do_not_cancel(kernel):
     """A mean of a thousand standard deviations: the difference of two sums of squares would keep no digit."""
@@ -199,12 +214,20 @@ def test_channels_of_weight_gradients(channels, phased):
     check_wgrad(torch.float32, (2, 1, 7), phased, k=channels[1], co=channels[0])
 
 
+@each_dtype
+@pytest.mark.parametrize("phased", [False, True])
+def test_many_channels_of_weight_gradients(dtype, phased):
+    """More sums than stay in the cache, taken in parts of which the last is smaller."""
+    check_wgrad(dtype, (5, 9), phased, k=200, co=130, affine=1)
+
+
 @pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
 @pytest.mark.parametrize("phased", [False, True])
 def test_sizes_of_weight_gradients(units, phased, monkeypatch):
     """Tiles in one batch, and in batches of few that end within a plane."""
     check_wgrad(torch.float32, units, phased, affine=0)
     monkeypatch.setattr(cpu_ops, "SCRATCH", 36 * 2 * 32 * 5)
+    monkeypatch.setattr(cpu_ops, "MIN_BATCH", 1)
     check_wgrad(torch.float32, units, phased, affine=0)
 
 
