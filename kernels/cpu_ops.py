@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 MIN_TILES = 6  # of a plane, for Winograd; with fewer, streaming four times as many weights costs more than it saves
+FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
+MANY_WEIGHTS = 2**13  # pairs of channels that are many
 CHUNK = 4096  # pixels of a partial sum
 SCRATCH = 2**21  # values of transformed tiles that a weight gradient holds at a time, so that they stay in the cache
 MIN_BATCH = 128  # tiles that it holds at least: the last transform of their sums costs as much as twenty
@@ -73,8 +75,9 @@ def conv(
             slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
     winograd = uses_winograd(out, taps, stride, phased, b is not None)
-    ua = _packed(wa, "gathered" if taps == 4 else "plain", axes, winograd)
-    ub = None if wb is None else _packed(wb, "phased" if phased else "low", axes, winograd)
+    few = winograd and axes == 2 and has_few_tiles(out, a.shape[-1] + (0 if b is None else b.shape[-1]))
+    ua = _weights(wa, "gathered" if taps == 4 else "plain", axes, winograd, few)
+    ub = None if wb is None else _weights(wb, "phased" if phased else "low", axes, winograd, few)
     partial = None
     if stats:
         inputs = a.shape[-1] + (0 if b is None else b.shape[-1])
@@ -87,17 +90,18 @@ def conv(
     return partial
 
 
-def _packed(weight: Tensor, form: str, axes: int, winograd: bool) -> Tensor:
-    width = 2 * torch.ops.unetpp_fast_cpu.lanes()
-    if not winograd:
-        return cpu_weights.kept(weight, "direct", lambda weight: cpu_weights.pack_direct(weight.float(), width))
-    pack = {
-        "plain": cpu_weights.pack_plain,
-        "low": cpu_weights.pack_low,
-        "phased": cpu_weights.pack_phased,
-        "gathered": cpu_weights.pack_gathered,
-    }[form]
-    return cpu_weights.kept(weight, form, lambda weight: pack(weight.float(), axes, width))
+def has_few_tiles(out: Tensor, inputs: int) -> bool:
+    """Whether a convolution by Winograd transforms its weights as it reads them, and does not keep them transformed."""
+    tiles = out.shape[0] * math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
+    return tiles <= FEW_TILES and inputs * out.shape[-1] >= MANY_WEIGHTS
+
+
+def _weights(weight: Tensor, form: str, axes: int, winograd: bool, few: bool) -> Tensor:
+    view = getattr(cpu_weights, form if winograd else "direct")
+    if few:
+        return view(weight.float(), axes)
+    name = form if winograd else "direct"
+    return cpu_weights.kept(weight, name, lambda weight: cpu_weights.packed(view(weight.float(), axes), winograd))
 
 
 def conv_wgrad(
@@ -111,7 +115,10 @@ def conv_wgrad(
     phases = 2**axes if phased else 1
     tile = points * (-(-k // lanes) * lanes + -(-co // lanes) * lanes)
     scratch = a.new_empty(max(SCRATCH, MIN_BATCH * tile), dtype=torch.float32)
-    result = a.new_empty(phases, taps**axes, k, co, dtype=torch.float32)
+    # Without phases in the layout of a parameter, [CO, K, 3..]; with phases they are sums of weights first.
+    order = (phases, taps**axes, k, co) if phased else (phases, co, k, taps**axes)
+    result = a.new_empty(order, dtype=torch.float32)
+    result = result if phased else result.permute(0, 3, 2, 1)
     torch.ops.unetpp_fast_cpu.conv_wgrad(result, scratch, a, *(affine or (None, None)), dy, axes, phased, float(slope))
     return result
 

@@ -1,5 +1,6 @@
 // Every kernel in the namespace ISA, and the tables of them.
 #include "conv_direct.h"
+#include "conv_few.h"
 #include "conv_wgrad.h"
 #include "maps.h"
 
@@ -13,9 +14,9 @@ namespace ISA {
 
 template <class E>
 static const Kernels& table() {
-  static const Kernels kernels = {TEXT(ISA),     LANES,            conv_winograd<E>, conv_direct<E>,
-                                  conv_wgrad<E>, pool<E>,          pool_backward<E>, head<E>,
-                                  head_backward<E>, norm_sums<E>, norm_apply<E>,    act_backward<E>};
+  static const Kernels kernels = {TEXT(ISA),     LANES, conv_winograd<E>,  conv_few<E>, conv_direct<E>,
+                                  conv_wgrad<E>, pack,  pool<E>,           pool_backward<E>,
+                                  head<E>,       head_backward<E>, norm_sums<E>, norm_apply<E>, act_backward<E>};
   return kernels;
 }
 

@@ -79,6 +79,34 @@ inline const float* values(const Optional& x, int64_t count, const char* name) {
   return static_cast<const float*>(x->data_ptr());
 }
 
+// Weights [filters, filters, filters, rows of taps, taps of a row, K, CO], of any strides.
+inline Filters filters_of(const Tensor& x, const char* name) {
+  check_floats(x, name);
+  STD_TORCH_CHECK(x.dim() == 7, name, " must have 7 dimensions: filters in 3, taps in 2, inputs and outputs");
+  Filters filters;
+  filters.data = static_cast<const float*>(x.data_ptr());
+  for (int axis = 0; axis < 3; axis++) {
+    filters.counts[axis] = static_cast<int>(x.size(axis));
+    filters.filter[axis] = x.stride(axis);
+  }
+  filters.taps = static_cast<int>(x.size(3) * x.size(4));
+  filters.width = static_cast<int>(x.size(4));
+  STD_TORCH_CHECK(filters.taps > 0 && filters.taps <= 64, name, " has ", filters.taps, " taps, not 1 to 64");
+  filters.row = x.stride(3);
+  filters.column = x.stride(4);
+  filters.k = x.stride(5);
+  filters.co = x.stride(6);
+  filters.channels = static_cast<int>(x.size(5));
+  filters.outputs = static_cast<int>(x.size(6));
+  return filters;
+}
+
+inline void check_filters(const Filters& x, int64_t count, int width, int channels, int outputs, const char* name) {
+  STD_TORCH_CHECK(x.count() == count && x.width == width && x.taps == width * width && x.channels == channels &&
+                      x.outputs == outputs, name, " must be ", count, " filters of ", width, "x", width, " taps for ",
+                  channels, " input and ", outputs, " output channels");
+}
+
 // Class scores [N, classes, *S], as `values`.
 inline void* scores(const Tensor& x, Element element, int64_t count, const char* name) {
   check_element(x, element, name);

@@ -92,18 +92,30 @@ void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, O
   const int depth = deep ? o.depth / step : 1, height = o.height / step, width = o.width / step;
   check_size(call.a, deep ? depth * scaled : 1, height * scaled, width * scaled, "a");
   const int64_t depth_taps = deep ? taps : 1;
-  call.ua = values(ua, !winograd  ? packed(1, depth_taps * taps * taps, call.a.channels, o.channels)
-                       : gathered ? packed(depth_taps * 4, 25, call.a.channels, o.channels)
-                                  : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
+  const bool few = ua.dim() == 7;  // weights as they are
   STD_TORCH_CHECK(!winograd || gathered || (taps == 3 && stride == step), "no transform for these taps");
+  STD_TORCH_CHECK(!few || (winograd && !deep), "weights are packed in 3D and for direct sums");
+  if (few) {
+    call.wa = filters_of(ua, "ua");
+    check_filters(call.wa, gathered ? 4 : 1, gathered ? 2 : 3, call.a.channels, o.channels, "ua");
+  } else {
+    call.ua = values(ua, !winograd  ? packed(1, depth_taps * taps * taps, call.a.channels, o.channels)
+                         : gathered ? packed(depth_taps * 4, 25, call.a.channels, o.channels)
+                                    : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
+  }
   if (b) {
     STD_TORCH_CHECK(ub.has_value() && !gathered, "b comes with its weights, beside 3 taps of a");
     call.b = map_of(*b, element, "b", scale_b, shift_b);
     check_images(*b, out, "b");
     check_size(call.b, depth, height, width, "b");
     const int64_t phases = phased ? (deep ? 8 : 4) : 1, b_taps = phased ? 2 : 3, b_depth = deep ? b_taps : 1;
-    call.ub = values(ub, winograd ? packed(phases * b_depth, phased ? 25 : 36, call.b.channels, o.channels)
-                                  : packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
+    if (few) {
+      call.wb = filters_of(*ub, "ub");
+      check_filters(call.wb, phases, phased ? 2 : 3, call.b.channels, o.channels, "ub");
+    } else {
+      call.ub = values(ub, winograd ? packed(phases * b_depth, phased ? 25 : 36, call.b.channels, o.channels)
+                                    : packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
+    }
   }
   call.images = static_cast<int>(out.size(0));
   call.bias = values(bias, o.channels, "bias");
@@ -114,10 +126,21 @@ void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, O
   call.act = act;
   call.add = add;
   if (out.numel() == 0) return;
-  if (winograd)
+  if (few)
+    kernels(element).conv_few(call);
+  else if (winograd)
     kernels(element).conv_winograd(call);
   else
     kernels(element).conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
+}
+
+// Weights, as `filters_of` takes them, packed for one of the kernels.
+void pack(Tensor out, Tensor weight, bool winograd) {
+  const Filters filters = filters_of(weight, "weight");
+  STD_TORCH_CHECK(!winograd || filters.taps == 9 || filters.taps == 4, "no transform for ", filters.taps, " taps");
+  const int64_t points = !winograd ? filters.taps : filters.taps == 9 ? 36 : 25;
+  const int64_t count = packed(filters.count(), points, filters.channels, filters.outputs);
+  if (count) kernels().pack(filters, winograd, const_cast<float*>(values(out, count, "out")));
 }
 
 // Parts of the statistics of one image.
@@ -144,9 +167,17 @@ void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optiona
   check_images(a, dy, "a");
   check_size(call.a, deep ? call.dy.depth / step : 1, call.dy.height / step, call.dy.width / step, "a");
   const int64_t k = padded(call.a.channels, kernels().lanes), co = padded(call.dy.channels, kernels().lanes);
-  const int64_t taps = phased ? 2 : 3, filters = phased ? (deep ? 8 * 2 : 4) : (deep ? 3 : 1), points = phased ? 25 : 36;
+  const int64_t taps = phased ? 2 : 3, points = phased ? 25 : 36;
   call.images = static_cast<int>(dy.size(0));
-  call.result = const_cast<float*>(values(result, filters * taps * taps * call.a.channels * call.dy.channels, "result"));
+  check_floats(result, "result");
+  STD_TORCH_CHECK(result.dim() == 4 && result.size(0) == (phased ? (deep ? 8 : 4) : 1) &&
+                      result.size(1) == taps * taps * (deep ? taps : 1) && result.size(2) == call.a.channels &&
+                      result.size(3) == call.dy.channels, "result must be [phases, taps, K, CO]");
+  call.result = static_cast<float*>(result.data_ptr());
+  call.phase = result.stride(0);
+  call.tap = result.stride(1);
+  call.k = result.stride(2);
+  call.co = result.stride(3);
   call.scratch = const_cast<float*>(values(scratch, scratch.numel(), "scratch"));
   call.scratch_size = scratch.numel();
   STD_TORCH_CHECK(call.scratch_size >= points * (k + co), "scratch is too small for one tile");
@@ -278,6 +309,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
       "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
       "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
       "bool winograd, float slope, bool act, bool add) -> ()");
+  library.def("pack(Tensor(a!) out, Tensor weight, bool winograd) -> ()");
   library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
   library.def(
       "conv_wgrad(Tensor(a!) result, Tensor(b!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, int axes, "
@@ -304,6 +336,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
   library.impl("conv", TORCH_BOX(&unetpp::conv));
+  library.impl("pack", TORCH_BOX(&unetpp::pack));
   library.impl("conv_parts", TORCH_BOX(&unetpp::conv_parts));
   library.impl("conv_wgrad", TORCH_BOX(&unetpp::conv_wgrad));
   library.impl("pool", TORCH_BOX(&unetpp::pool));

@@ -21,60 +21,74 @@ INLINE int64_t spread(int64_t values) { return values % 1024 == 0 ? values + 32 
 // Operands of one sum in the transformed domain, and the output pixels that it is for: step * i + (oy, ox).
 template <class T, class E>
 struct Sum {
-  static constexpr int kMost = 16;
+  static constexpr int kMost = 16, points = T::n * T::n;
   int count = 0, step = 1, oy = 0, ox = 0;
   Plane<E> planes[kMost];
   int y_start[kMost], x_start[kMost];  // where the first tap of output (0, 0) lies
-  const float* weights[kMost];         // [n * n, blocks of outputs, k, WIDTH]
-  int down = 0, across = 0;            // tiles in a block
-  float* tiles[kMost];                 // [n * n, tiles, channels rounded up]
+  const float* weights[kMost];         // [points, blocks of outputs, k, WIDTH], if they are packed
+  const Filters* filters[kMost];       // those that the weights are one of
+  int filter[kMost];
+  int down = 0, across = 0;  // tiles in a block
+  int64_t total = 0;         // tiles that are multiplied together: of one block or of several
+  float* tiles[kMost];       // [points, total, channels rounded up]
 
-  void add(const Plane<E>& plane, int y, int x, const float* packed) {
+  // The first tap of output (0, 0) lies at (y, x); its weights are filter `index` of those that are packed, or of `from`.
+  void add(const Plane<E>& plane, int y, int x, const float* packed, const Filters& from, int index, int out_blocks) {
     planes[count] = plane;
     y_start[count] = y;
     x_start[count] = x;
-    weights[count++] = packed;
+    const int64_t values = static_cast<int64_t>(points) * out_blocks * round_up(plane.channels, 4) * WIDTH;
+    weights[count] = packed ? packed + index * values : nullptr;
+    filters[count] = &from;
+    filter[count++] = index;
   }
+  void cut(int rows, int columns) {
+    down = (rows + T::m * step - 1) / (T::m * step);
+    across = (columns + T::m * step - 1) / (T::m * step);
+  }
+  int64_t number() const { return static_cast<int64_t>(down) * across; }
+  int padded(int i) const { return round_up(planes[i].channels, LANES); }
+  // From point to point of the transformed tiles of operand i, and of the products.
+  int64_t stride(int i) const { return spread(total * padded(i)); }
+  int64_t product() const { return spread(total * WIDTH); }
   int64_t size() const {
-    int64_t total = 0;
-    for (int i = 0; i < count; i++) total += T::n * T::n * stride(i);
-    return total;
+    int64_t values = 0;
+    for (int i = 0; i < count; i++) values += points * stride(i);
+    return values;
   }
-  // From point to point of the transformed tiles of operand i.
-  int64_t stride(int i) const { return spread(static_cast<int64_t>(down) * across * round_up(planes[i].channels, LANES)); }
-  // Values of the packed weights of one operand.
-  static int64_t packed(int channels, int blocks) {
-    return static_cast<int64_t>(T::n) * T::n * blocks * round_up(channels, 4) * WIDTH;
-  }
-  float* transform_inputs(int y0, int x0, float* memory) {
+  float* place(float* memory) {
     for (int i = 0; i < count; i++) {
-      const int padded = round_up(planes[i].channels, LANES);
       tiles[i] = memory;
-      for (int ty = 0; ty < down; ty++)
-        for (int tx = 0; tx < across; tx++)
-          transform<T, false>(planes[i], y0 / step + ty * T::m + y_start[i], x0 / step + tx * T::m + x_start[i],
-                              memory + (ty * across + tx) * padded, stride(i));
-      memory += T::n * T::n * stride(i);
+      memory += points * stride(i);
     }
     return memory;
   }
-  // Adds the outputs of block `o` of `blocks` blocks of output channels to acc [rows, columns, WIDTH]; writes where `first`.
-  void outputs(int o, int blocks, float* products, float* acc, int rows, int columns, bool first) const {
-    const int number = down * across;
-    const int64_t product = spread(static_cast<int64_t>(number) * WIDTH);
-    for (int t = 0; t < T::n * T::n; t++) {
+  // Transforms the tiles of a block, which are number `first_tile` and the following of all.
+  void transform_inputs(int y0, int x0, int64_t first_tile) const {
+    for (int i = 0; i < count; i++)
+      for (int ty = 0; ty < down; ty++)
+        for (int tx = 0; tx < across; tx++)
+          transform<T, false>(planes[i], y0 / step + ty * T::m + y_start[i], x0 / step + tx * T::m + x_start[i],
+                              tiles[i] + (first_tile + ty * across + tx) * padded(i), stride(i));
+  }
+  // Products of all tiles for block `o` of `blocks` blocks of output channels.
+  void multiply_all(int o, int blocks, float* products) const {
+    for (int t = 0; t < points; t++) {
       Segment segments[kMost];
       for (int i = 0; i < count; i++) {
-        const int padded = round_up(planes[i].channels, LANES), k = round_up(planes[i].channels, 4);
-        segments[i] = {tiles[i] + t * stride(i), padded,
+        const int k = round_up(planes[i].channels, 4);
+        segments[i] = {tiles[i] + t * stride(i), padded(i),
                        weights[i] + (static_cast<int64_t>(t) * blocks + o) * k * WIDTH, k};
       }
-      multiply_rows(segments, count, number, products + t * product, WIDTH);
+      multiply_rows<false>(segments, count, total, products + t * product(), WIDTH);
     }
-    for (int j = 0; j < number; j++)
+  }
+  // Adds the outputs of a block to acc [rows, columns, WIDTH]; writes where `first`.
+  ONCE void outputs(const float* products, int64_t first_tile, float* acc, int rows, int columns, bool first) const {
+    for (int64_t j = 0; j < number(); j++)
       for (int v = 0; v < WIDTH; v += LANES) {
         V y[T::m][T::m];
-        inverse<T>(products + j * WIDTH + v, product, y);
+        inverse<T>(products + (first_tile + j) * WIDTH + v, product(), y);
         const int top = j / across * T::m * step + oy, left = j % across * T::m * step + ox;
         for (int i = 0; i < T::m && top + i * step < rows; i++)
           for (int k = 0; k < T::m && left + k * step < columns; k++) {
@@ -154,6 +168,13 @@ struct Work {
   Sum<First, E> first;
   Sum<TwoTaps, E> phases[4];
   int phase_count = 0;
+
+  // body(sum, whether it is the first)
+  template <class F>
+  void each(const F& body) {
+    body(first, true);
+    for (int i = 0; i < phase_count; i++) body(phases[i], false);
+  }
 };
 
 // Operands of output plane z of an image.
@@ -162,30 +183,29 @@ static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work
   const bool deep = conv.axes == 3;
   const Map &a = conv.a, &b = conv.b;
   if (conv.geometry == Geometry::kGathered) {
-    const int64_t packed = Sum<First, E>::packed(a.channels, blocks);
     for (int q = 0; q < (deep ? 4 : 1); q++) {
       const int from = deep ? 2 * z - 1 + q : 0;
       if (from < 0 || from >= a.depth) continue;
       for (int parity = 0; parity < 4; parity++) {
-        const int py = parity / 2, px = parity % 2;
-        work.first.add(plane_of<E>(a, image, from, conv.slope, 2, py, px), -py, -px, conv.ua + (q * 4 + parity) * packed);
+        const int py = parity / 2, px = parity % 2;  // taps 1 and 3 meet even pixels, and are the last of each pair
+        work.first.add(plane_of<E>(a, image, from, conv.slope, 2, py, px), -py, -px, conv.ua, conv.wa, q * 4 + 3 - parity,
+                       blocks);
       }
     }
     return;
   }
   const Map* maps[] = {&a, conv.geometry == Geometry::kPlain && b.data ? &b : nullptr};
-  const float* weights[] = {conv.ua, conv.ub};
+  const float* packed[] = {conv.ua, conv.ub};
+  const Filters* filters[] = {&conv.wa, &conv.wb};
   for (int i = 0; i < 2; i++)
     for (int t = 0; maps[i] && t < (deep ? 3 : 1); t++) {
       const int from = deep ? z - 1 + t : 0;
       if (from >= 0 && from < maps[i]->depth)
-        work.first.add(plane_of<E>(*maps[i], image, from, conv.slope), -1, -1,
-                       weights[i] + t * Sum<First, E>::packed(maps[i]->channels, blocks));
+        work.first.add(plane_of<E>(*maps[i], image, from, conv.slope), -1, -1, packed[i], *filters[i], t, blocks);
     }
   if (conv.geometry != Geometry::kPhased || !b.data) return;
   work.phase_count = 4;
   const int pz = deep ? z % 2 : 0, depth_taps = deep ? 2 : 1;
-  const int64_t packed = Sum<TwoTaps, E>::packed(b.channels, blocks);
   for (int phase = 0; phase < 4; phase++) {
     Sum<TwoTaps, E>& sum = work.phases[phase];
     sum.step = 2;
@@ -194,39 +214,58 @@ static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work
     for (int t = 0; t < depth_taps; t++) {
       const int from = deep ? z / 2 + pz - 1 + t : 0;
       if (from >= 0 && from < b.depth)
-        sum.add(plane_of<E>(b, image, from, conv.slope), sum.oy - 1, sum.ox - 1,
-                conv.ub + ((pz * 4 + phase) * depth_taps + t) * packed);
+        sum.add(plane_of<E>(b, image, from, conv.slope), sum.oy - 1, sum.ox - 1, conv.ub, conv.wb,
+                (pz * 4 + phase) * depth_taps + t, blocks);
     }
   }
 }
 
+// Where a block lies.
+struct Place {
+  int64_t image;
+  int z, y0, x0, rows, columns;
+
+  Place(const Conv& conv, const Blocks& blocks, int64_t block) {
+    const int per_plane = blocks.down * blocks.across;
+    image = block / per_plane / conv.out.depth;
+    z = block / per_plane % conv.out.depth;
+    y0 = block % per_plane / blocks.across * blocks.rows;
+    x0 = block % blocks.across * blocks.columns;
+    rows = std::min(blocks.rows, conv.out.height - y0);
+    columns = std::min(blocks.columns, conv.out.width - x0);
+  }
+};
+
+template <class E>
+INLINE void finish_block(const Conv& conv, const Place& at, int64_t block, int o, float* acc) {
+  float* stats = conv.stats ? conv.stats + block * 3 * conv.out.channels : nullptr;
+  finish<E>(conv, at.image, at.z, at.y0, at.x0, at.rows, at.columns, o, acc, stats);
+}
+
 template <class First, class E>
 static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, int first_out, int last_out, int out_blocks) {
-  const int per_plane = blocks.down * blocks.across;
-  const int64_t image = block / per_plane / conv.out.depth;
-  const int z = block / per_plane % conv.out.depth;
-  const int y0 = block % per_plane / blocks.across * blocks.rows, x0 = block % blocks.across * blocks.columns;
-  const int rows = std::min(blocks.rows, conv.out.height - y0), columns = std::min(blocks.columns, conv.out.width - x0);
+  const Place at(conv, blocks, block);
   Work<First, E> work;
-  operands_of(conv, image, z, out_blocks, work);
-  work.first.down = (rows + 3) / 4;
-  work.first.across = (columns + 3) / 4;
-  int64_t needed = work.first.size(), tiles = static_cast<int64_t>(work.first.down) * work.first.across;
-  for (int i = 0; i < work.phase_count; i++) {
-    work.phases[i].down = (rows + 7) / 8;
-    work.phases[i].across = (columns + 7) / 8;
-    needed += work.phases[i].size();
-  }
-  const int64_t products = 36 * spread(tiles * WIDTH), pixels = static_cast<int64_t>(rows) * columns * WIDTH;
-  float* memory = scratch.get(needed + products + pixels);
-  float *product = memory, *acc = product + products;
-  float* rest = work.first.transform_inputs(y0, x0, acc + pixels);
-  for (int i = 0; i < work.phase_count; i++) rest = work.phases[i].transform_inputs(y0, x0, rest);
-  float* stats = conv.stats ? conv.stats + block * 3 * conv.out.channels : nullptr;
+  operands_of(conv, at.image, at.z, out_blocks, work);
+  int64_t needed = 0, products = 0;
+  work.each([&](auto& sum, bool) {
+    sum.cut(at.rows, at.columns);
+    sum.total = sum.number();
+    needed += sum.size();
+    products = std::max(products, sum.points * sum.product());
+  });
+  float* product = scratch.get(needed + products + static_cast<int64_t>(at.rows) * at.columns * WIDTH);
+  float *acc = product + products, *rest = acc + static_cast<int64_t>(at.rows) * at.columns * WIDTH;
+  work.each([&](auto& sum, bool) {
+    rest = sum.place(rest);
+    sum.transform_inputs(at.y0, at.x0, 0);
+  });
   for (int o = first_out; o < last_out; o++) {
-    work.first.outputs(o, out_blocks, product, acc, rows, columns, true);
-    for (int i = 0; i < work.phase_count; i++) work.phases[i].outputs(o, out_blocks, product, acc, rows, columns, false);
-    finish<E>(conv, image, z, y0, x0, rows, columns, o, acc, stats);
+    work.each([&](auto& sum, bool first) {
+      sum.multiply_all(o, out_blocks, product);
+      sum.outputs(product, 0, acc, at.rows, at.columns, first);
+    });
+    finish_block<E>(conv, at, block, o, acc);
   }
 }
 

@@ -77,38 +77,47 @@ static void transform_tiles(const Wgrad& call, const Pairing& pair, const Tiles&
   });
 }
 
+constexpr int FILTER_ROWS = 16;  // input channels that one thread transforms at a time
+
 // result[t, first + row, c] (+)= G' S G, r x r, of the n x n sums S [n * n, rows, co] of each pair of channels.
 template <class T>
 static void filters(const Wgrad& call, const float* sums, int first, int rows, int co, bool add, float* result) {
-  const int channels = call.a.channels, outputs = call.dy.channels;
-  parallel_for(std::min(rows, channels - first), [&](int64_t row) {
-    for (int c = 0; c < outputs; c += LANES) {
-      V columns[T::r][T::n];
+  const int outputs = call.dy.channels, given = std::min(rows, call.a.channels - first);
+  const int vectors = (outputs + LANES - 1) / LANES, pieces = (given + FILTER_ROWS - 1) / FILTER_ROWS;
+  parallel_for(static_cast<int64_t>(vectors) * pieces, [&](int64_t index) {
+    const int c = index % vectors * LANES, count = std::min(LANES, outputs - c), from = index / vectors * FILTER_ROWS;
+    for (int row = from; row < std::min(given, from + FILTER_ROWS); row++) {
+      V columns[T::r][T::n], w[T::r][T::r];
       for (int x = 0; x < T::n; x++) {
-        V d[T::n], w[T::r];
-        for (int y = 0; y < T::n; y++) d[y] = load(sums + (static_cast<int64_t>(y * T::n + x) * rows + row) * co + c);
-        T::filter(d, w);
-        for (int y = 0; y < T::r; y++) columns[y][x] = w[y];
+        V d[T::n], y[T::r];
+        for (int t = 0; t < T::n; t++) d[t] = load(sums + (static_cast<int64_t>(t * T::n + x) * rows + row) * co + c);
+        T::filter(d, y);
+        for (int t = 0; t < T::r; t++) columns[t][x] = y[t];
       }
-      for (int y = 0; y < T::r; y++) {
-        V w[T::r];
-        T::filter(columns[y], w);
-        for (int x = 0; x < T::r; x++) {
-          float* place = result + (static_cast<int64_t>(y * T::r + x) * channels + first + row) * outputs + c;
-          store_some(place, add ? load_some(place, outputs - c) + w[x] : w[x], outputs - c);
-        }
+      for (int y = 0; y < T::r; y++) T::filter(columns[y], w[y]);
+      float* place = result + (first + row) * call.k + c * call.co;
+      for (int t = 0; t < T::r * T::r; t++, place += call.tap) {
+        const V value = w[t / T::r][t % T::r];
+        if (call.co == 1)
+          store_some(place, add ? load_some(place, count) + value : value, count);
+        else
+          for (int lane = 0; lane < count; lane++)
+            place[lane * call.co] = add ? place[lane * call.co] + value[lane] : value[lane];
       }
     }
   });
 }
 
-// result [r * r, channels of a, channels of dy] of one filter.
+// One filter, r x r taps, into result.
 template <class T, class E>
 static void wgrad_filter(const Wgrad& call, const Pairing& pair, float* result) {
   constexpr int n2 = T::n * T::n;
   const int k = round_up(call.a.channels, LANES), co = round_up(call.dy.channels, LANES);
   const Tiles tiles(call, pair, T::m);
-  if (tiles.total == 0) std::memset(result, 0, sizeof(float) * T::r * T::r * call.a.channels * call.dy.channels);
+  if (tiles.total == 0)
+    for (int t = 0; t < T::r * T::r; t++)
+      for (int k = 0; k < call.a.channels; k++)
+        for (int c = 0; c < call.dy.channels; c++) result[t * call.tap + k * call.k + c * call.co] = 0;
   const int at_once = std::min(k, std::max(1, SUMS / (n2 * co * OUTER_ROWS)) * OUTER_ROWS);
   float* sums = scratch.get(static_cast<int64_t>(n2) * at_once * co);
   const int64_t batch = std::max<int64_t>(1, call.scratch_size / (static_cast<int64_t>(n2) * (k + co)));
@@ -135,15 +144,15 @@ template <class E>
 static void conv_wgrad(const Wgrad& call) {
   const bool deep = call.axes == 3;
   const int taps = call.phased ? 2 : 3, depth_taps = deep ? taps : 1, phases = call.phased ? (deep ? 8 : 4) : 1;
-  float* result = call.result;
   for (int phase = 0; phase < phases; phase++) {
+    float* result = call.result + phase * call.phase;
     const int pz = phase / 4, py = phase / 2 % 2, px = phase % 2;
     for (int t = 0; t < depth_taps; t++) {
       if (call.phased)
         wgrad_filter<TwoTaps, E>(call, {deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, result);
       else
         wgrad_filter<ThreeTaps, E>(call, {deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, result);
-      result += static_cast<int64_t>(taps) * taps * call.a.channels * call.dy.channels;
+      result += taps * taps * call.tap;
     }
   }
 }

@@ -24,16 +24,35 @@ struct Map {
   int64_t affine_image = 0;  // from the row of one image to the next; 0 where all share one
 };
 
+// The weights of convolutions as they lie in the caller's tensor, [counts[0..2], taps, channels, outputs]: `rows` of taps, and
+// distances in values. All counts of filters in one index: the last varies fastest.
+struct Filters {
+  const float* data = nullptr;
+  int counts[3] = {1, 1, 1};
+  int64_t filter[3] = {0, 0, 0};
+  int taps = 0, width = 1;  // taps in all, and of a row
+  int64_t row = 0, column = 0, k = 0, co = 0;
+  int channels = 0, outputs = 0;
+
+  int count() const { return counts[0] * counts[1] * counts[2]; }
+  int64_t offset(int tap) const { return tap / width * row + tap % width * column; }
+  const float* at(int index) const {
+    const int last = index % counts[2], middle = index / counts[2] % counts[1], first = index / counts[2] / counts[1];
+    return data + first * filter[0] + middle * filter[1] + last * filter[2];
+  }
+};
+
 // How the taps of a convolution lie: 3 at stride 1; 3 at stride 2 with b by phases (2 taps); 4 at stride 2.
 enum class Geometry { kPlain, kPhased, kGathered };
 
-// out = epilogue(conv(a) + conv(b)), as kernels/naive.py:conv. ua, ub: packed weights.
+// out = epilogue(conv(a) + conv(b)), as kernels/naive.py:conv. Weights are packed, ua and ub, or as they are, wa and wb.
 struct Conv {
   int images = 0, axes = 2;
   Geometry geometry = Geometry::kPlain;
   Map out, a, b;
   const float* ua = nullptr;
   const float* ub = nullptr;
+  Filters wa, wb;
   const float* bias = nullptr;
   const float* border = nullptr;  // [3^axes, CO]
   float* stats = nullptr;         // [N, parts, 3, CO]
@@ -47,7 +66,8 @@ struct Wgrad {
   bool phased = false;
   Map a, dy;
   float slope = 0;
-  float* result = nullptr;  // [phases, taps^axes, K, CO]
+  float* result = nullptr;  // [phases, taps^axes, K, CO], of any strides
+  int64_t phase = 0, tap = 0, k = 0, co = 0;
   float* scratch = nullptr;
   int64_t scratch_size = 0;  // in values
 };
@@ -72,8 +92,10 @@ struct Kernels {
   const char* name;
   int lanes;  // channels of a vector; a block of output channels is twice as wide
   void (*conv_winograd)(const Conv&);
+  void (*conv_few)(const Conv&);
   void (*conv_direct)(const Conv&, int taps, int stride);
   void (*conv_wgrad)(const Wgrad&);
+  void (*pack)(const Filters&, bool winograd, float* to);
   void (*pool)(const Pass&);
   void (*pool_backward)(const Pass&);
   void (*head)(const Pass&);

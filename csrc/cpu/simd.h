@@ -16,6 +16,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+// Compiled once, for all callers: elsewhere a compiler may fuse other products with sums, which gives other bits.
+#if defined(__clang__)
+#define ONCE __attribute__((noinline))
+#else
+#define ONCE __attribute__((noinline, noclone))
+#endif
+
 namespace unetpp {
 namespace ISA {
 
@@ -208,10 +215,16 @@ struct Segment {
 #define KEEP(x) asm("" : "+x"(x))
 #endif
 
-// result[r, 0..WIDTH) = sum over segments and k of rows[r, k] weights[k, :].
-template <int R>
+// result[r, 0..WIDTH) (+)= sum over segments and k of rows[r, k] weights[k, :].
+template <int R, bool ADD>
 static void multiply(const Segment* segments, int count, float* result, int64_t stride) {
   V sums[R][2] = {};
+  if (ADD)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      sums[r][0] = load(result + r * stride);
+      sums[r][1] = load(result + r * stride + LANES);
+    }
   for (int s = 0; s < count; s++) {
     const float *weights = segments[s].weights, *rows = segments[s].rows;
     const int64_t row = segments[s].row;
@@ -260,6 +273,7 @@ INLINE void for_pieces(int count, const F& body) {
 }
 
 // As `multiply`, for any number of rows.
+template <bool ADD>
 static void multiply_rows(const Segment* segments, int count, int rows, float* result, int64_t stride) {
   for_pieces<MOST_ROWS>(rows, [&](int first, auto take) {
     Segment part[64];
@@ -267,7 +281,7 @@ static void multiply_rows(const Segment* segments, int count, int rows, float* r
       part[s] = segments[s];
       part[s].rows += first * part[s].row;
     }
-    multiply<take>(part, count, result + first * stride, stride);
+    multiply<take, ADD>(part, count, result + first * stride, stride);
   });
 }
 

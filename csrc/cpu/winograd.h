@@ -3,9 +3,9 @@
 //     Y = A' [ (G w G') * (B' d B) ] A          points 0, +-sqrt(1/2), +-sqrt(2), infinity for r = 3
 //                                               points +-1/2, +-6/5, infinity            for r = 2
 //
-// These points keep the error near that of a direct sum; +-1, +-2 lose three times as much. Weights are transformed by
-// kernels/cpu_weights.py; here are the transforms of inputs, of outputs, of the gradients of outputs (A applied to them),
-// and of sums in the transformed domain to gradients of weights (G').
+// These points keep the error near that of a direct sum; +-1, +-2 lose three times as much. Here are the transforms of inputs,
+// of outputs, of weights, of the gradients of outputs (A applied to them), and of sums in the transformed domain to gradients
+// of weights (G').
 #pragma once
 
 #include "simd.h"
@@ -31,9 +31,9 @@ struct ThreeTaps {
   INLINE void output(const V* x, V* y) {
     V p = x[1] + x[2], q = x[1] - x[2], r = x[3] + x[4], s = x[3] - x[4];
     y[0] = x[0] + p + r;
-    y[1] = a * q + b * s;
-    y[2] = a2 * p + b2 * r;
-    y[3] = (a * a2) * q + (b * b2) * s + x[5];
+    y[1] = a * (q + (b / a) * s);
+    y[2] = a2 * (p + (b2 / a2) * r);
+    y[3] = (a * a2) * (q + (b * b2 / (a * a2)) * s) + x[5];
   }
   INLINE void gradient(const V* y, V* o) {
     o[0] = y[0];
@@ -45,6 +45,16 @@ struct ThreeTaps {
     o[3] = even + odd;
     o[4] = even - odd;
     o[5] = y[3];
+  }
+  INLINE void weights(const V* w, V* x) {
+    constexpr float u = -1 / (2 * a2 * (b2 - a2)), v = 1 / (2 * b2 * (b2 - a2));
+    const V low = w[0] + a2 * w[2], high = w[0] + b2 * w[2];
+    x[0] = w[0];
+    x[1] = u * (low + a * w[1]);
+    x[2] = u * (low - a * w[1]);
+    x[3] = v * (high + b * w[1]);
+    x[4] = v * (high - b * w[1]);
+    x[5] = w[2];
   }
   INLINE void filter(const V* x, V* w) {
     constexpr float u = -1 / (2 * a2 * (b2 - a2)), v = 1 / (2 * b2 * (b2 - a2));
@@ -71,9 +81,9 @@ struct TwoTaps {
   INLINE void output(const V* x, V* y) {
     V p = x[0] + x[1], q = x[0] - x[1], r = x[2] + x[3], s = x[2] - x[3];
     y[0] = p + r;
-    y[1] = a * q + b * s;
-    y[2] = a2 * p + b2 * r;
-    y[3] = (a * a2) * q + (b * b2) * s + x[4];
+    y[1] = a * (q + (b / a) * s);
+    y[2] = a2 * (p + (b2 / a2) * r);
+    y[3] = (a * a2) * (q + (b * b2 / (a * a2)) * s) + x[4];
   }
   INLINE void gradient(const V* y, V* o) {
     V even = y[0] + a2 * y[2], odd = a * y[1] + (a * a2) * y[3];
@@ -84,6 +94,14 @@ struct TwoTaps {
     o[2] = even + odd;
     o[3] = even - odd;
     o[4] = y[3];
+  }
+  INLINE void weights(const V* w, V* x) {
+    constexpr float u = -1 / (2 * a * (b2 - a2)), v = 1 / (2 * b * (b2 - a2));
+    x[0] = u * (a * w[1] + w[0]);
+    x[1] = u * (a * w[1] - w[0]);
+    x[2] = v * (b * w[1] + w[0]);
+    x[3] = v * (b * w[1] - w[0]);
+    x[4] = w[1];
   }
   INLINE void filter(const V* x, V* w) {
     constexpr float u = -1 / (2 * a * (b2 - a2)), v = 1 / (2 * b * (b2 - a2));

@@ -28,7 +28,10 @@ needs_library = cpu_kernels.needs_library()
 
 
 def arguments(name: str) -> dict[str, object]:
-    """Arguments of an op that fit: two images of 6 x 10 pixels, 5 channels; small maps and a low source of 3 x 5."""
+    """Arguments of an op that fit: two images of 6 x 10 pixels, 5 channels; small maps and a low source of 3 x 5.
+
+    "few": of a convolution that takes its weights as they are.
+    """
     ops, lanes = torch.ops.unetpp_fast_cpu, torch.ops.unetpp_fast_cpu.lanes()
     sums = {"head_backward": (2, 4, 3, 6), "act_backward": (2, 4, 5)}
 
@@ -49,15 +52,24 @@ def arguments(name: str) -> dict[str, object]:
     }  # fmt: skip
     if name.startswith("head"):
         fit |= {"out": ones(2, 3, 1, 6, 10), "dy": ones(2, 3, 1, 6, 10), "bias": ones(3)}
-    if name == "conv":
+    if name in ("conv", "few"):
         fit["stats"] = ones(2, ops.conv_parts(fit["out"], 10, True, True), 3, 5)
-    return {argument.name: fit[argument.name] for argument in getattr(ops, name).default._schema.arguments}
+    if name == "few":
+        fit |= {"ua": ones(1, 1, 1, 3, 3, 5, 5), "ub": ones(4, 1, 1, 2, 2, 5, 5)}
+    if name == "pack":
+        fit |= {"weight": ones(1, 2, 1, 3, 3, 5, 5), "out": ones(2 * 36 * weights)}
+    return {argument.name: fit[argument.name] for argument in op_of(name).default._schema.arguments}
+
+
+def op_of(name: str):
+    return getattr(torch.ops.unetpp_fast_cpu, "conv" if name == "few" else name)
 
 
 OPS = (
-    "conv", "conv_wgrad", "pool", "pool_backward", "head", "head_backward", "norm_sums", "norm_apply", "act_backward",
+    "conv", "few", "pack", "conv_wgrad", "pool", "pool_backward", "head", "head_backward", "norm_sums", "norm_apply",
+    "act_backward",
 )  # fmt: skip
-DENSE = ("ua", "ub", "bias", "border", "stats", "weight", "averages", "result", "sums", "scratch")
+DENSE = ("ua", "ub", "bias", "border", "stats", "weight", "averages", "sums", "scratch")
 EVERYWHERE: dict[str, Callable[[Tensor], object]] = {
     "double": lambda x: x.double(),
     "integers": lambda x: x.int(),
@@ -77,6 +89,13 @@ SPOILED = {  # by the kind of argument, what does not fit
         "spacing": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
     },
     "dense": {"shorter": lambda x: x.flatten()[:-1], "longer": lambda x: torch.cat((x, x), -1)},
+    "filters": {
+        "rank": lambda x: x[0],
+        "filters": lambda x: torch.cat((x, x)),
+        "taps": lambda x: torch.cat((x, x), -3),
+        "inputs": lambda x: torch.cat((x, x), -2),
+        "outputs": lambda x: x[..., :-1],
+    },
     "table": {
         "rank": lambda x: x[0],
         "channels": lambda x: x[:, :-1],
@@ -89,7 +108,9 @@ WHOLE = {"axes": (1, 4), "taps": (2, 5), "stride": (0, 3), "chunk": (0, -1), "ph
 
 
 def kind(op: str, name: str, value: Tensor) -> str:
-    if name in DENSE or (op.startswith("head") and name in ("out", "dy")):
+    if value.dim() == 7 or name == "result":
+        return "filters"
+    if name in DENSE or (op.startswith("head") and name in ("out", "dy")) or (op == "pack" and name == "out"):
         return "dense"
     return "map" if value.dim() == 5 else "table"
 
@@ -97,13 +118,17 @@ def kind(op: str, name: str, value: Tensor) -> str:
 @needs_library
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_that_do_not_fit_are_named(op):
-    run, fit = getattr(torch.ops.unetpp_fast_cpu, op), arguments(op)
+    run, fit = op_of(op), arguments(op)
     run(**fit)
     names = [name for name, value in fit.items() if isinstance(value, Tensor)]
     for name in names:
         spoiled = {**EVERYWHERE, **SPOILED[kind(op, name, fit[name])]}
         if name == "scratch":
             del spoiled["longer"]
+        if kind(op, name, fit[name]) == "filters":
+            del spoiled["strides"]  # which may be any
+        if op == "pack":
+            spoiled.pop("outputs", None)  # there is a block of outputs in any case
         if op.startswith("norm"):
             spoiled.pop("none", None)  # nothing is optional there
         for what, spoil in spoiled.items():

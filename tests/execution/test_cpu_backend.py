@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from support import cpu_kernels
 from support.helpers import FLOAT32, LAYOUTS, assert_close_relative, build, make_input
 
 import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, dispatch, reference
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.cpu import inference
-from unetpp_fast.kernels import cpu_ops
 
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
 UPSAMPLES = [
@@ -29,10 +29,10 @@ WIDTHS = {1: (3, 5), 2: (5, 7, 6), 3: (2, 5, 3, 4), 4: (2, 3, 5, 4, 3)}
 pytestmark = pytest.mark.skipif(not dispatch.CPU_KERNELS[0], reason=f"the CPU kernels are off: {dispatch.CPU_KERNELS[1]}")
 
 
-@pytest.fixture(autouse=True, params=[0, 10**9], ids=["winograd", "direct"])
+@pytest.fixture(autouse=True, params=cpu_kernels.KERNELS)
 def convolutions(request, monkeypatch):
-    """Both kinds of convolution, whatever the size of a map."""
-    monkeypatch.setattr(cpu_ops, "MIN_TILES", request.param)
+    """Every kernel of convolutions, whatever the size of a map."""
+    cpu_kernels.select(request.param, monkeypatch.setattr)
     inference.buffers.clear()
     yield
     inference.buffers.clear()

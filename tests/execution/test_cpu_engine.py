@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, reference
-from unetpp_fast.kernels import cpu_ops
 
 pytestmark = cpu_kernels.needs_library()
 BOUND = 10 * FLOAT32  # gradients through normalised layers that add in another order
@@ -36,7 +35,7 @@ WIDTHS = {1: (3, 5), 2: (5, 7, 6), 3: (2, 5, 3, 4), 4: (2, 3, 5, 4, 3)}
 @pytest.fixture(autouse=True, params=cpu_kernels.KERNELS)
 def kernel(request, monkeypatch) -> str:
     """The kernel that computes convolutions, whatever their size."""
-    monkeypatch.setattr(cpu_ops, "MIN_TILES", cpu_kernels.KERNELS[request.param])
+    cpu_kernels.select(request.param, monkeypatch.setattr)
     return request.param
 
 

@@ -34,7 +34,7 @@ def unwritten() -> Iterator[None]:
 @pytest.fixture
 def kernel(request, monkeypatch) -> str:
     """The kernel that computes convolutions, whatever their size."""
-    monkeypatch.setattr(cpu_ops, "MIN_TILES", KERNELS[request.param])
+    cpu_kernels.select(request.param, monkeypatch.setattr)
     return request.param
 
 
@@ -102,6 +102,38 @@ def test_the_kernel_follows_the_tiles(tiles):
     (out, *_), _ = conv_of(torch.float32, "full", (4, 4 * tiles))
     assert cpu_ops.uses_winograd(out, 3, 1, False, False) == (tiles >= cpu_ops.MIN_TILES)
     check_conv(torch.float32, "full", (4, 4 * tiles))
+
+
+@each_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_transformed_as_they_are_read(dtype, form, monkeypatch):
+    """The same bits as with packed weights: more channels than a panel, and tiles of several images in one product."""
+    args, options = conv_of(dtype, form, (14, 9), (70, 130, 40), n=5)
+    results = []
+    for kernel in ("winograd", "few"):
+        cpu_kernels.select(kernel, monkeypatch.setattr)
+        results.append(cpu_kernels.run_op(cpu_ops, "conv", [args[0].clone(), *args[1:]], options, True))
+    for packed, few in zip(*results, strict=True):
+        assert torch.equal(cpu_kernels.bits(packed), cpu_kernels.bits(few))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_any_strides(form, monkeypatch):
+    """As they lie in a parameter, in one that is flipped and transposed, and within a larger tensor."""
+    layouts = (
+        lambda w: w.transpose(-1, -2).contiguous().transpose(-1, -2),
+        lambda w: w.movedim(-3, -1).contiguous().movedim(-1, -3),
+        lambda w: torch.cat((w, w), -1)[..., : w.shape[-1]],
+    )
+    for kernel in KERNELS:
+        cpu_kernels.select(kernel, monkeypatch.setattr)
+        args, options = conv_of(torch.float32, form, (9, 13), (7, 19, 33))
+        expected = cpu_kernels.run_op(cpu_ops, "conv", [args[0].clone(), *args[1:]], options, True)
+        for layout in layouts:
+            changed = options if options.get("wb") is None else {**options, "wb": layout(options["wb"])}
+            out, a, wa = args
+            results = cpu_kernels.run_op(cpu_ops, "conv", [out.clone(), a, layout(wa)], changed, True)
+            assert all(torch.equal(x, y) for x, y in zip(expected, results, strict=True))
 
 
 @each_kernel
@@ -189,7 +221,7 @@ def test_weights_are_packed_again_when_they_change(kernel):
         assert torch.equal(out, 2 * once)
 
 
-@each_kernel
+@pytest.mark.parametrize("kernel", ["winograd", "direct"], indirect=True)
 def test_packed_weights_go_with_the_weights(kernel):
     (out, a, wa), options = conv_of(torch.float32, "node", (5, 9))
     before = len(cpu_weights._kept)
@@ -294,14 +326,14 @@ def test_memory_stays_flat_over_a_thousand_shapes():
         axes, form = chosen.choice((2, 2, 3)), chosen.choice(list(FORMS))
         units = tuple(chosen.randint(1, 9 if axes == 2 else 3) for _ in range(axes))
         channels = tuple(chosen.randint(1, 40) for _ in range(3))
-        cpu_ops.MIN_TILES = chosen.choice(list(KERNELS.values()))
+        cpu_kernels.select(chosen.choice(list(KERNELS)))
         args, options = conv_of(torch.float32, form, units, channels)
         cpu_ops.conv(*args, **options)
         if chosen.random() < 0.3:
             args, options = wgrad_of(torch.float32, units, chosen.random() < 0.5, *channels[:2])
             cpu_ops.conv_wgrad(*args, **options)
 
-    least = cpu_ops.MIN_TILES
+    usual = cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS
     try:
         for _ in range(300):
             once()
@@ -309,5 +341,5 @@ def test_memory_stays_flat_over_a_thousand_shapes():
         for _ in range(1000):
             once()
     finally:
-        cpu_ops.MIN_TILES = least
+        cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS = usual
     assert resident() <= before + 8

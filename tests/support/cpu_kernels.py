@@ -18,7 +18,8 @@ from unetpp_fast.execution.fused import libraries
 from unetpp_fast.kernels import cpu_ops, naive
 
 DTYPES = [torch.float32, torch.bfloat16]
-KERNELS = {"winograd": 0, "direct": 10**9}  # the least number of tiles for Winograd that selects each
+# What selects each kernel: the least number of tiles for Winograd, and of weights that are transformed as they are read.
+KERNELS = {"winograd": (0, 10**9), "few": (0, 0), "direct": (10**9, 0)}
 CHANNELS = [  # of a, b and the result: below, at and above vectors and blocks of every instruction set
     (1, 3, 7), (3, 1, 64), (7, 16, 1), (16, 31, 33), (31, 33, 16), (32, 64, 32), (33, 7, 31), (64, 32, 3),
 ]  # fmt: skip
@@ -34,6 +35,12 @@ SIZES = {
     2: [(1, 1), (1, 37), (37, 1), (2, 6), (6, 7), (7, 13), (13, 37), (37, 2)],
     3: [(1, 1, 1), (2, 6, 7), (7, 1, 13), (1, 13, 2)],
 }
+
+
+def select(kernel: str, to: Callable[[object, str, int], None] = setattr) -> None:
+    """Makes `kernel` compute every convolution, whatever its size; `few` knows 2D only."""
+    for name, value in zip(("MIN_TILES", "MANY_WEIGHTS"), KERNELS[kernel], strict=True):
+        to(cpu_ops, name, value)
 
 
 def needs_library() -> pytest.MarkDecorator:
@@ -205,7 +212,7 @@ def small_grid(dtype: torch.dtype, inputs: type[CpuInputs]) -> list[tuple[str, C
         calls.append((f"{case} {options}", partial(check, *case, **options, inputs=inputs)))
 
     def conv(kernel: str, *case, **options) -> None:
-        cpu_ops.MIN_TILES = KERNELS[kernel]
+        select(kernel)
         check_conv(*case, **options)
 
     channels = itertools.cycle(CHANNELS)
