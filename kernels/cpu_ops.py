@@ -9,6 +9,7 @@ by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. The library r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "act_backward",
     "border_sums",
     "conv",
+    "conv_pair",
     "conv_wgrad",
     "head",
     "head_backward",
@@ -32,6 +34,8 @@ __all__ = [
 MIN_TILES = 6  # of a plane, for Winograd; with fewer, streaming four times as many weights costs more than it saves
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
 MANY_WEIGHTS = 2**13  # pairs of channels that are many
+LEAST_PAIRED = 2**23  # bytes of a map that makes the two convolutions of a node run strip by strip
+PAIRED = 2**23  # bytes of such a strip
 CHUNK = 4096  # pixels of a partial sum
 SCRATCH = 2**21  # values of transformed tiles that a weight gradient holds at a time, so that they stay in the cache
 MIN_BATCH = 128  # tiles that it holds at least: the last transform of their sums costs as much as twenty
@@ -88,6 +92,40 @@ def conv(
         axes, taps, stride, phased, winograd, float(slope), act, add,
     )  # fmt: skip
     return partial
+
+
+def pair_rows(size: Sequence[int], channels: int, itemsize: int) -> int:
+    """Rows between the two convolutions of a node that `conv_pair` holds, for a map `[H, W]`; 0 where two `conv` serve."""
+    height, row = size[0], size[1] * channels * itemsize
+    if height * row < LEAST_PAIRED:
+        return 0
+    return min(-(-height // 8) * 8, max(16, PAIRED // row // 8 * 8)) + 9
+
+
+def conv_pair(
+    out: Tensor,
+    mid: Tensor,
+    a: Tensor,
+    wa: Tensor,
+    second: Tensor,
+    *,
+    phased: bool = False,
+    b: Tensor | None = None,
+    wb: Tensor | None = None,
+    bias: Tensor | None = None,
+    border: Tensor | None = None,
+    second_bias: Tensor | None = None,
+    slope: float = 0.0,
+) -> None:
+    """`out = act(conv(act(conv(a, wa) + conv(b, wb) + bias + border), second) + second_bias)` in 2D, as two `conv`.
+
+    Of the map in between only `mid`, `[1, 1, pair_rows, W, C]`, exists, strip by strip. All weights `[9, K, CO]`, `wb` as in
+    `conv`. `out` may be channels that `a` reads, if no pixel of them is read after it was written.
+    """
+    few = has_few_tiles(out, a.shape[-1])
+    ua, u2 = _weights(wa, "plain", 2, True, few), _weights(second, "plain", 2, True, few)
+    ub = None if wb is None else _weights(wb, "phased" if phased else "low", 2, True, few)
+    torch.ops.unetpp_fast_cpu.conv_pair(out, mid, a, ua, b, ub, bias, border, u2, second_bias, phased, float(slope))
 
 
 def has_few_tiles(out: Tensor, inputs: int) -> bool:

@@ -119,9 +119,11 @@ inline void check_size(const Map& map, int depth, int height, int width, const c
                   "x", map.width, " where ", depth, "x", height, "x", width, " is needed");
 }
 
-inline void check_images(const Tensor& x, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(x.size(0) == like.size(0), name, " has ", x.size(0), " images, not ", like.size(0));
+inline void check_images(const Tensor& x, int64_t images, const char* name) {
+  STD_TORCH_CHECK(x.size(0) == images, name, " has ", x.size(0), " images, not ", images);
 }
+
+inline void check_images(const Tensor& x, const Tensor& like, const char* name) { check_images(x, like.size(0), name); }
 
 inline void check_axes(int64_t axes, const Map& map) {
   STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");

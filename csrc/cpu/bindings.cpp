@@ -8,7 +8,7 @@
 #include <string>
 
 #include "arguments.h"
-#include "blocks.h"
+#include "bindings_conv.h"
 
 namespace unetpp {
 
@@ -61,129 +61,14 @@ Table choose() {
   return kernels_plain;
 }
 
-const Kernels& kernels(Element element = Element::kFloat) {
+}  // namespace
+
+const Kernels& kernels(Element element) {
   static const Table chosen = choose();
   return chosen(element);
 }
 
-int64_t padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
-
-// Values of packed weights: `count` filters of `points` values for each pair of channels.
-int64_t packed(int64_t count, int64_t points, int64_t inputs, int64_t outputs) {
-  return count * points * padded(inputs, 4) * padded(outputs, 2 * kernels().lanes);
-}
-
-void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub, Optional scale_b,
-          Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes, int64_t taps, int64_t stride,
-          bool phased, bool winograd, double slope, bool act, bool add) {
-  Conv call;
-  call.axes = static_cast<int>(axes);
-  const bool deep = axes == 3, gathered = taps == 4 && stride == 2;
-  call.geometry = phased ? Geometry::kPhased : gathered ? Geometry::kGathered : Geometry::kPlain;
-  const Element element = element_of(out, "out");
-  call.out = map_of(out, element, "out");
-  call.a = map_of(a, element, "a", scale_a, shift_a);
-  const Map& o = call.out;
-  check_axes(axes, o);
-  STD_TORCH_CHECK((taps == 3 || taps == 4) && (stride == 1 || stride == 2), "taps are 3 or 4, and stride is 1 or 2");
-  if (phased) check_even(axes, o);
-  check_images(a, out, "a");
-  const int step = phased ? 2 : 1, scaled = static_cast<int>(stride);
-  const int depth = deep ? o.depth / step : 1, height = o.height / step, width = o.width / step;
-  check_size(call.a, deep ? depth * scaled : 1, height * scaled, width * scaled, "a");
-  const int64_t depth_taps = deep ? taps : 1;
-  const bool few = ua.dim() == 7;  // weights as they are
-  STD_TORCH_CHECK(!winograd || gathered || (taps == 3 && stride == step), "no transform for these taps");
-  STD_TORCH_CHECK(!few || (winograd && !deep), "weights are packed in 3D and for direct sums");
-  if (few) {
-    call.wa = filters_of(ua, "ua");
-    check_filters(call.wa, gathered ? 4 : 1, gathered ? 2 : 3, call.a.channels, o.channels, "ua");
-  } else {
-    call.ua = values(ua, !winograd  ? packed(1, depth_taps * taps * taps, call.a.channels, o.channels)
-                         : gathered ? packed(depth_taps * 4, 25, call.a.channels, o.channels)
-                                    : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
-  }
-  if (b) {
-    STD_TORCH_CHECK(ub.has_value() && !gathered, "b comes with its weights, beside 3 taps of a");
-    call.b = map_of(*b, element, "b", scale_b, shift_b);
-    check_images(*b, out, "b");
-    check_size(call.b, depth, height, width, "b");
-    const int64_t phases = phased ? (deep ? 8 : 4) : 1, b_taps = phased ? 2 : 3, b_depth = deep ? b_taps : 1;
-    if (few) {
-      call.wb = filters_of(*ub, "ub");
-      check_filters(call.wb, phases, phased ? 2 : 3, call.b.channels, o.channels, "ub");
-    } else {
-      call.ub = values(ub, winograd ? packed(phases * b_depth, phased ? 25 : 36, call.b.channels, o.channels)
-                                    : packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
-    }
-  }
-  call.images = static_cast<int>(out.size(0));
-  call.bias = values(bias, o.channels, "bias");
-  call.border = values(border, (deep ? 27 : 9) * static_cast<int64_t>(o.channels), "border");
-  const int64_t parts = winograd ? winograd_parts(call) : o.depth;
-  call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
-  call.slope = static_cast<float>(slope);
-  call.act = act;
-  call.add = add;
-  if (out.numel() == 0) return;
-  if (few)
-    kernels(element).conv_few(call);
-  else if (winograd)
-    kernels(element).conv_winograd(call);
-  else
-    kernels(element).conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
-}
-
-// Weights, as `filters_of` takes them, packed for one of the kernels.
-void pack(Tensor out, Tensor weight, bool winograd) {
-  const Filters filters = filters_of(weight, "weight");
-  STD_TORCH_CHECK(!winograd || filters.taps == 9 || filters.taps == 4, "no transform for ", filters.taps, " taps");
-  const int64_t points = !winograd ? filters.taps : filters.taps == 9 ? 36 : 25;
-  const int64_t count = packed(filters.count(), points, filters.channels, filters.outputs);
-  if (count) kernels().pack(filters, winograd, const_cast<float*>(values(out, count, "out")));
-}
-
-// Parts of the statistics of one image.
-int64_t conv_parts(Tensor out, int64_t inputs, bool phased, bool winograd) {
-  Conv call;
-  call.geometry = phased ? Geometry::kPhased : Geometry::kPlain;
-  call.out = map_of(out, element_of(out, "out"), "out");
-  call.a.channels = static_cast<int>(inputs);
-  return winograd ? winograd_parts(call) : call.out.depth;
-}
-
-void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,
-                bool phased, double slope) {
-  Wgrad call;
-  call.axes = static_cast<int>(axes);
-  call.phased = phased;
-  const Element element = element_of(a, "a");
-  call.a = map_of(a, element, "a", scale, shift);
-  call.dy = map_of(dy, element, "dy");
-  const bool deep = axes == 3;
-  const int step = phased ? 2 : 1;
-  check_axes(axes, call.dy);
-  if (phased) check_even(axes, call.dy);
-  check_images(a, dy, "a");
-  check_size(call.a, deep ? call.dy.depth / step : 1, call.dy.height / step, call.dy.width / step, "a");
-  const int64_t k = padded(call.a.channels, kernels().lanes), co = padded(call.dy.channels, kernels().lanes);
-  const int64_t taps = phased ? 2 : 3, points = phased ? 25 : 36;
-  call.images = static_cast<int>(dy.size(0));
-  check_floats(result, "result");
-  STD_TORCH_CHECK(result.dim() == 4 && result.size(0) == (phased ? (deep ? 8 : 4) : 1) &&
-                      result.size(1) == taps * taps * (deep ? taps : 1) && result.size(2) == call.a.channels &&
-                      result.size(3) == call.dy.channels, "result must be [phases, taps, K, CO]");
-  call.result = static_cast<float*>(result.data_ptr());
-  call.phase = result.stride(0);
-  call.tap = result.stride(1);
-  call.k = result.stride(2);
-  call.co = result.stride(3);
-  call.scratch = const_cast<float*>(values(scratch, scratch.numel(), "scratch"));
-  call.scratch_size = scratch.numel();
-  STD_TORCH_CHECK(call.scratch_size >= points * (k + co), "scratch is too small for one tile");
-  call.slope = static_cast<float>(slope);
-  kernels(element).conv_wgrad(call);
-}
+namespace {
 
 Pass pass_of(const Tensor& x, const Optional& scale, const Optional& shift, int64_t axes, double slope, int64_t chunk = 1) {
   STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
@@ -309,6 +194,9 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
       "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
       "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
       "bool winograd, float slope, bool act, bool add) -> ()");
+  library.def(
+      "conv_pair(Tensor(a!) out, Tensor(b!) mid, Tensor a, Tensor ua, Tensor? b, Tensor? ub, Tensor? bias, Tensor? border, "
+      "Tensor second, Tensor? second_bias, bool phased, float slope) -> ()");
   library.def("pack(Tensor(a!) out, Tensor weight, bool winograd) -> ()");
   library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
   library.def(
@@ -336,6 +224,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
   library.impl("conv", TORCH_BOX(&unetpp::conv));
+  library.impl("conv_pair", TORCH_BOX(&unetpp::conv_pair));
   library.impl("pack", TORCH_BOX(&unetpp::pack));
   library.impl("conv_parts", TORCH_BOX(&unetpp::conv_parts));
   library.impl("conv_wgrad", TORCH_BOX(&unetpp::conv_wgrad));

@@ -22,7 +22,7 @@ static inline Blocks blocks_of(const Conv& conv) {
   const int units = std::max(1, tiles / (step * step));
   Blocks blocks;
   blocks.unit = 4 * step;
-  const int down = std::max(1, (conv.out.height + blocks.unit - 1) / blocks.unit);
+  const int down = std::max(1, (conv.end - conv.begin + blocks.unit - 1) / blocks.unit);
   const int across = std::max(1, (conv.out.width + blocks.unit - 1) / blocks.unit);
   const int pieces = (across + units - 1) / units;
   const int wide = (across + pieces - 1) / pieces;

@@ -99,14 +99,6 @@ struct Sum {
   }
 };
 
-// Whether the result goes past the caches: it is large, and nothing of it was read.
-template <class E>
-INLINE bool passes_caches(const Conv& conv) {
-  const Map& out = conv.out;
-  const int64_t pixels = static_cast<int64_t>(conv.images) * out.depth * out.height * out.width;
-  return !conv.add && pixels * out.channels * static_cast<int64_t>(sizeof(E)) >= (16 << 20);
-}
-
 INLINE int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
 
 // Count, mean and sum of squared deviations of each channel of a block of `pixels`, into stats [3, channels]; totals: sums.
@@ -136,13 +128,12 @@ static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int r
   const Map& out = conv.out;
   const int first = block * WIDTH, count = std::min(WIDTH, out.channels - first);
   const int depth_class = conv.axes == 3 ? border_class(z, out.depth) * 9 : 0;
-  const bool past = passes_caches<E>(conv);
   V bias[2] = {}, totals[2] = {};
   for (int v = 0; conv.bias && v < count; v += LANES) bias[v / LANES] = load_some(conv.bias + first + v, count - v);
   float* from = acc;
   for (int y = 0; y < rows; y++) {
     const int row_class = depth_class + border_class(y0 + y, out.height) * 3;
-    E* place = at<E>(out, image, (static_cast<int64_t>(z) * out.height + y0 + y) * out.width + x0) + first;
+    E* place = at<E>(out, image, (static_cast<int64_t>(z) * out.height + y0 + y - out.origin) * out.width + x0) + first;
     for (int x = 0; x < columns; x++, place += out.pixel, from += WIDTH)
       for (int v = 0; v < count; v += LANES) {
         V value = load(from + v) + bias[v / LANES];
@@ -152,13 +143,13 @@ static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int r
         }
         if (conv.act) value = activate(value, conv.slope);
         if (conv.add) value += load_some(place + v, count - v);
-        value = past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
+        value = conv.past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
         if (!stats) continue;
         store(from + v, value);
         totals[v / LANES] += value;
       }
   }
-  if (past) stream_end();
+  if (conv.past) stream_end();
   if (stats) statistics(acc, static_cast<int64_t>(rows) * columns, totals, count, stats + first, out.channels);
 }
 
@@ -229,9 +220,9 @@ struct Place {
     const int per_plane = blocks.down * blocks.across;
     image = block / per_plane / conv.out.depth;
     z = block / per_plane % conv.out.depth;
-    y0 = block % per_plane / blocks.across * blocks.rows;
+    y0 = conv.begin + static_cast<int>(block % per_plane / blocks.across) * blocks.rows;
     x0 = block % blocks.across * blocks.columns;
-    rows = std::min(blocks.rows, conv.out.height - y0);
+    rows = std::min(blocks.rows, conv.end - y0);
     columns = std::min(blocks.columns, conv.out.width - x0);
   }
 };

@@ -8,7 +8,9 @@ namespace unetpp {
 namespace ISA {
 
 // No transform: the taps themselves.
-struct Taps {};
+struct Taps {
+  static constexpr int r = 0;
+};
 
 template <class T>
 INLINE int points_of(const Filters& filters) {
@@ -20,20 +22,24 @@ INLINE int points_of(const Filters& filters) {
 
 constexpr int GATHERED_CHANNELS = 8;  // input channels that are read at a time
 
-// to[tap, k, c] of `rows` input channels from k0 and `columns` output channels from c0 on; nothing else is written.
-static void gather(const Filters& filters, const float* from, int k0, int rows, int c0, int columns, float* to) {
-  from += k0 * filters.k + c0 * filters.co;
-  const int64_t tap = static_cast<int64_t>(GATHERED_CHANNELS) * WIDTH;
+// to[tap, k, c] of `rows` input channels and `columns` output channels; nothing else is written.
+template <int TAPS>
+static void gather(const Filters& filters, const float* from, int rows, int columns, float* to) {
+  constexpr int64_t tap = static_cast<int64_t>(GATHERED_CHANNELS) * WIDTH;
+  const int taps = TAPS ? TAPS : filters.taps;
+  int64_t offsets[64];
+  for (int t = 0; t < taps; t++) offsets[t] = filters.offset(t);
   if (filters.co == 1) {
-    for (int t = 0; t < filters.taps; t++)
+    for (int t = 0; t < taps; t++)
       for (int r = 0; r < rows; r++)
-        std::memcpy(to + t * tap + r * WIDTH, from + filters.offset(t) + r * filters.k, sizeof(float) * columns);
+        std::memcpy(to + t * tap + r * WIDTH, from + offsets[t] + r * filters.k, sizeof(float) * columns);
     return;
   }
   for (int c = 0; c < columns; c++)
     for (int r = 0; r < rows; r++) {
       const float* place = from + c * filters.co + r * filters.k;
-      for (int t = 0; t < filters.taps; t++) to[t * tap + r * WIDTH + c] = place[filters.offset(t)];
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; t++) to[t * tap + r * WIDTH + c] = place[offsets[t]];
     }
 }
 
@@ -65,11 +71,12 @@ INLINE void weigh(const Filters& filters, const float* taps, int64_t tap, float*
 template <class T>
 ONCE static void panel(const Filters& filters, int filter, int block, int k0, int rows, float* to, int64_t point) {
   float taps[64 * GATHERED_CHANNELS * WIDTH];
+  const float* from = filters.at(filter) + k0 * filters.k + static_cast<int64_t>(block) * WIDTH * filters.co;
   const int columns = std::min(WIDTH, filters.outputs - block * WIDTH);
   if (columns < WIDTH) std::memset(taps, 0, sizeof(float) * filters.taps * GATHERED_CHANNELS * WIDTH);
   for (int k = 0; k < rows; k += GATHERED_CHANNELS) {
     const int here = std::min(GATHERED_CHANNELS, rows - k), given = std::min(here, filters.channels - k0 - k);
-    gather(filters, filters.at(filter), k0 + k, given, block * WIDTH, columns, taps);
+    gather<T::r * T::r>(filters, from + k * filters.k, given, columns, taps);
     for (int r = 0; r < given; r++)
       weigh<T>(filters, taps + r * WIDTH, GATHERED_CHANNELS * WIDTH, to + static_cast<int64_t>(k + r) * WIDTH, point);
     for (int r = given; r < here; r++)

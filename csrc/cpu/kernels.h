@@ -19,6 +19,7 @@ struct Map {
   void* data = nullptr;
   int64_t image = 0, pixel = 0;  // distances in values
   int depth = 0, height = 0, width = 0, channels = 0;
+  int origin = 0;  // the row of the map that is the first in memory, in 2D
   const float* scale = nullptr;
   const float* shift = nullptr;
   int64_t affine_image = 0;  // from the row of one image to the next; 0 where all share one
@@ -58,6 +59,8 @@ struct Conv {
   float* stats = nullptr;         // [N, parts, 3, CO]
   float slope = 0;
   bool act = false, add = false;
+  bool past = false;      // the result goes past the caches: it is large, and not read soon
+  int begin = 0, end = 0;  // the rows of the result that are computed
 };
 
 // result = the gradient of a convolution's weights, as kernels/naive.py:conv_wgrad.

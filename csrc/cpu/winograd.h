@@ -125,7 +125,7 @@ struct Plane {
 template <class E>
 INLINE Plane<E> plane_of(const Map& map, int64_t image, int z, float slope, int step = 1, int py = 0, int px = 0) {
   Plane<E> plane;
-  plane.data = at<E>(map, image, (static_cast<int64_t>(z) * map.height + py) * map.width + px);
+  plane.data = at<E>(map, image, (static_cast<int64_t>(z) * map.height + py - map.origin) * map.width + px);
   plane.row = static_cast<int64_t>(step) * map.width * map.pixel;
   plane.column = step * map.pixel;
   plane.height = (map.height - py + step - 1) / step;

@@ -171,8 +171,7 @@ class Optimized(nn.Module):
         def make() -> tuple[dict[str, Tensor], dict]:
             with torch.autocast(call.x.device.type, enabled=False):
                 tensors = call.tensors()
-                wide = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
-                return tensors, all_operands(structure.plan, wide, modes, dtype)
+                return tensors, all_operands(structure.plan, tensors, modes, dtype)
 
         tensors, composed = self._once(("engine", dtype, call.x.device), make)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..fused.buffers import Maps, allocate
+from ..fused.buffers import Maps
 from ..fused.forward import Forward
 from ..fused.ops import load_ops
 from ..fused.structure import Structure
@@ -65,7 +65,8 @@ buffers = Buffers()
 def nbytes(maps: Maps) -> int:
     """Bytes of the buffers of a pass."""
     tensors = [maps.image, *maps.levels, *maps.mids, *maps.level_tables, *maps.mid_tables, *maps.pools.values()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]  # some are shared
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def images_at_once(size: Sequence[int]) -> int:
@@ -100,12 +101,12 @@ def run(
             if not len(images):
                 break
             key = (structure.handle, tuple(images.shape), dtype, raw)
+            forward = Forward(plan, load_ops("cpu"), modes, parameters, dtype, operands=composed)
             maps = buffers.take(key)
             if maps is None:
                 with torch.inference_mode(False):  # so that any later call may write to them
-                    maps = allocate(plan, images, dtype, keep=False, raw=raw)
+                    maps = forward.allocate(images, keep=False, raw=raw)
                     maps.image = maps.image.clone()  # it may be the caller's memory, and later calls write to it
-            forward = Forward(plan, load_ops("cpu"), modes, parameters, dtype, operands=composed)
             results, _ = forward.run(images, keep=False, maps=maps, columns=columns)
             for whole, part in zip(logits, results, strict=True):
                 whole[start : start + len(images)] = part

@@ -48,8 +48,7 @@ def of_call(call: Call) -> Kept:
             if kept is None:
                 weakref.finalize(first, _kept.pop, key, None)
             copies = {name: value.clone() for name, value in tensors.items()}
-            wide = {name: value.double() if value.is_floating_point() else value for name, value in copies.items()}
             modes = structure.modes("0" * len(structure.norms), keep=False)
-            composed = all_operands(structure.plan, wide, modes, call.dtype)
+            composed = all_operands(structure.plan, copies, modes, call.dtype)
             kept = _kept[key] = Kept(copies, modes, composed)
     return kept

@@ -22,6 +22,7 @@ from ..plan.operands import Modes, cast, conv1_operands, prefix_width, upsamplin
 from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
 from .forward import Forward
+from .ops import takes_views
 
 
 class Backward:
@@ -238,4 +239,4 @@ class Backward:
         return gx
 
     def _cast(self, weight: Tensor) -> Tensor:
-        return cast(weight, self.dtype)
+        return cast(weight, self.dtype, not takes_views(self.ops))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,8 @@ class Maps:
     """The buffers of a pass.
 
     levels: per level, the outputs of its nodes' second convolutions side by side, `[N, D, H, W, sum of widths]`.
-    mids: the same for the first convolutions; if they need not be kept, the nodes of a level share one place.
+    mids: the same for the first convolutions; if they need not be kept, the nodes of a level share one place, or only some
+        rows of it (`paired`).
     level_tables, mid_tables: `[4, 1 or N, sum of widths]`, how to read these maps; None if they are stored activated.
     pools, ups: the pooled map of a level, and the up-sampled map of a node, where one is materialised.
     """
@@ -32,9 +34,19 @@ class Maps:
     pools: dict[int, Tensor] = field(default_factory=dict)
     ups: dict[str, Tensor] = field(default_factory=dict)
 
+    def slot(self, level: int, slot: Slot) -> Slot:
+        """Where the output of a node lies: in its slot, or in the first of its level if the buffer has no room for it."""
+        return slot if slot.end <= self.levels[level].shape[-1] else Slot(0, slot.width)
+
     def out(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The output of a node and how to read it."""
-        return view(self.levels[step.node.level], step.out), affine(self.level_tables[step.node.level], step.out)
+        level = step.node.level
+        return view(self.levels[level], self.slot(level, step.out)), affine(self.level_tables[level], step.out)
+
+    def paired(self, step: Step) -> bool:
+        """Whether a node's first convolution runs strip by strip with its second."""
+        level = step.node.level
+        return self.mids[level].shape[2] != self.levels[level].shape[2]
 
     def mid(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The output of a node's first convolution and how to read it."""
@@ -43,8 +55,7 @@ class Maps:
 
     def mid_slot(self, step: Step) -> Slot:
         """The slot in `mids`: beside the other nodes of the level, or the place that they share."""
-        shared = self.mids[step.node.level].shape[-1] < self.levels[step.node.level].shape[-1]
-        return Slot(0, step.out.width) if shared else step.out
+        return step.out if step.out.end <= self.mids[step.node.level].shape[-1] else Slot(0, step.out.width)
 
     def prefix(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The first operand of a node's first convolution."""
@@ -58,7 +69,7 @@ class Maps:
     def low(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The low source of a node, at low resolution."""
         below = step.node.level + 1
-        return view(self.levels[below], step.low), affine(self.level_tables[below], step.low)
+        return view(self.levels[below], self.slot(below, step.low)), affine(self.level_tables[below], step.low)
 
     def kept(self, plan: Plan, recompute: bool) -> list[Tensor]:
         """The tensors that a backward pass needs beside the image, in the order of `kept_names`.
@@ -111,10 +122,14 @@ def from_maps(x: Tensor, axes: int) -> Tensor:
     return x.squeeze(2) if axes == 2 else x
 
 
-def allocate(plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool) -> Maps:
+def allocate(
+    plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool, pair_rows: Callable[..., int] | None = None
+) -> Maps:
     """The buffers for an input `[N, C, *S]`.
 
-    keep: keep the outputs of all first convolutions for a backward pass. raw: store outputs raw, with tables.
+    keep: keep the outputs of all convolutions for a backward pass; else some nodes use the place of others that were read.
+    raw: store outputs raw, with tables. pair_rows: of ops that run the two convolutions of a node strip by strip, if they
+    may.
     """
     axes, acc = plan.axes, naive.accumulator(dtype)
     image = to_maps(x, axes).to(dtype).contiguous()
@@ -122,13 +137,20 @@ def allocate(plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool) -
     levels, tables = [], []
     for level, width in enumerate(plan.widths):
         size = [image.shape[1] >> level if axes == 3 else 1, image.shape[2] >> level, image.shape[3] >> level]
-        levels.append(x.new_empty((x.shape[0], *size, width), dtype=dtype))
         tables.append([x.new_empty((4, rows, width), dtype=acc) if raw else None for _ in range(2)])
-    mids = [torch.empty_like(level) for level in levels] if keep else shared_mids(plan, levels)
+        room = width if keep else plan.least_widths[level]
+        levels.append(x.new_empty((x.shape[0], *size, room), dtype=dtype))
+    mids = [torch.empty_like(level) for level in levels] if keep else shared_mids(plan, levels, pair_rows)
     return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables])
 
 
-def shared_mids(plan: Plan, levels: Sequence[Tensor]) -> list[Tensor]:
-    """For each level, room for the output of one node's first convolution."""
-    widest = [max(step.out.width for step in plan.steps if step.node.level == level) for level in range(len(levels))]
-    return [buffer.new_empty((*buffer.shape[:4], width)) for buffer, width in zip(levels, widest, strict=True)]
+def shared_mids(plan: Plan, levels: Sequence[Tensor], pair_rows: Callable[..., int] | None = None) -> list[Tensor]:
+    """For each level, room for the output of one node's first convolution; all in one place, as one node runs at a time."""
+    shapes = []
+    for level, buffer in enumerate(levels):
+        widths = {step.out.width for step in plan.steps if step.node.level == level}
+        images, *size = buffer.shape[:4]
+        held = pair_rows(size[1:], max(widths), buffer.itemsize) if pair_rows and len(widths) == 1 and images else 0
+        shapes.append((1, 1, held, size[2], max(widths)) if held else (images, *size, max(widths)))
+    memory = levels[0].new_empty(max(map(math.prod, shapes)))
+    return [memory[: math.prod(shape)].view(shape) for shape in shapes]

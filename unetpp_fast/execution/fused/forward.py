@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from ...kernels import naive
 from ..batch_statistics import gathered_statistics, unbiased
-from ..plan import weight_composition
 from ..plan.operands import Modes, cast, node_operands
 from ..plan.steps import Plan, Slot, Step, head_step
-from .buffers import MEAN, VARIANCE, Maps, allocate, from_maps, to_maps
+from ..plan.weight_composition import Operands
+from .buffers import MEAN, VARIANCE, Maps, allocate, from_maps, to_maps, view
+from .ops import takes_views
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Forward:
     parameters: Mapping[str, Tensor]
     dtype: torch.dtype
     group: dist.ProcessGroup | None = None
-    operands: Mapping[str, tuple[weight_composition.Operands, weight_composition.Operands]] = field(default_factory=dict)
+    operands: Mapping[str, tuple[Operands, Operands]] = field(default_factory=dict)
     statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def run(
@@ -56,7 +57,7 @@ class Forward:
         """
         raw = any(mode != "folded" for mode in self.modes.values())
         if maps is None:
-            maps = allocate(self.plan, x, self.dtype, keep and not recompute, raw)
+            maps = self.allocate(x, keep and not recompute, raw)
         else:
             maps.image.copy_(to_maps(x, self.plan.axes))
         for step in self.plan.steps:
@@ -65,6 +66,11 @@ class Forward:
             self._head(maps, column) for column in self.plan.topology.heads if columns is None or column in columns
         ], maps
 
+    def allocate(self, x: Tensor, keep: bool, raw: bool) -> Maps:
+        """Buffers for a pass of `x` `[N, C, *S]`; arguments as those of `buffers.allocate`."""
+        pairs = not keep and not raw and self.plan.axes == 2
+        return allocate(self.plan, x, self.dtype, keep, raw, getattr(self.ops, "pair_rows", None) if pairs else None)
+
     def _node(self, maps: Maps, step: Step, keep: bool) -> None:
         plan, node = self.plan, step.node
         if step.source == "pool":
@@ -72,6 +78,9 @@ class Forward:
         if step.form == "full":
             maps.ups[node.name] = self._upsampled(step, *maps.low(step))
         operands, second = self.operands.get(node.name) or node_operands(plan, step, self.parameters, self.modes)
+        if maps.paired(step):
+            self._pair(maps, step, operands, second)
+            return
         stats = self.first(maps, step, operands)
         if not keep:
             maps.ups.pop(node.name, None)
@@ -85,7 +94,18 @@ class Forward:
         )  # fmt: skip
         self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out, pixels)
 
-    def first(self, maps: Maps, step: Step, operands: weight_composition.Operands) -> Tensor | None:
+    def _pair(self, maps: Maps, step: Step, first: Operands, second: Operands) -> None:
+        """Runs both convolutions of a node, of which the first is not stored as a whole."""
+        phased, epilogue = step.form == "phases", self._epilogue(f"{step.node.name}.norm1", first)
+        self.ops.conv_pair(
+            maps.out(step)[0], view(maps.mids[step.node.level], maps.mid_slot(step)), maps.prefix(step)[0],
+            self._cast(first.wa), self._cast(second.wa), phased=phased,
+            b=maps.low(step)[0] if phased else maps.ups.pop(step.node.name, None), wb=self._cast(first.wb),
+            bias=epilogue["bias"], border=epilogue["border"],
+            second_bias=self._epilogue(f"{step.node.name}.norm2", second)["bias"], slope=self.plan.slope,
+        )  # fmt: skip
+
+    def first(self, maps: Maps, step: Step, operands: Operands) -> Tensor | None:
         """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
         phased = step.form == "phases"
         a, affine_a = maps.prefix(step)
@@ -97,9 +117,9 @@ class Forward:
         )  # fmt: skip
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:
-        return None if weight is None else cast(weight, self.dtype)
+        return None if weight is None else cast(weight, self.dtype, not takes_views(self.ops))
 
-    def _epilogue(self, norm: str, operands: weight_composition.Operands) -> dict:
+    def _epilogue(self, norm: str, operands: Operands) -> dict:
         acc, mode = naive.accumulator(self.dtype), self.modes.get(norm)
         vectors = {"bias": operands.bias, "border": operands.border}
         vectors = {key: None if value is None else value.to(acc).contiguous() for key, value in vectors.items()}

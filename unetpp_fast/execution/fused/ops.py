@@ -29,3 +29,8 @@ def load_ops(name: str) -> ModuleType:
     if name in ("naive", "cpu"):
         return {"naive": naive, "cpu": cpu_ops}[name]
     raise ValueError(f"no ops are called {name!r}: naive, cpu, triton or cuda")
+
+
+def takes_views(ops: ModuleType) -> bool:
+    """Whether the convolutions take weights of any strides; else they must be contiguous."""
+    return ops is cpu_ops

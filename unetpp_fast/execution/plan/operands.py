@@ -15,9 +15,9 @@ from .weight_composition import Operands
 Modes = Mapping[str, str]
 
 
-def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight rounded to `dtype` and contiguous, in at most one copy."""
-    return weight.to(dtype, memory_format=torch.contiguous_format).contiguous()
+def cast(weight: Tensor, dtype: torch.dtype, contiguous: bool = True) -> Tensor:
+    """A weight rounded to `dtype`, in at most one copy; of any strides, and perhaps a view, unless `contiguous`."""
+    return weight.to(dtype, memory_format=torch.contiguous_format).contiguous() if contiguous else weight.to(dtype)
 
 
 def upsampling(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -58,14 +58,28 @@ def node_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mode
 def all_operands(
     plan: Plan, parameters: Mapping[str, Tensor], modes: Modes, dtype: torch.dtype
 ) -> dict[str, tuple[Operands, Operands]]:
-    """`Forward.operands`: composed in the parameters' precision, then rounded."""
+    """`Forward.operands`: composed in float64, then rounded. On a CPU, weights that need neither are views of parameters."""
     acc = naive.accumulator(dtype)
+    contiguous = any(value.device.type != "cpu" for value in parameters.values())
 
-    def rounded(operands: Operands) -> Operands:
-        parts = zip(operands.tensors(), (dtype, dtype, acc, acc), strict=True)
-        return Operands(*(None if value is None else cast(value, kind) for value, kind in parts))
+    def rounded(exact: Operands, plain: Tensor | None) -> Operands:
+        wa = exact.wa if plain is None else plain
+        parts = zip((wa, *exact.tensors()[1:]), (dtype, dtype, acc, acc), strict=True)
+        return Operands(*(None if value is None else cast(value, kind, contiguous) for value, kind in parts))
 
-    return {step.node.name: tuple(map(rounded, node_operands(plan, step, parameters, modes))) for step in plan.steps}
+    def both(step: Step) -> tuple[Operands, Operands]:
+        node = step.node.name
+        mine = {name: value for name, value in parameters.items() if name.startswith(f"nodes.{node}.")}
+        wide = {name: value.double() if value.is_floating_point() else value for name, value in mine.items()}
+        plain: list[Tensor | None] = []
+        for place in ("1", "2"):
+            weight = mine[f"nodes.{node}.conv{place}.weight"]
+            width = prefix_width(step, weight) if place == "1" else weight.shape[1]
+            is_folded = modes.get(f"{node}.norm{place}") == "folded"
+            plain.append(None if is_folded else weight_composition.taps_first(weight[:, :width]))
+        return tuple(map(rounded, node_operands(plan, step, wide, modes), plain))
+
+    return {step.node.name: both(step) for step in plan.steps}
 
 
 def _folded(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ...architecture.options import ACTIVATIONS, ENGINES, NORMS, UPSAMPLES, Option, parse_option
 from ...architecture.options import unsupported as options_unsupported
@@ -70,6 +70,25 @@ class Plan:
     @property
     def axes(self) -> int:
         return self.topology.spatial_dims
+
+    @cached_property
+    def least_widths(self) -> tuple[int, ...]:
+        """`widths` without the last node of each level that may write over X(i,0), since all of its readers ran before."""
+        found = []
+        for level, width in enumerate(self.widths):
+            last = [step for step in self.steps if step.node.level == level][-1]
+            first, end = self.topology[level, 0], last.out.end
+            may = last.node.column and end == width and last.out.width <= first.width
+            found.append(last.out.offset if may and not self._is_read_after(first.position, last) else width)
+        return tuple(found)
+
+    def _is_read_after(self, position: tuple[int, int], last: Step) -> bool:
+        """Whether a node is read by a head, or by a node that runs after the step `last`."""
+        level, column = position
+        later = [step.node for step in self.steps[self.steps.index(last) + 1 :]]
+        pooled = any(node.position == (level + 1, 0) for node in later) and column == 0
+        direct = any(node.low == position or (node.level == level and column in node.prefix) for node in later)
+        return pooled or direct or (level == 0 and column in self.topology.heads)
 
     def __str__(self) -> str:
         return "\n".join(self.describe(step) for step in self.steps)

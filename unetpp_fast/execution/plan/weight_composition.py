@@ -100,16 +100,17 @@ def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
     nearest-neighbour up-sampling, as `[K, C, 1..]`.
     """
     axes = weight.ndim - 2
-    elements, taps = _letters(axes)
-    border = [0, 0, 0, 0] + [1, 1] * axes  # a zero before the first tap and after the last
     if _is_nearest(up):
         projected = weight if up is None else torch.einsum("oc...,kc->ok...", weight, up.flatten(1))  # [CO, K, 3..]
-        padded = F.pad(projected.permute(*range(2, 2 + axes), 1, 0), border)
-        products = padded.expand(*[2] * axes, *padded.shape)  # every element is the same
-    else:
-        products = F.pad(torch.einsum(f"oc{taps},kc{elements}->{elements}{taps}ko", weight, up), border)
-    places = products  # [2.., 5.., K, CO], by element and padded tap; the first element axis leaves in each round
-    for _ in range(axes):
+        places = projected.permute(*range(2, 2 + axes), 1, 0).contiguous()
+        for axis in range(axes):  # both elements are the same: neighbours in 0, w0, w1, w2, 0 are added
+            padded = F.pad(places, [0] * 2 * (axes + 1 - axis) + [1, 1])
+            places = padded.narrow(axis, 0, 4) + padded.narrow(axis, 1, 4)
+        return _by_phase(places, axes)
+    elements, taps = _letters(axes)
+    border = [0, 0, 0, 0] + [1, 1] * axes  # a zero before the first tap and after the last
+    places = F.pad(torch.einsum(f"oc{taps},kc{elements}->{elements}{taps}ko", weight, up), border)
+    for _ in range(axes):  # [2.., 5.., K, CO], by element and padded tap; the first element axis leaves in each round
         element_0, element_1 = places.unbind()
         places = element_0.narrow(axes - 1, 0, 4) + element_1.narrow(axes - 1, 1, 4)
     return _by_phase(places, axes)
@@ -118,17 +119,20 @@ def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
 def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """From the gradient of `phase_weights(weight, up)` to those of weight and up."""
     axes = weight.ndim - 2
-    elements, taps = _letters(axes)
-    windows = _by_place(g, axes)
-    for axis in range(axes):
-        windows = windows.unfold(axis, 3, 1)  # element 1 met places 0 to 2, element 0 met places 1 to 3
+    places = _by_place(g, axes)
     if _is_nearest(up):
-        g_projected = windows.sum(dim=tuple(range(axes))).transpose(0, 1)  # [CO, K, 3..]
+        for axis in range(axes):
+            places = places.narrow(axis, 0, 3) + places.narrow(axis, 1, 3)
+        g_projected = places.permute(-1, -2, *range(axes))  # [CO, K, 3..]
         if up is None:
             return g_projected, None
         g_weight = torch.einsum("ok...,kc->oc...", g_projected, up.flatten(1))
         g_up = torch.einsum("okz,ocz->kc", g_projected.flatten(2), weight.flatten(2))
         return g_weight, g_up.view_as(up)
+    elements, taps = _letters(axes)
+    windows = places
+    for axis in range(axes):
+        windows = windows.unfold(axis, 3, 1)  # element 1 met places 0 to 2, element 0 met places 1 to 3
     g_products = windows.flip(*range(axes))  # [2.., K, CO, 3..], by element and tap
     g_weight = torch.einsum(f"{elements}ko{taps},kc{elements}->oc{taps}", g_products, up)
     return g_weight, torch.einsum(f"{elements}ko{taps},oc{taps}->kc{elements}", g_products, weight)
