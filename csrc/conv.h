@@ -138,15 +138,15 @@ HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int
     const uint32_t step_weights = weights + step * Format<T>::STEP * ROW;
     HW_NO_UNROLL
     for (int x = 0; x < KIND::COLUMNS; ++x) {
-      uint32_t b[KIND::SLOTS][4][2];
+      hw::Word b[KIND::SLOTS][4][2];
       const uint32_t column = pixels + TILE::column(place.parity + x) * PITCH + step * 32;
       HW_UNROLL
       for (int r = 0; r < KIND::FRAMES; ++r) {
         HW_UNROLL
         for (int slot = 0; slot < KIND::SLOTS; ++slot)
-          if (KIND::begin(slot) == r)
+          if (KIND::begin(slot) == r && (slot || !hw::fault(hw::Fault::unwritten)))
             load_columns<T, TRAITS::CO_TILE>(b[slot], step_weights, KIND::tap(x, slot) * CHUNK, place.part);
-        uint32_t a[4];
+        hw::Word a[4];
         load_pixels<T>(a, column + TILE::at(r, 0));
         HW_UNROLL
         for (int m = 0; m < TRAITS::M; ++m) {

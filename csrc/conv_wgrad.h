@@ -89,7 +89,7 @@ struct WgradPlace {
 
 // 16 adjacent pixels from `offset` on by 16 channels, transposed, as the first factor.
 template <typename T, int STEPS>
-HW_FUNCTION void load_rows(uint32_t (&a)[STEPS][4], uint32_t offset) {
+HW_FUNCTION void load_rows(hw::Word (&a)[STEPS][4], uint32_t offset) {
   if constexpr (Format<T>::TF32) {
     HW_UNROLL
     for (int k = 0; k < STEPS * 4; ++k) {
@@ -103,7 +103,7 @@ HW_FUNCTION void load_rows(uint32_t (&a)[STEPS][4], uint32_t offset) {
 
 // The same as the second factor, two times eight columns.
 template <typename T, int STEPS>
-HW_FUNCTION void load_gradient(uint32_t (&b)[STEPS][2][2], uint32_t offset) {
+HW_FUNCTION void load_gradient(hw::Word (&b)[STEPS][2][2], uint32_t offset) {
   if constexpr (Format<T>::TF32) {
     HW_UNROLL
     for (int k = 0; k < STEPS * 4; ++k) {
@@ -111,7 +111,7 @@ HW_FUNCTION void load_gradient(uint32_t (&b)[STEPS][2][2], uint32_t offset) {
       b[k / 4][k / 2 % 2][k % 2] = hw::load_shared<uint32_t>(offset + pixel * PITCH + (k / 2 % 2 * 8 + lane() / 4) * 4);
     }
   } else {
-    uint32_t r[4];
+    hw::Word r[4];
     hw::load_matrices_transposed(r, offset + lane() % 16 * PITCH + lane() / 16 * 16);
     HW_UNROLL
     for (int k = 0; k < 4; ++k) b[0][k / 2][k % 2] = r[k];
@@ -127,7 +127,7 @@ HW_FUNCTION void add_gradients(float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::C
   using GRADIENT = typename TRAITS::GRADIENT;
   const uint32_t pixels = stage + TILE::at(place.band * TRAITS::ROWS / KIND::UNIT, 0) + place.k_part * 32;
   const uint32_t gradient = stage + TILE::BYTES + GRADIENT::at(place.band * TRAITS::ROWS, place.parity) + place.co_part * 32;
-  uint32_t b[KIND::SLOTS][TRAITS::STEPS][2][2];
+  hw::Word b[KIND::SLOTS][TRAITS::STEPS][2][2] = {};  // ptxas drops copies of registers that nobody wrote
   HW_NO_UNROLL
   for (int r = 0; r < TRAITS::FRAMES; ++r) {
     HW_UNROLL
@@ -140,7 +140,7 @@ HW_FUNCTION void add_gradients(float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::C
         load_gradient<T, TRAITS::STEPS>(b[slot], gradient + y * (GRADIENT::COLUMNS * PITCH));
       }
     }
-    uint32_t a[KIND::COLUMNS][TRAITS::STEPS][4];
+    hw::Word a[KIND::COLUMNS][TRAITS::STEPS][4];
     HW_UNROLL
     for (int x = 0; x < KIND::COLUMNS; ++x)
       load_rows<T, TRAITS::STEPS>(a[x], pixels + r * (TILE::COLUMNS * PITCH) + TILE::column(place.parity + x) * PITCH);

@@ -156,13 +156,13 @@ HW_FUNCTION int lane() { return hw::thread() % 32; }
 
 // 16 adjacent pixels and one step of channels, as the first factor of a product.
 template <typename T>
-HW_FUNCTION void load_pixels(uint32_t (&a)[4], uint32_t offset) {
+HW_FUNCTION void load_pixels(hw::Word (&a)[4], uint32_t offset) {
   hw::load_matrices(a, offset + lane() % 16 * PITCH + lane() / 16 * 16);
 }
 
 // One step of channels (rows from `row` on) and 32 columns (from piece 4, of 32 bits 8, times `part` on) as second factors.
 template <typename T, int CO_TILE>
-HW_FUNCTION void load_columns(uint32_t (&b)[4][2], uint32_t offset, int row, int part) {
+HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int part) {
   using W = Weights<T, CO_TILE>;
   if constexpr (Format<T>::TF32) {
     const int group = lane() / 4, quad = lane() % 4;
@@ -177,7 +177,7 @@ HW_FUNCTION void load_columns(uint32_t (&b)[4][2], uint32_t offset, int row, int
   } else {
     HW_UNROLL
     for (int pair = 0; pair < 2; ++pair) {
-      uint32_t r[4];
+      hw::Word r[4];
       const int piece = part * 4 + pair * 2 + lane() / 16;
       hw::load_matrices_transposed(r, offset + row * W::ROW + W::at(lane() % 16, piece));
       b[2 * pair][0] = r[0], b[2 * pair][1] = r[1];

@@ -26,7 +26,7 @@ struct alignas(8) Pair {
 };
 
 // Faults that the emulation commits on request, to check that the tests notice them. On a GPU there are none.
-enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, phase, reduction };
+enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, phase, unwritten, reduction };
 
 }  // namespace hw
 
@@ -44,6 +44,9 @@ enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, 
 #define HW_NO_UNROLL _Pragma("unroll 1")
 
 namespace hw {
+
+// 32 bits of a matrix's factor. The emulation knows whether they were written.
+using Word = uint32_t;
 
 HW_FUNCTION int thread() { return threadIdx.x; }
 HW_FUNCTION int block() { return blockIdx.x; }
@@ -85,13 +88,13 @@ HW_FUNCTION void copy_async(uint32_t offset, const void* from, int bytes) {
 HW_FUNCTION void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
-HW_FUNCTION void load_matrices(uint32_t (&r)[4], uint32_t offset) {
+HW_FUNCTION void load_matrices(Word (&r)[4], uint32_t offset) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(offset)));
 }
 
-HW_FUNCTION void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
+HW_FUNCTION void load_matrices_transposed(Word (&r)[4], uint32_t offset) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(offset)));
@@ -99,11 +102,11 @@ HW_FUNCTION void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
 
 // d += a b, for a of 16 rows and 32 bytes, b of 32 bytes and 8 columns.
 template <typename T>
-HW_FUNCTION void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+HW_FUNCTION void multiply(float (&d)[4], const Word (&a)[4], const Word (&b)[2]);
 
 #define HW_MULTIPLY(T, INSTRUCTION)                                                                     \
   template <>                                                                                           \
-  HW_FUNCTION void multiply<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {         \
+  HW_FUNCTION void multiply<T>(float (&d)[4], const Word (&a)[4], const Word (&b)[2]) {                 \
     asm volatile(INSTRUCTION " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \

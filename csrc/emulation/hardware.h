@@ -60,6 +60,27 @@ inline float from_bfloat16(uint16_t bits) { return bits_as<float>(uint32_t{bits}
 
 namespace hw {
 
+// A register of a matrix's factor. A copy counts as a read too: compilers may do anything with values that nobody wrote.
+// The build fills variables without a value with a pattern (-ftrivial-auto-var-init), which leaves `unwritten` not 0.
+class Word {
+ public:
+  Word() = default;
+  Word(uint32_t bits) : bits_(bits), unwritten_(0) {}
+  Word(const Word& other) : Word(uint32_t{other}) {}
+  Word& operator=(const Word& other) {
+    bits_ = other;
+    unwritten_ = 0;
+    return *this;
+  }
+  operator uint32_t() const {
+    if (unwritten_) emulation::fail("reads a register that was never written");
+    return bits_;
+  }
+
+ private:
+  uint32_t bits_, unwritten_;
+};
+
 inline int thread() { return emulation::current().index; }
 inline int block() { return emulation::block_x; }
 inline int block_row() { return emulation::block_y; }
@@ -98,19 +119,24 @@ inline void wait_copies() {
   copies.clear();
 }
 
-inline void load_matrices(uint32_t (&r)[4], uint32_t offset) {
-  emulation::Matrices mine{r, offset};
+inline void load_matrices(Word (&r)[4], uint32_t offset) {
+  uint32_t loaded[4] = {};
+  emulation::Matrices mine{loaded, offset};
   emulation::collective("ldmatrix", &mine, emulation::execute_load);
+  for (int k = 0; k < 4; ++k) r[k] = loaded[k];
 }
 
-inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
-  emulation::Matrices mine{r, offset};
+inline void load_matrices_transposed(Word (&r)[4], uint32_t offset) {
+  uint32_t loaded[4] = {};
+  emulation::Matrices mine{loaded, offset};
   emulation::collective("ldmatrix.trans", &mine, emulation::execute_load_transposed);
+  for (int k = 0; k < 4; ++k) r[k] = loaded[k];
 }
 
 template <typename T>
-void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::Product mine{d, a, b};
+void multiply(float (&d)[4], const Word (&a)[4], const Word (&b)[2]) {
+  const uint32_t first[4] = {a[0], a[1], a[2], a[3]}, second[2] = {b[0], b[1]};
+  emulation::Product mine{d, first, second};
   emulation::collective("mma", &mine, emulation::execute_multiply<T>);
 }
 

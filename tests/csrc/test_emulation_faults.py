@@ -38,6 +38,7 @@ CASES = {
     "mask": ("padding is shifted by the norm", [NODE, WGRAD, PHASED_WGRAD]),
     "tail": ("one channel of the neighbour is read", [NODE, TWO_STAGES]),
     "phase": ("odd columns use the weights of even ones", [NODE, PHASED_WGRAD]),
+    "unwritten": ("one row of weights is never loaded", [NODE, TWO_STAGES]),
     "reduction": ("the last partial sum is forgotten", [WGRAD, PHASED_WGRAD]),
 }
 
@@ -79,6 +80,10 @@ def test_emulation_names_the_stray_access(emulation):
     said = caught(emulation, "bounds", TWO_STAGES)
     assert "heap-buffer-overflow" in said and ("halo_tile.h" in said or "wait_copies" in said), said
     assert not caught(emulation, "none", TWO_STAGES)
+
+
+def test_emulation_names_registers_that_nobody_wrote(emulation):
+    assert "reads a register that was never written" in caught(emulation, "unwritten", TWO_STAGES)
 
 
 def test_emulation_names_copies_that_nobody_waits_for(emulation):

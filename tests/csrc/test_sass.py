@@ -1,4 +1,5 @@
 """The CUDA kernels compile for every GPU generation without a GPU: no spill, tensor cores in use, 16-byte copies; and link.
+The instructions are run too: every accumulator gets every product once.
 
 Run with `-s` for the table of registers and shared memory of every instance.
 """
@@ -19,15 +20,19 @@ from pathlib import Path
 import pytest
 import torch
 from support.emulation import SCHEMAS, SOURCES
+from support.sass.check import packed_arguments, wrong
+from support.sass.listing import Instruction, decode, functions
+from support.sass.products import Conv, Wgrad
 
 from unetpp_fast.kernels import cuda_ops
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = (80, 90, 120)
+ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory and registers of a block at most.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 REGISTERS = 64 * 1024
 PRECISIONS = {"N2hw4HalfE": "float16", "N2hw8BFloat16E": "bfloat16", "f": "tf32"}
+BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
 # Candidates that are only taken after a measurement, so a GPU that cannot run them may skip them.
 UNMEASURED = [cuda_ops.configs(co, gathered)[0] for co in (32, 64) for gathered in (False, True)]
 ONLY_WHERE_IT_FITS = {config.shared for config in cuda_ops.CONFIGS if config not in UNMEASURED}
@@ -110,17 +115,27 @@ def usage(library: Path) -> dict[tuple[int, str], dict[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def sass(library: Path) -> dict[tuple[int, str], Counter]:
-    """The count of each instruction in each (architecture, kernel)."""
-    counters, architecture, counter = {}, 0, Counter()
-    for line in _output(TOOL, "-sass", library).splitlines():
-        if match := re.match(r"arch = sm_(\d+)", line.strip()):
-            architecture = int(match[1])
-        elif match := re.match(r"Function : (\S+)", line.strip()):
-            counter = counters[architecture, match[1]] = Counter()
-        elif match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line.strip()):
-            counter[match[1]] += 1
-    return counters
+def sass(library: Path) -> dict[tuple[int, str], list[Instruction]]:
+    """The instructions of each (architecture, kernel)."""
+    found = functions(_output(TOOL, "-sass", library))
+    return {(architecture, name): decode(text) for architecture, name, text in found}
+
+
+def products_of(name: str) -> Conv | Wgrad | None:
+    """What an instance, by its mangled name, has to multiply."""
+    if match := re.search(r"WgradTraitsI(.+?)Lb([01])E", name):
+        return Wgrad(BYTES[PRECISIONS[match[1]]], match[2] == "1")
+    if match := re.search(r"ConvTraitsI(.+?)Li(\d+)ELi(\d+)ELi(\d)ELb([01])E", name):
+        return Conv(BYTES[PRECISIONS[match[1]]], *map(int, match.groups()[1:4]), match[5] == "1")
+    return None
+
+
+@pytest.fixture(scope="module")
+def arguments(sass, tmp_path_factory) -> dict[Conv | Wgrad, bytes]:
+    """What each instance is called with."""
+    instances = sorted({found for _, name in sass if (found := products_of(name))}, key=str)
+    folder = tmp_path_factory.mktemp("arguments")
+    return dict(zip(instances, packed_arguments(instances, SOURCES, _builder().find_compiler(), folder), strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -138,9 +153,10 @@ def test_sass_has_no_spill_and_fits(usage, architecture: int):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sass_uses_tensor_cores(sass, architecture: int):
     """Products by HMMA, operands by ldmatrix (except TF32's transposed ones), copies of 16 bytes to shared memory."""
-    rows = {instance(name)[0]: counter for (number, name), counter in sass.items() if number == architecture}
+    rows = {instance(name)[0]: code for (number, name), code in sass.items() if number == architecture}
     assert len(rows) == INSTANCES
-    for what, counter in rows.items():
+    for what, code in rows.items():
+        counter = Counter(".".join([instruction.name, *instruction.kinds]) for instruction in code)
         total = {kind: sum(count for name, count in counter.items() if name.startswith(kind)) for kind in ("LDL", "STL")}
         assert not any(total.values()), f"{what} uses local memory"
         if what == "add_parts":
@@ -151,6 +167,31 @@ def test_sass_uses_tensor_cores(sass, architecture: int):
         assert any(re.match(r"LDGSTS.*\.128", name) for name in counter), f"{what} has no copies of 16 bytes"
         if what.startswith("conv ") and "tf32" not in what:
             assert any(re.match(r"STG.*\.128", name) for name in counter), f"{what} has no stores of 16 bytes"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sass_multiplies_every_product_once(sass, arguments, architecture: int):
+    """Every accumulator meets each tap once, from the right row and column of both tiles; gradients are stored at theirs."""
+    rows = {name: code for (number, name), code in sass.items() if number == architecture and products_of(name)}
+    assert len(rows) == INSTANCES - 1
+    for name, code in rows.items():
+        what, threads, _ = instance(name)
+        product = products_of(name)
+        for thread in (0, threads - 19):  # the first lane of the first warp, and a lane of the last
+            fault = wrong(product, code, architecture, arguments[product], thread)
+            assert not fault, f"{what}, thread {thread}: {fault}"
+
+
+def test_sass_notices_another_row_and_a_lost_product(sass, arguments):
+    for name in ("WgradTraitsIN2hw4HalfELb0", "ConvTraitsIN2hw4HalfELi32ELi8ELi2ELb0"):
+        (key,) = (key for key in sass if key[0] == 90 and name in key[1])
+        code, product = sass[key], products_of(key[1])
+        for kind in ("HMMA", "LDSM"):
+            at = next(k for k, instruction in enumerate(code) if instruction.name == kind)
+            nothing, target = code[at]._replace(name="NOP"), code[at].operands[0]
+            moved = code[at]._replace(operands=(target, f"{code[at].operands[-1][:-1]}+0x50]"))
+            changed = [*code[:at], nothing if kind == "HMMA" else moved, *code[at + 1 :]]
+            assert wrong(product, changed, 90, arguments[product], 0), (name, kind)
 
 
 def test_sass_links_to_the_stable_abi_alone(library: Path):

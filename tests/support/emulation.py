@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = ["-std=c++20", "-DUNETPP_EMULATE", "-Wall", "-Wextra", "-Werror"]
-SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# Variables without a value hold a pattern, by which the emulation knows them.
+SANITIZED = [
+    "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern",
+]  # fmt: skip
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32)
 FAULTS = re.search(r"enum class Fault \{(.*?)\}", (SOURCES / "hardware.h").read_text())[1].replace(" ", "").split(",")
 # As the library declares the ops; adjacent string literals are one.
