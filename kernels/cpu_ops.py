@@ -31,7 +31,7 @@ __all__ = [
     "pool_backward",
 ]
 
-MIN_TILES = 6  # of a plane, for Winograd; with fewer, streaming four times as many weights costs more than it saves
+MIN_TILES = 6  # that share transformed weights, for Winograd; with fewer, the transform costs more than it saves
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
 MANY_WEIGHTS = 2**13  # pairs of channels that are many
 LEAST_PAIRED = 2**23  # bytes of a map that makes the two convolutions of a node run strip by strip
@@ -46,10 +46,16 @@ def _supports(*maps: Tensor | None) -> bool:
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
 
-def uses_winograd(out: Tensor, taps: int, stride: int, phased: bool, low: bool) -> bool:
-    """Whether a convolution into `out` is computed by Winograd's minimal filtering."""
+def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool) -> str:
+    """What computes a convolution of `inputs` channels into `out`: "winograd" with packed weights, "few" with weights that
+    are transformed as they are read, or "direct"."""
     known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or ((taps, stride) == (4, 2) and not phased and not low)
-    return known and math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4) >= MIN_TILES
+    tiles = math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
+    if not known:
+        return "direct"
+    if axes == 2 and inputs * out.shape[-1] >= MANY_WEIGHTS and MIN_TILES <= tiles * out.shape[0] <= FEW_TILES:
+        return "few"
+    return "winograd" if tiles >= MIN_TILES else "direct"
 
 
 def conv(
@@ -78,13 +84,13 @@ def conv(
             out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
             slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
-    winograd = uses_winograd(out, taps, stride, phased, b is not None)
-    few = winograd and axes == 2 and has_few_tiles(out, a.shape[-1] + (0 if b is None else b.shape[-1]))
-    ua = _weights(wa, "gathered" if taps == 4 else "plain", axes, winograd, few)
-    ub = None if wb is None else _weights(wb, "phased" if phased else "low", axes, winograd, few)
+    inputs = a.shape[-1] + (0 if b is None else b.shape[-1])
+    kernel = kernel_for(out, inputs, axes, taps, stride, phased, b is not None)
+    winograd = kernel != "direct"
+    ua = _weights(wa, "gathered" if taps == 4 else "plain", axes, kernel)
+    ub = None if wb is None else _weights(wb, "phased" if phased else "low", axes, kernel)
     partial = None
     if stats:
-        inputs = a.shape[-1] + (0 if b is None else b.shape[-1])
         parts = torch.ops.unetpp_fast_cpu.conv_parts(out, inputs, phased, winograd)
         partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
@@ -122,24 +128,21 @@ def conv_pair(
     Of the map in between only `mid`, `[1, 1, pair_rows, W, C]`, exists, strip by strip. All weights `[9, K, CO]`, `wb` as in
     `conv`. `out` may be channels that `a` reads, if no pixel of them is read after it was written.
     """
-    few = has_few_tiles(out, a.shape[-1])
-    ua, u2 = _weights(wa, "plain", 2, True, few), _weights(second, "plain", 2, True, few)
-    ub = None if wb is None else _weights(wb, "phased" if phased else "low", 2, True, few)
+    first, last = (kernel_for(out, x.shape[-1], 2, 3, 1, False, False) for x in (a, mid))
+    ua, u2 = _weights(wa, "plain", 2, first), _weights(second, "plain", 2, last)
+    ub = None if wb is None else _weights(wb, "phased" if phased else "low", 2, first)
     torch.ops.unetpp_fast_cpu.conv_pair(out, mid, a, ua, b, ub, bias, border, u2, second_bias, phased, float(slope))
 
 
-def has_few_tiles(out: Tensor, inputs: int) -> bool:
-    """Whether a convolution by Winograd transforms its weights as it reads them, and does not keep them transformed."""
-    tiles = out.shape[0] * math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
-    return tiles <= FEW_TILES and inputs * out.shape[-1] >= MANY_WEIGHTS
-
-
-def _weights(weight: Tensor, form: str, axes: int, winograd: bool, few: bool) -> Tensor:
-    view = getattr(cpu_weights, form if winograd else "direct")
-    if few:
+def _weights(weight: Tensor, form: str, axes: int, kernel: str) -> Tensor:
+    """The weights as `kernel` takes them. form: of `cpu_weights`."""
+    name = "direct" if kernel == "direct" else form
+    view = getattr(cpu_weights, name)
+    if kernel == "few":
         return view(weight.float(), axes)
-    name = form if winograd else "direct"
-    return cpu_weights.kept(weight, name, lambda weight: cpu_weights.packed(view(weight.float(), axes), winograd))
+    return cpu_weights.kept(
+        weight, name, lambda weight: cpu_weights.packed(view(weight.float(), axes), kernel == "winograd")
+    )
 
 
 def conv_wgrad(

@@ -11,7 +11,7 @@
 namespace unetpp {
 namespace ISA {
 
-constexpr int PANEL = 64;        // input channels of a panel, a multiple of 4
+constexpr int PANEL = 64;           // input channels of a panel, a multiple of 4
 constexpr int TILES_AT_ONCE = 128;  // that a panel is multiplied with, as far as whole blocks allow
 
 // The products of all tiles for block o of output channels; the panel holds transformed weights.

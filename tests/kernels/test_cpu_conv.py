@@ -96,12 +96,14 @@ def test_maps_without_pixels(kernel, size):
     assert torch.equal(cpu_ops.conv_wgrad(a, out, axes=2), torch.zeros(1, 9, 5, 3))
 
 
-@pytest.mark.parametrize("tiles", [5, 6, 7])
-def test_the_kernel_follows_the_tiles(tiles):
-    """Winograd from so many tiles on; both give the same values, so the rule may change with measurements."""
-    (out, *_), _ = conv_of(torch.float32, "full", (4, 4 * tiles))
-    assert cpu_ops.uses_winograd(out, 3, 1, False, False) == (tiles >= cpu_ops.MIN_TILES)
-    check_conv(torch.float32, "full", (4, 4 * tiles))
+@pytest.mark.parametrize("tiles, images, channels, kernel", [
+    (5, 1, 5, "direct"), (6, 1, 5, "winograd"), (5, 2, 5, "direct"), (5, 2, 500, "few"), (5, 1, 500, "direct"),
+    (3, 400, 500, "direct"), (7, 200, 500, "winograd"),
+])  # fmt: skip
+def test_the_kernel_follows_the_tiles(tiles, images, channels, kernel):
+    """All give the same values, so the rule may change with measurements."""
+    out = torch.empty(images, 1, 4, 4 * tiles, 17)
+    assert cpu_ops.kernel_for(out, channels, 2, 3, 1, False, False) == kernel
 
 
 @each_dtype

@@ -141,7 +141,19 @@ def allocate(
         room = width if keep else plan.least_widths[level]
         levels.append(x.new_empty((x.shape[0], *size, room), dtype=dtype))
     mids = [torch.empty_like(level) for level in levels] if keep else shared_mids(plan, levels, pair_rows)
-    return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables])
+    pools = {} if keep else _pools_beside(plan, levels)
+    return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables], pools)
+
+
+def _pools_beside(plan: Plan, levels: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The pooled maps that fit into the place of nodes of their level, which all run later."""
+    pools = {}
+    for step in plan.steps:
+        if step.source == "pool":
+            slot = Slot(step.out.end, plan.topology[step.node.level - 1, 0].width)
+            if slot.end <= levels[step.node.level].shape[-1]:
+                pools[step.node.level] = view(levels[step.node.level], slot)
+    return pools
 
 
 def shared_mids(plan: Plan, levels: Sequence[Tensor], pair_rows: Callable[..., int] | None = None) -> list[Tensor]:
