@@ -31,7 +31,7 @@ TENSORBOARD = ["tensorboard>=2.14"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 TEST = [*DEMO, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *TENSORBOARD]
 TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
-BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "pytest>=8", "pytest-benchmark>=4"]
+BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
 
 
 def builder():

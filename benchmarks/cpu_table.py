@@ -1,29 +1,36 @@
 """The paper's UNet++ (no norm) on a CPU: this package against its alternatives, in inference and training.
 
-`python benchmarks/cpu_table.py` measures every part, prints the table and records the rows. To measure some parts only,
-name them: `python benchmarks/cpu_table.py deconv-float32 memory-deconv-float32 pruned-deconv deconv-96x8`.
+`python benchmarks/cpu_table.py` measures every part, records the rows and prints the table. To measure some parts only,
+name them: `python benchmarks/cpu_table.py deconv-float32 memory-deconv-float32 busy-nearest`. `--print` measures nothing and
+prints the table of what was recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
+import cpu_checks
 import torch
 
 from unetpp_fast.benchmarking import harness, records
 from unetpp_fast.benchmarking.case import Case
 from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
 from unetpp_fast.common import timing
+from unetpp_fast.common.atomic_files import write_atomic
 from unetpp_fast.deployment.optimized import optimize
+from unetpp_fast.execution.source_hash import source_hash
 from unetpp_fast.models.architectures import UNetPlusPlus
 from unetpp_fast.models.network import Network
 
 SIZE = (512, 512)
-SMALL = ((96, 1), (96, 8), (256, 1), (256, 8))  # more sizes and batches of inference in float32
+SMALL = ((96, 1), (96, 8), (224, 1), (224, 8), (256, 1), (256, 8))  # more sizes and batches of inference in float32
 TRAINING = ((96, 16), (512, 1))  # sizes and batches of a training step
 UPSAMPLES = {"nearest": "unet++-nearest", "deconv": "unet++"}
-ALTERNATIVES = ("eager-channels-last", "compile", "onnxruntime", "openvino")
+ALTERNATIVES = ("eager-channels-last", "compile", "onnxruntime", "openvino", "ncnn", "mnn")
 OURS = "fused-cpu"
 CPU = torch.device("cpu")
 
@@ -64,8 +71,17 @@ def pruned(model: str, rounds: int) -> list[dict]:
     return rows
 
 
+def checks() -> dict[str, Callable[[int, int], dict[str, float]]]:
+    """The parts that give no rows, by name: functions of the number of rounds and of threads."""
+    known: dict[str, Callable[[int, int], dict[str, float]]] = {"peak": lambda rounds, _: cpu_checks.peak(rounds)}
+    for name, model in UPSAMPLES.items():
+        known[f"busy-{name}"] = lambda rounds, _, model=model: cpu_checks.busy(network(model), rounds)
+        known[f"sweep-{name}"] = lambda _, threads, model=model: cpu_checks.sweep(network(model), threads)
+    return known
+
+
 def parts() -> dict[str, tuple[str, Case]]:
-    """What can be measured, by name: the kind ("compared" or "pruned") and the case."""
+    """What gives rows, by name: the kind ("compared" or "pruned") and the case."""
     known: dict[str, tuple[str, Case]] = {}
     for name, model in UPSAMPLES.items():
         for dtype in ("float32", "bfloat16"):
@@ -85,37 +101,69 @@ def parts() -> dict[str, tuple[str, Case]]:
     return known
 
 
-def line(rows: list[dict]) -> str:
-    """One line per part: milliseconds or MB of every implementation, and the ratios of ours to the others."""
-    ours = next((row for row in rows if row["impl"] == OURS), None)
-    if ours is None:
-        return f"no row of {OURS}"
-    memory = ours["bench"] == "memory"
-    unit, ratios = ("peak_mb", ours["peak_ratio_to"]) if memory else ("median_ms", ours["ratio_to"])
-    cells = [f"{row['impl']} {row[unit]:.0f}" for row in rows]
-    against = [f"{ratio:.2f} x {name}'s" if memory else f"{ratio:.2f} x as fast as {name}" for name, ratio in ratios.items()]
-    size = "x".join(map(str, ours["size"]))
-    what = f"{ours.get('memory_of') or ours['bench']} {ours['model']} {size} batch {ours['batch']} {ours['dtype']}"
-    what = f"{what}, {'MB' if memory else 'ms'}"
-    return f"{what}: {', '.join(cells)}; {OURS}: {', '.join(against)}"
+def cells(row: Mapping, ours: Mapping | None) -> str:
+    """A cell of the table: milliseconds or MB, how many times as fast (or as large) ours is, and the error."""
+    memory = row["bench"] == "memory"
+    text = f"{row['peak_mb']:.0f} MB" if memory else f"{row['median_ms']:.3g} ms"
+    if ours is not None and ours is not row:
+        ratio = (ours["peak_ratio_to"] if memory else ours["ratio_to"]).get(row["impl"])
+        text += "" if ratio is None else f" ({ratio:.2f}x)"
+    error = row.get("error")
+    return text + (f", {error:.0e}" if error is not None and not memory else "") + ("" if records.is_current(row) else " †")
+
+
+def table(rows: Sequence[Mapping], found: Mapping[str, Mapping]) -> str:
+    """Markdown: a row for each part that was recorded, a column for each implementation; then the checks."""
+    columns = (OURS, *ALTERNATIVES)
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    for kind, case in parts().values():
+        mine = {row["impl"]: row for row in rows if kind == "compared" and of_case(row, case)}
+        if mine:
+            size = "x".join(map(str, case.size))
+            what = f"{'memory, ' if case.memory_of else ''}{case.memory_of or case.bench}"
+            shown = [cells(mine[name], mine.get(OURS)) if name in mine else "" for name in columns]
+            lines.append(f"| {what}, {case.model} {size}, batch {case.batch}, {case.dtype} | {' | '.join(shown)} |")
+    lines += ["", "Times: how many times as fast ours is, and the relative error against float64. Memory: ours, of theirs. "
+              "† is of older sources."]  # fmt: skip
+    for name, check in found.items():
+        values = check["values"]
+        some = values if len(values) < 8 else dict(sorted(values.items(), key=lambda item: item[1])[:3])
+        more = "" if len(some) == len(values) else f" (the least 3 of {len(values)})"
+        old = "" if check["source_hash"] == source_hash() else " †"
+        lines.append(f"- {name}{more}: {', '.join(f'{key} {value:.2f}' for key, value in some.items())}{old}")
+    return "\n".join(lines)
+
+
+def of_case(row: Mapping, case: Case) -> bool:
+    """Whether a row is of a case."""
+    what = {**dataclasses.asdict(case), "size": list(case.size)}
+    return all(row.get(key) == value for key, value in what.items())
 
 
 def main() -> None:
-    known = parts()
+    known, others = parts(), checks()
+    names = [*known, *others]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(known)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(names)} (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each part (default: 9)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every implementation")
+    parser.add_argument("--print", action="store_true", help="print the table of what was recorded; measure nothing")
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(known):
-        parser.error(f"unknown parts {sorted(unknown)}: choose from {', '.join(known)}")
+    if unknown := set(options.parts) - set(names):
+        parser.error(f"unknown parts {sorted(unknown)}: choose from {', '.join(names)}")
     torch.set_num_threads(options.threads)
-    for name in options.parts or known:
+    path = records.RESULTS / f"{records.machine(CPU)}.json"
+    checked = records.RESULTS / "checks" / path.name
+    found = json.loads(checked.read_text()) if checked.exists() else {}
+    for name in [] if options.print else options.parts or names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        if name in others:
+            found[name] = {"values": others[name](options.rounds, options.threads), **records.facts(CPU)}
+            write_atomic(checked, lambda stream: stream.write(json.dumps(found, indent=1).encode() + b"\n"))
+            continue
         kind, case = known[name]
-        rows = compared(case, options.rounds) if kind == "compared" else pruned(case.model, options.rounds)
-        records.merge(records.RESULTS / f"{records.machine(CPU)}.json", rows)
-        if kind == "compared":
-            print(line(rows), flush=True)
+        records.merge(path, compared(case, options.rounds) if kind == "compared" else pruned(case.model, options.rounds))
+    print(f"{records.facts(CPU)['device']}\n\n{table(records.read(path), found)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include "conv_few.h"
 #include "conv_wgrad.h"
 #include "maps.h"
+#include "peak.h"
 
 #define NAME_(prefix, isa) prefix##isa
 #define NAME(prefix, isa) NAME_(prefix, isa)
@@ -16,7 +17,8 @@ template <class E>
 static const Kernels& table() {
   static const Kernels kernels = {TEXT(ISA),     LANES, conv_winograd<E>,  conv_few<E>, conv_direct<E>,
                                   conv_wgrad<E>, pack,  pool<E>,           pool_backward<E>,
-                                  head<E>,       head_backward<E>, norm_sums<E>, norm_apply<E>, act_backward<E>};
+                                  head<E>,       head_backward<E>, norm_sums<E>, norm_apply<E>, act_backward<E>,
+                                  fused_products};
   return kernels;
 }
 

@@ -186,6 +186,8 @@ void act_backward(Tensor sums, Tensor g, Tensor x, double slope, int64_t chunk) 
 
 int64_t lanes() { return kernels().lanes; }
 
+double fused_products(int64_t count) { return kernels().fused_products(count); }
+
 }  // namespace
 }  // namespace unetpp
 
@@ -220,6 +222,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
       "float slope, int chunk) -> ()");
   library.def("act_backward(Tensor(a!) sums, Tensor(b!) g, Tensor x, float slope, int chunk) -> ()");
   library.def("lanes() -> int");
+  library.def("fused_products(int count) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
@@ -239,4 +242,5 @@ STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CompositeExplicitAutograd, library) {
   library.impl("lanes", TORCH_BOX(&unetpp::lanes));
+  library.impl("fused_products", TORCH_BOX(&unetpp::fused_products));
 }

@@ -106,6 +106,7 @@ struct Kernels {
   void (*norm_sums)(const Pass&);
   void (*norm_apply)(const Pass&);
   void (*act_backward)(const Pass&);
+  float (*fused_products)(int64_t count);
 };
 
 const Kernels& kernels_plain(Element element);

@@ -88,6 +88,18 @@ def test_a_wrong_gradient_gets_no_row():
     assert "gradients" in outcome.wrong["fused"] and not outcome.rows
 
 
+@pytest.mark.parametrize(("tolerance", "measured"), [(None, False), (1e-4, False), (1e-2, True)])
+def test_a_tolerated_error_is_stated(tolerance, measured):
+    """Of a runtime that is less exact by design: its row states the relative error of its outputs."""
+    build = Implementation(functools.partial(wrong, change=lambda y: 1.001 * y), "#000000", tolerance=tolerance)
+    outcome = harness.measure(CASE, small(), {**PLAIN, "mnn": build}, CPU, rounds=3)
+    assert ("mnn" in outcome.wrong) is not measured
+    errors = {kept["impl"]: kept["error"] for kept in outcome.rows}
+    assert 0 < errors["eager"] < 1e-5 and ("mnn" in errors) is measured
+    if measured:
+        assert errors["mnn"] == pytest.approx(1e-3, rel=1e-2)
+
+
 PLANTED = """
 import dataclasses, sys, pytest
 from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS

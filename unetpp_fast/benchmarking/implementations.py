@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from ..models.network import Network
-from . import backends, peers, runtimes
+from . import backends, mobile_runtimes, peers, runtimes
 from .case import Builder, Case, Prepared, Unavailable, load
 
 
@@ -26,6 +26,8 @@ class Implementation:
     devices: the types of devices it runs on; empty for any.
     trains: whether it has a backward pass.
     model: the only network of `benchmarks/cases.py` that it is measured on; None for all.
+    tolerance: the relative error of its outputs up to which it is measured, though it is less exact than `acceptance`
+        allows: its rows state the error. None for what must be exact.
     ops: the ops that it runs (`execution.fused.ops.load_ops`), if `benchmarks/op_cases.py` measures them one by one.
     """
 
@@ -37,6 +39,7 @@ class Implementation:
     trains: bool = True
     model: str | None = None
     ops: str | None = None
+    tolerance: float | None = None
 
     def __call__(self, network: Network, x: Tensor, case: Case) -> Prepared:
         if self.devices and x.device.type not in self.devices:
@@ -63,6 +66,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         runtimes.onnxruntime, "#8a5cc2", ("onnxruntime", "onnxscript"), "bench", ("cpu", "cuda"), trains=False
     ),
     "openvino": Implementation(runtimes.openvino, "#5f3a94", ("openvino", "onnxscript"), "bench", ("cpu",), trains=False),
+    "ncnn": Implementation(
+        mobile_runtimes.ncnn, "#c9a227", ("ncnn", "pnnx", "onnxscript"), "bench", ("cpu",), trains=False, tolerance=1e-2
+    ),
+    "mnn": Implementation(
+        mobile_runtimes.mnn, "#9c7a14", ("MNN", "onnxscript"), "bench", ("cpu",), trains=False, tolerance=1e-2
+    ),
     "tensorrt": Implementation(runtimes.tensorrt, "#76b900", ("torch_tensorrt",), devices=("cuda",), trains=False),
 }
 

@@ -33,7 +33,8 @@ TEXTS = ("model", "device", "torch", "commit", "source_hash", "date")
 # Texts that are null on some machines, and numbers that are null in some kinds of rows.
 OPTIONAL_TEXTS = ("driver", "triton", "cuda", "cudnn")
 OPTIONAL_NUMBERS = (*TIMES, "peak_mb", "tflops")
-# Fields of kernel rows only: the traffic, and the ceilings measured in the same run. Memory rows have `memory_of` too.
+# Fields of kernel rows only: the traffic, and the ceilings measured in the same run. Memory rows have `memory_of` too, and
+# rows of times may have `error`: of the outputs against float64, relative, in Euclidean norms.
 EXTRA_NUMBERS = ("gb_s", "ceiling_tflops", "ceiling_gb_s", "share_of_ceiling", "flop", "bytes")
 FIELDS = (
     "bench", "model", "level", "mode", "size", "batch", "dtype", "impl", *TIMES, "peak_mb", "ratio_to", "peak_ratio_to",
@@ -48,7 +49,7 @@ def faults(row: object) -> list[str]:
     if not isinstance(row, dict):
         return [f"a row is an object, not {type(row).__name__}"]
     messages = [f"{name} is missing" for name in FIELDS if name not in row]
-    messages += [f"{name} is not known" for name in sorted(set(row) - {*FIELDS, *EXTRA_NUMBERS, "memory_of"})]
+    messages += [f"{name} is not known" for name in sorted(set(row) - {*FIELDS, *EXTRA_NUMBERS, "memory_of", "error"})]
     if messages:
         return messages
     kernel, memory = row["bench"] == "kernel", row["bench"] == "memory"
@@ -67,7 +68,7 @@ def faults(row: object) -> list[str]:
     checks |= {name: isinstance(row[name], str) and bool(row[name]) for name in TEXTS if name not in checks}
     checks |= {name: row[name] is None or isinstance(row[name], str) for name in OPTIONAL_TEXTS}
     checks |= {name: row[name] is None or _is_amount(row[name]) for name in OPTIONAL_NUMBERS}
-    checks |= {name: _is_amount(row[name]) for name in EXTRA_NUMBERS if name in row}
+    checks |= {name: _is_amount(row[name]) for name in (*EXTRA_NUMBERS, "error") if name in row}
     checks |= {name: _is_ratios(row[name], row["impl"]) for name in ("ratio_to", "peak_ratio_to")}
     messages = [f"{name} cannot be {row.get(name)!r}" for name, good in checks.items() if not good]
     needed = ("peak_mb",) if memory else TIMES
