@@ -123,13 +123,19 @@ def from_maps(x: Tensor, axes: int) -> Tensor:
 
 
 def allocate(
-    plan: Plan, x: Tensor, dtype: torch.dtype, keep: bool, raw: bool, pair_rows: Callable[..., int] | None = None
+    plan: Plan,
+    x: Tensor,
+    dtype: torch.dtype,
+    keep: bool,
+    raw: bool,
+    recompute: bool = False,
+    pair_rows: Callable[..., int] | None = None,
 ) -> Maps:
     """The buffers for an input `[N, C, *S]`.
 
     keep: keep the outputs of all convolutions for a backward pass; else some nodes use the place of others that were read.
-    raw: store outputs raw, with tables. pair_rows: of ops that run the two convolutions of a node strip by strip, if they
-    may.
+    raw: store outputs raw, with tables. recompute: those of first convolutions are not kept. pair_rows: of ops that run the
+    two convolutions of a node strip by strip, if they may.
     """
     axes, acc = plan.axes, naive.accumulator(dtype)
     image = to_maps(x, axes).to(dtype).contiguous()
@@ -140,7 +146,8 @@ def allocate(
         tables.append([x.new_empty((4, rows, width), dtype=acc) if raw else None for _ in range(2)])
         room = width if keep else plan.least_widths[level]
         levels.append(x.new_empty((x.shape[0], *size, room), dtype=dtype))
-    mids = [torch.empty_like(level) for level in levels] if keep else shared_mids(plan, levels, pair_rows)
+    kept = keep and not recompute
+    mids = [torch.empty_like(level) for level in levels] if kept else shared_mids(plan, levels, pair_rows)
     pools = {} if keep else _pools_beside(plan, levels)
     return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables], pools)
 

@@ -57,7 +57,7 @@ class Forward:
         """
         raw = any(mode != "folded" for mode in self.modes.values())
         if maps is None:
-            maps = self.allocate(x, keep and not recompute, raw)
+            maps = self.allocate(x, keep, raw, recompute)
         else:
             maps.image.copy_(to_maps(x, self.plan.axes))
         for step in self.plan.steps:
@@ -66,10 +66,11 @@ class Forward:
             self._head(maps, column) for column in self.plan.topology.heads if columns is None or column in columns
         ], maps
 
-    def allocate(self, x: Tensor, keep: bool, raw: bool) -> Maps:
+    def allocate(self, x: Tensor, keep: bool, raw: bool, recompute: bool = False) -> Maps:
         """Buffers for a pass of `x` `[N, C, *S]`; arguments as those of `buffers.allocate`."""
         pairs = not keep and not raw and self.plan.axes == 2
-        return allocate(self.plan, x, self.dtype, keep, raw, getattr(self.ops, "pair_rows", None) if pairs else None)
+        rows = getattr(self.ops, "pair_rows", None) if pairs else None
+        return allocate(self.plan, x, self.dtype, keep, raw, recompute, rows)
 
     def _node(self, maps: Maps, step: Step, keep: bool) -> None:
         plan, node = self.plan, step.node

@@ -102,7 +102,7 @@ def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
     logits = [x.new_empty((x.shape[0], structure.out_channels, *x.shape[2:]), dtype=dtype) for _ in plan.topology.heads]
     kept = []
     if keep:
-        maps = allocate(plan, x, dtype, not recompute, raw=bool(modes))
+        maps = allocate(plan, x, dtype, keep=True, raw=bool(modes), recompute=recompute)
         for step in plan.steps:
             level = maps.levels[step.node.level]
             if step.source == "pool":
