@@ -31,7 +31,7 @@ SMALL = ((96, 1), (96, 8), (224, 1), (224, 8), (256, 1), (256, 8))  # more sizes
 TRAINING = ((96, 16), (512, 1))  # sizes and batches of a training step
 UPSAMPLES = {"nearest": "unet++-nearest", "deconv": "unet++"}
 ALTERNATIVES = ("eager-channels-last", "compile", "onnxruntime", "openvino", "ncnn", "mnn")
-OURS = "fused-cpu"
+OURS, RECOMPUTE = "fused-cpu", "fused-cpu-recompute"
 CPU = torch.device("cpu")
 
 
@@ -46,7 +46,7 @@ def network(model: str, level: int = 4, *, whole: bool = False) -> Network:
 
 def compared(case: Case, rounds: int) -> list[dict]:
     """The rows of one model and precision; prints which implementations have none, and why."""
-    chosen = {name: IMPLEMENTATIONS[name] for name in (*ALTERNATIVES, OURS)}
+    chosen = {name: IMPLEMENTATIONS[name] for name in (*ALTERNATIVES, *([RECOMPUTE] if case.training else []), OURS)}
     measured = network(case.model, whole=case.training)
     outcome = harness.measure(case, measured, chosen, CPU, rounds=rounds)
     for name, reason in {**outcome.skipped, **outcome.wrong}.items():
@@ -114,7 +114,7 @@ def cells(row: Mapping, ours: Mapping | None) -> str:
 
 def table(rows: Sequence[Mapping], found: Mapping[str, Mapping]) -> str:
     """Markdown: a row for each part that was recorded, a column for each implementation; then the checks."""
-    columns = (OURS, *ALTERNATIVES)
+    columns = (OURS, RECOMPUTE, *ALTERNATIVES)
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for kind, case in parts().values():
         mine = {row["impl"]: row for row in rows if kind == "compared" and of_case(row, case)}

@@ -30,13 +30,18 @@ def compiled(network: Network, x: Tensor, case: Case, mode: str = "default") -> 
     return prepared
 
 
-def fused(network: Network, x: Tensor, case: Case, backend: str = "auto") -> Prepared:
+def fused(network: Network, x: Tensor, case: Case, backend: str = "auto", recompute: bool = False) -> Prepared:
     """This package: for inference the module that `optimize` makes, if it runs on the chosen backend.
 
+    recompute: training recomputes maps to save memory.
+
     Raises:
-        Unavailable: the reference would run instead, or the kernels would run in Triton's interpreter.
+        Unavailable: the reference would run instead, the kernels would run in the interpreter, or nothing is recomputed.
     """
+    if recompute and not case.training:
+        raise Unavailable("only training recomputes maps")
     network = with_backend(network, backend).train(case.training)
+    network.recompute = recompute
     with autocast(x.device, case.dtype), torch.set_grad_enabled(case.training):
         name, reason = dispatch.choose(Call(network, x))
     if name == "triton" and x.device.type != "cuda":

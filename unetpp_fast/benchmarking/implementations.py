@@ -60,6 +60,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "fused-triton": Implementation(partial(backends.fused, backend="triton"), "#e8795c", devices=("cuda",), ops="triton"),
     "fused-cuda": Implementation(partial(backends.fused, backend="cuda"), "#a82a1f", devices=("cuda",), ops="cuda"),
     "fused-cpu": Implementation(partial(backends.fused, backend="cpu"), "#f0a35e", devices=("cpu",)),
+    "fused-cpu-recompute": Implementation(
+        partial(backends.fused, backend="cpu", recompute=True), "#f7cfa4", devices=("cpu",)
+    ),
     "monai": Implementation(peers.monai, "#4aa564", ("monai",), "bench", model="monai-unet++"),
     "smp": Implementation(peers.smp, "#2f7d46", ("segmentation_models_pytorch",), model="smp-unet++"),
     "onnxruntime": Implementation(
