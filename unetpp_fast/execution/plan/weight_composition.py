@@ -11,11 +11,11 @@ and o + 1 by w0, w1 and w2. Even outputs (phase 0) and odd ones (phase 1) then r
     out[2i]     = x[i-1] w0 u1              +  x[i]   (w1 u0 + w2 u1)         nearest: w0       and  w1 + w2
     out[2i + 1] = x[i]   (w0 u0 + w1 u1)    +  x[i+1] w2 u0                            w0 + w1  and  w2
 
-`phase_weights` computes these four sums, the places, by padding the products of w and u with zeros and slicing::
+`phase_weights` computes these four sums, the places, by adding the products of w with each element of u at its own place::
 
-    q = 0:  pad(w u0) = 0  w0u0  w1u0  w2u0  0     [0:4] = 0     w0u0         w1u0         w2u0
-    q = 1:  pad(w u1) = 0  w0u1  w1u1  w2u1  0     [1:5] = w0u1  w1u1         w2u1         0
-                                             sum, places = w0u1  w0u0 + w1u1  w1u0 + w2u1  w2u0
+    places[1:4] += w u0     0     w0u0         w1u0         w2u0
+    places[0:3] += w u1     w0u1  w1u1         w2u1         0
+                    sums    w0u1  w0u0 + w1u1  w1u0 + w2u1  w2u0
 
 Place 2t + p is the weight of phase p for tap t, which reads x[i + t + p - 1]: `_by_phase` takes places 0 and 2 as phase 0,
 places 1 and 3 as phase 1. In 2D and 3D the same is done axis by axis.
@@ -23,6 +23,7 @@ places 1 and 3 as phase 1. In 2D and 3D the same is done axis by axis.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -88,11 +89,6 @@ def _is_nearest(up: Tensor | None) -> bool:
     return up is None or up.shape[-1] == 1
 
 
-def _letters(axes: int) -> tuple[str, str]:
-    """Einsum's letters for the elements of an up-sampling's weight and for the taps of a convolution."""
-    return "qhg"[:axes], "rsx"[:axes]
-
-
 def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
     """`[2^axes, 2^axes, K, CO]` from the part `[CO, C, 3..]` of a convolution's weight that reads the up-sampled map.
 
@@ -107,13 +103,22 @@ def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
             padded = F.pad(places, [0] * 2 * (axes + 1 - axis) + [1, 1])
             places = padded.narrow(axis, 0, 4) + padded.narrow(axis, 1, 4)
         return _by_phase(places, axes)
-    elements, taps = _letters(axes)
-    border = [0, 0, 0, 0] + [1, 1] * axes  # a zero before the first tap and after the last
-    places = F.pad(torch.einsum(f"oc{taps},kc{elements}->{elements}{taps}ko", weight, up), border)
-    for _ in range(axes):  # [2.., 5.., K, CO], by element and padded tap; the first element axis leaves in each round
-        element_0, element_1 = places.unbind()
-        places = element_0.narrow(axes - 1, 0, 4) + element_1.narrow(axes - 1, 1, 4)
+    by_tap = _by_tap(weight)
+    first, *others = itertools.product((0, 1), repeat=axes)
+    places = F.pad(torch.matmul(up[(..., *first)], by_tap), [0, 0, 0, 0] + [1, 0] * axes)  # [4.., K, CO]
+    for element in others:
+        places[_window(element)] += torch.matmul(up[(..., *element)], by_tap)
     return _by_phase(places, axes)
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """`[CO, C, 3..]` as `[3.., C, CO]`, contiguous."""
+    return weight.movedim((1, 0), (-2, -1)).contiguous()
+
+
+def _window(element: tuple[int, ...]) -> tuple[slice, ...]:
+    """The places to which the products of an element of an up-sampling with the three taps of each axis are added."""
+    return tuple(slice(1 - q, 4 - q) for q in element)
 
 
 def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -129,13 +134,12 @@ def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tupl
         g_weight = torch.einsum("ok...,kc->oc...", g_projected, up.flatten(1))
         g_up = torch.einsum("okz,ocz->kc", g_projected.flatten(2), weight.flatten(2))
         return g_weight, g_up.view_as(up)
-    elements, taps = _letters(axes)
-    windows = places
-    for axis in range(axes):
-        windows = windows.unfold(axis, 3, 1)  # element 1 met places 0 to 2, element 0 met places 1 to 3
-    g_products = windows.flip(*range(axes))  # [2.., K, CO, 3..], by element and tap
-    g_weight = torch.einsum(f"{elements}ko{taps},kc{elements}->oc{taps}", g_products, up)
-    return g_weight, torch.einsum(f"{elements}ko{taps},oc{taps}->kc{elements}", g_products, weight)
+    by_tap, g_by_tap, g_up = _by_tap(weight), 0, torch.empty_like(up)
+    for element in itertools.product((0, 1), repeat=axes):
+        g_products = places[_window(element)]  # [3.., K, CO]
+        g_by_tap = g_by_tap + torch.matmul(up[(..., *element)].T, g_products)
+        g_up[(..., *element)] = torch.matmul(g_products, by_tap.mT).flatten(0, axes - 1).sum(0)
+    return g_by_tap.movedim((-2, -1), (1, 0)), g_up
 
 
 def _over_neighbours(x: Tensor, axes: int) -> Tensor:
