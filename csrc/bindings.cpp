@@ -1,15 +1,10 @@
 // The kernels as `torch.ops.unetpp_fast_cuda`, through PyTorch's stable ABI: one library for every torch >= 2.10 and every
-// Python. Shapes and precisions are checked by kernels/cuda_ops.py; here tensors become pointers and strides.
+// Python. kernels/cuda_ops.py decides which calls come here; arguments.h checks them.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-
-#include "kernels.h"
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+#include "arguments.h"
 
 namespace {
 
@@ -20,83 +15,76 @@ Stream stream_of(const Tensor& x) {
   return stream;
 }
 
-int precision_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
-                  "maps are float16, bfloat16 or float32");
-  return type == ScalarType::Half ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
-}
-
-template <typename V>
-V* data_of(const Optional& x) {
-  return x ? static_cast<V*>(x->data_ptr()) : nullptr;
-}
-
-// The distance between pixels of a channels-last map [N, D, H, W, C], in values.
-int pixel_stride(const Tensor& x) {
-  for (int axis : {3, 2, 1})
-    if (x.size(axis) > 1) return static_cast<int>(x.stride(axis));
-  return static_cast<int>(x.size(4));
-}
-
-Map map_of(const Tensor& x, const Optional& scale, const Optional& shift) {
-  Map map;
-  map.data = static_cast<const char*>(x.data_ptr());
-  map.image_stride = x.stride(0);
-  map.pixel_stride = pixel_stride(x);
-  map.depth = static_cast<int>(x.size(1));
-  map.height = static_cast<int>(x.size(2));
-  map.width = static_cast<int>(x.size(3));
-  map.channels = static_cast<int>(x.size(4));
-  map.scale = data_of<const float>(scale);
-  map.shift = data_of<const float>(shift);
-  map.affine_stride = scale && scale->size(0) > 1 ? static_cast<int>(scale->stride(0)) : 0;
-  return map;
-}
-
 void check(const char* error) { STD_TORCH_CHECK(!error, error ? error : ""); }
 
 void conv(Tensor out, Tensor a, Tensor wa, Optional scale_a, Optional shift_a, Optional b, Optional wb, Optional scale_b,
           Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes, bool phased, double slope,
           bool act, bool add, int64_t config) {
+  const int precision = precision_of(out, "out");
+  STD_TORCH_CHECK(config >= 0 && config < CONFIGURATIONS, "config is 0 to ", CONFIGURATIONS - 1);
+  const TileSize tile = TILE_SIZES[config];
+  const Map to = map_of(out, out, "out");
+  check_axes(axes, to.depth);
   ConvArguments p;
-  p.a = map_of(a, scale_a, shift_a);
-  if (b) p.b = map_of(*b, scale_b, shift_b);
-  p.weights_a = static_cast<const char*>(wa.data_ptr());
-  p.weights_b = data_of<const char>(wb);
+  p.a = map_of(a, out, "a", scale_a, shift_a);
+  check_images(a, out, "a");
+  const int around = tile.gathered ? 2 : 1;
+  check_size(p.a, axes == 3 ? to.depth * around : 1, to.height * around, to.width * around, "a");
+  const int64_t taps = power(tile.gathered ? 4 : 3, axes);
+  p.weights_a = static_cast<char*>(values_of(wa, out, out.scalar_type(), taps * p.a.channels * to.channels, "wa"));
+  STD_TORCH_CHECK(b.has_value() == wb.has_value(), "b and wb come together");
+  STD_TORCH_CHECK(!tile.gathered || !b, "b has no place in a data gradient");
+  STD_TORCH_CHECK(b || !phased, "phased needs b");
+  if (b) {
+    p.b = map_of(*b, out, "b", scale_b, shift_b);
+    check_images(*b, out, "b");
+    const int half = phased ? 2 : 1;
+    STD_TORCH_CHECK(to.height % half == 0 && to.width % half == 0 && (axes == 2 || to.depth % half == 0),
+                    "phases need even sizes of out");
+    check_size(p.b, axes == 3 ? to.depth / half : 1, to.height / half, to.width / half, "b");
+    const int64_t taps_b = power(phased ? 4 : 3, axes);
+    p.weights_b = static_cast<char*>(values_of(*wb, out, out.scalar_type(), taps_b * p.b.channels * to.channels, "wb"));
+  }
   p.deep = axes == 3;
   p.phased = phased;
   p.out = static_cast<char*>(out.data_ptr());
-  p.out_image_stride = out.stride(0);
-  p.out_pixel_stride = pixel_stride(out);
+  p.out_image_stride = to.image_stride;
+  p.out_pixel_stride = to.pixel_stride;
   p.images = static_cast<int>(out.size(0));
-  p.depth = static_cast<int>(out.size(1));
-  p.height = static_cast<int>(out.size(2));
-  p.width = static_cast<int>(out.size(3));
-  p.channels = static_cast<int>(out.size(4));
-  p.bias = data_of<const float>(bias);
-  p.border = data_of<const float>(border);
-  p.stats = data_of<float>(stats);
+  p.depth = to.depth;
+  p.height = to.height;
+  p.width = to.width;
+  p.channels = to.channels;
+  p.bias = floats_of(bias, out, p.channels, "bias");
+  p.border = floats_of(border, out, power(3, axes) * p.channels, "border");
+  const int64_t tiles_y = (p.height + tile.rows - 1) / tile.rows, tiles_x = (p.width + tile.columns - 1) / tile.columns;
+  p.stats = floats_of(stats, out, p.images * p.depth * tiles_y * tiles_x * 3 * p.channels, "stats");
   p.slope = static_cast<float>(slope);
   p.act = act;
   p.add = add;
-  check(run_conv(precision_of(out), static_cast<int>(config), p, stream_of(out)));
+  check(run_conv(precision, static_cast<int>(config), p, stream_of(out)));
 }
 
 void conv_wgrad(Tensor a, Optional scale, Optional shift, Tensor dy, Tensor partial, Tensor result, int64_t axes,
                 bool phased, double slope) {
+  const int precision = precision_of(a, "a");
   WgradArguments p;
-  p.a = map_of(a, scale, shift);
-  p.dy = map_of(dy, {}, {});
-  p.partial = static_cast<float*>(partial.data_ptr());
-  p.result = static_cast<float*>(result.data_ptr());
+  p.a = map_of(a, a, "a", scale, shift);
+  check_axes(axes, p.a.depth);
+  p.dy = map_of(dy, a, "dy");
+  check_images(dy, a, "dy");
+  const int around = phased ? 2 : 1;
+  check_size(p.dy, axes == 3 ? p.a.depth * around : 1, p.a.height * around, p.a.width * around, "dy");
+  const int64_t size = power(phased ? 4 : 3, axes) * p.a.channels * p.dy.channels;
+  STD_TORCH_CHECK(partial.dim() > 0 && partial.size(0) > 0, "partial must be [parts, taps, K, CO], of one part at least");
+  p.partial = floats_of(partial, a, partial.size(0) * size, "partial");
+  p.result = floats_of(result, a, size, "result");
   p.images = static_cast<int>(a.size(0));
   p.parts = static_cast<int>(partial.size(0));
   p.deep = axes == 3;
   p.phased = phased;
   p.slope = static_cast<float>(slope);
-  check(run_wgrad(precision_of(a), p, stream_of(a)));
+  check(run_wgrad(precision, p, stream_of(a)));
 }
 
 }  // namespace

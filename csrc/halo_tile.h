@@ -51,7 +51,8 @@ HW_FUNCTION hw::Vec load_values(const char* from, int count) {
 
 HW_FUNCTION int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
 
-HW_FUNCTION float activate(float x, float slope) { return x < 0 ? x * slope : x; }
+// ReLU for a slope of 0, of minus infinity too: its product with 0 would be NaN.
+HW_FUNCTION float activate(float x, float slope) { return x < 0 ? (slope == 0 ? 0.0f : x * slope) : x; }
 
 // Starts to copy 64 bytes of channels from k on, of the pixels of a plane from (row, column) on, to `offset`.
 template <typename TILE, int THREADS>

@@ -36,6 +36,8 @@ enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, 
 
 #include <cuda_runtime.h>
 
+#include "device_guard.h"
+
 #define HW_FUNCTION __device__ __forceinline__
 #define HW_KERNEL __global__
 #define HW_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -165,7 +167,8 @@ HW_FUNCTION uint32_t as_bits(float value) { return __float_as_uint(value); }
 // Returns nullptr, or an error message.
 template <auto KERNEL, typename Arguments>
 const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
-  cudaError_t error = cudaSetDevice(stream.device);  // this library has its own CUDA runtime
+  const DeviceGuard guard(stream.device);  // this library has its own CUDA runtime
+  cudaError_t error = guard.error();
   if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess)
     KERNEL<<<dim3(blocks, rows), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);

@@ -27,7 +27,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def activate(x: Tensor, slope: float) -> Tensor:
-    return torch.where(x >= 0, x, x * slope)
+    return torch.where(x >= 0, x, x * slope) if slope else x.relu()
 
 
 def per_image(values: Tensor) -> Tensor:

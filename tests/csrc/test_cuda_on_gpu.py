@@ -86,6 +86,18 @@ def test_the_same_bits_again(dtype: torch.dtype):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_a_tensor_on_another_device_is_refused_and_the_current_device_stays():
+    out, a, wa, _ = conv_case(torch.float16, (10, 38))
+    nothing = dict.fromkeys(("scale_a", "shift_a", "b", "wb", "scale_b", "shift_b", "border", "stats"))
+    options = {"axes": 2, "phased": False, "slope": 0.0, "act": False, "add": False, "config": 0}
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    moved = {"out": out.to(last), "a": a.to(last), "wa": wa.to(last)}
+    torch.ops.unetpp_fast_cuda.conv(**moved, **nothing, bias=None, **options)
+    assert torch.cuda.current_device() == 0
+    with pytest.raises(RuntimeError, match="bias must be on the device of the other arguments"):
+        torch.ops.unetpp_fast_cuda.conv(**moved, **nothing, bias=torch.zeros(32), **options)
+
+
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_networks(axes: int, dtype: torch.dtype):

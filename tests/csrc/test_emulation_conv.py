@@ -125,6 +125,19 @@ def test_emulation_padding_after_norm_and_nan_in_place():
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_emulation_relu_of_minus_infinity_is_zero(dtype: torch.dtype):
+    """As PyTorch's, where an operand is read and where a result is stored."""
+    results = []
+    for negative in (-math.inf, -60000.0):
+        out, a, wa, options = conv_case(dtype, (3, 3), affine="1", act=True, bias=True)
+        options["affine_a"][0].abs_()
+        a[0, 0, 1, 1, 0] = options["bias"][0] = negative
+        cuda_ops.conv(out, a, wa, **options)
+        results.append(out)
+    assert not results[0][..., 0].any() and torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize(
     "case",
     [

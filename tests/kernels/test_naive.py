@@ -239,3 +239,9 @@ def test_head(axes, size, add):
     expected = (gx + expected[0] if add else expected[0], *expected[1:])
     sums = naive.head_backward(gx, dy, raw, weight.detach(), affine=affine, slope=0.1, add=add)
     assert_close_relative((gx, *sums), expected, FLOAT64)
+
+
+def test_relu_of_minus_infinity_is_zero():
+    values = torch.tensor([-torch.inf, -1.0, 2.0, torch.nan])
+    assert naive.activate(values, 0.0).tolist()[:3] == [0.0, 0.0, 2.0] and naive.activate(values, 0.0)[3].isnan()
+    assert naive.activate(values, 0.5).tolist()[:3] == [-torch.inf, -0.5, 2.0] and naive.activate(values, 0.5)[3].isnan()
