@@ -31,13 +31,12 @@ from .maps import (
     check_map,
     check_vector,
     device_of,
-    dot_precision,
     interpreted,
     pixel_stride,
     store_statistics,
     unit_grid,
 )
-from .naive import Affine, accumulator
+from .naive import Affine, accumulator, dot_precision
 
 NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from .maps import dot_precision
+from .naive import dot_precision
 
 MOST_VALUES = 2**20  # of a block, in Triton
 PROGRAMS = 264  # two for each multiprocessor of the largest GPUs

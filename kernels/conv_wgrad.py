@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .conv import NARROW_OFFSETS
 from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
-from .maps import activate, affine_stride, check_affine, check_map, device_of, dot_precision, interpreted, unit_grid
-from .naive import Affine, accumulator
+from .maps import activate, affine_stride, check_affine, check_map, device_of, interpreted, unit_grid
+from .naive import Affine, accumulator, dot_precision
 
 
 @dataclasses.dataclass(frozen=True)

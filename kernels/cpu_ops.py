@@ -128,7 +128,8 @@ def conv_pair(
     Of the map in between only `mid`, `[1, 1, pair_rows, W, C]`, exists, strip by strip. All weights `[9, K, CO]`, `wb` as in
     `conv`. `out` may be channels that `a` reads, if no pixel of them is read after it was written.
     """
-    first, last = (kernel_for(out, x.shape[-1], 2, 3, 1, False, False) for x in (a, mid))
+    kernels = (kernel_for(out, x.shape[-1], 2, 3, 1, False, False) for x in (a, mid))
+    first, last = ("winograd" if kernel == "direct" else kernel for kernel in kernels)
     ua, u2 = _weights(wa, "plain", 2, first), _weights(second, "plain", 2, last)
     ub = None if wb is None else _weights(wb, "phased" if phased else "low", 2, first)
     torch.ops.unetpp_fast_cpu.conv_pair(out, mid, a, ua, b, ub, bias, border, u2, second_bias, phased, float(slope))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import triton_ops, tuning
 from .conv import check_call
-from .maps import check_affine, check_map, device_of, dot_precision, unit_grid
-from .naive import Affine
+from .maps import check_affine, check_map, device_of, unit_grid
+from .naive import Affine, dot_precision
 from .triton_ops import act_backward, border_sums, head, head_backward, norm_backward, norm_finalise, pool, pool_backward
 
 __all__ = [
@@ -190,7 +190,7 @@ def _chosen_config(call: ConvCall) -> ConvConfig:
     flags = f"{'phased ' * call.phased}{'affine ' * (call.affine_a is not None)}{'stats' * call.stats}"
     channels = a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1]
     sizes = out.shape[0], *unit_grid(out, call.axes, call.phased)
-    key = tuning.key("cuda conv", a.dtype, f"{call.axes}d taps{call.taps} stride{call.stride} {flags}", channels, sizes)
+    key = tuning.key("cuda conv", a, f"{call.axes}d taps{call.taps} stride{call.stride} {flags}", channels, sizes)
 
     def run(candidate: ConvConfig) -> None:
         _run_conv(dataclasses.replace(call, out=torch.empty_like(out)), candidate)
@@ -249,7 +249,7 @@ def _chosen_wgrad_config(call: WgradCall) -> WgradConfig:
         return WGRAD_CONFIGS[0]
     form = f"{call.axes}d {'phased ' * call.phased}{'affine' * (call.affine is not None)}"
     sizes = a.shape[0], *unit_grid(dy, call.axes, call.phased)
-    key = tuning.key("cuda conv_wgrad", a.dtype, form, (a.shape[-1], dy.shape[-1]), sizes)
+    key = tuning.key("cuda conv_wgrad", a, form, (a.shape[-1], dy.shape[-1]), sizes)
     return tuning.choose(key, sizes, lambda: [*WGRAD_CONFIGS, WGRAD_TRITON], lambda candidate: _run_wgrad(call, candidate))
 
 

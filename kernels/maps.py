@@ -206,12 +206,6 @@ def affine_arguments(x: Tensor, affine: Affine | None) -> dict[str, Tensor | int
     return row_arguments(x, scale=affine[0], shift=affine[1])
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """tf32 if PyTorch's own convolutions would use it, else ieee. Reads the newer of PyTorch's two switches: reading the
-    older one raises if both were set."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Makes x's device the current one: kernels are launched there."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

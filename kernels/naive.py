@@ -26,6 +26,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """tf32 if PyTorch's own convolutions would use it, else ieee. Reads the newer of PyTorch's two switches: reading the
+    older one raises if both were set."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
 def activate(x: Tensor, slope: float) -> Tensor:
     return torch.where(x >= 0, x, x * slope) if slope else x.relu()
 

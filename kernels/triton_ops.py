@@ -79,7 +79,7 @@ def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options)
     flags += ["boxes"] * fits_boxes(a, **options)
     form = f"{axes}d taps{options.get('taps', 3)} stride{options.get('stride', 1)} {' '.join(flags)}"
     channels = (a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1])
-    key = tuning.key("conv", a.dtype, form, channels, (out.shape[0], *units))
+    key = tuning.key("conv", a, form, channels, (out.shape[0], *units))
     way = tuning.choose(key, (out.shape[0], *units), lambda: ways_of_conv(out, a, **options), run)
     return way, key in tuning.table
 
@@ -115,7 +115,7 @@ def conv_wgrad(a: Tensor, dy: Tensor, **options) -> Tensor:
         return fused_wgrad.conv_wgrad(a, dy, **options)
     form = f"{options['axes']}d {' '.join(name for name in ('phased', 'affine') if options.get(name))}"
     units = unit_grid(dy, options["axes"], options.get("phased", False))
-    key = tuning.key("conv_wgrad", a.dtype, form, (a.shape[-1], dy.shape[-1]), (a.shape[0], *units))
+    key = tuning.key("conv_wgrad", a, form, (a.shape[-1], dy.shape[-1]), (a.shape[0], *units))
     way = tuning.choose(
         key,
         (a.shape[0], *units),

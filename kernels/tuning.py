@@ -1,6 +1,6 @@
 """Which of its candidates an op uses: the fastest if they were measured, else the first.
 
-An op describes its call by a key of op, dtype and bucketed shape, and offers candidates. They are measured only inside
+An op describes its call by a key of op, precision, bucketed shape and device, and offers candidates. They are measured only inside
 `measuring`, on scratch outputs; the results are kept in `table`, which `execution/fused/tuning.py` saves and loads.
 """
 
@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .naive import dot_precision
 
 Candidate = TypeVar("Candidate")
 Measure = Callable[[Callable[[], object]], float]
@@ -23,10 +29,19 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def key(op: str, dtype: object, form: str, channels: Sequence[int], sizes: Sequence[int]) -> str:
-    """The name of a measurement, with exact channels and bucketed batch and sizes."""
+@lru_cache
+def place(device: torch.device) -> str:
+    """How a measurement's name ends: by the GPU's name. Meta tensors stand for those on the current GPU."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return f" on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'the CPU'}"
+
+
+def key(op: str, like: Tensor, form: str, channels: Sequence[int], sizes: Sequence[int]) -> str:
+    """The name of a measurement, with exact channels, bucketed batch and sizes, and the precision and device of `like`."""
     exact, rough = "-".join(map(str, channels)), "x".join(str(bucket(size)) for size in sizes)
-    return f"{op} {dtype} {form.strip()} channels {exact} of {rough}"
+    mode = " tf32" if dot_precision(like.dtype) == "tf32" else ""
+    return f"{op} {like.dtype}{mode} {form.strip()} channels {exact} of {rough}{place(like.device)}"
 
 
 def choose(

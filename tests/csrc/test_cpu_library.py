@@ -140,6 +140,24 @@ def test_arguments_that_do_not_fit_are_named(op):
             assert_raises(lambda: run(**{**arguments(op), name: value}), [*names, name], f"{op} with {name} {value}")  # noqa: B023
 
 
+@needs_library
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"mid": (1, 1, 16, 10, 4)}, "mid"), ({"mid": (2, 1, 17, 10, 4)}, "mid"), ({"mid": (1, 1, 17, 9, 4)}, "mid"),
+    ({"mid": (1, 2, 17, 10, 4)}, "mid"), ({"mid": (1, 1, 17, 10, 5)}, "ua|second"), ({"a": (2, 1, 5, 10, 5)}, "a is"),
+    ({"a": (1, 1, 6, 10, 5)}, "images"), ({"second": (1, 1, 1, 3, 3, 5, 3)}, "second"),
+    ({"second": (1, 1, 1, 2, 2, 4, 3)}, "second"), ({"second": (17,)}, "second"), ({"bias": (5,)}, "bias"),
+    ({"second_bias": (4,)}, "second_bias"),
+])  # fmt: skip
+def test_pairs_that_do_not_fit_are_named(changes, words):
+    fit = {"out": (2, 1, 6, 10, 3), "mid": (1, 1, 17, 10, 4), "a": (2, 1, 6, 10, 5), "ua": (1, 1, 1, 3, 3, 5, 4),
+           "second": (1, 1, 1, 3, 3, 4, 3), "bias": (4,), "second_bias": (3,)}  # fmt: skip
+    rest = {"b": None, "ub": None, "border": None, "phased": False, "slope": 0.0}
+    run = torch.ops.unetpp_fast_cpu.conv_pair
+    run(**{name: torch.ones(shape) for name, shape in fit.items()}, **rest)
+    with pytest.raises(RuntimeError, match=words):
+        run(**{name: torch.ones(shape) for name, shape in {**fit, **changes}.items()}, **rest)
+
+
 def assert_raises(run: Callable[[], None], names: list[str], what: str) -> None:
     """A RuntimeError whose message has one of the names."""
     try:

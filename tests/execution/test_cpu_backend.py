@@ -13,6 +13,7 @@ import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, dispatch, reference
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.cpu import inference
+from unetpp_fast.kernels import cpu_ops
 
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
 UPSAMPLES = [
@@ -95,6 +96,21 @@ def test_pruned_networks(level, norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_batch(batch, norm):
     assert_same(network(norm=norm), image(batch=batch))
+
+
+@pytest.mark.parametrize("kind", ["unet++", "unet"])
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)
+def test_nodes_strip_by_strip(upsample, norm, kind, monkeypatch):
+    """Strips of 16 rows at every level; the map of the first convolutions never exists as a whole."""
+    monkeypatch.setattr(cpu_ops, "LEAST_PAIRED", 1)
+    monkeypatch.setattr(cpu_ops, "PAIRED", 1)
+    calls, pair = [], cpu_ops.conv_pair
+    monkeypatch.setattr(cpu_ops, "conv_pair", lambda *args, **options: calls.append(args[1]) or pair(*args, **options))
+    model, x = network(depth=2, norm=norm, upsample=upsample, kind=kind), make_input(2, 2, 44, 36)
+    assert_same(model, x)
+    assert len(calls) == 2 * len(model.topology.nodes) and all(mid.shape[2] <= 25 for mid in calls)
+    assert_two_times_rule(model, x, torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

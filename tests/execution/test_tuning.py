@@ -27,7 +27,8 @@ class Config:
 
 def forget() -> None:
     """As in a new process."""
-    for known in (tuning._verdicts, tuning._latest, tuning._loaded, kernel_tuning.table, kernel_tuning._chosen):
+    tables = tuning._verdicts, tuning._latest, tuning._loaded, tuning._failures
+    for known in (*tables, kernel_tuning.table, kernel_tuning._chosen):
         known.clear()
 
 
@@ -94,12 +95,16 @@ def test_auto_uses_what_was_measured_in_this_process_and_the_next(clock, cache):
     assert found["inference"]["right"] and found["training"]["right"] and found["training"]["ratio"] == 2.0
     assert all(parameter.grad is None for parameter in model.parameters())
     for _ in range(2):
-        assert dispatch.choose(Call(model, x)) == ("triton", "measured: the kernels take 0.50 of the reference's time")
+        assert dispatch.choose(Call(model.train(), x)) == (
+            "triton",
+            "measured: the kernels take 0.50 of the reference's time",
+        )
+        model.eval()
         with torch.no_grad():
             assert dispatch.choose(Call(model, x))[0] == "triton"
             assert dispatch.choose(Call(model, make_input(2, 1, 4, 8)))[0] == "triton"  # of one bucket with 4x6
             assert dispatch.choose(Call(model, make_input(2, 1, 4, 10)))[0] == "reference"
-            assert dispatch.choose(Call(uf.UNet(1, 1, features=(3, 5)), x))[0] == "reference"
+            assert dispatch.choose(Call(uf.UNet(1, 1, features=(3, 5)).eval(), x))[0] == "reference"
         forget()
     (path,) = cache.glob("*.json")
     assert tuning.source_hash() in path.name and set(json.loads(path.read_text())) == {"configurations", "verdicts"}
@@ -110,7 +115,10 @@ def test_auto_stays_with_a_faster_reference(clock):
     model, x = small()
     uf.tune(model, x, training=False, progress=False)
     with torch.no_grad():
-        assert dispatch.choose(Call(model, x)) == ("reference", "measured: the kernels take 2.00 of the reference's time")
+        assert dispatch.choose(Call(model.eval(), x)) == (
+            "reference",
+            "measured: the kernels take 2.00 of the reference's time",
+        )
 
 
 @pytest.fixture
@@ -231,6 +239,110 @@ def test_a_reference_that_does_not_fit_into_memory_leaves_the_kernels(cache, at_
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     monkeypatch.setattr(tuning.reference, "forward", too_large)
     assert dispatch.choose(Call(small()[0], make_input(3, 1, 4, 6)))[0] == "triton"
+
+
+def test_passes_that_compute_other_things_are_measured_separately(clock, at_first_call):
+    """In eval mode gradients go through running statistics; in training mode without gradients nothing goes back."""
+    model, x = small()
+    keys = set()
+    for training in (True, False):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                call = Call(model.train(training), x)
+                dispatch.choose(call)
+                keys.add(tuning._key(call))
+    assert len(keys) == len(tuning._verdicts) == 4
+
+
+@pytest.fixture
+def tf32():
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "tf32"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_float32_as_tf32_is_measured_separately(tf32):
+    model, x = small()
+
+    def keys(dtype: torch.dtype) -> tuple[str, str]:
+        return tuning._key(Call(model, x, dtype)), kernel_tuning.key("conv", x.to(dtype), "2d", (3, 4), (1, 1, 4, 6))
+
+    single, half = keys(torch.float32), keys(torch.float16)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    assert all(a != b for a, b in zip(single, keys(torch.float32), strict=True)) and half == keys(torch.float16)
+
+
+def test_every_device_has_its_own_measurements(cache, monkeypatch):
+    """Two GPUs in one process: neither is given the other's fastest candidate, in memory or on disk."""
+    names = {0: "one GPU", 1: "another GPU"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    places = [kernel_tuning.place(torch.device("cuda", index)) for index in names]
+    kernel_tuning.place.cache_clear()
+    for index, place in enumerate(places):
+        kernel_tuning.table[f"conv{place}"] = f"block {index}"
+    monkeypatch.setattr(tuning, "device_name", torch.cuda.get_device_name)
+    tuning._setting.cache_clear()
+    for index, place in enumerate(places):
+        path = tuning.save(torch.device("cuda", index))
+        assert json.loads(path.read_text())["configurations"] == {f"conv{place}": f"block {index}"}
+    tuning._setting.cache_clear()
+
+
+def test_a_graph_is_compiled_by_the_verdict_of_its_device(monkeypatch):
+    """A CPU's backend would not run on a GPU."""
+    model, x = small()
+    call = Call(model, x)
+    tuning._keep(torch.device("cuda", 0), tuning._key(call), {"backend": "cuda"})
+    tuning._keep(x.device, tuning._key(call), {"backend": "cpu"})
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert tuning.verdict(call) == {"backend": "cpu"}
+    tuning._keep(torch.device("cuda", 0), tuning._key(call), {"backend": "cuda"})
+    assert tuning.verdict(call) == {"backend": "cpu"}
+
+
+def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):
+    """The kernels for a large batch are not those for two images."""
+    inputs = tuning._checked(torch.empty(16, 1, 128, 128, device="meta"), 4)
+    assert [x.shape[0] for x in inputs] == [16, 8, 2]
+    assert [x.shape[0] for x in tuning._checked(torch.empty(2, 1, 4, 4, device="meta"), 4)] == [2]
+    (part,) = tuning._checked(torch.empty(16, 1, 128, 128), 4)
+    assert part.shape == (2, 1, 64, 64)
+    seen, forward = [], tuning.reference.forward
+
+    def limited(network, x):
+        if x.dtype == torch.float64 and x.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(network, x)
+
+    def kernels(network, x):
+        seen.append(x.shape[0])
+        return forward(network, x)
+
+    monkeypatch.setattr(tuning.reference, "forward", limited)
+    model, x = small()[0], make_input(5, 1, 4, 6)
+    assert tuning._is_right(model, [x, x[:2]], torch.float32, False, kernels) and seen == [2]
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning._is_right(model, [x, x[:3]], torch.float32, False, kernels)
+
+
+def test_a_judgement_that_runs_out_of_memory_is_repeated(clock, at_first_call, monkeypatch):
+    """Other tensors may have taken the memory; but not for ever, because every judgement takes time."""
+    judge, judged = tuning._judge, []
+
+    def full(*args, **options):
+        judged.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, x = small()
+    monkeypatch.setattr(tuning, "_judge", full)
+    assert "out of memory" in dispatch.choose(Call(model, x))[1]
+    monkeypatch.setattr(tuning, "_judge", judge)
+    assert dispatch.choose(Call(model, x))[0] == "triton"
+    monkeypatch.setattr(tuning, "_judge", full)
+    judged.clear()
+    for _ in range(6):
+        assert dispatch.choose(Call(model, make_input(2, 1, 8, 6)))[0] == "reference"
+    assert len(judged) == tuning.JUDGEMENTS
 
 
 def test_nothing_is_measured_while_operators_are_counted(monkeypatch):

@@ -234,6 +234,31 @@ def test_packed_weights_go_with_the_weights(kernel):
 
 
 @each_dtype
+@pytest.mark.parametrize("phased", [False, True])
+@pytest.mark.parametrize("kernel", ["winograd", "few"], indirect=True)
+@pytest.mark.parametrize("size, held", [((18, 7), 17), ((18, 7), 25), ((3, 40), 33), ((37, 3), 49), ((16, 8), 17)], ids=str)
+def test_pairs_run_strip_by_strip(dtype, kernel, phased, size, held):
+    """Strips of 8, 16 and more rows, of which the last has fewer; and one that holds the whole map."""
+    cpu_kernels.check_pair(dtype, size, held, phased)
+
+
+def test_pairs_without_images_or_pixels():
+    for n, size in ((0, (18, 7)), (2, (0, 7))):
+        a, out, mid = torch.empty(n, 1, *size, 5), torch.empty(n, 1, *size, 4), torch.empty(1, 1, 17, size[1], 3)
+        cpu_ops.conv_pair(out, mid, a, torch.ones(9, 5, 3), torch.ones(9, 3, 4))
+
+
+def test_a_pair_writes_over_channels_that_it_reads():
+    """As the last node of a level does in inference: each row is read before it is written."""
+    make = cpu_kernels.CpuInputs(torch.float32)
+    buffer, wa, second = make.values(2, 1, 44, 20, 12), make.values(9, 12, 5), make.values(9, 5, 6)
+    expected = torch.empty(2, 1, 44, 20, 6)
+    cpu_ops.conv_pair(expected, torch.empty(1, 1, 17, 20, 5), buffer, wa, second)
+    cpu_ops.conv_pair(buffer[..., :6], torch.empty(1, 1, 17, 20, 5), buffer, wa, second)
+    assert torch.equal(buffer[..., :6], expected)
+
+
+@each_dtype
 @pytest.mark.parametrize("units", [(6, 10), (13, 7), (2, 6, 7)], ids=str)
 @pytest.mark.parametrize("phased", [False, True])
 @pytest.mark.parametrize("affine, slope", [(None, 0.0), (1, 0.0), (0, 0.1)])

@@ -159,6 +159,49 @@ def check_wgrad(*case, **options) -> None:
     check_op("conv_wgrad", *wgrad_of(*case, **options))
 
 
+def check_pair(
+    dtype: torch.dtype, size: tuple[int, int], held: int, phased: bool = True, channels: tuple[int, ...] = (5, 3, 7, 9),
+    n: int = 2, slope: float = 0.1, inputs: type[CpuInputs] = CpuInputs,
+) -> None:  # fmt: skip
+    """`conv_pair` with `held` rows between its convolutions against two plain ones in float64."""
+    make, (ka, kb, between, co), step = inputs(dtype), channels, 2 if phased else 1
+    height, width = (step * s for s in size)
+    a, out = make.map(n, 1, height, width, ka), make.map(n, 1, height, width, co)
+    b = make.map(n, 1, *size, kb)
+    wa, second = make.values(9, ka, between), make.values(9, between, co)
+    wb = make.values(4, 4, kb, between) if phased else make.values(1, 9, kb, between)
+    bias, border, second_bias = make.vector(between), make.vector(9 * between).view(9, between), make.vector(co)
+    mid = torch.full((1, 1, held, width, between), torch.nan, dtype=dtype)
+
+    def plain(kind: torch.dtype) -> Tensor:
+        middle, result = (torch.empty(n, 1, height, width, channels, dtype=kind) for channels in (between, co))
+        values = [x if x is None or kind == dtype else x.double() for x in (a, wa, b, wb, bias, border, second, second_bias)]
+        xa, wa_, xb, wb_, bias_, border_, second_, last_ = values
+        naive.conv(
+            middle,
+            xa,
+            wa_,
+            axes=2,
+            stride=step,
+            phased=phased,
+            b=xb,
+            wb=wb_,
+            bias=bias_,
+            border=border_,
+            slope=slope,
+            act=True,
+        )
+        naive.conv(result, middle, second_, axes=2, bias=last_, slope=slope, act=True)
+        return result
+
+    exact, twin = plain(torch.float64), plain(dtype)
+    cpu_ops.conv_pair(
+        out, mid, a, wa, second, phased=phased, b=b, wb=wb, bias=bias, border=border, second_bias=second_bias, slope=slope
+    )
+    conv_cases.assert_untouched_beside(out)
+    assert_accepted(out, exact, twin)
+
+
 def map_case(
     name: str, dtype: torch.dtype, size: tuple[int, ...], n: int = 2, channels: int = 5, rows: str = "", slope: float = 0.0,
     add: bool = False, classes: int = 3, mode: str = "batch", inputs: type[CpuInputs] = CpuInputs,
@@ -218,6 +261,8 @@ def small_grid(dtype: torch.dtype, inputs: type[CpuInputs]) -> list[tuple[str, C
     channels = itertools.cycle(CHANNELS)
     for kernel, form, size in itertools.product(KERNELS, FORMS, [(1, 1), (3, 7), (13, 6), (1, 2, 3), (3, 1, 7)]):
         add(lambda *case, kernel=kernel, **options: conv(kernel, *case, **options), dtype, form, size, next(channels))
+    for held, phased in itertools.product((17, 25), (False, True)):
+        add(check_pair, dtype, (17, 5), held, phased)
     for size, phased in itertools.product([(1, 3), (7, 5), (2, 1, 3)], (False, True)):
         k, _, co = next(channels)
         add(check_wgrad, dtype, size, phased, k, co, affine=1, slope=0.1)
