@@ -1,7 +1,7 @@
 """Which of its candidates an op uses: the fastest if they were measured, else the first.
 
-An op describes its call by a key of op, precision, bucketed shape and device, and offers candidates. They are measured only inside
-`measuring`, on scratch outputs; the results are kept in `table`, which `execution/fused/tuning.py` saves and loads.
+An op describes its call by a key of op, precision, bucketed shape and device, and offers candidates. They are measured only
+inside `measuring`, on scratch outputs; the results are kept in `table`, which `execution/fused/tuning.py` saves and loads.
 """
 
 from __future__ import annotations

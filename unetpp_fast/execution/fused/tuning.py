@@ -27,6 +27,7 @@ from ...common.atomic_files import locked, write_atomic
 from ...common.devices import device_name, wait
 from ...common.progress import progress_bar
 from ...kernels import tuning as kernel_tuning
+from ...kernels.naive import dot_precision
 from .. import reference
 from ..acceptance import as_vector, disagreement
 from ..batch_statistics import copy_alone
@@ -39,9 +40,11 @@ NEVER_MS = 1e9  # the reference's time if it does not fit into memory
 SLOW_MS = 300.0  # on a CPU two runs of a slower pass are enough
 MEASURED_PIXELS = 2**18  # of an image on a CPU; the verdict on larger ones is that on a part of them
 CHECKED_PIXELS = 2**12  # of an image on a CPU, where float64 is slow: enough for both kinds of convolution
+JUDGEMENTS = 3  # of a size that runs out of memory: other tensors may be gone at the next call
 Compute = Callable[[Call, str], list[Tensor]]
 _verdicts: dict[str, dict] = {}  # by setting and key
-_latest: dict[str, dict] = {}  # by the key without device and size, for graphs that are being compiled
+_latest: dict[str, dict] = {}  # by device and the key without size, for graphs that are being compiled
+_failures: dict[str, int] = {}  # judgements that ran out of memory, by setting and key
 _loaded: set[str] = set()
 
 
@@ -89,13 +92,15 @@ def save(device: torch.device) -> Path:
     path = cache_file(device)
     mine = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
     verdicts = {key: value for key, value in mine.items() if "error" not in value}  # which may pass
+    place = kernel_tuning.place(device)
+    configurations = {key: value for key, value in kernel_tuning.table.items() if key.endswith(place)}
     with locked(path.with_suffix(".lock")):
         try:
             content = json.loads(path.read_text())
             table, theirs = dict(content["configurations"]), dict(content["verdicts"])
         except (OSError, ValueError, KeyError, TypeError):
             table, theirs = {}, {}
-        merged = {"configurations": {**table, **kernel_tuning.table}, "verdicts": {**theirs, **verdicts}}
+        merged = {"configurations": {**table, **configurations}, "verdicts": {**theirs, **verdicts}}
         text = json.dumps(merged, indent=1, sort_keys=True)
         write_atomic(path, lambda stream: stream.write(text.encode()))
     return path
@@ -103,7 +108,7 @@ def save(device: torch.device) -> Path:
 
 def _keep(device: torch.device, key: str, verdict: dict) -> None:
     _verdicts[f"{setting(device)}|{key}"] = verdict
-    _latest[key.rpartition(" ")[0]] = verdict
+    _latest[f"{device} {key.rpartition(' ')[0]}"] = verdict
 
 
 def verdict(call: Call) -> dict | None:
@@ -112,18 +117,22 @@ def verdict(call: Call) -> dict | None:
     While a graph is compiled, the latest verdict on such a pass at any size: sizes may be symbols.
     """
     if torch.compiler.is_compiling():
-        return _latest.get(_pass_key(call))
+        return _latest.get(f"{call.x.device} {_pass_key(call)}")
     load(call.x.device)
     return _verdicts.get(f"{setting(call.x.device)}|{_key(call)}")
 
 
 def _pass_key(call: Call) -> str:
-    return f"{call.network.structure.key} {call.dtype} {'training' if call.needs_gradients else 'inference'}"
+    """What passes of any size on a device differ in: also in whether batch norms take statistics of the batch, as they may
+    without gradients and may not with them."""
+    kind = f"{'training' if call.needs_gradients else 'inference'}{'-batch-statistics' if call.in_training else ''}"
+    return f"{call.network.structure.key} {call.dtype} {kind}"
 
 
 def _key(call: Call) -> str:
+    """With the size, and whether float32 is multiplied as TF32, which a graph that is being compiled cannot ask for."""
     sizes = "x".join(str(kernel_tuning.bucket(size)) for size in (call.x.shape[0], *call.x.shape[2:]))
-    return f"{_pass_key(call)} {sizes}"
+    return f"{_pass_key(call)} {'tf32-' if dot_precision(call.dtype) == 'tf32' else ''}{sizes}"
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
@@ -185,6 +194,11 @@ def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
         verdict = _judge(_copy(call, call.network.training), kernels, compute, rounds=5 if x.is_cuda else 3)
     except Exception as error:  # whatever it is, the reference takes over
         verdict = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        place = f"{setting(x.device)}|{_key(call)}"
+        if isinstance(error, torch.OutOfMemoryError):
+            _failures[place] = _failures.get(place, 0) + 1
+            if _failures[place] < JUDGEMENTS:
+                return verdict
     _keep(x.device, _key(call), verdict)
     with contextlib.suppress(OSError):
         save(x.device)
@@ -227,7 +241,7 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool, comput
 def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = ROUNDS) -> dict:
     """The verdict on the fastest backend that is right; one that fails is skipped, unless all fail."""
     device, training = call.x.device, call.needs_gradients
-    checked = call.x[:2] if device.type == "cuda" else _part(call.x[:2], CHECKED_PIXELS, call.network.topology.multiple)
+    checked = _checked(call.x, call.network.topology.multiple)
 
     def took(forward: Callable) -> float:
         return milliseconds(lambda: _run(forward, call.network, call.x, training), device, rounds)
@@ -264,10 +278,24 @@ def _run(forward: Callable, network: NetworkSpec, x: Tensor, training: bool) -> 
     return [as_vector(tensors) for tensors in results]
 
 
-def _is_right(network: NetworkSpec, x: Tensor, dtype: torch.dtype, training: bool, kernels: Callable) -> bool:
-    """Whether outputs (and gradients) are accepted by `acceptance.disagreement`."""
-    with torch.autocast(x.device.type, enabled=False):
-        exact = _run(reference.forward, copy.deepcopy(network).double(), x.double(), training)
-    usual = _run(reference.forward, copy.deepcopy(network), x, training)
+def _checked(x: Tensor, multiple: int) -> list[Tensor]:
+    """What to check a pass over `x` on, the first that float64 has memory for. On a GPU all images, because other kernels
+    may serve fewer of them; on a CPU, where float64 is slow, a part of two."""
+    if x.device.type == "cpu":
+        return [_part(x[:2], CHECKED_PIXELS, multiple)]
+    return [x, *(x[:count] for count in (8, 2) if count < x.shape[0])]
+
+
+def _is_right(network: NetworkSpec, inputs: list[Tensor], dtype: torch.dtype, training: bool, kernels: Callable) -> bool:
+    """Whether outputs (and gradients) are accepted by `acceptance.disagreement`, for the first input that fits in memory."""
+    for x in inputs:
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                exact = _run(reference.forward, copy.deepcopy(network).double(), x.double(), training)
+            usual = _run(reference.forward, copy.deepcopy(network), x, training)
+            break
+        except torch.OutOfMemoryError:
+            if x is inputs[-1]:
+                raise
     actual = _run(kernels, copy.deepcopy(network), x, training)
     return not disagreement(exact, usual, actual, dtype)
