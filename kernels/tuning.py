@@ -29,11 +29,15 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-@lru_cache
 def place(device: torch.device) -> str:
     """How a measurement's name ends: by the GPU's name. Meta tensors stand for those on the current GPU."""
     if device.type == "meta" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
+    return _place(device)
+
+
+@lru_cache
+def _place(device: torch.device) -> str:
     return f" on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'the CPU'}"
 
 

@@ -243,7 +243,7 @@ def test_every_device_has_its_own_measurements(cache, monkeypatch):
     names = {0: "one GPU", 1: "another GPU"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
     places = [kernel_tuning.place(torch.device("cuda", index)) for index in names]
-    kernel_tuning.place.cache_clear()
+    kernel_tuning._place.cache_clear()
     for index, place in enumerate(places):
         kernel_tuning.table[f"conv{place}"] = f"block {index}"
     monkeypatch.setattr(tuning, "device_name", torch.cuda.get_device_name)
