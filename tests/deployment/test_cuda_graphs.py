@@ -58,17 +58,25 @@ def test_the_graphs_of_the_latest_sizes_are_kept(no_gpu):
 
 
 def test_a_failed_capture_is_remembered_with_its_reason(no_gpu, monkeypatch):
+    """For its size alone: a larger one may not fit into memory."""
     attempts = []
 
     def fail(run, x):
         attempts.append(1)
+        if len(x) > 2:
+            return FakeGraph(run, x)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(cuda_graphs, "Graph", fail)
     found = cuda_graphs.Graphs()
     for _ in range(3):
         assert found.run(double, torch.ones(2), ())[0].tolist() == [2, 2]
-    assert found.reason == "not captured: RuntimeError: operation not permitted" and len(attempts) == 1
+    assert found.reason == "2 is not captured: RuntimeError: operation not permitted" and len(attempts) == 1
+    for _ in range(2):
+        assert found.run(double, torch.ones(3), ())[0].tolist() == [2, 2, 2]
+    assert FakeGraph.alive == 1 and len(attempts) == 2
+    found.run(double, torch.ones(1), ())
+    assert [line.split()[0] for line in found.reason.splitlines()] == ["2", "1"]
 
 
 def test_inside_another_capture_and_without_images_nothing_is_captured(no_gpu, monkeypatch):

@@ -48,22 +48,31 @@ class Graph:
 
 
 class Graphs:
-    """The graphs of the latest sizes. If capturing fails, `reason` says why, and kernels are launched one by one."""
+    """The graphs of the latest sizes. Where capturing fails, `reason` says why, and kernels are launched one by one for that
+    size; others are captured all the same."""
 
     def __init__(self, kept: int = KEPT_GRAPHS):
-        self.kept, self.reason = kept, ""
+        self.kept = kept
+        self._failed: dict[tuple, str] = {}
         self._graphs: OrderedDict[tuple, Graph] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def reason(self) -> str:
+        """Why passes are not captured, a line for each size; "" if all are."""
+        return "\n".join(dict.fromkeys(self._failed.values()))
+
     def run(self, run: Run, x: Tensor, key: tuple) -> list[Tensor]:
         """`run(x)`; `key` distinguishes passes that differ in more than the input size."""
-        if self.reason or x.numel() == 0 or torch.cuda.is_current_stream_capturing():
+        key = (*key, x.dtype, x.device, tuple(x.shape))
+        if key in self._failed or x.numel() == 0 or torch.cuda.is_current_stream_capturing():
             return run(x)
         with torch.cuda.device(x.device):
             try:
-                graph = self._find(run, x, (*key, x.dtype, x.device, tuple(x.shape)))
+                graph = self._find(run, x, key)
             except Exception as error:  # of Triton's own kind or torch's
-                self.reason = f"not captured: {type(error).__name__}: {first_line(error)}"
+                size = "x".join(map(str, x.shape))
+                self._failed[key] = f"{size} is not captured: {type(error).__name__}: {first_line(error)}"
                 return run(x)
             return graph.replay(x)
 
