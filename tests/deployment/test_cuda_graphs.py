@@ -8,11 +8,12 @@ import threading
 
 import pytest
 import torch
-from support.helpers import assert_close_relative, build, make_input
+from support.helpers import FLOAT32, assert_close_relative, build, make_input
 
 import unetpp_fast as uf
 from unetpp_fast.deployment import cuda_graphs
-from unetpp_fast.execution import reference
+from unetpp_fast.execution import dispatch, reference
+from unetpp_fast.execution.fused import tuning
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -40,6 +41,14 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda_graphs, "Graph", FakeGraph)
     FakeGraph.alive = 0
+
+
+@pytest.fixture
+def float32_mode():
+    """TF32, and afterwards what it was before."""
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "tf32"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def double(x: torch.Tensor) -> list[torch.Tensor]:
@@ -85,6 +94,55 @@ def test_inside_another_capture_and_without_images_nothing_is_captured(no_gpu, m
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     found.run(double, torch.ones(2, 4), ())
     assert FakeGraph.alive == 0 and not found.reason
+
+
+def test_the_fastest_graph_is_kept(no_gpu, monkeypatch):
+    times = {"reference": 1.0, "triton": 2.0}
+    measured = []
+
+    def run(name: str):
+        return lambda x: measured.append(name) or [2 * x]
+
+    def milliseconds(launch, device):
+        launch()
+        return times[measured[-1]]
+
+    monkeypatch.setattr(cuda_graphs.tuning, "milliseconds", milliseconds)
+    found, runs = cuda_graphs.Graphs(), {name: run(name) for name in times}
+    for _ in range(2):
+        assert found.fastest(runs, torch.ones(2), ("all",)) == "reference"
+    assert measured == ["reference", "triton"] and FakeGraph.alive == 1
+    times["triton"] = 0.5
+    for size in (3, 4, 5, 6):
+        assert found.fastest(runs, torch.ones(size), ("all",)) == "triton"
+    assert [(key[0], key[-1]) for key in found._graphs] == [("triton", (size,)) for size in (3, 4, 5, 6)]
+    assert FakeGraph.alive == cuda_graphs.KEPT_GRAPHS
+
+    def fail(run, x):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cuda_graphs, "Graph", fail)
+    assert found.fastest(runs, torch.ones(7), ("all",)) is None  # what was measured without graphs decides
+
+
+@pytest.mark.skipif(not dispatch.CPU_KERNELS[0], reason=f"the CPU kernels are off: {dispatch.CPU_KERNELS[1]}")
+@pytest.mark.parametrize("best", ["reference", "cpu"])
+def test_passes_are_judged_as_they_are_captured(no_gpu, float32_mode, monkeypatch, best):
+    """The CPU stands for a GPU: without graphs the reference was faster."""
+    model, x = build(uf.UNetPlusPlus, 2, 3, features=(4, 6), backend="auto").eval(), make_input(1, 2, 4, 6)
+    fast = uf.optimize(model)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(dispatch, "choose", lambda call: ("reference", "measured"))
+    monkeypatch.setattr(dispatch, "_kernels", lambda call: ["cpu"])
+    monkeypatch.setattr(tuning, "verdict", lambda call: {"right": True, "backend": "cpu", "ratio": 0.5})
+    times = iter(2 * ([1.0, 2.0] if best == "reference" else [2.0, 1.0]))
+    monkeypatch.setattr(tuning, "milliseconds", lambda run, device: run() and next(times))
+    for _ in range(2):
+        assert_close_relative(fast(x), reference.forward(model, x)[-1], FLOAT32)
+    assert [key[0] for key in fast._graphs._graphs] == [best]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # kernels are captured with their precision
+    fast(x)
+    assert [key[0] for key in fast._graphs._graphs] == [best, best]
 
 
 def on_gpu(backend: str) -> uf.Network:

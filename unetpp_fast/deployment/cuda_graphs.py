@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..common.errors import first_line
+from ..execution.fused import tuning
 
 KEPT_GRAPHS = 4
 Run = Callable[[Tensor], list[Tensor]]
@@ -54,6 +55,8 @@ class Graphs:
     def __init__(self, kept: int = KEPT_GRAPHS):
         self.kept = kept
         self._failed: dict[tuple, str] = {}
+        self._fastest: dict[tuple, str | None] = {}
+        self._measuring = threading.Lock()
         self._graphs: OrderedDict[tuple, Graph] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -75,6 +78,35 @@ class Graphs:
                 self._failed[key] = f"{size} is not captured: {type(error).__name__}: {first_line(error)}"
                 return run(x)
             return graph.replay(x)
+
+    def fastest(self, runs: Mapping[str, Run], x: Tensor, key: tuple) -> str | None:
+        """Of passes by name that compute the same, the one whose replay takes the least time, measured once for each size;
+        None if not all can be captured. The graphs of the others are dropped.
+
+        A replay leaves out the time of launching kernels one by one, so a pass that is slower without graphs may win.
+        """
+        place = (*key, x.dtype, x.device, tuple(x.shape))
+        with self._measuring:
+            if place not in self._fastest:
+                self.kept += len(runs) - 1  # so that what is dropped here takes the place of no other size
+                try:
+                    self._fastest[place] = self._measured(runs, x, key, place)
+                finally:
+                    self.kept -= len(runs) - 1
+            return self._fastest[place]
+
+    def _measured(self, runs: Mapping[str, Run], x: Tensor, key: tuple, place: tuple) -> str | None:
+        times = {}
+        for name, run in runs.items():
+            times[name] = tuning.milliseconds(lambda name=name, run=run: self.run(run, x, (name, *key)), x.device)
+        all_captured = not any((name, *place) in self._failed for name in runs)
+        best = min(times, key=times.get) if all_captured else None
+        for name in runs:
+            with self._lock:
+                graph = None if name == best else self._graphs.pop((name, *place), None)
+                if graph is not None:
+                    graph.done.synchronize()
+        return best
 
     def _find(self, run: Run, x: Tensor, key: tuple) -> Graph:
         with self._lock:

@@ -22,10 +22,12 @@ from ..execution import dispatch, reference
 from ..execution.call import Call
 from ..execution.cpu import inference
 from ..execution.explanation import describe
+from ..execution.fused import tuning
 from ..execution.fused.forward import Forward
 from ..execution.fused.ops import load_ops
 from ..execution.plan import weight_composition
 from ..execution.plan.operands import all_operands
+from ..kernels.naive import dot_precision
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.prediction import MODES, check_image, evaluating, logits_of_any_size, mean_probabilities
@@ -146,10 +148,18 @@ class Optimized(nn.Module):
                 return self._plain(x, columns)
             call = Call(self.network, x)
             name, _ = dispatch.choose(call)
-            run = self._plain if name == "reference" else self._by_engine(name, call)
-            if x.is_cuda:
-                return self._graphs.run(lambda image: run(image, columns), x, (name, *columns, call.dtype))
-            return run(x, columns)
+            if not x.is_cuda:
+                return self._by(name, call, columns)(x)
+            key = (*columns, call.dtype, dot_precision(call.dtype))
+            kernels = dispatch.right_kernels(call) if self.network.backend == "auto" else None
+            if kernels and tuning.may_measure(x):
+                runs = {one: self._by(one, call, columns) for one in ("reference", kernels)}
+                name = self._graphs.fastest(runs, x, key) or name
+            return self._graphs.run(self._by(name, call, columns), x, (name, *key))
+
+    def _by(self, name: str, call: Call, columns: Sequence[int]) -> Callable[[Tensor], list[Tensor]]:
+        run = self._plain if name == "reference" else self._by_engine(name, call)
+        return lambda image: run(image, columns)
 
     def _plain(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
         wanted = [column in columns for column in self.network.topology.heads]

@@ -83,6 +83,12 @@ def _measured(call: Call) -> tuple[str, str]:
     return name, f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
 
 
+def right_kernels(call: Call) -> str | None:
+    """The backend that was measured to be right for `call`, even if the reference was faster; None if there is none."""
+    verdict = tuning.verdict(call)
+    return verdict["backend"] if verdict and verdict.get("right") and verdict["backend"] in _kernels(call) else None
+
+
 def _kernels(call: Call) -> list[str]:
     """The backends beside the reference that can compute `call` on its device."""
     if call.x.device.type == "cpu" and not ops.INTERPRETED:
