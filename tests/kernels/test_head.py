@@ -12,7 +12,7 @@ CASES = [  # axes and size, images, channels, classes, rows of affine, slope
     (MAPS[0], 3, 5, 1, None, 0.0),
     (MAPS[0], 2, 33, 3, 1, 0.1),
     (MAPS[0], 3, 3, 9, 3, 0.0),
-    (MAPS[1], 1, 17, 8, None, 0.0),
+    (MAPS[1], 1, 16, 8, None, 0.0),
     (MAPS[1], 2, 70, 21, 2, 0.1),
     (MAPS[2], 1, 1, 1, 1, 0.0),
     (MAPS[2], 3, 5, 12, None, 0.0),

@@ -13,7 +13,7 @@ CASES = [  # axes and size, images, channels, rows of affine, slope
     (MAPS[0], 2, 5, 1, 0.125),
     (MAPS[0], 3, 3, 3, 0.0),
     (MAPS[1], 1, 33, 1, 0.0),
-    (MAPS[1], 2, 17, None, 0.0),
+    (MAPS[1], 2, 16, None, 0.0),
     (MAPS[2], 3, 1, 3, 0.125),
     (MAPS[2], 1, 3, None, 0.0),
     ((3, (2, 2, 2)), 3, 5, 1, 0.0),
