@@ -19,7 +19,8 @@ from ..models.network import Network
 from .case import Case, Prepared, Unavailable, load
 from .runtimes import onnx_bytes
 
-MNN_CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"  # what MNN's own command line runs
+# The converter itself: MNN's command around it installs packages and reports its use.
+MNN_CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
 def _converted(network: Network, x: Tensor, case: Case, command: Sequence[str], result: str) -> tempfile.TemporaryDirectory:
