@@ -267,29 +267,17 @@ def test_a_graph_is_compiled_by_the_verdict_of_its_device(monkeypatch):
     assert tuning.verdict(call) == {"backend": "cpu"}
 
 
-def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):
-    """The kernels for a large batch are not those for two images."""
-    inputs = tuning._checked(torch.empty(16, 1, 128, 128, device="meta"), 4)
-    assert [x.shape[0] for x in inputs] == [16, 8, 2]
-    assert [x.shape[0] for x in tuning._checked(torch.empty(2, 1, 4, 4, device="meta"), 4)] == [2]
-    (part,) = tuning._checked(torch.empty(16, 1, 128, 128), 4)
-    assert part.shape == (2, 1, 64, 64)
-    seen, forward = [], tuning.reference.forward
-
-    def limited(network, x):
-        if x.dtype == torch.float64 and x.shape[0] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(network, x)
-
-    def kernels(network, x):
-        seen.append(x.shape[0])
-        return forward(network, x)
-
-    monkeypatch.setattr(tuning.reference, "forward", limited)
-    model, x = small()[0], make_input(5, 1, 4, 6)
-    assert tuning._is_right(model, [x, x[:2]], torch.float32, False, kernels) and seen == [2]
-    with pytest.raises(torch.OutOfMemoryError):
-        tuning._is_right(model, [x, x[:3]], torch.float32, False, kernels)
+@pytest.mark.parametrize(("single", "said"), [(0.25, True), (1.0, False)])
+def test_a_precision_that_is_slower_than_float32_says_so(clock, at_first_call, monkeypatch, single, said):
+    """The kernels take 1 ms of the reference's 2; the third that is timed is float32."""
+    times = iter([2.0, 1.0, single])
+    monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
+    model, x = small()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        reason = dispatch.choose(Call(model.eval(), x))[1]
+    assert reason == "measured: the kernels take 0.50 of the reference's time" + said * (
+        "; float32 would take 0.25 of the faster one's"
+    )
 
 
 def test_a_judgement_that_runs_out_of_memory_is_repeated(clock, at_first_call, monkeypatch):

@@ -158,11 +158,10 @@ def measure(
 
 
 def _expected(network: Network, x: Tensor, case: Case, loss: Loss | None) -> tuple[list[Tensor], list[Tensor]]:
-    """The results in float64 and PyTorch's own: of the two layouts the one that is farther off, since by how much gradients
-    are off depends on which ReLUs and maxima happen to fall the other way."""
+    """The results in float64 and PyTorch's own, of its two layouts the one that is farther off."""
     exact = float64(network, x, case, loss)
     layouts = [Pass(backends.eager(network, x, case, layout), case, len(x), loss).results() for layout in (False, True)]
-    return exact, [max(pair, key=lambda v, e=e: float((v - e).norm())) for *pair, e in zip(*layouts, exact, strict=True)]
+    return exact, acceptance.farther_off(exact, *layouts)
 
 
 def _judged(run: Pass, expected: tuple[list[Tensor], list[Tensor]]) -> tuple[str, float]:

@@ -11,9 +11,10 @@ import torch
 
 from ..architecture.precision import autocast
 from ..common import devices, progress
-from ..execution.dispatch import tune
+from ..execution import dispatch
+from ..execution.call import Call
 from ..models.network import Network
-from .case import Builder, Case
+from .case import Builder, Case, with_backend
 from .harness import Pass, make_input, measure
 from .implementations import IMPLEMENTATIONS
 
@@ -64,7 +65,7 @@ def report(network: Network, size: Sequence[int], batch: int, dtype: str, device
     ) as bar:
         if device.type == "cuda":
             with autocast(device, dtype), contextlib.suppress(RuntimeError):  # the outcomes give the reason
-                tune(network, make_input(network, cases[0], device)[0], progress=False)
+                dispatch.tune(network, make_input(network, cases[0], device)[0], progress=False)
         for case in cases:
             outcomes.append(measure(case, network, chosen, device, seconds=seconds, begin=lambda _: bar.update()))
         for name in outcomes[1].times if device.type == "cuda" else ():
@@ -76,7 +77,16 @@ def report(network: Network, size: Sequence[int], batch: int, dtype: str, device
     for case, outcome in zip(cases, outcomes, strict=True):
         notes = {**outcome.skipped, **{name: f"WRONG, {reason}" for name, reason in outcome.wrong.items()}}
         lines += [f"{name}, {case.memory_of or case.bench}: {reason}" for name, reason in notes.items()]
+    lines += [f"auto, {case.bench}: {choice(network, case, device)}" for case in cases if not case.memory_of]
     return list(dict.fromkeys(lines))
+
+
+def choice(network: Network, case: Case, device: torch.device) -> str:
+    """The backend that "auto" takes for a case, and why; on a CPU it also says where float32 would be faster."""
+    network = with_backend(network, "auto").train(case.training)
+    with autocast(device, case.dtype), torch.set_grad_enabled(case.training):
+        name, reason = dispatch.choose(Call(network, make_input(network, case, device)[0]))
+    return f"{name} ({reason})"
 
 
 def table(rows: Iterable[Mapping], largest: Mapping[str, int]) -> list[str]:

@@ -28,6 +28,12 @@ def disagreement(exact: Sequence[Tensor], usual: Sequence[Tensor], actual: Seque
     return ""
 
 
+def farther_off(exact: Sequence[Tensor], *candidates: Sequence[Tensor]) -> list[Tensor]:
+    """Of several results of PyTorch's own, each as a list like `exact`, for each vector the one that is farther off: by how
+    much gradients are off depends on which ReLUs and maxima happen to fall the other way."""
+    return [max(vectors, key=lambda v, e=e: float((v - e).norm())) for *vectors, e in zip(*candidates, exact, strict=True)]
+
+
 def as_vector(tensors: Sequence[Tensor]) -> Tensor:
     """The values of all tensors as one float64 vector."""
     return torch.cat([tensor.detach().flatten().double() for tensor in tensors])

@@ -80,7 +80,9 @@ def _measured(call: Call) -> tuple[str, str]:
     if not verdict["right"]:
         return "reference", "the kernels gave a wrong result on this device when they were measured"
     name = verdict["backend"] if verdict["ratio"] > 1 else "reference"
-    return name, f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
+    reason = f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
+    faster = verdict.get("float32_ms", tuning.NEVER_MS) / min(verdict["fused_ms"], verdict["reference_ms"])
+    return name, f"{reason}; float32 would take {faster:.2f} of the faster one's" if faster < 1 else reason
 
 
 def right_kernels(call: Call) -> str | None:
