@@ -1,0 +1,68 @@
+"""What is checked before kernels are used, and how strictly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.helpers import make_input
+
+import unetpp_fast as uf
+from unetpp_fast.execution.fused import tuning
+
+
+def small() -> tuple[uf.Network, torch.Tensor]:
+    torch.manual_seed(0)
+    return uf.UNet(1, 1, features=(3, 4)), make_input(2, 1, 4, 6)
+
+
+def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):
+    """The kernels for a large batch are not those for two images."""
+    inputs = tuning._checked(torch.empty(16, 1, 128, 128, device="meta"), 4)
+    assert [x.shape[0] for x in inputs] == [16, 8, 2]
+    assert [x.shape[0] for x in tuning._checked(torch.empty(2, 1, 4, 4, device="meta"), 4)] == [2]
+    (part,) = tuning._checked(torch.empty(16, 1, 128, 128), 4)
+    assert part.shape == (2, 1, 64, 64)
+    seen, forward = [], tuning.reference.forward
+
+    def limited(network, x):
+        if x.dtype == torch.float64 and x.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(network, x)
+
+    def kernels(network, x):
+        seen.append(x.shape[0])
+        return forward(network, x)
+
+    monkeypatch.setattr(tuning.reference, "forward", limited)
+    model, x = small()[0], make_input(5, 1, 4, 6)
+    assert tuning._is_right(model, [x, x[:2]], torch.float32, False, kernels) and seen == [2]
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning._is_right(model, [x, x[:3]], torch.float32, False, kernels)
+
+
+@pytest.mark.parametrize(
+    ("off", "draws", "right"),
+    [(("gradients", 1), 2, True), (("gradients", 99), tuning.DRAWS, False), (("outputs", 1), 1, False)],
+    ids=["gradients of one draw", "all gradients", "outputs"],
+)
+def test_gradients_must_be_right_for_one_draw_and_outputs_for_all(off, draws, right):
+    """One ReLU that falls the other way takes float32 gradients out of any bound, for these images alone."""
+    seen = []
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits + float(off[0] == "outputs")
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 1.1 * gradient
+
+    def kernels(network, x):
+        seen.append(x)
+        logits = tuning.reference.forward(network, x)
+        return [Off.apply(head) for head in logits] if len(seen) <= off[1] else logits
+
+    model, x = small()
+    assert tuning._is_right(model.train(), [x], torch.float32, True, kernels) == right and len(seen) == draws
+    assert all(0 < (other - x).abs().max() < 0.1 * x.std() for other in seen[1:])
