@@ -1,17 +1,10 @@
 // From tensors to the structures of kernels.h, with checks; an error names the argument.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-
+#include "../map_checks.h"
 #include "kernels.h"
 
 namespace unetpp {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 inline void check_floats(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, name, " must be float32 on a CPU");
@@ -37,17 +30,7 @@ inline Map map_of(const Tensor& x, Element element, const char* name, const Opti
   const bool empty = x.numel() == 0;  // whose strides mean nothing
   STD_TORCH_CHECK(x.size(4) > 0 && (x.size(4) == 1 || x.stride(4) == 1 || empty), name, " must be channels-last");
   Map map;
-  map.pixel = x.size(4);
-  bool found = false;
-  int64_t inner = 1;
-  for (int axis : {3, 2, 1}) {
-    if (x.size(axis) > 1 && !empty) {
-      if (!found) map.pixel = x.stride(axis) / inner;
-      found = true;
-      STD_TORCH_CHECK(x.stride(axis) == map.pixel * inner, "the pixels of ", name, " are not evenly spaced");
-    }
-    inner *= x.size(axis);
-  }
+  map.pixel = pixel_stride(x, name);
   map.element = element;
   map.data = x.data_ptr();
   map.image = x.size(0) > 1 ? x.stride(0) : 0;
@@ -55,20 +38,10 @@ inline Map map_of(const Tensor& x, Element element, const char* name, const Opti
   map.height = static_cast<int>(x.size(2));
   map.width = static_cast<int>(x.size(3));
   map.channels = static_cast<int>(x.size(4));
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale and shift of ", name, " come together");
-  if (scale) {
-    for (const Tensor* part : {&*scale, &*shift}) {
-      check_floats(*part, "scale and shift");
-      STD_TORCH_CHECK(part->dim() == 2 && part->size(1) == x.size(4) && (part->size(0) == 1 || part->size(0) == x.size(0)) &&
-                          (part->size(1) == 1 || part->stride(1) == 1),
-                      "scale and shift of ", name, " must be [1 or N, C]");
-    }
-    STD_TORCH_CHECK(scale->size(0) == shift->size(0) && (scale->size(0) == 1 || scale->stride(0) == shift->stride(0)),
-                    "scale and shift of ", name, " differ in shape or strides");
-    map.scale = static_cast<const float*>(scale->data_ptr());
-    map.shift = static_cast<const float*>(shift->data_ptr());
-    map.affine_image = scale->size(0) > 1 ? scale->stride(0) : 0;
-  }
+  const Affine affine = affine_of(x, scale, shift, name, check_floats);
+  map.scale = affine.scale;
+  map.shift = affine.shift;
+  map.affine_image = affine.image;
   return map;
 }
 
@@ -124,11 +97,6 @@ inline void check_images(const Tensor& x, int64_t images, const char* name) {
 }
 
 inline void check_images(const Tensor& x, const Tensor& like, const char* name) { check_images(x, like.size(0), name); }
-
-inline void check_axes(int64_t axes, const Map& map) {
-  STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
-  STD_TORCH_CHECK(axes == 3 || map.depth == 1, "a map of two axes has depth 1");
-}
 
 inline void check_even(int64_t axes, const Map& map) {
   STD_TORCH_CHECK(map.height % 2 == 0 && map.width % 2 == 0 && (axes == 2 || map.depth % 2 == 0), "phases need even sizes");

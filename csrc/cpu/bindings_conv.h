@@ -32,7 +32,7 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
   call.end = o.height;
   call.images = static_cast<int>(images);
   call.a = map_of(a, o.element, "a", scale_a, shift_a);
-  check_axes(axes, o);
+  check_axes(axes, o.depth);
   STD_TORCH_CHECK((taps == 3 || taps == 4) && (stride == 1 || stride == 2), "taps are 3 or 4, and stride is 1 or 2");
   if (phased) check_even(axes, o);
   check_images(a, images, "a");
@@ -184,7 +184,7 @@ inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, 
   call.dy = map_of(dy, element, "dy");
   const bool deep = axes == 3;
   const int step = phased ? 2 : 1;
-  check_axes(axes, call.dy);
+  check_axes(axes, call.dy.depth);
   if (phased) check_even(axes, call.dy);
   check_images(a, dy.size(0), "a");
   check_size(call.a, deep ? call.dy.depth / step : 1, call.dy.height / step, call.dy.width / step, "a");

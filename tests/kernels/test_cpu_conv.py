@@ -242,10 +242,11 @@ def test_pairs_run_strip_by_strip(dtype, kernel, phased, size, held):
     cpu_kernels.check_pair(dtype, size, held, phased)
 
 
-def test_pairs_without_images_or_pixels():
-    for n, size in ((0, (18, 7)), (2, (0, 7))):
-        a, out, mid = torch.empty(n, 1, *size, 5), torch.empty(n, 1, *size, 4), torch.empty(1, 1, 17, size[1], 3)
-        cpu_ops.conv_pair(out, mid, a, torch.ones(9, 5, 3), torch.ones(9, 3, 4))
+@pytest.mark.parametrize("n, size", [(0, (18, 7)), (2, (0, 7))], ids=str)
+def test_pairs_without_images_or_pixels_touch_nothing(n, size):
+    a, out, mid = torch.empty(n, 1, *size, 5), torch.empty(n, 1, *size, 4), torch.full((1, 1, 17, size[1], 3), 7.0)
+    cpu_ops.conv_pair(out, mid, a, torch.ones(9, 5, 3), torch.ones(9, 3, 4))
+    assert out.shape == (n, 1, *size, 4) and torch.equal(mid, torch.full_like(mid, 7.0))
 
 
 def test_a_pair_writes_over_channels_that_it_reads():
