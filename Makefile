@@ -9,7 +9,7 @@ OLDEST_TRITON := 3.6.0
 # What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
 ARGS ?= --quick
 
-.PHONY: demo test bench figures gpu-check lint format clean
+.PHONY: demo test bench figures static gpu-check lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
@@ -22,6 +22,10 @@ bench: .venv/bench
 
 figures: .venv/bench
 	$(BIN)/python benchmarks/figures.py
+
+# Least times on a GPU, computed from the compiled kernels; needs nvcc and no GPU.
+static: .venv/test
+	$(BIN)/python benchmarks/static
 
 # On a machine with a GPU; with the Python that has its torch: make gpu-check OUT=folder PYTHON=python3
 gpu-check:

@@ -135,7 +135,8 @@ def arguments(sass, tmp_path_factory) -> dict[Conv | Wgrad, bytes]:
     """What each instance is called with."""
     instances = sorted({found for _, name in sass if (found := products_of(name))}, key=str)
     folder = tmp_path_factory.mktemp("arguments")
-    return dict(zip(instances, packed_arguments(instances, SOURCES, _builder().find_compiler(), folder), strict=True))
+    given = [(f"{type(instance).__name__}Arguments", instance.arguments) for instance in instances]
+    return dict(zip(instances, packed_arguments(given, SOURCES, _builder().find_compiler(), folder), strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

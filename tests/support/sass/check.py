@@ -12,19 +12,19 @@ from support.sass.registers import Element, SassError
 from support.sass.thread import Thread
 
 
-def packed_arguments(instances: list[Conv | Wgrad], sources: Path, compiler: str, folder: Path) -> list[bytes]:
-    """The arguments of each instance as the bytes that its kernel takes, written by a C++ program."""
+def packed_arguments(given: list[tuple[str, dict]], sources: Path, compiler: str, folder: Path) -> list[bytes]:
+    """Arguments, each a struct of `csrc/kernels.h` and its members, as the bytes that a kernel takes; written by C++."""
     lines = ['#include "kernels.h"', "#include <cstdio>", "int main() {"]
-    for instance in instances:
-        lines += ["  {", f"    {'ConvArguments' if isinstance(instance, Conv) else 'WgradArguments'} p;"]
-        lines += [f"    p.{name} = (decltype(p.{name})){value}ll;" for name, value in instance.arguments.items()]
+    for struct, members in given:
+        lines += ["  {", f"    {struct} p;"]
+        lines += [f"    p.{name} = (decltype(p.{name})){value}ll;" for name, value in members.items()]
         lines += ["    const long long size = sizeof(p);", "    fwrite(&size, 8, 1, stdout);"]
         lines += ["    fwrite(&p, sizeof(p), 1, stdout);", "  }"]
     (folder / "pack.cpp").write_text("\n".join([*lines, "}", ""]))
     subprocess.run([compiler, "-std=c++17", f"-I{sources}", folder / "pack.cpp", "-o", folder / "pack"], check=True)
     data = subprocess.run([folder / "pack"], check=True, capture_output=True).stdout
     found = []
-    for _ in instances:
+    for _ in given:
         size = int.from_bytes(data[:8], "little")
         found.append(data[8 : 8 + size])
         data = data[8 + size :]

@@ -22,8 +22,9 @@ NOTHING = ("BAR", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR", "LDGSTS", "NOP", "STS"
 class Thread(Arithmetic):
     """Thread `thread` of block (0, 0) of a kernel of `arguments`, as bytes; `run` runs it to its end.
 
-    After that, `sums` holds each sum as it ended, `copies` the places in shared memory that the thread copied to, and
-    `stored` what it wrote to each address of global memory.
+    After that, `sums` holds each sum as it ended, `copies` the places in shared memory that the thread copied to,
+    `stored` what it wrote to each address of global memory, and `issued` every instruction on its way, in order, with
+    whether its guard let it work (True where that is unknown).
     """
 
     def __init__(self, code: list[Instruction], architecture: int, arguments: bytes, thread: int) -> None:
@@ -33,6 +34,7 @@ class Thread(Arithmetic):
         self.all_sums: list[Sum] = []
         self.copies: list[int] = []
         self.stored: dict[int, object] = {}
+        self.issued: list[tuple[Instruction, bool]] = []
 
     @property
     def sums(self) -> list[Sum]:
@@ -44,6 +46,7 @@ class Thread(Arithmetic):
             instruction = self.code[place]
             holds = self.predicate(instruction.guard) if instruction.guard else True
             name, operands = instruction.name, instruction.operands
+            self.issued.append((instruction, holds is not False))
             place += 1
             if name in ("BRA", "CALL", "EXIT"):  # ptxas also writes a jump as a call that does not return
                 if name == "BRA":
