@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_weights, naive
-from .naive import Affine, Averages, border_sums, norm_finalise
+from .naive import Affine, Averages, border_sums, norm_table
 
 __all__ = [
     "act_backward",
@@ -26,7 +26,7 @@ __all__ = [
     "head",
     "head_backward",
     "norm_backward",
-    "norm_finalise",
+    "norm_table",
     "pool",
     "pool_backward",
 ]

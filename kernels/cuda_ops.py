@@ -17,7 +17,16 @@ from . import triton_ops, tuning
 from .conv import check_call
 from .maps import check_affine, check_map, device_of, unit_grid
 from .naive import Affine, dot_precision
-from .triton_ops import act_backward, border_sums, head, head_backward, norm_backward, norm_finalise, pool, pool_backward
+from .triton_ops import (
+    act_backward,
+    border_sums,
+    head,
+    head_backward,
+    norm_backward,
+    norm_table,
+    pool,
+    pool_backward,
+)
 
 __all__ = [
     "act_backward",
@@ -29,7 +38,7 @@ __all__ = [
     "head",
     "head_backward",
     "norm_backward",
-    "norm_finalise",
+    "norm_table",
     "pool",
     "pool_backward",
 ]

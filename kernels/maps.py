@@ -15,6 +15,11 @@ from .naive import Affine, accumulator
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of maps
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two from `size` on; `triton.next_power_of_2` takes as long as a launch."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 class Tile(NamedTuple):
     """How maps are cut: elements per tile, programs to aim at where sums are taken, warps per program."""
 

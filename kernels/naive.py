@@ -199,6 +199,23 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
     return torch.stack((centre, inverse, scale, bias - centre * scale, variance))
 
 
+def norm_table(
+    table: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool, moments: Tensor | None = None
+) -> None:
+    """`norm_finalise` into the slots of a node.
+
+    Args:
+        table: `[4, 1 or N, C]`, written: mean, 1 / sqrt(variance + eps), scale, shift.
+        moments: `[2, C]`, written if given: mean and unbiased variance of the batch, as running statistics take them.
+    """
+    rows = norm_finalise(stats, weight, bias, eps, instance)
+    table.copy_(rows[:4])
+    if moments is not None:
+        count = stats[:, :, 0].sum((0, 1))
+        moments[0] = rows[0, 0]
+        moments[1] = rows[4, 0] * (count / (count - 1).clamp(min=1))
+
+
 def norm_backward(
     g: Tensor,
     x: Tensor,

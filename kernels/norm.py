@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Tile, check_same, device_of, load_row, map_arguments, row_arguments
+from .maps import Tile, check_same, device_of, load_row, map_arguments, power_of_two, row_arguments
 from .naive import Affine, Averages
 
 GROUP = 512  # parts of a statistic that one program combines, if there are more than twice as many
@@ -20,7 +20,7 @@ GROUP = 512  # parts of a statistic that one program combines, if there are more
 
 @triton.jit
 def _norm_finalise_kernel(
-    stats_ptr, weight_ptr, bias_ptr, out_ptr, parts, eps, C,
+    stats_ptr, weight_ptr, bias_ptr, out_ptr, out_stride, out_stride_row, moments_ptr, moments_stride, parts, eps, C,
     FINAL: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Chan's combination of parts A and B, with d = mean_B - mean_A and n = n_A + n_B:
@@ -28,7 +28,8 @@ def _norm_finalise_kernel(
         mean = mean_A + d n_B / n          squares = squares_A + squares_B + d^2 n_A n_B / n
 
     stats [rows, parts, 3, C]; a program takes one row, STEPS tiles of BLOCK_T parts and a block of channels. Each lane of
-    the tile combines its parts over the steps, then lanes are combined. Writes [rows, groups, 3, C]; [5, rows, C] if FINAL.
+    the tile combines its parts over the steps, then lanes are combined. Writes [rows, groups, 3, C]; if FINAL mean, inverse
+    deviation, scale and shift, `out_stride` apart, and mean and unbiased variance to moments, if there are any.
     """
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -57,13 +58,14 @@ def _norm_finalise_kernel(
         inverse = tl.div_rn(tl.full((BLOCK_C,), 1.0, tl.float32), tl.sqrt_rn(variance + eps))
         scale = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32) * inverse
         shift = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32) - centre * scale
-        step = tl.num_programs(0).to(tl.int64) * C
-        out_ptr += row * C + c
+        out_ptr += row * out_stride_row + c
         tl.store(out_ptr, centre, mask=c < C)
-        tl.store(out_ptr + step, inverse, mask=c < C)
-        tl.store(out_ptr + 2 * step, scale, mask=c < C)
-        tl.store(out_ptr + 3 * step, shift, mask=c < C)
-        tl.store(out_ptr + 4 * step, variance, mask=c < C)
+        tl.store(out_ptr + out_stride, inverse, mask=c < C)
+        tl.store(out_ptr + 2 * out_stride, scale, mask=c < C)
+        tl.store(out_ptr + 3 * out_stride, shift, mask=c < C)
+        if moments_ptr is not None:
+            tl.store(moments_ptr + c, centre, mask=c < C)
+            tl.store(moments_ptr + moments_stride + c, combined / tl.maximum(total - 1.0, 1.0), mask=c < C)
     else:
         out_ptr += (row * tl.num_programs(1) + group) * 3 * C + c
         tl.store(out_ptr, total, mask=c < C)
@@ -71,8 +73,10 @@ def _norm_finalise_kernel(
         tl.store(out_ptr + 2 * C, combined, mask=c < C)
 
 
-def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> Tensor:
-    """See `naive.norm_finalise`. Reads the statistics once; one launch up to 2 GROUP parts, one more per factor GROUP."""
+def norm_table(
+    table: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool, moments: Tensor | None = None
+) -> None:
+    """See `naive.norm_table`. Reads the statistics once; one launch up to 8 GROUP parts, one more per factor GROUP."""
     if stats.dtype != torch.float32 or stats.ndim != 4 or stats.shape[2] != 3:
         raise ValueError(f"expected float32 statistics [N, T, 3, C], got {stats.dtype} {tuple(stats.shape)}")
     channels = stats.shape[3]
@@ -80,26 +84,39 @@ def norm_finalise(stats: Tensor, weight: Tensor, bias: Tensor, eps: float, insta
         raise ValueError(f"expected weight and bias [{channels}], got {tuple(weight.shape)} and {tuple(bias.shape)}")
     stats, weight, bias = stats.contiguous(), weight.contiguous(), bias.contiguous()
     rows, parts = (stats.shape[0], stats.shape[1]) if instance else (1, stats.shape[0] * stats.shape[1])
-    result = stats.new_empty(5, rows, channels)
-    if result.numel() == 0:
-        return result
-    block_c = min(triton.next_power_of_2(channels), 8)  # 32 bytes: few channels per program, so that there are many
-    blocks = triton.cdiv(channels, block_c)
+    _check_slots(table, (4, rows, channels), stats)
+    if moments is not None:
+        _check_slots(moments, (2, channels), stats)
+    if table.numel() == 0:
+        return
+    block_c = min(power_of_two(channels), 8)  # 32 bytes: few channels per program, so that there are many
+    blocks = -(-channels // block_c)
     shared = {"weight_ptr": weight, "bias_ptr": bias, "eps": eps, "C": channels, "BLOCK_C": block_c}
+    out = {"out_ptr": table, "out_stride": table.stride(0), "out_stride_row": table.stride(1)}
+    out |= {"moments_ptr": moments, "moments_stride": 0 if moments is None else moments.stride(0)}
     with device_of(stats):
-        while parts > 2 * GROUP:
-            groups = triton.cdiv(parts, GROUP)
+        while parts > 8 * GROUP:
+            groups = -(-parts // GROUP)
             combined = stats.new_empty(rows, groups, 3, channels)
+            between = {"out_ptr": combined, "out_stride": 0, "out_stride_row": 0, "moments_ptr": None, "moments_stride": 0}
             _norm_finalise_kernel[(rows, groups, blocks)](
-                stats_ptr=stats, out_ptr=combined, parts=parts, FINAL=False, STEPS=2, BLOCK_T=GROUP // 2, **shared
+                stats_ptr=stats, **between, parts=parts, FINAL=False, STEPS=2, BLOCK_T=GROUP // 2, **shared
             )
             stats, parts = combined, groups
-        block_t = min(triton.next_power_of_2(max(parts, 1)), 256)
-        steps = triton.cdiv(parts, block_t)
+        block_t = min(power_of_two(parts), 256)
+        steps = -(-parts // block_t)
         _norm_finalise_kernel[(rows, 1, blocks)](
-            stats_ptr=stats, out_ptr=result, parts=parts, FINAL=True, STEPS=steps, BLOCK_T=block_t, **shared
+            stats_ptr=stats, **out, parts=parts, FINAL=True, STEPS=steps, BLOCK_T=block_t, **shared
         )
-    return result
+
+
+def _check_slots(x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises ValueError unless x has the shape, its channels side by side, in float32 on the device of `like`."""
+    if tuple(x.shape) != shape or x.dtype != like.dtype or x.device != like.device or (shape[-1] > 1 and x.stride(-1) != 1):
+        raise ValueError(
+            f"expected {like.dtype} {shape} on {like.device}, channels side by side, got {x.dtype} {tuple(x.shape)},"
+            f" {x.stride()} on {x.device}"
+        )
 
 
 @triton.jit
@@ -148,10 +165,10 @@ def _norm_sums_kernel(
 @triton.jit
 def _norm_apply_kernel(
     g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
-    scale_ptr, scale_stride, shift_ptr, shift_stride, averages_ptr, averages_stride, pixels, tiles, C,
+    scale_ptr, scale_stride, shift_ptr, shift_stride, averages_ptr, averages_stride, count, pixels, tiles, C,
     SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """g <- scale (h - mean(h) - z mean(h z)). averages [1 or N, 2, C]."""
+    """g <- scale (h - mean(h) - z mean(h z)). averages [1 or N, 2, C]: count times the means."""
     n, first = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
@@ -163,8 +180,8 @@ def _norm_apply_kernel(
         g, x, n, c, C, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
         scale_ptr, scale_stride, shift_ptr, shift_stride, SLOPE,
     )  # fmt: skip
-    mean_h = load_row(averages_ptr, averages_stride, n, c, C)
-    mean_hz = load_row(averages_ptr + C, averages_stride, n, c, C)
+    mean_h = load_row(averages_ptr, averages_stride, n, c, C) / count
+    mean_hz = load_row(averages_ptr + C, averages_stride, n, c, C) / count
     tl.store(g_where, (scale * (h - mean_h - z * mean_hz)).to(g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -198,17 +215,20 @@ def norm_backward(
     sums = g.new_empty(images, chunks, 2, channels, dtype=torch.float32)
     with device_of(g):
         _norm_sums_kernel[(images * chunks, blocks)](sums_ptr=sums, chunks=chunks, FROZEN=frozen, STEPS=steps, **shared)
-        of_images = sums.sum(dim=1)
-        total = of_images.sum(dim=0)
+        instance = mean.shape[0] > 1
+        of_images = sums.sum(dim=1) if instance else None
+        total = of_images.sum(dim=0) if instance else sums.flatten(0, 1).sum(dim=0)
         if not frozen:
-            instance = mean.shape[0] > 1
+            means, count = (of_images, pixels) if instance else (total, images * pixels)
             if averages is not None:
-                means = averages(total, images * pixels)
-            else:
-                means = of_images / pixels if instance else total / (images * pixels)
+                means, count = averages(total, images * pixels), 1
             tiles = triton.cdiv(pixels, block_p)
             _norm_apply_kernel[(images * tiles, blocks)](
-                averages_ptr=means, averages_stride=2 * channels if instance else 0, tiles=tiles, **shared
+                averages_ptr=means,
+                averages_stride=2 * channels if instance else 0,
+                count=float(count),
+                tiles=tiles,
+                **shared,
             )
     return total[1], total[0]
 
@@ -255,49 +275,61 @@ def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = Non
 
 
 @triton.jit
-def _border_lines_kernel(
-    dy_ptr, dy_stride_n, dy_stride_p, sums_ptr, lines, width, C,
-    STEPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+def _border_kernel(
+    dy_ptr, dy_stride_n, dy_stride_p, sums_ptr, images, depth, height, width, groups, C,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """sums[line] = (first, sum of inner, last) of a line of pixels along W; a single pixel is the last.
+    """sums[class, group] = (first, sum of inner, last) over lines of pixels along W; a single pixel is the last.
 
-    Lines are numbered over [N, D, H], `lines` per image; sums [N, D, H, 3, C].
+    A program takes every groups-th line of a class of lines, of `[N, depth, height]`; programs are numbered over classes
+    (of depth, then height) and groups. sums [classes, groups, 3, C].
     """
-    line = tl.program_id(0).to(tl.int64)
+    row, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    first_y, lines_y = _lines(row % 3, height)
+    first_z, lines_z = _lines(tl.where(tl.num_programs(0) > 3 * groups, row // 3, 2), depth)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dy_ptr += line // lines * dy_stride_n + (line % lines) * width * dy_stride_p + c
     total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for step in range(STEPS):
-        x = step * BLOCK_W + tl.arange(0, BLOCK_W)
-        mask = ((x > 0) & (x < width - 1))[:, None] & (c < C)[None, :]
-        total += tl.load(dy_ptr[None, :] + x.to(tl.int64)[:, None] * dy_stride_p, mask=mask, other=0.0).to(tl.float32)
-    first = tl.load(dy_ptr, mask=c < tl.where(width > 1, C, 0), other=0.0)
-    last = tl.load(dy_ptr + (line * 0 + width - 1) * dy_stride_p, mask=c < C, other=0.0)  # in int64
-    sums_ptr += line * 3 * C + c
-    tl.store(sums_ptr, first.to(tl.float32), mask=c < C)
+    first = tl.zeros((BLOCK_C,), tl.float32)
+    last = tl.zeros((BLOCK_C,), tl.float32)
+    for line in range(group, images * lines_z * lines_y, groups):
+        y, z, n = first_y + line % lines_y, first_z + line // lines_y % lines_z, line // lines_y // lines_z
+        start = n.to(tl.int64) * dy_stride_n + (z.to(tl.int64) * height + y) * width * dy_stride_p + c
+        for left in range(0, width, BLOCK_W):
+            x = left + tl.arange(0, BLOCK_W)
+            mask = ((x > 0) & (x < width - 1))[:, None] & (c < C)[None, :]
+            where = dy_ptr + start[None, :] + x.to(tl.int64)[:, None] * dy_stride_p
+            total += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        first += tl.load(dy_ptr + start, mask=c < tl.where(width > 1, C, 0), other=0.0).to(tl.float32)
+        last += tl.load(dy_ptr + start + (n.to(tl.int64) * 0 + width - 1) * dy_stride_p, mask=c < C, other=0.0).to(
+            tl.float32
+        )
+    sums_ptr += tl.program_id(0).to(tl.int64) * 3 * C + c
+    tl.store(sums_ptr, first, mask=c < C)
     tl.store(sums_ptr + C, tl.sum(total, axis=0), mask=c < C)
-    tl.store(sums_ptr + 2 * C, last.to(tl.float32), mask=c < C)
+    tl.store(sums_ptr + 2 * C, last, mask=c < C)
 
 
-def _class_sums(sums: Tensor) -> Tensor:
-    """`[size, ...]` as `[3, ...]`: the first, the sum of the inner ones, the last; a single one is the last."""
-    size = sums.shape[0]
-    return torch.stack([sums[: min(size - 1, 1)].sum(0), sums[1 : max(size - 1, 1)].sum(0), sums[-1]])
+@triton.jit
+def _lines(border, size):
+    """The first line of a border class along an axis, and how many there are; a single line is of the last class."""
+    return tl.where(border == 0, 0, tl.where(border == 1, 1, size - 1)), tl.where(
+        border == 0, tl.minimum(size - 1, 1), tl.where(border == 1, tl.maximum(size - 2, 0), 1)
+    )
 
 
 def border_sums(dy: Tensor, axes: int, config: Tile | None = None) -> Tensor:
-    """See `naive.border_sums`. Reads dy once; sums per line along W and class first, then over N, H and D."""
+    """See `naive.border_sums`. Reads dy once; sums by groups of lines along W first."""
     tile = config or Tile()
     images, depth, height, width, channels = dy.shape
     if dy.numel() == 0:
         return dy.new_zeros(3**axes, channels, dtype=torch.float32)
     block_w, block_c = tile.blocks(width, channels)
-    steps = triton.next_power_of_2(triton.cdiv(width, block_w))
-    sums = dy.new_empty(images, depth, height, 3, channels, dtype=torch.float32)
+    classes, blocks = 3 ** (axes - 1), -(-channels // block_c)
+    groups = min(images * depth * height, max(1, tile.programs // (classes * blocks)))
+    sums = dy.new_empty(classes, groups, 3, channels, dtype=torch.float32)
     with device_of(dy):
-        _border_lines_kernel[(images * depth * height, triton.cdiv(channels, block_c))](
-            **map_arguments(dy=dy), sums_ptr=sums, lines=depth * height, width=width, C=channels,
-            STEPS=steps, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=tile.warps,
+        _border_kernel[(classes * groups, blocks)](
+            **map_arguments(dy=dy), sums_ptr=sums, images=images, depth=depth, height=height, width=width, groups=groups,
+            C=channels, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
-        planes = _class_sums(sums.sum(0).movedim(1, 0))  # [3, D, 3, C]
-        return (_class_sums(planes.movedim(1, 0)) if axes == 3 else planes.sum(1)).reshape(3**axes, channels)
+        return sums.sum(dim=1).view(3**axes, channels)

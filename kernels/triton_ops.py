@@ -26,7 +26,7 @@ from .conv_configs import Config, configs
 from .conv_wgrad import WgradConfig
 from .head import head, head_backward
 from .maps import interpreted, unit_grid
-from .norm import act_backward, border_sums, norm_backward, norm_finalise
+from .norm import act_backward, border_sums, norm_backward, norm_table
 from .pool import pool, pool_backward
 from .read import read
 
@@ -38,7 +38,7 @@ __all__ = [
     "head",
     "head_backward",
     "norm_backward",
-    "norm_finalise",
+    "norm_table",
     "pool",
     "pool_backward",
 ]

@@ -12,7 +12,17 @@ import pytest
 from support.compiled_kernels import Launch, assert_all_compile, compile_all, main
 from support.triton_versions import VERSIONS
 
-SINGLE = ("stats_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "inverse_ptr", "scale_ptr", "shift_ptr", "averages_ptr")
+SINGLE = (
+    "stats_ptr",
+    "moments_ptr",
+    "weight_ptr",
+    "bias_ptr",
+    "mean_ptr",
+    "inverse_ptr",
+    "scale_ptr",
+    "shift_ptr",
+    "averages_ptr",
+)
 SUMS = ("sums_ptr", "weight_sums_ptr", "bias_sums_ptr")
 BRANCHES = ("FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF")
 MAP = {"AFFINE": True, "SLOPE": 0.1}
@@ -25,7 +35,7 @@ def variants() -> list[tuple[str, str, dict, dict]]:
     norm = [
         ("_norm_finalise_kernel", {"FINAL": False, "STEPS": 2, "BLOCK_T": 256, "BLOCK_C": 8}, {"out_ptr": "*fp32"}),
         ("_norm_finalise_kernel", {"FINAL": True, "STEPS": 4, "BLOCK_T": 256, "BLOCK_C": 8}, {"out_ptr": "*fp32"}),
-        ("_border_lines_kernel", {"STEPS": 8, "BLOCK_W": 64, "BLOCK_C": 32}, {}),
+        ("_border_kernel", {"BLOCK_W": 64, "BLOCK_C": 32}, {}),
     ]
     for channels in (512, 32, 1):
         blocks = {"SLOPE": 0.1, **dict(zip(("BLOCK_P", "BLOCK_C"), Tile().blocks(512 * 512, channels), strict=True))}
@@ -81,7 +91,7 @@ def launch(module: str, name: str, constants: dict, types: dict, map_type: str, 
         elif parameter.endswith("_ptr"):
             kind = kind or ("fp32" if parameter in (*SINGLE, *SUMS) else "map")
             kind = "*" + kind.removeprefix("*").replace("map", map_type)
-        elif parameter == "eps":
+        elif parameter in ("eps", "count"):
             kind = "fp32"
         elif ones:
             kind, constants[parameter] = "constexpr", 1

@@ -159,14 +159,19 @@ def test_border_sums(size, n, channels, rows, slope):
     check_map("border_sums", torch.float32, size, n, channels)
 
 
-def test_norm_finalise():
+def test_norm_table():
     stats = torch.rand(3, 4, 3, 7) + 1
     weight, bias = torch.randn(7), torch.randn(7)
     for instance in (False, True):
-        table = cpu_ops.norm_finalise(stats, weight, bias, 1e-5, instance)
+        table, moments = torch.empty(4, 3 if instance else 1, 7), None if instance else torch.empty(2, 7)
+        cpu_ops.norm_table(table, stats, weight, bias, 1e-5, instance, moments)
         exact = naive.norm_finalise(stats.double(), weight.double(), bias.double(), 1e-5, instance)
-        for a, e in zip(table, exact, strict=True):
+        for a, e in zip(table, exact[:4], strict=True):
             assert_accepted(a, e, a)
+        if not instance:
+            count = stats.double()[:, :, 0].sum((0, 1))
+            assert_accepted(moments[0], exact[0, 0], moments[0])
+            assert_accepted(moments[1], exact[4, 0] * count / (count - 1), moments[1])
 
 
 @pytest.mark.parametrize("name", OPS)

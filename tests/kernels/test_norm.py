@@ -1,5 +1,6 @@
 """Kernels of norm.py against the plain PyTorch of naive.py."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -40,21 +41,36 @@ def make_stats(images: int, parts: int, channels: int) -> Tensor:
 def test_finalise(images, parts, channels, instance):
     stats = make_stats(images, parts, channels)
     weight, bias = random(channels, seed=5), random(channels, seed=6)
-    actual = norm.norm_finalise(stats, weight, bias, 1e-5, instance)
-    exact = naive.norm_finalise(stats.double(), weight.double(), bias.double(), 1e-5, instance)
-    again = norm.norm_finalise(stats, weight, bias, 1e-5, instance)
+    actual = norm_tables(norm, stats, weight, bias, 1e-5, instance)
+    exact = norm_tables(naive, stats.double(), weight.double(), bias.double(), 1e-5, instance)
+    again = norm_tables(norm, stats, weight, bias, 1e-5, instance)
     for a, e, b in zip(actual, exact, again, strict=True):
         assert a.dtype == torch.float32
         assert_close_relative(a.double(), e, FLOAT32)
         assert torch.equal(a, b)
 
 
+def norm_tables(ops, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, instance: bool) -> list[Tensor]:
+    """Mean, inverse deviation, scale and shift and, of the batch, mean and unbiased variance, written into slots of larger
+    tensors, of which nothing else is written."""
+    rows, channels = (stats.shape[0] if instance else 1), stats.shape[3]
+    table = stats.new_full((4, rows, channels + 5), math.nan)
+    moments = None if instance else stats.new_full((2, channels + 5), math.nan)
+    slot = slice(2, 2 + channels)
+    ops.norm_table(table[..., slot], stats, weight, bias, eps, instance, None if instance else moments[:, slot])
+    results = [part.clone() for part in (*table[..., slot], *(() if instance else moments[:, slot]))]
+    for whole in (table, *([] if instance else [moments])):
+        whole[..., slot] = math.nan
+        assert whole.isnan().all()
+    return results
+
+
 def test_finalise_does_not_cancel():
     """A mean of a thousand standard deviations: the difference of two sums of squares would have no correct digit."""
     x = (1000 + random(2, 64, 8, seed=1)).view(2, 8, 8, 8, 1).transpose(1, 4)
     stats = torch.cat([naive.statistics(x[:, :, k : k + 2]) for k in range(0, 8, 2)], dim=1)
-    *_, variance = norm.norm_finalise(stats, stats.new_ones(8), stats.new_zeros(8), 1e-5, False)
-    assert_close_relative(variance[0].double(), x.double().var((0, 1, 2, 3), correction=0), FLOAT32)
+    *_, variance = norm_tables(norm, stats, stats.new_ones(8), stats.new_zeros(8), 1e-5, False)
+    assert_close_relative(variance.double(), x.double().var((0, 1, 2, 3), correction=1), FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,6 +174,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"\[1 or 2, 3\]"):
         norm.norm_backward(x, x.clone(), rows, rows, (rows, rows), 0.0, False)
     with pytest.raises(ValueError, match="statistics"):
-        norm.norm_finalise(x[0], rows[0], rows[0], 1e-5, True)
+        norm.norm_table(rows, x[0], rows[0], rows[0], 1e-5, True)
     with pytest.raises(ValueError, match="weight"):
-        norm.norm_finalise(random(1, 2, 3, 4), rows[0], rows[0], 1e-5, True)
+        norm.norm_table(rows, random(1, 2, 3, 4), rows[0], rows[0], 1e-5, True)
+    with pytest.raises(ValueError, match="side by side"):
+        norm.norm_table(random(3, 1, 4).mT, random(1, 2, 3, 3), rows[0], rows[0], 1e-5, False)

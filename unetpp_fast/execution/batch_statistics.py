@@ -28,15 +28,14 @@ def agreed(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
     return int(chosen)
 
 
-def gathered_statistics(mean: Tensor, variance: Tensor, pixels: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """From this process's mean and biased variance `[1, C]` over its `pixels`: the partial statistics of all processes,
-    `[1, processes, 3, C]`, as `naive.norm_finalise` takes them, and the number of all their pixels."""
-    count = torch.full_like(mean[0], pixels)
-    mine = torch.stack((count, mean[0], variance[0] * count))
+def gathered_statistics(moments: Tensor, pixels: int, group: dist.ProcessGroup) -> Tensor:
+    """From this process's mean and unbiased variance `[2, C]` over its `pixels`: the partial statistics of all processes,
+    `[1, processes, 3, C]`, as `naive.norm_table` takes them."""
+    count = torch.full_like(moments[0], pixels)
+    mine = torch.stack((count, moments[0], moments[1] * max(pixels - 1, 0)))
     parts = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(parts, mine, group=group)
-    together = torch.stack(parts)[None]
-    return together, together[0, :, 0, 0].sum()
+    return torch.stack(parts)[None]
 
 
 def averages_of(sums: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:

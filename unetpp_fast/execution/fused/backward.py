@@ -18,9 +18,10 @@ from torch import Tensor
 from ...kernels import naive
 from ..batch_statistics import averages_of
 from ..plan import weight_composition
-from ..plan.operands import Modes, cast, conv1_operands, prefix_width, upsampling
+from ..plan.operands import GradientOperands, Modes, cast, conv1_operands, gradient_operands, prefix_width, upsampling
 from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
+from .composed import Composed
 from .forward import Forward
 from .ops import takes_views
 
@@ -29,6 +30,8 @@ class Backward:
     """The backward pass of a `Forward` and its `Maps`; arguments as there.
 
     recompute: `Maps.mids` is empty, with room for one node per level, whose first convolution runs again.
+    composed: the weights of all nodes, if the forward pass kept them; the gradients of operands are then collected in
+    `parts`, as `Composed.gradients` takes them, and not those of convolutions' and up-samplings' weights in `gradients`.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class Backward:
         dtype: torch.dtype,
         group: dist.ProcessGroup | None = None,
         recompute: bool = False,
+        composed: Composed | None = None,
     ):
         self.plan, self.ops, self.modes, self.parameters, self.dtype = plan, ops, modes, parameters, dtype
-        self.group, self.recompute = group, recompute
+        self.group, self.recompute, self.composed = group, recompute, composed
+        self.parts: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.written: set[tuple[int, int]] = set()  # (level, column) of slices that hold a gradient
 
@@ -52,6 +57,8 @@ class Backward:
         Afterwards `gradients` holds those of the parameters, by name.
         """
         self.levels = [torch.empty_like(level) for level in maps.levels]
+        acc, widest = naive.accumulator(self.dtype), max(node.width for node in self.plan.topology.nodes)
+        self.zeros = maps.levels[0].new_zeros(widest + 1, dtype=acc)  # wider than any bias: none takes all of its memory
         of_input = None
         by_column = dict(zip(self.plan.topology.heads, outputs, strict=True))
         for step in reversed(self.plan.steps):
@@ -104,36 +111,34 @@ class Backward:
         if self.recompute:
             stored = dict.fromkeys(self.modes, "frozen")  # raw, without statistics: the tables hold them
             again = Forward(plan, self.ops, stored, self.parameters, self.dtype)
-            again.first(maps, step, conv1_operands(plan, step, self.parameters, stored))
+            first = self.composed.operands[node.name][0] if self.composed else None
+            again.first(maps, step, first or conv1_operands(plan, step, self.parameters, stored))
         mid, affine_mid = maps.mid(step)
         out, _ = maps.out(step)
         total = self._through_norm(f"{node.name}.norm2", g, out, maps.level_tables[node.level], step.out)
-        gw = self.ops.conv_wgrad(mid, g, axes=plan.axes, affine=affine_mid, slope=plan.slope)
-        weight = self.parameters[f"{name}.conv2.weight"]
-        self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw[0], plan.axes))
-        if f"{name}.conv2.bias" in self.parameters:
-            self._add(f"{name}.conv2.bias", total)
+        gw = self.ops.conv_wgrad(mid, g, axes=plan.axes, affine=affine_mid, slope=plan.slope)[0]
+        if self.composed:
+            self.parts[f"{node.name} second"] = gw
+        else:
+            self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw, plan.axes))
+        self._add_bias(f"{name}.conv2.bias", total)
         g_mid = torch.empty_like(mid, memory_format=torch.contiguous_format)
-        self.ops.conv(
-            g_mid, g, self._cast(weight_composition.flipped(weight_composition.taps_first(weight))), axes=plan.axes
-        )
-        return self._first(maps, step, g_mid, needs_input)
+        weights = self.composed.of_gradients(step) if self.composed else gradient_operands(plan, step, self.parameters)
+        self.ops.conv(g_mid, g, self._cast(weights.second), axes=plan.axes)
+        return self._first(maps, step, g_mid, weights, needs_input)
 
-    def _first(self, maps: Maps, step: Step, g: Tensor, needs_input: bool) -> Tensor | None:
+    def _first(self, maps: Maps, step: Step, g: Tensor, weights: GradientOperands, needs_input: bool) -> Tensor | None:
         """Through the first convolution of a node, from the gradient of its activated output."""
-        plan, node = self.plan, step.node
+        node = step.node
         mid, _ = maps.mid(step)
         total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], step.out)
         self._first_parameters(maps, step, g, total)
-        weight = self.parameters[f"nodes.{node.name}.conv1.weight"]
-        up, _ = upsampling(plan, step, self.parameters)
-        operands = weight_composition.first_operands(weight, None, prefix_width(step, weight), step.form, up)
-        gradient = self._into_prefix(maps, step, g, self._cast(weight_composition.flipped(operands.wa)), needs_input)
+        gradient = self._into_prefix(maps, step, g, weights.prefix, needs_input)
         if step.form:
-            self._into_low(maps, step, g, operands.wb)
+            self._into_low(maps, step, g, weights.low)
         return gradient
 
-    def _first_parameters(self, maps: Maps, step: Step, g: Tensor, total: Tensor) -> None:
+    def _first_parameters(self, maps: Maps, step: Step, g: Tensor, total: Tensor | None) -> None:
         """The gradients of a node's first convolution and of its up-sampling, through the composition."""
         plan, name = self.plan, f"nodes.{step.node.name}"
         a, affine_a = maps.prefix(step)
@@ -146,14 +151,17 @@ class Backward:
             border = None if up is None else self.ops.border_sums(g, plan.axes)
         elif step.form == "full":
             wb = self.ops.conv_wgrad(maps.ups[step.node.name], g, axes=plan.axes)
+        self._add_bias(f"{name}.conv1.bias", total)
+        if self.composed:
+            parts = {"prefix": wa, "low": wb, "border": border}
+            self.parts |= {f"{step.node.name} {part}": value for part, value in parts.items() if value is not None}
+            return
         weight = self.parameters[f"{name}.conv1.weight"]
         parts = [None if part is None else part.to(weight.dtype) for part in (wa, wb, None, border)]
         g_weight, g_up, g_up_bias = weight_composition.first_operands_backward(
             weight_composition.Operands(*parts), weight, prefix_width(step, weight), step.form, up, up_bias
         )
         self._add(f"{name}.conv1.weight", g_weight)
-        if f"{name}.conv1.bias" in self.parameters:
-            self._add(f"{name}.conv1.bias", total)
         if up is not None and plan.project:
             self._add(f"{name}.up.project.weight", g_up.transpose(0, 1))
             self._add(f"{name}.up.project.bias", g_up_bias)
@@ -161,11 +169,16 @@ class Backward:
             self._add(f"{name}.up.weight", g_up)
             self._add(f"{name}.up.bias", g_up_bias)
 
-    def _through_norm(self, name: str, g: Tensor, x: Tensor, table: Tensor | None, slot: Slot) -> Tensor:
+    def _add_bias(self, name: str, total: Tensor | None) -> None:
+        """Adds the gradient of a convolution's bias, if it has one; None stands for zero."""
+        if name in self.parameters:
+            self._add(name, self.zeros[: self.parameters[name].shape[0]] if total is None else total)
+
+    def _through_norm(self, name: str, g: Tensor, x: Tensor, table: Tensor | None, slot: Slot) -> Tensor | None:
         """Turns g, in place, from the gradient of an activated map into that of the convolution's output x.
 
-        Returns the gradient of the convolution's bias, the sum over the pixels: zero but for rounding before a norm
-        that subtracts the mean.
+        Returns the gradient of the convolution's bias, the sum over the pixels; None before a norm that subtracts the
+        mean, where it is zero but for rounding.
         """
         mode = self.modes.get(name)
         if mode is None:
@@ -178,19 +191,20 @@ class Backward:
         )
         self._add(f"nodes.{name}.weight", gw)
         self._add(f"nodes.{name}.bias", gb)
-        return gb * scale[0] if mode == "frozen" else torch.zeros_like(gb)
+        return gb * scale[0] if mode == "frozen" else None
 
     def _into_prefix(self, maps: Maps, step: Step, g: Tensor, weight: Tensor, needs_input: bool) -> Tensor | None:
         plan, node = self.plan, step.node
         if step.source == "prefix":
             target = view(self.levels[node.level], Slot(0, step.prefix))
-            self.ops.conv(target, g, weight, axes=plan.axes, add=self._claim(node.level, node.prefix))
+            add = self._claim(node.level, node.prefix)
+            self.ops.conv(target, g, self._cast(weight), axes=plan.axes, add=add)
             return None
         if step.source == "input" and not needs_input:
             return None
         a, _ = maps.prefix(step)
         ga = torch.empty_like(a)
-        self.ops.conv(ga, g, weight, axes=plan.axes)
+        self.ops.conv(ga, g, self._cast(weight), axes=plan.axes)
         if step.source == "input":
             return from_maps(ga, plan.axes)
         above = next(other for other in plan.steps if other.node.position == (node.level - 1, 0))
@@ -201,18 +215,16 @@ class Backward:
         )  # fmt: skip
         return None
 
-    def _into_low(self, maps: Maps, step: Step, g: Tensor, wb: Tensor) -> None:
+    def _into_low(self, maps: Maps, step: Step, g: Tensor, weight: Tensor) -> None:
         plan, (level, column) = self.plan, step.node.low
         add = self._claim(level, [column])
         target = view(self.levels[level], step.low)
         if step.form == "phases":
-            self.ops.conv(
-                target, g, self._cast(weight_composition.gathered(wb, plan.axes)), axes=plan.axes, taps=4, stride=2, add=add
-            )
+            self.ops.conv(target, g, self._cast(weight), axes=plan.axes, taps=4, stride=2, add=add)
             return
         up = maps.ups[step.node.name]
         g_up = torch.empty_like(up)
-        self.ops.conv(g_up, g, self._cast(weight_composition.flipped(wb[0])), axes=plan.axes)
+        self.ops.conv(g_up, g, self._cast(weight), axes=plan.axes)
         gx = self._through_upsample(maps, step, from_maps(g_up, plan.axes))
         target.add_(gx) if add else target.copy_(gx)
 

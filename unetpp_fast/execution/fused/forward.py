@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels import naive
-from ..batch_statistics import gathered_statistics, unbiased
+from ..batch_statistics import gathered_statistics
 from ..plan.operands import Modes, cast, node_operands
 from ..plan.steps import Plan, Slot, Step, head_step
 from ..plan.weight_composition import Operands
-from .buffers import MEAN, VARIANCE, Maps, allocate, from_maps, to_maps, view
+from .buffers import Maps, allocate, from_maps, to_maps, view
 from .ops import takes_views
 
 
@@ -44,7 +44,6 @@ class Forward:
     dtype: torch.dtype
     group: dist.ProcessGroup | None = None
     operands: Mapping[str, tuple[Operands, Operands]] = field(default_factory=dict)
-    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def run(
         self, x: Tensor, keep: bool, recompute: bool = False, maps: Maps | None = None, columns: Sequence[int] | None = None
@@ -53,8 +52,13 @@ class Forward:
 
         recompute: the backward pass recomputes the outputs of first convolutions (`Backward`).
         maps: the buffers of an earlier pass of this size to use again. columns: of the heads to compute, default all.
-        Afterwards `statistics` holds the mean and unbiased variance of each norm in mode "batch".
+        Afterwards `moments` `[2, sum of widths]` holds the mean and unbiased variance of each norm in mode "batch", those of
+        the first in the plan's order first; None if there is none.
         """
+        self.moments, self.places = None, moment_places(self.plan, self.modes)
+        if self.places:
+            width = max(slot.end for slot in self.places.values())
+            self.moments = x.new_empty((2, width), dtype=naive.accumulator(self.dtype))
         raw = any(mode != "folded" for mode in self.modes.values())
         if maps is None:
             maps = self.allocate(x, keep, raw, recompute)
@@ -145,22 +149,19 @@ class Forward:
         mode = self.modes.get(name)
         if mode in (None, "folded"):
             return
-        acc = naive.accumulator(self.dtype)
+        acc, rows = naive.accumulator(self.dtype), view(table, slot)
         weight, bias = (self.parameters[f"nodes.{name}.{key}"].to(acc) for key in ("weight", "bias"))
         if mode == "frozen":
             mean, variance = (self.parameters[f"nodes.{name}.running_{key}"].to(acc)[None] for key in ("mean", "var"))
             inverse = (variance + self.plan.eps).rsqrt()
             scale = weight * inverse
-            table_rows = torch.stack((mean, inverse, scale, bias - mean * scale))
+            rows.copy_(torch.stack((mean, inverse, scale, bias - mean * scale)))
         else:
-            count = pixels
+            moments = view(self.moments, self.places[name]) if mode == "batch" else None
             if mode == "batch" and self.group is not None:
-                here = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, False)
-                stats, count = gathered_statistics(here[MEAN], here[VARIANCE], pixels, self.group)
-            table_rows = self.ops.norm_finalise(stats, weight, bias, self.plan.eps, mode == "instance")
-            if mode == "batch":
-                self.statistics[name] = (table_rows[MEAN, 0], unbiased(table_rows[VARIANCE, 0], count))
-        table[:, :, slot.offset : slot.end] = table_rows[:VARIANCE]
+                self.ops.norm_table(rows, stats, weight, bias, self.plan.eps, False, moments)
+                stats = gathered_statistics(moments, pixels, self.group)
+            self.ops.norm_table(rows, stats, weight, bias, self.plan.eps, mode == "instance", moments)
 
     def _head(self, maps: Maps, column: int) -> Tensor:
         plan = self.plan
@@ -171,6 +172,17 @@ class Forward:
         acc = naive.accumulator(self.dtype)
         self.ops.head(out, x, weight.flatten(1).to(self.dtype), bias.to(acc), affine=affine_x, slope=plan.slope)
         return out.squeeze(2) if plan.axes == 2 else out
+
+
+def moment_places(plan: Plan, modes: Modes) -> dict[str, Slot]:
+    """The channels of `Forward.moments` that each norm in mode "batch" has, by name."""
+    places, start = {}, 0
+    for step in plan.steps:
+        for name in (f"{step.node.name}.norm1", f"{step.node.name}.norm2"):
+            if modes.get(name) == "batch":
+                places[name] = Slot(start, step.out.width)
+                start += step.out.width
+    return places
 
 
 def upsample(plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

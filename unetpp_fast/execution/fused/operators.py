@@ -7,7 +7,7 @@ to its inputs: new running statistics come back as results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +18,13 @@ from ...architecture.layers import InstanceNorm
 from ...kernels import naive
 from ..batch_statistics import group_of
 from ..call import Call
+from ..plan.steps import Slot
 from . import structure as structures
 from .backward import Backward
-from .buffers import Maps, allocate, to_maps
-from .forward import Forward
-from .ops import load_ops
+from .buffers import Maps, allocate, to_maps, view
+from .composed import Composed, Composition, composition
+from .forward import Forward, moment_places
+from .ops import composes, load_ops
 from .structure import Structure
 
 
@@ -45,24 +47,21 @@ class Settings(NamedTuple):
 @dataclass
 class Results:
     """What the forward operator returns, in this order: the logits of each head; the tensors that the backward pass needs
-    (`Maps.kept`); the mean and unbiased variance of each norm in mode "batch"."""
+    (`Maps.kept`, and of ops that compose weights by a kernel `Composition.compose`); `Forward.moments`, if there are any."""
 
     logits: list[Tensor]
     kept: list[Tensor]
-    statistics: list[Tensor]
+    moments: Tensor | None
 
     def flat(self) -> list[Tensor]:
-        return [*self.logits, *self.kept, *self.statistics]
+        return [*self.logits, *self.kept, *([] if self.moments is None else [self.moments])]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], structure: Structure, modes: dict[str, str]) -> Results:
         """The inverse of `flat`."""
-        heads, end = len(structure.plan.topology.heads), len(tensors) - 2 * len(_in_batch_mode(structure, modes))
-        return cls(list(tensors[:heads]), list(tensors[heads:end]), list(tensors[end:]))
-
-
-def _in_batch_mode(structure: Structure, modes: dict[str, str]) -> list[str]:
-    return [name for name in structure.norms if modes.get(name) == "batch"]
+        heads, any_moments = len(structure.plan.topology.heads), "batch" in modes.values()
+        end = len(tensors) - any_moments
+        return cls(list(tensors[:heads]), list(tensors[heads:end]), tensors[-1] if any_moments else None)
 
 
 def _named(structure: Structure, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -87,11 +86,17 @@ def forward_op(
     """`Results.flat()` for the input `[N, C, *S]` and all parameters and buffers; `kept` is empty without `keep`."""
     structure = structures.find(handle)
     modes = structure.modes(training, keep)
-    run = Forward(structure.plan, load_ops(ops), modes, _named(structure, tensors), dtype, group_of(group))
+    named = _named(structure, tensors)
+    run = Forward(structure.plan, load_ops(ops), modes, named, dtype, group_of(group))
+    weights: list[Tensor] = []
     with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here; sums and weights stay wide
+        if keep and composes(ops):
+            of_all = composition(structure, named)
+            weights = of_all.compose(named, dtype)
+            run.operands = Composed(of_all, weights, named).operands
         logits, maps = run.run(x, keep, recompute)
-    statistics = [value for name in _in_batch_mode(structure, modes) for value in run.statistics[name]]
-    return Results(logits, maps.kept(structure.plan, recompute) if keep else [], statistics).flat()
+    kept = [*maps.kept(structure.plan, recompute), *weights] if keep else []
+    return Results(logits, kept, run.moments).flat()
 
 
 @forward_op.register_fake
@@ -111,10 +116,11 @@ def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
             if step.form == "full":
                 maps.ups[step.node.name] = level.new_empty((*level.shape[:4], step.node.up_width))
         kept = maps.kept(plan, recompute)
-    widths = {step.node.name: step.out.width for step in plan.steps}
-    norms, acc = _in_batch_mode(structure, modes), naive.accumulator(dtype)
-    statistics = [x.new_empty(widths[name.split(".")[0]], dtype=acc) for name in norms for _ in range(2)]
-    return Results(logits, kept, statistics).flat()
+        if composes(ops):
+            kept += composition(structure, _named(structure, tensors)).results(x, dtype)
+    places = moment_places(plan, modes).values()
+    moments = x.new_empty((2, max(slot.end for slot in places)), dtype=naive.accumulator(dtype)) if places else None
+    return Results(logits, kept, moments).flat()
 
 
 def _unshared(x: Tensor) -> Tensor:
@@ -138,15 +144,27 @@ def backward_op(
     group: str,
     recompute: bool,
 ) -> list[Tensor]:
-    """The gradients of the parameters that these heads reach, then that of the input if it is needed."""
+    """The gradients of the parameters that these heads reach, then that of the input if it is needed.
+
+    Of ops that compose weights by a kernel: in float32, those of `Composition.weights` and those of the other parameters,
+    each one after another in a flat tensor.
+    """
     structure = structures.find(handle)
     plan, modes = structure.plan, structure.modes(training, True)
     image = to_maps(x, plan.axes).to(dtype).contiguous()
+    named, composed = _named(structure, parameters), None
+    if composes(ops):
+        composed, kept = Composed(composition(structure, named), kept[-2:], named), kept[:-2]
     maps = Maps.from_kept(plan, image, kept, bool(modes), recompute)
     given = iter(gradients)
-    run = Backward(plan, load_ops(ops), modes, _named(structure, parameters), dtype, group_of(group), recompute)
+    run = Backward(plan, load_ops(ops), modes, named, dtype, group_of(group), recompute, composed)
     with torch.autocast(x.device.type, enabled=False):
         of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
+        if composed:
+            reached = composition(structure, named, heads)
+            others = [run.gradients[name] for name in _not_composed(structure, reached, heads)]
+            flat = [reached.gradients_of(named, run.parts), torch._C._nn.flatten_dense_tensors(others).float()]
+            return [*flat, of_input.to(x.dtype).contiguous()] if needs_input else flat
     dtypes = {name: tensor.dtype for name, tensor in zip(structure.parameters, parameters, strict=True)}
     of_parameters = [_unshared(run.gradients[name].to(dtypes[name])) for name in structure.parameters_of(heads)]
     return [*of_parameters, of_input.to(x.dtype).contiguous()] if needs_input else of_parameters
@@ -157,8 +175,30 @@ def _(x, parameters, kept, gradients, heads, needs_input, handle, training, dtyp
     structure = structures.find(handle)
     structures.keep(structure)
     named = dict(zip(structure.parameters, parameters, strict=True))
-    like = [named[name] for name in structure.parameters_of(heads)] + ([x] if needs_input else [])
+    of_input = [x] if needs_input else []
+    if composes(ops):
+        reached = composition(structure, named, heads)
+        sizes = sum(named[name].numel() for name in _not_composed(structure, reached, heads)), reached.parameters.size
+        flat = [x.new_empty(size, dtype=torch.float32) for size in reversed(sizes)]
+        return [*flat, *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in of_input)]
+    like = [named[name] for name in structure.parameters_of(heads)] + of_input
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like]
+
+
+def _not_composed(structure: Structure, reached: Composition, heads: Sequence[bool]) -> list[str]:
+    return [name for name in structure.parameters_of(heads) if name not in reached.parameters.of]
+
+
+def _by_name(
+    structure: Structure, parameters: Mapping[str, Tensor], heads: Sequence[bool], flat: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The gradients of parameters, from what `backward_op` returns for ops that compose weights by a kernel."""
+    reached = composition(structure, parameters, heads)
+    named = {name: reached.parameters.view(flat[0], name) for name in reached.weights}
+    others = _not_composed(structure, reached, heads)
+    parts = flat[1].split([parameters[name].numel() for name in others])
+    named |= {name: part.view(parameters[name].shape) for name, part in zip(others, parts, strict=True)}
+    return {name: gradient.to(parameters[name].dtype) for name, gradient in named.items()}
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -181,7 +221,11 @@ def _backward(ctx, gradients):
     results = torch.ops.unetpp_fast.backward(
         x, saved[: ctx.count], saved[ctx.count :], given, heads, needs_input, *ctx.settings
     )
-    named = dict(zip(structure.parameters_of(heads), results, strict=False))
+    if composes(ctx.settings.ops):
+        parameters = dict(zip(structure.parameters, saved[: ctx.count], strict=True))
+        named = _by_name(structure, parameters, heads, results)
+    else:
+        named = dict(zip(structure.parameters_of(heads), results, strict=False))
     of_tensors = [named.get(name) for name in structure.parameters + structure.buffers]
     return results[-1] if needs_input else None, of_tensors, None, *[None] * len(ctx.settings)
 
@@ -200,21 +244,27 @@ def forward(call: Call, ops: str) -> list[Tensor]:
     results = Results.of(tensors, structure, structure.modes(training, keep))
     batch = [module for module in norms if module.training and not isinstance(module, InstanceNorm)]
     if batch:
-        _update(batch, results.statistics, call.x.shape[0] > 0 or bool(group))
+        places = moment_places(structure.plan, structure.modes(training, keep))
+        slots = [places[name] for name in structure.norms if name in places]
+        _update(batch, results.moments, slots, call.x.shape[0] > 0 or bool(group))
     return results.logits
 
 
 @torch.no_grad()
-def _update(norms: list[nn.Module], statistics: list[Tensor], any_image: bool) -> None:
-    """Updates running statistics with the norm's momentum, or as the mean over all batches if that is None."""
+def _update(norms: list[nn.Module], moments: Tensor, slots: Sequence[Slot], any_image: bool) -> None:
+    """Updates running statistics with the norm's momentum, or as the mean over all batches if that is None.
+
+    moments, slots: `Forward.moments`, and the place of each norm there.
+    """
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     if not any_image:
         return
     for momentum in {norm.momentum for norm in norms}:
         mine = [index for index, norm in enumerate(norms) if norm.momentum == momentum]
-        for key, first in (("running_mean", 0), ("running_var", 1)):
+        for key, row in (("running_mean", 0), ("running_var", 1)):
             running = [getattr(norms[index], key) for index in mine]
-            batch = [statistics[2 * index + first].to(old.dtype) for index, old in zip(mine, running, strict=True)]
+            parts = (view(moments[row], slots[index]) for index in mine)
+            batch = [part.to(old.dtype) for part, old in zip(parts, running, strict=True)]
             if momentum is None:
                 for index, old, new in zip(mine, running, batch, strict=True):
                     old.lerp_(new, norms[index].num_batches_tracked.to(old.dtype).reciprocal())

@@ -31,6 +31,11 @@ def load_ops(name: str) -> ModuleType:
     raise ValueError(f"no ops are called {name!r}: naive, cpu, triton or cuda")
 
 
+def composes(name: str) -> bool:
+    """Whether the weights of a training step with these ops are composed by a kernel (`composed.py`)."""
+    return name in ("triton", "cuda")
+
+
 def takes_views(ops: ModuleType) -> bool:
     """Whether the convolutions take weights of any strides; else they must be contiguous."""
     return ops is cpu_ops

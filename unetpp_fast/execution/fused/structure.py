@@ -74,11 +74,17 @@ class Structure:
         still = "frozen" if keep or "1" in training else "folded"
         return {name: "batch" if mine == "1" else still for name, mine in zip(self.norms, training, strict=True)}
 
+    def nodes_of(self, heads: Sequence[bool]) -> set[str]:
+        """Names of the nodes that a backward pass reaches; `heads`: whether each head has a gradient."""
+        topology = self.plan.topology
+        columns = [column for column, given in zip(topology.heads, heads, strict=True) if given]
+        return {node.name for column in columns for node in topology.pruned(column).nodes}
+
     def parameters_of(self, heads: Sequence[bool]) -> list[str]:
         """Names of the parameters that a backward pass reaches; `heads`: whether each head has a gradient."""
         topology = self.plan.topology
         columns = [column for column, given in zip(topology.heads, heads, strict=True) if given]
-        reached = {f"nodes.{node.name}" for column in columns for node in topology.pruned(column).nodes}
+        reached = {f"nodes.{name}" for name in self.nodes_of(heads)}
         reached |= {f"heads.{topology[0, column].name}" for column in columns}
         return [name for name in self.parameters if ".".join(name.split(".")[:2]) in reached]
 

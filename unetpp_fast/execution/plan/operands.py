@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,6 +54,29 @@ def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
 def node_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> tuple[Operands, Operands]:
     """The operands of both convolutions of a node."""
     return conv1_operands(plan, step, parameters, modes), conv2_operands(plan, step, parameters, modes)
+
+
+@dataclass(frozen=True)
+class GradientOperands:
+    """The weights of a node's data gradients: into the prefix `[3^axes, CO, KA]`, into the low source (`[4^axes, CO, KB]` by
+    phases, `[3^axes, CO, KB]` at full resolution) and through the second convolution `[3^axes, CO, CO]`."""
+
+    prefix: Tensor
+    low: Tensor | None
+    second: Tensor
+
+
+def gradient_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> GradientOperands:
+    """The weights of a node's data gradients, of any strides."""
+    weight, second = (parameters[f"nodes.{step.node.name}.conv{place}.weight"] for place in (1, 2))
+    up, _ = upsampling(plan, step, parameters)
+    first = weight_composition.first_operands(weight, None, prefix_width(step, weight), step.form, up)
+    low = None
+    if step.form:
+        phased = step.form == "phases"
+        low = weight_composition.gathered(first.wb, plan.axes) if phased else weight_composition.flipped(first.wb[0])
+    flipped = weight_composition.flipped
+    return GradientOperands(flipped(first.wa), low, flipped(weight_composition.taps_first(second)))
 
 
 def all_operands(

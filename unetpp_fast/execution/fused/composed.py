@@ -1,0 +1,263 @@
+"""The weights of a training step, composed by a kernel for all nodes at once (`kernels/weights.py`).
+
+Parameters lie in one flat tensor, operands and the gradients of operands in two others. `Composition` knows where: what
+`weight_composition.first_operands` and its gradient compute node by node with small operators, it has done by two or three
+kernels, whose tables of jobs are made once per network and device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..plan.operands import GradientOperands
+from ..plan.steps import Step
+from ..plan.weight_composition import Operands
+from .structure import Structure
+
+ALIGNED = 64  # operands begin at multiples of so many values
+
+
+@dataclass
+class Places:
+    """Where tensors lie in a flat one, and its size."""
+
+    size: int = 0
+    of: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+
+    def add(self, name: str, *shape: int, aligned: int = 1) -> int:
+        start = -(-self.size // aligned) * aligned
+        self.of[name] = start, shape
+        self.size = start + math.prod(shape)
+        return start
+
+    def __getitem__(self, name: str) -> int:
+        return self.of[name][0]
+
+    def view(self, flat: Tensor, name: str) -> Tensor | None:
+        """The tensor of that name, a view; None if there is none."""
+        if name not in self.of:
+            return None
+        start, shape = self.of[name]
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return flat.as_strided(shape, strides, start)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The jobs of the kernels on one device, forwards and backwards."""
+
+    arrange: Tensor | None
+    phases: Tensor | None
+    arrange_back: Tensor | None
+    phases_back: tuple[Tensor | None, Tensor | None]
+
+
+class Composition:
+    """What the kernels compose for the nodes `reached`, by their names.
+
+    weights: names of the parameters that are composed, in the order of the flat tensor.
+    """
+
+    def __init__(self, structure: Structure, shapes: Mapping[str, Sequence[int]], reached: Iterable[str]):
+        self.plan = plan = structure.plan
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.steps = [step for step in plan.steps if step.node.name in set(reached)]
+        self.up = "deconv" if plan.upsample == "deconv" else "project" if plan.project else "none"
+        self.parameters, self.operands, self.borders = Places(), Places(), Places()
+        self.gradients, self.out = Places(), Places()
+        mine = {f"nodes.{step.node.name}.{key}" for step in self.steps for key in self._keys(step)}
+        self.weights = [name for name in structure.parameters if name in mine]
+        for name in self.weights:
+            self.parameters.add(name, *self.shapes[name])
+            self.out.add(name, *self.shapes[name])
+        for step in self.steps:
+            self._place(step)
+        self._tables: dict[torch.device, Tables] = {}
+
+    def _keys(self, step: Step) -> list[str]:
+        up = {"deconv": "up", "project": "up.project"}.get(self.up) if step.form == "phases" else None
+        return ["conv1.weight", "conv2.weight", *([f"{up}.weight", f"{up}.bias"] if up else [])]
+
+    def _sizes(self, step: Step) -> tuple[int, int, int, int]:
+        """Channels of a node: of its prefix, of its low source, of that up-sampled, and its own."""
+        co, inputs = self.shapes[f"nodes.{step.node.name}.conv1.weight"][:2]
+        prefix = step.prefix if step.source == "prefix" else inputs
+        low = 0 if step.low is None else step.low.width if step.form == "phases" else inputs - prefix
+        return prefix, low, inputs - prefix, co
+
+    def _place(self, step: Step) -> None:
+        node, axes = step.node.name, self.plan.axes
+        prefix, low, _, co = self._sizes(step)
+        parts = {"second": (3**axes, co, co), "prefix": (3**axes, prefix, co)}
+        if step.form == "full":
+            parts["low"] = 3**axes, low, co
+        for part, (taps, k, width) in parts.items():
+            self.operands.add(f"{node} {part}", taps, k, width, aligned=ALIGNED)
+            self.operands.add(f"{node} {part} gradient", taps, width, k, aligned=ALIGNED)
+            self.gradients.add(f"{node} {part}", taps, k, width)
+        if step.form == "phases":
+            phases = 2**axes
+            self.operands.add(f"{node} low", phases, phases, low, co, aligned=ALIGNED)
+            self.operands.add(f"{node} low gradient", 4**axes, co, low, aligned=ALIGNED)
+            self.gradients.add(f"{node} low", phases, phases, low, co)
+            if self.up != "none":
+                self.borders.add(f"{node} border", 3**axes, co)
+                self.gradients.add(f"{node} border", 3**axes, co)
+
+    def tables(self, device: torch.device) -> Tables:
+        """The jobs for a device, made at the first call."""
+        if device not in self._tables:
+            from ...kernels import weights  # not at the top: Triton is optional
+
+            plain = [job for step in self.steps for job in self._plain(step, self.operands, weights.tiles)]
+            back = [job for step in self.steps for job in self._plain(step, self.gradients, weights.tiles)]
+            phased = [step for step in self.steps if step.form == "phases"]
+            jobs = [
+                plain,
+                [job for step in phased for job in self._phases(step, weights.tiles)],
+                back,
+                [job for step in phased for job in self._phases_back(step, weights.tiles)],
+                [job for step in phased if self.up != "none" for job in self._ups_back(step, weights.tiles)],
+            ]
+            first, second, third, *rest = (weights.table(rows, device) for rows in jobs)
+            self._tables[device] = Tables(first, second, third, tuple(rest))
+        return self._tables[device]
+
+    def _plain(self, step: Step, places: Places, tiles) -> list[tuple[int, ...]]:
+        """Jobs of weights that are only arranged, to or from `places`."""
+        node, taps = step.node.name, 3**self.plan.axes
+        prefix, low, up, co = self._sizes(step)
+        weight = self.parameters[f"nodes.{node}.conv1.weight"]
+        parts = [("second", self.parameters[f"nodes.{node}.conv2.weight"], co, co), ("prefix", weight, prefix + up, prefix)]
+        if step.form == "full":
+            parts.append(("low", weight + prefix * taps, prefix + up, low))
+        jobs = []
+        for part, start, inputs, k in parts:
+            flipped = places[f"{node} {part} gradient"] if places is self.operands else 0
+            head = start, places[f"{node} {part}"], flipped, inputs, k, co, 0, 0
+            jobs += [(*head, *tile) for tile in tiles(k, co)]
+        return jobs
+
+    def _ends(self, step: Step, places: Places) -> tuple[int, int, int]:
+        """The last columns of a job: the up-sampling's weight and bias in the parameters, the border table in `places`."""
+        if self.up == "none":
+            return 0, 0, 0
+        node, up = step.node.name, "up" if self.up == "deconv" else "up.project"
+        of = self.parameters
+        return of[f"nodes.{node}.{up}.weight"], of[f"nodes.{node}.{up}.bias"], places[f"{node} border"]
+
+    def _low_weight(self, step: Step, places: Places) -> int:
+        return places[f"nodes.{step.node.name}.conv1.weight"] + self._sizes(step)[0] * 3**self.plan.axes
+
+    def _phases(self, step: Step, tiles) -> list[tuple[int, ...]]:
+        node, axes = step.node.name, self.plan.axes
+        prefix, low, up, co = self._sizes(step)
+        head = (
+            self._low_weight(step, self.parameters), self.operands[f"{node} low"], self.operands[f"{node} low gradient"],
+            prefix + up, low, co, up,
+        )  # fmt: skip
+        ends = self._ends(step, self.borders)
+        jobs = [(*head, place, *tile, *ends) for tile in tiles(low, co) for place in range(4**axes)]
+        if self.up != "none":
+            jobs += [(*head, -1, *tile, *ends) for tile in tiles(1, co)]
+        return jobs
+
+    def _phases_back(self, step: Step, tiles) -> list[tuple[int, ...]]:
+        prefix, low, up, co = self._sizes(step)
+        head = (
+            self._low_weight(step, self.parameters), self.gradients[f"{step.node.name} low"],
+            self._low_weight(step, self.out), prefix + up, low, co, up,
+        )  # fmt: skip
+        ends = self._ends(step, self.gradients)
+        return [(*head, tap, *tile, *ends) for tile in tiles(up, co) for tap in range(3**self.plan.axes)]
+
+    def _ups_back(self, step: Step, tiles) -> list[tuple[int, ...]]:
+        name = f"nodes.{step.node.name}.{'up' if self.up == 'deconv' else 'up.project'}"
+        _, low, up, _ = self._sizes(step)
+        head = self._phases_back(step, tiles)[0][:7]
+        ends = *self._ends(step, self.gradients), self.out[f"{name}.weight"], self.out[f"{name}.bias"]
+        elements = range(2**self.plan.axes) if self.up == "deconv" else (0,)
+        return [(*head, element, *tile, *ends) for tile in tiles(low, up) for element in elements]
+
+    def compose(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """All operands in `dtype`, and all border tables, as two flat tensors."""
+        from ...kernels import weights
+
+        flat = self._flat(parameters)
+        tables, axes = self.tables(flat.device), self.plan.axes
+        operands, borders = self.results(flat, dtype)
+        weights.arrange(flat, operands, tables.arrange, axes)
+        weights.compose_phases(flat, operands, borders, tables.phases, axes, self.up)
+        return [operands, borders]
+
+    def results(self, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Room for what `compose` returns."""
+        borders = like.new_empty(self.borders.size, dtype=torch.float32)
+        return [like.new_empty(self.operands.size, dtype=dtype), borders]
+
+    def _flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return torch._C._nn.flatten_dense_tensors([parameters[name] for name in self.weights])
+
+    def gradients_of(self, parameters: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Tensor:
+        """The gradients of `weights`, one after another, from those of all operands, as `Backward` collects them."""
+        from ...kernels import weights
+
+        flat, axes = self._flat(parameters), self.plan.axes
+        gradients = torch._C._nn.flatten_dense_tensors([parts[name] for name in self.gradients.of])
+        out, tables = torch.empty_like(flat), self.tables(flat.device)
+        weights.arrange(gradients, out, tables.arrange_back, axes, back=True)
+        weights.compose_phases_backward(flat, gradients, out, tables.phases_back, axes, self.up)
+        return out
+
+
+@dataclass(frozen=True)
+class Composed:
+    """All operands, as `Composition.compose` returned them for all nodes, and the parameters by name."""
+
+    all_nodes: Composition
+    tensors: Sequence[Tensor]
+    parameters: Mapping[str, Tensor]
+
+    @cached_property
+    def operands(self) -> dict[str, tuple[Operands, Operands]]:
+        """`Forward.operands`."""
+        return {step.node.name: (self._first(step), self._second(step)) for step in self.all_nodes.steps}
+
+    def _first(self, step: Step) -> Operands:
+        node, of = step.node.name, self.all_nodes
+        wide, borders = self.tensors
+        low = of.operands.view(wide, f"{node} low")
+        return Operands(
+            of.operands.view(wide, f"{node} prefix"),
+            low[None] if step.form == "full" else low,
+            self.parameters.get(f"nodes.{node}.conv1.bias"),
+            of.borders.view(borders, f"{node} border"),
+        )
+
+    def _second(self, step: Step) -> Operands:
+        weight = self.all_nodes.operands.view(self.tensors[0], f"{step.node.name} second")
+        return Operands(weight, bias=self.parameters.get(f"nodes.{step.node.name}.conv2.bias"))
+
+    def of_gradients(self, step: Step) -> GradientOperands:
+        """The weights of a node's data gradients."""
+        parts = (f"{step.node.name} {part} gradient" for part in ("prefix", "low", "second"))
+        return GradientOperands(*(self.all_nodes.operands.view(self.tensors[0], part) for part in parts))
+
+
+_compositions: WeakKeyDictionary[Structure, dict[tuple[bool, ...] | None, Composition]] = WeakKeyDictionary()
+
+
+def composition(structure: Structure, parameters: Mapping[str, Tensor], heads: Sequence[bool] | None = None) -> Composition:
+    """That of the nodes which these heads reach, by default of all nodes; made once per structure."""
+    mine, key = _compositions.setdefault(structure, {}), None if heads is None else tuple(heads)
+    if key not in mine:
+        reached = structure.nodes_of(heads) if heads else {node.name for node in structure.plan.topology.nodes}
+        mine[key] = Composition(structure, {name: value.shape for name, value in parameters.items()}, reached)
+    return mine[key]
