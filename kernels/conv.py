@@ -17,11 +17,13 @@ One kernel serves all uses. An operand is sampled at `stride * unit + base + t`,
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import scratch
 from .conv_configs import Config, block_of_channels, default_config, tile_counts
 from .maps import (
     activate,
@@ -36,7 +38,7 @@ from .maps import (
     store_statistics,
     unit_grid,
 )
-from .naive import Affine, accumulator, dot_precision
+from .naive import Affine, dot_precision
 
 NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
 
@@ -235,7 +237,7 @@ def conv(
         config = default_config(units, out.shape[0], max(ka, kb), co, axes, phased, a.dtype, interpreted(out))
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     parts = tiles_z * tiles_y * tiles_x * (2**axes if phased else 1)
-    partial = out.new_empty(out.shape[0], parts, 3, co, dtype=accumulator(out.dtype)) if stats else None
+    partial = empty_statistics(out, parts) if stats else None
     if out.numel() == 0:
         return partial
     # Without b as for a: configurations that differ in nothing else are then one kernel.
@@ -265,6 +267,12 @@ def conv(
             PRECISION=dot_precision(out.dtype), WIDE=farthest >= NARROW_OFFSETS,
         )  # fmt: skip
     return partial
+
+
+def empty_statistics(out: Tensor, parts: int) -> Tensor:
+    """Room for the statistics `[N, parts, 3, CO]` of a convolution's result."""
+    shape = out.shape[0], parts, 3, out.shape[-1]
+    return out.new_empty(shape, dtype=torch.float64) if out.dtype == torch.float64 else scratch.empty(out, *shape)
 
 
 def operand_arguments(

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import scratch
 from .conv import NARROW_OFFSETS
 from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
 from .maps import activate, affine_stride, check_affine, check_map, device_of, interpreted, unit_grid
@@ -170,7 +171,9 @@ def conv_wgrad(
     # A power of two: it is a constant of the kernel, and each value is compiled.
     steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
     splits = triton.cdiv(tiles, steps)
-    partial = a.new_empty(splits, count, taps, k, co, dtype=accumulator(a.dtype))
+    shape, dtype = (splits, count, taps, k, co), accumulator(a.dtype)
+    is_summed = splits > 1 and dtype == torch.float32
+    partial = scratch.empty(a, *shape) if is_summed else a.new_empty(shape, dtype=dtype)
     scale, shift = affine or (None, None)
     operands = {
         "a_ptr": a, "scale_ptr": scale, "shift_ptr": shift, "a_stride_n": a.stride(0), "a_stride_p": a_stride,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import scratch
 from .maps import Tile, affine_arguments, check_same, device_of, load_activated, load_row, map_arguments
 from .naive import MOST_CLASSES, Affine
 
@@ -86,13 +87,13 @@ def _head_kernel(
 @triton.jit
 def _head_backward_kernel(
     gx_ptr, gx_stride_n, gx_stride_p, dy_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr,
-    scale_ptr, scale_stride, shift_ptr, shift_stride, weight_sums_ptr, bias_sums_ptr, pixels, chunks, K,
+    scale_ptr, scale_stride, shift_ptr, shift_stride, sums_ptr, pixels, chunks, K,
     CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, ADD: tl.constexpr, HALF: tl.constexpr,
     SUMMANDS: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gx[p, k] (+)= sum_m dy[m, p] weight[m, k], and over the pixels of a chunk
 
-        weight_sums[n, chunk, m, k] = sum_p dy[m, p] act(scale x[p, k] + shift)      bias_sums[n, chunk, m] = sum_p dy[m, p]
+        sums[n, chunk] = (sum_p dy[m, p] act(scale x[p, k] + shift) for all m and k, sum_p dy[m, p] for all m)
 
     HALF: dy and x share a half precision, in which they are multiplied; otherwise in float32.
     """
@@ -124,10 +125,10 @@ def _head_backward_kernel(
         if ADD:
             part += tl.load(where, mask=mask, other=0.0).to(tl.float32)
         tl.store(where, part.to(gx_ptr.dtype.element_ty), mask=mask)
-    row = tl.program_id(0).to(tl.int64) * CLASSES
-    tl.store(weight_sums_ptr + row * K + m[:, None] * K + k[None, :], weight_sum, mask=weight_mask)
+    sums_ptr += tl.program_id(0).to(tl.int64) * CLASSES * (K + 1)
+    tl.store(sums_ptr + m[:, None] * K + k[None, :], weight_sum, mask=weight_mask)
     if tl.program_id(1) == 0:
-        tl.store(bias_sums_ptr + row + m, bias_sum, mask=m < CLASSES)
+        tl.store(sums_ptr + CLASSES * K + m, bias_sum, mask=m < CLASSES)
 
 
 def _check(name: str, scores: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -222,14 +223,14 @@ def head_backward(
     # At least 16 pixels per class: a chunk's sums are then small compared with its pixels.
     steps = triton.next_power_of_2(max(triton.cdiv(tiles, aim), triton.cdiv(min(16 * classes, pixels), block_p)))
     chunks = triton.cdiv(tiles, steps)
-    weight_sums = x.new_empty(images * chunks, classes, channels, dtype=torch.float32)
-    bias_sums = x.new_empty(images * chunks, classes, dtype=torch.float32)
+    sums = scratch.empty(x, images * chunks, classes * (channels + 1))  # of a chunk: of the weight, then of the bias
     with device_of(x):
         _head_backward_kernel[(images * chunks, blocks)](
             **map_arguments(gx=gx, x=x), dy_ptr=dy.contiguous(), weight_ptr=weight.contiguous(),
-            **affine_arguments(x, affine), weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums,
+            **affine_arguments(x, affine), sums_ptr=sums,
             pixels=pixels, chunks=chunks, K=channels, CLASSES=classes, AFFINE=affine is not None, SLOPE=slope, ADD=add,
             HALF=half, SUMMANDS=_summands(x.dtype if half else torch.float32, weight.dtype),
             STEPS=steps, BLOCK_P=block_p, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps,
         )  # fmt: skip
-        return weight_sums.sum(dim=0), bias_sums.sum(dim=0)
+        total = sums.sum(dim=0)
+        return total[: classes * channels].view(classes, channels), total[classes * channels :]

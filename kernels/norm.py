@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import scratch
 from .maps import Tile, check_same, device_of, load_row, map_arguments, power_of_two, row_arguments
 from .naive import Affine, Averages
 
@@ -212,7 +213,7 @@ def norm_backward(
         **map_arguments(g=g, x=x), **row_arguments(x, mean=mean, inverse=inverse, scale=affine[0], shift=affine[1]),
         "pixels": pixels, "C": channels, "SLOPE": slope, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": tile.warps,
     }  # fmt: skip
-    sums = g.new_empty(images, chunks, 2, channels, dtype=torch.float32)
+    sums = scratch.empty(g, images, chunks, 2, channels)
     with device_of(g):
         _norm_sums_kernel[(images * chunks, blocks)](sums_ptr=sums, chunks=chunks, FROZEN=frozen, STEPS=steps, **shared)
         instance = mean.shape[0] > 1
@@ -265,7 +266,7 @@ def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = Non
         return g.new_zeros(channels, dtype=torch.float32)
     block_p, block_c = tile.blocks(pixels, channels)
     chunks, steps = tile.chunks(images, pixels, channels)
-    sums = g.new_empty(images * chunks, channels, dtype=torch.float32)
+    sums = scratch.empty(g, images * chunks, channels)
     with device_of(g):
         _act_backward_kernel[(images * chunks, triton.cdiv(channels, block_c))](
             **map_arguments(g=g, out=out), sums_ptr=sums, pixels=pixels, chunks=chunks, C=channels,
@@ -326,7 +327,7 @@ def border_sums(dy: Tensor, axes: int, config: Tile | None = None) -> Tensor:
     block_w, block_c = tile.blocks(width, channels)
     classes, blocks = 3 ** (axes - 1), -(-channels // block_c)
     groups = min(images * depth * height, max(1, tile.programs // (classes * blocks)))
-    sums = dy.new_empty(classes, groups, 3, channels, dtype=torch.float32)
+    sums = scratch.empty(dy, classes, groups, 3, channels)
     with device_of(dy):
         _border_kernel[(classes * groups, blocks)](
             **map_arguments(dy=dy), sums_ptr=sums, images=images, depth=depth, height=height, width=width, groups=groups,

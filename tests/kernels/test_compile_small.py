@@ -23,7 +23,7 @@ SINGLE = (
     "shift_ptr",
     "averages_ptr",
 )
-SUMS = ("sums_ptr", "weight_sums_ptr", "bias_sums_ptr")
+SUMS = ("sums_ptr",)
 BRANCHES = ("FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF")
 MAP = {"AFFINE": True, "SLOPE": 0.1}
 

@@ -20,7 +20,7 @@ from ..batch_statistics import averages_of
 from ..plan import weight_composition
 from ..plan.operands import GradientOperands, Modes, cast, conv1_operands, gradient_operands, prefix_width, upsampling
 from ..plan.steps import Plan, Slot, Step
-from .buffers import Maps, from_maps, to_maps, view
+from .buffers import Maps, from_maps, shared_mids, to_maps, view
 from .composed import Composed
 from .forward import Forward
 from .ops import takes_views
@@ -57,6 +57,7 @@ class Backward:
         Afterwards `gradients` holds those of the parameters, by name.
         """
         self.levels = [torch.empty_like(level) for level in maps.levels]
+        self.of_mids = shared_mids(self.plan, self.levels)
         acc, widest = naive.accumulator(self.dtype), max(node.width for node in self.plan.topology.nodes)
         self.zeros = maps.levels[0].new_zeros(widest + 1, dtype=acc)  # wider than any bias: none takes all of its memory
         of_input = None
@@ -122,7 +123,7 @@ class Backward:
         else:
             self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw, plan.axes))
         self._add_bias(f"{name}.conv2.bias", total)
-        g_mid = torch.empty_like(mid, memory_format=torch.contiguous_format)
+        g_mid = view(self.of_mids[node.level], Slot(0, step.out.width))
         weights = self.composed.of_gradients(step) if self.composed else gradient_operands(plan, step, self.parameters)
         self.ops.conv(g_mid, g, self._cast(weights.second), axes=plan.axes)
         return self._first(maps, step, g_mid, weights, needs_input)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ...kernels import scratch
 from ..plan.operands import GradientOperands
 from ..plan.steps import Step
 from ..plan.weight_composition import Operands
@@ -45,8 +46,7 @@ class Places:
         if name not in self.of:
             return None
         start, shape = self.of[name]
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        return flat.as_strided(shape, strides, start)
+        return flat.as_strided(shape, scratch.strides(shape), start)
 
 
 @dataclass(frozen=True)

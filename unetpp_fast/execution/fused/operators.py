@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...architecture.layers import InstanceNorm
-from ...kernels import naive
+from ...kernels import naive, scratch
 from ..batch_statistics import group_of
 from ..call import Call
 from ..plan.steps import Slot
@@ -89,7 +89,10 @@ def forward_op(
     named = _named(structure, tensors)
     run = Forward(structure.plan, load_ops(ops), modes, named, dtype, group_of(group))
     weights: list[Tensor] = []
-    with torch.autocast(x.device.type, enabled=False):  # precisions are chosen here; sums and weights stay wide
+    with (
+        scratch.reused(),
+        torch.autocast(x.device.type, enabled=False),
+    ):  # precisions are chosen here; sums and weights stay wide
         if keep and composes(ops):
             of_all = composition(structure, named)
             weights = of_all.compose(named, dtype)
@@ -158,7 +161,7 @@ def backward_op(
     maps = Maps.from_kept(plan, image, kept, bool(modes), recompute)
     given = iter(gradients)
     run = Backward(plan, load_ops(ops), modes, named, dtype, group_of(group), recompute, composed)
-    with torch.autocast(x.device.type, enabled=False):
+    with scratch.reused(), torch.autocast(x.device.type, enabled=False):
         of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
         if composed:
             reached = composition(structure, named, heads)
