@@ -20,39 +20,25 @@ from torch import Tensor
 from .maps import device_of
 
 BLOCK = 32  # of channels, on each side of a tile
+INNER = tl.constexpr(16)  # channels that a step multiplies
 COLUMNS = 16  # of a job, of which the kernels read less
+
+
+@triton.jit
+def _sizes(job_ptr):
+    """KS, K, CO, C and the place, of a job. A tensor of weights has fewer than 2^31 values, all of them together may not."""
+    return (
+        tl.load(job_ptr + 3).to(tl.int32), tl.load(job_ptr + 4).to(tl.int32), tl.load(job_ptr + 5).to(tl.int32),
+        tl.load(job_ptr + 6).to(tl.int32), tl.load(job_ptr + 7).to(tl.int32),
+    )  # fmt: skip
 
 
 @triton.jit
 def _tile(job_ptr, rows, columns, BLOCK: tl.constexpr):
     """Channels of a job's tile along both sides, `[BLOCK, 1]` and `[1, BLOCK]`, and which of them there are."""
-    row = tl.load(job_ptr + 8) + tl.arange(0, BLOCK)[:, None]
-    column = tl.load(job_ptr + 9) + tl.arange(0, BLOCK)[None, :]
+    row = tl.load(job_ptr + 8).to(tl.int32) + tl.arange(0, BLOCK)[:, None]
+    column = tl.load(job_ptr + 9).to(tl.int32) + tl.arange(0, BLOCK)[None, :]
     return row, column, (row < rows) & (column < columns)
-
-
-@triton.jit
-def _arrange_kernel(
-    from_ptr, to_ptr, jobs_ptr, TAPS: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Weights `[CO, KS, TAPS]` of a parameter to `[TAPS, K, CO]` and, flipped for the data gradient, `[TAPS, CO, K]`.
-
-    Job: parameter, operand, flipped operand, KS, K, CO, -, -, first k, first co; KS >= K are the parameter's inputs. With
-    BACK, from a gradient of `[TAPS, K, CO]` to that of the parameter.
-    """
-    job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
-    parameter, operand, flipped = tl.load(job_ptr), tl.load(job_ptr + 1), tl.load(job_ptr + 2)
-    KS, K, CO = tl.load(job_ptr + 3), tl.load(job_ptr + 4), tl.load(job_ptr + 5)
-    k, co, mask = _tile(job_ptr, K, CO, BLOCK)
-    for tap in range(TAPS):
-        in_parameter = parameter + (co * KS + k) * TAPS + tap
-        in_operand = operand + (tap * K + k) * CO + co
-        if BACK:
-            tl.store(to_ptr + in_parameter, tl.load(from_ptr + in_operand, mask=mask), mask=mask)
-        else:
-            value = tl.load(from_ptr + in_parameter, mask=mask).to(to_ptr.dtype.element_ty)
-            tl.store(to_ptr + in_operand, value, mask=mask)
-            tl.store(to_ptr + flipped + ((TAPS - 1 - tap) * CO + co) * K + k, value, mask=mask)
 
 
 @triton.jit
@@ -98,63 +84,97 @@ def _border_rows(parameters_ptr, borders_ptr, job_ptr, weight, KS, C, co, CO, AX
     """Writes a border table `[3^AXES, CO]`: by class, the sum over the taps inside of weight times up-sampling's bias."""
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
     bias, border = tl.load(job_ptr + 11), tl.load(job_ptr + 12)
-    for row in range(TAPS):
-        total = tl.zeros((1, BLOCK), tl.float32)
-        for first in range(0, C, BLOCK):
-            c = first + tl.arange(0, BLOCK)[:, None]
-            mask = (c < C) & (co < CO)
+    row = tl.arange(0, 32 if AXES == 3 else 16)[:, None]
+    total = tl.zeros((32 if AXES == 3 else 16, BLOCK), tl.float32)
+    for tap in range(TAPS):
+        by_tap = tl.zeros((INNER, BLOCK), tl.float32)
+        for first in range(0, C, INNER):
+            c = first + tl.arange(0, INNER)[:, None]
             value = tl.load(parameters_ptr + bias + c, mask=c < C, other=0.0)
-            for tap in range(TAPS):
-                w = tl.load(parameters_ptr + weight + (co * KS + c) * TAPS + tap, mask=mask, other=0.0)
-                total += tl.sum(tl.where(_is_inside(tap, row, AXES), w * value, 0.0), axis=0)[None, :]
-        tl.store(borders_ptr + border + row * CO + co, total, mask=co < CO)
+            w = tl.load(parameters_ptr + weight + ((co * KS + c) * TAPS + tap), mask=(c < C) & (co < CO), other=0.0)
+            by_tap += w * value
+        total += tl.where(_is_inside(tap, row, AXES), tl.sum(by_tap, axis=0)[None, :], 0.0)
+    tl.store(borders_ptr + border + (row * CO + co), total, mask=(row < TAPS) & (co < CO))
+
+
+@triton.jit
+def _arrange_kernel(
+    parameters_ptr, operands_ptr, borders_ptr, jobs_ptr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights `[CO, KS, 3..]` of a parameter to `[3^AXES, K, CO]` and, flipped for the data gradient, `[3^AXES, CO, K]`;
+    and border tables.
+
+    Job: parameter, operand, flipped operand, KS, K, CO, C, place, first k, first co; KS >= K are the parameter's inputs. At
+    a place of -1 it is a border table's, as of `_phases_kernel`.
+    """
+    TAPS: tl.constexpr = 27 if AXES == 3 else 9
+    job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
+    parameter, operand, flipped = tl.load(job_ptr), tl.load(job_ptr + 1), tl.load(job_ptr + 2)
+    KS, K, CO, C, place = _sizes(job_ptr)
+    k, co, mask = _tile(job_ptr, K, CO, BLOCK)
+    if place < 0:
+        _border_rows(parameters_ptr, borders_ptr, job_ptr, parameter, KS, C, co, CO, AXES, BLOCK)
+    else:
+        for tap in range(TAPS):
+            value = tl.load(parameters_ptr + parameter + ((co * KS + k) * TAPS + tap), mask=mask)
+            value = value.to(operands_ptr.dtype.element_ty)
+            tl.store(operands_ptr + operand + ((tap * K + k) * CO + co), value, mask=mask)
+            tl.store(operands_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
+
+
+@triton.jit
+def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """From gradients `[3^AXES, K, CO]` to those of parameters; jobs as in `_arrange_kernel`."""
+    TAPS: tl.constexpr = 27 if AXES == 3 else 9
+    job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
+    parameter, gradient = tl.load(job_ptr), tl.load(job_ptr + 1)
+    KS, K, CO, _, _ = _sizes(job_ptr)
+    k, co, mask = _tile(job_ptr, K, CO, BLOCK)
+    for tap in range(TAPS):
+        value = tl.load(gradients_ptr + gradient + ((tap * K + k) * CO + co), mask=mask)
+        tl.store(out_ptr + parameter + ((co * KS + k) * TAPS + tap), value, mask=mask)
 
 
 @triton.jit
 def _phases_kernel(
-    parameters_ptr, operands_ptr, borders_ptr, jobs_ptr,
+    parameters_ptr, operands_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Phase weights `[2^AXES, 2^AXES, K, CO]`, those of the data gradient `[4^AXES, CO, K]`, and border tables.
+    """Phase weights `[2^AXES, 2^AXES, K, CO]`, and those of the data gradient `[4^AXES, CO, K]`.
 
     Job: weight (of the part that reads the low source), phases, gathered, KS, K, CO, C, place, first k, first co, up, up's
-    bias, border table. Weights are `[CO, KS, 3..]`. A place of -1 stands for the border table. UP: "none" for nearest
+    bias, border table. Weights are `[CO, KS, 3..]`. UP: "none" for nearest
     neighbour, "project" with a 1x1 convolution `[C, K]` before it, "deconv" for elements `[K, C, 2..]`.
     """
     job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
     weight, phases, gathered = tl.load(job_ptr), tl.load(job_ptr + 1), tl.load(job_ptr + 2)
-    KS, K, CO, C, place = (
-        tl.load(job_ptr + 3), tl.load(job_ptr + 4), tl.load(job_ptr + 5), tl.load(job_ptr + 6), tl.load(job_ptr + 7),
-    )  # fmt: skip
+    KS, K, CO, C, place = _sizes(job_ptr)
     up = tl.load(job_ptr + 10)
     k, co, mask = _tile(job_ptr, K, CO, BLOCK)
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
     ELEMENTS: tl.constexpr = 1 << AXES
-    if place < 0:
-        _border_rows(parameters_ptr, borders_ptr, job_ptr, weight, KS, C, co, CO, AXES, BLOCK)
-    else:
-        acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for element in range(ELEMENTS):
-            tap, inside = _at_taps(place, element, AXES)
-            if inside:
-                if UP == "none":
-                    acc += tl.load(parameters_ptr + weight + (co * KS + k) * TAPS + tap, mask=mask, other=0.0)
-                else:
-                    for first in range(0, C, BLOCK):
-                        c = first + tl.arange(0, BLOCK)
-                        in_up = (k * C + c[None, :]) * ELEMENTS + element if UP == "deconv" else c[None, :] * K + k
-                        u = tl.load(parameters_ptr + up + in_up, mask=(k < K) & (c < C)[None, :], other=0.0)
-                        in_w = (co * KS + c[:, None]) * TAPS + tap
-                        w = tl.load(parameters_ptr + weight + in_w, mask=(co < CO) & (c < C)[:, None], other=0.0)
-                        acc = tl.dot(u, w, acc, input_precision="tf32x3")
-        value = acc.to(operands_ptr.dtype.element_ty)
-        phase, of_phase = 0, 0
-        for axis in tl.static_range(AXES):
-            p = _axis(place, axis, 4, AXES)
-            phase, of_phase = phase * 2 + p % 2, of_phase * 2 + p // 2
-        tl.store(operands_ptr + phases + ((phase * ELEMENTS + of_phase) * K + k) * CO + co, value, mask=mask)
-        last = (1 << (2 * AXES)) - 1 - place
-        tl.store(operands_ptr + gathered + (last * CO + co) * K + k, value, mask=mask)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for element in range(ELEMENTS):
+        tap, inside = _at_taps(place, element, AXES)
+        if inside:
+            if UP == "none":
+                acc += tl.load(parameters_ptr + weight + (co * KS + k) * TAPS + tap, mask=mask, other=0.0)
+            else:
+                for first in range(0, C, INNER):
+                    c = first + tl.arange(0, INNER)
+                    in_up = (k * C + c[None, :]) * ELEMENTS + element if UP == "deconv" else c[None, :] * K + k
+                    u = tl.load(parameters_ptr + up + in_up, mask=(k < K) & (c < C)[None, :], other=0.0)
+                    in_w = (co * KS + c[:, None]) * TAPS + tap
+                    w = tl.load(parameters_ptr + weight + in_w, mask=(co < CO) & (c < C)[:, None], other=0.0)
+                    acc = tl.dot(u, w, acc, input_precision="tf32x3")
+    value = acc.to(operands_ptr.dtype.element_ty)
+    phase, of_phase = 0, 0
+    for axis in tl.static_range(AXES):
+        p = _axis(place, axis, 4, AXES)
+        phase, of_phase = phase * 2 + p % 2, of_phase * 2 + p // 2
+    tl.store(operands_ptr + phases + ((phase * ELEMENTS + of_phase) * K + k) * CO + co, value, mask=mask)
+    last = (1 << (2 * AXES)) - 1 - place
+    tl.store(operands_ptr + gathered + (last * CO + co) * K + k, value, mask=mask)
 
 
 @triton.jit
@@ -179,9 +199,7 @@ def _phases_weight_kernel(
     """
     job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
     phases, weight = tl.load(job_ptr + 1), tl.load(job_ptr + 2)
-    KS, K, CO, C, tap = (
-        tl.load(job_ptr + 3), tl.load(job_ptr + 4), tl.load(job_ptr + 5), tl.load(job_ptr + 6), tl.load(job_ptr + 7),
-    )  # fmt: skip
+    KS, K, CO, C, tap = _sizes(job_ptr)
     up = tl.load(job_ptr + 10)
     c, co, mask = _tile(job_ptr, C, CO, BLOCK)
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
@@ -192,8 +210,8 @@ def _phases_weight_kernel(
         if UP == "none":
             acc += tl.load(g_ptr + c * CO + co, mask=mask, other=0.0)
         else:
-            for first in range(0, K, BLOCK):
-                k = first + tl.arange(0, BLOCK)
+            for first in range(0, K, INNER):
+                k = first + tl.arange(0, INNER)
                 in_up = (k[None, :] * C + c) * ELEMENTS + element if UP == "deconv" else c * K + k[None, :]
                 u = tl.load(parameters_ptr + up + in_up, mask=(c < C) & (k < K)[None, :], other=0.0)
                 g = tl.load(g_ptr + k[:, None] * CO + co, mask=(co < CO) & (k < K)[:, None], other=0.0)
@@ -216,9 +234,7 @@ def _phases_up_kernel(
     """
     job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
     weight, phases = tl.load(job_ptr), tl.load(job_ptr + 1)
-    KS, K, CO, C, first_element = (
-        tl.load(job_ptr + 3), tl.load(job_ptr + 4), tl.load(job_ptr + 5), tl.load(job_ptr + 6), tl.load(job_ptr + 7),
-    )  # fmt: skip
+    KS, K, CO, C, first_element = _sizes(job_ptr)
     k, c, mask = _tile(job_ptr, K, C, BLOCK)
     border, has_bias = tl.load(job_ptr + 12), (tl.load(job_ptr + 8) == 0) & (first_element == 0)
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
@@ -226,8 +242,8 @@ def _phases_up_kernel(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     of_bias = tl.zeros((1, BLOCK), tl.float32)
     for tap in range(TAPS):
-        for first in range(0, CO, BLOCK):
-            co = first + tl.arange(0, BLOCK)
+        for first in range(0, CO, INNER):
+            co = first + tl.arange(0, INNER)
             in_w = (co[:, None] * KS + c) * TAPS + tap
             w = tl.load(parameters_ptr + weight + in_w, mask=(c < C) & (co < CO)[:, None], other=0.0)
             # A 1x1 convolution has one element, which meets every place.
@@ -256,27 +272,44 @@ def tiles(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(row, column) for row in range(0, rows, BLOCK) for column in range(0, columns, BLOCK)]
 
 
-def arrange(source: Tensor, target: Tensor, jobs: Tensor | None, axes: int, back: bool = False) -> None:
-    """Runs `_arrange_kernel` over flat tensors."""
-    if jobs is not None:
-        with device_of(source):
-            _arrange_kernel[(jobs.shape[0],)](source, target, jobs, TAPS=3**axes, BACK=back, COLUMNS=COLUMNS, BLOCK=BLOCK)
-
-
-def compose_phases(parameters: Tensor, operands: Tensor, borders: Tensor, jobs: Tensor | None, axes: int, up: str) -> None:
-    """Runs `_phases_kernel` over flat tensors: parameters and border tables in float32, operands in the maps' precision."""
-    if jobs is not None:
-        with device_of(parameters):
-            _phases_kernel[(jobs.shape[0],)](
-                parameters, operands, borders, jobs, UP=up, AXES=axes, COLUMNS=COLUMNS, BLOCK=BLOCK
-            )
-
-
-def compose_phases_backward(
-    parameters: Tensor, gradients: Tensor, out: Tensor, jobs: tuple[Tensor | None, Tensor | None], axes: int, up: str
+def compose(
+    parameters: Tensor,
+    operands: Tensor,
+    borders: Tensor,
+    arrange: Tensor | None,
+    phases: Tensor | None,
+    axes: int,
+    up: str,
 ) -> None:
-    """Runs `_phases_weight_kernel` and, with an up-sampling that has weights, `_phases_up_kernel`; all float32."""
+    """All operands from all parameters, by `_arrange_kernel` and `_phases_kernel`, whose jobs `arrange` and `phases` are.
+
+    parameters, borders: float32; operands: in the maps' precision; all flat. up: as UP in `_phases_kernel`.
+    """
+    shared = {"AXES": axes, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
     with device_of(parameters):
-        for kernel, table in zip((_phases_weight_kernel, _phases_up_kernel), jobs, strict=True):
-            if table is not None:
-                kernel[(table.shape[0],)](parameters, gradients, out, table, UP=up, AXES=axes, COLUMNS=COLUMNS, BLOCK=BLOCK)
+        if arrange is not None:
+            _arrange_kernel[(arrange.shape[0],)](parameters, operands, borders, arrange, **shared)
+        if phases is not None:
+            _phases_kernel[(phases.shape[0],)](parameters, operands, phases, UP=up, **shared)
+
+
+def compose_backward(
+    parameters: Tensor,
+    gradients: Tensor,
+    out: Tensor,
+    arrange: Tensor | None,
+    phases: Sequence[Tensor | None],
+    axes: int,
+    up: str,
+) -> None:
+    """The gradients of all parameters from those of all operands; all flat, float32.
+
+    phases: the jobs of `_phases_weight_kernel`, and of `_phases_up_kernel` for an up-sampling that has weights.
+    """
+    shared = {"AXES": axes, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
+    with device_of(parameters):
+        if arrange is not None:
+            _arrange_back_kernel[(arrange.shape[0],)](gradients, out, arrange, **shared)
+        for kernel, jobs in zip((_phases_weight_kernel, _phases_up_kernel), phases, strict=True):
+            if jobs is not None:
+                kernel[(jobs.shape[0],)](parameters, gradients, out, jobs, UP=up, **shared)

@@ -24,7 +24,7 @@ SINGLE = (
     "averages_ptr",
 )
 SUMS = ("sums_ptr",)
-BRANCHES = ("FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF")
+BRANCHES = ("FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF", "UP")
 MAP = {"AFFINE": True, "SLOPE": 0.1}
 
 
@@ -64,8 +64,22 @@ def variants() -> list[tuple[str, str, dict, dict]]:
         blocks = {"SLOPE": 0.1, **dict(zip(("BLOCK_P", "BLOCK_C"), Tile().blocks(512 * 512, channels), strict=True))}
         finish = {"AXES": 2 + (channels == 32), "ACTIVATE": True, "ADD": channels == 1}
         read += [("_read_kernel", blocks, {}), ("_finish_kernel", {**finish, **blocks}, {"border_ptr": "*fp32"})]
-    groups = (("norm", norm), ("pool", pool), ("head", head), ("read", read))
+    groups = (("norm", norm), ("pool", pool), ("head", head), ("read", read), ("weights", weights()))
     return [(m, *entry) for m, entries in groups for entry in entries]
+
+
+def weights() -> list[tuple[str, dict, dict]]:
+    """Those of `kernels/weights.py`; everything but operands is float32 there."""
+    from unetpp_fast.kernels.weights import BLOCK, COLUMNS
+
+    wide = dict.fromkeys(("parameters_ptr", "borders_ptr", "gradients_ptr", "out_ptr"), "*fp32")
+    types, blocks = {**wide, "jobs_ptr": "*i64"}, {"COLUMNS": COLUMNS, "BLOCK": BLOCK}
+    arrange = ("_arrange_kernel", "_arrange_back_kernel")
+    found = [(name, {"AXES": axes, **blocks}, types) for name in arrange for axes in (2, 3)]
+    for up in ("deconv", "project", "none"):
+        names = ("_phases_kernel", "_phases_weight_kernel", *(["_phases_up_kernel"] if up != "none" else []))
+        found += [(name, {"UP": up, "AXES": axes, **blocks}, types) for name in names for axes in (2, 3)]
+    return found
 
 
 def launch(module: str, name: str, constants: dict, types: dict, map_type: str, ones: bool = False) -> Launch:
@@ -81,7 +95,8 @@ def launch(module: str, name: str, constants: dict, types: dict, map_type: str, 
     if "channels" in constants:
         *blocks, warps = head.backward_blocks(constants["CLASSES"], constants.pop("channels"), constants["HALF"])
         constants |= zip(("BLOCK_P", "BLOCK_M", "BLOCK_K"), blocks, strict=True)
-    multiplies, shape = "SUMMANDS" in constants, " ".join(f"{key}={value}" for key, value in constants.items())
+    multiplies = "SUMMANDS" in constants or constants.get("UP") in ("deconv", "project")
+    shape = " ".join(f"{key}={value}" for key, value in constants.items())
     # What decides which lines of a kernel are compiled; the rest are sizes.
     branches = [str(constants[key]) for key in BRANCHES if key in constants and not ones]
     for parameter in kernel.arg_names:
@@ -120,7 +135,7 @@ def launches(capability: int) -> Iterator[Launch]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiles_without_spills(version: str):
     fewest = dict.fromkeys((80, 90), len(variants())) if version == "installed" else {}
-    assert_all_compile(compile_all(version, __file__), groups=20, fewest=fewest)
+    assert_all_compile(compile_all(version, __file__), groups=40, fewest=fewest)
 
 
 if __name__ == "__main__":

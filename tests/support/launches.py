@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unetpp_fast.execution.fused import operators

@@ -119,6 +119,8 @@ class Composition:
             plain = [job for step in self.steps for job in self._plain(step, self.operands, weights.tiles)]
             back = [job for step in self.steps for job in self._plain(step, self.gradients, weights.tiles)]
             phased = [step for step in self.steps if step.form == "phases"]
+            if self.up != "none":
+                plain += [job for step in phased for job in self._borders(step, weights.tiles)]
             jobs = [
                 plain,
                 [job for step in phased for job in self._phases(step, weights.tiles)],
@@ -164,10 +166,11 @@ class Composition:
             prefix + up, low, co, up,
         )  # fmt: skip
         ends = self._ends(step, self.borders)
-        jobs = [(*head, place, *tile, *ends) for tile in tiles(low, co) for place in range(4**axes)]
-        if self.up != "none":
-            jobs += [(*head, -1, *tile, *ends) for tile in tiles(1, co)]
-        return jobs
+        return [(*head, place, *tile, *ends) for tile in tiles(low, co) for place in range(4**axes)]
+
+    def _borders(self, step: Step, tiles) -> list[tuple[int, ...]]:
+        head, ends = self._phases(step, tiles)[0][:7], self._ends(step, self.borders)
+        return [(*head, -1, *tile, *ends) for tile in tiles(1, self._sizes(step)[3])]
 
     def _phases_back(self, step: Step, tiles) -> list[tuple[int, ...]]:
         prefix, low, up, co = self._sizes(step)
@@ -193,8 +196,7 @@ class Composition:
         flat = self._flat(parameters)
         tables, axes = self.tables(flat.device), self.plan.axes
         operands, borders = self.results(flat, dtype)
-        weights.arrange(flat, operands, tables.arrange, axes)
-        weights.compose_phases(flat, operands, borders, tables.phases, axes, self.up)
+        weights.compose(flat, operands, borders, tables.arrange, tables.phases, axes, self.up)
         return [operands, borders]
 
     def results(self, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -212,8 +214,7 @@ class Composition:
         flat, axes = self._flat(parameters), self.plan.axes
         gradients = torch._C._nn.flatten_dense_tensors([parts[name] for name in self.gradients.of])
         out, tables = torch.empty_like(flat), self.tables(flat.device)
-        weights.arrange(gradients, out, tables.arrange_back, axes, back=True)
-        weights.compose_phases_backward(flat, gradients, out, tables.phases_back, axes, self.up)
+        weights.compose_backward(flat, gradients, out, tables.arrange_back, tables.phases_back, axes, self.up)
         return out
 
 
