@@ -29,6 +29,7 @@ from .maps import (
     activate,
     affine_stride,
     border_class,
+    ceil_div,
     check_affine,
     check_map,
     check_vector,
@@ -262,7 +263,7 @@ def conv(
     widest = max(output["out_stride_p"], operand_a["a_stride_p"], operand_b["b_stride_p"])
     farthest = config.block_d * height * width * reach * widest
     with device_of(out):
-        _conv_kernel[(out.shape[0] * parts * triton.cdiv(co, config.block_co),)](
+        _conv_kernel[(out.shape[0] * parts * ceil_div(co, config.block_co),)](
             **operand_a, **operand_b, **output, **geometry, SLOPE=float(slope), ACTIVATE=act, ADD=add, **blocks,
             PRECISION=dot_precision(out.dtype), WIDE=farthest >= NARROW_OFFSETS,
         )  # fmt: skip

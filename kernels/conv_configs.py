@@ -8,8 +8,8 @@ import math
 from functools import lru_cache
 
 import torch
-import triton
 
+from .maps import ceil_div, power_of_two
 from .naive import dot_precision
 
 MOST_VALUES = 2**20  # of a block, in Triton
@@ -41,7 +41,7 @@ class Config:
 def tile_counts(units: tuple[int, int, int], config: Config) -> list[int]:
     """Tiles along D, H and W; `config` may be any with `block_d`, `block_h` and `block_w`."""
     blocks = config.block_d, config.block_h, config.block_w
-    return [triton.cdiv(unit, block) for unit, block in zip(units, blocks, strict=True)]
+    return [ceil_div(unit, block) for unit, block in zip(units, blocks, strict=True)]
 
 
 def block_of_channels(channels: int, limit: int) -> int:
@@ -95,7 +95,7 @@ def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased
     small = [config for config in offered if config.pixels == 64]
     first = offered[0]
     tiles = tile_counts(units, first)
-    programs = images * math.prod(tiles) * (2**axes if phased else 1) * triton.cdiv(co, first.block_co)
+    programs = images * math.prod(tiles) * (2**axes if phased else 1) * ceil_div(co, first.block_co)
     if small and programs < PROGRAMS:
         offered.sort(key=lambda config: config not in small)
     return offered
@@ -114,13 +114,13 @@ def default_config(
     """The first of `configs`; in the interpreter, as few programs as Triton allows."""
     if not interpreted:
         return configs(units, images, co, axes, phased, dtype)[0]
-    block_k, block_co = (min(limit, max(16, triton.next_power_of_2(count))) for count, limit in ((k, 256), (co, 128)))
+    block_k, block_co = (min(limit, max(16, power_of_two(count))) for count, limit in ((k, 256), (co, 128)))
     return Config(*interpreted_tile(units, (8, 64, 64), max(block_k, block_co)), block_k, block_co, 4, 1)
 
 
 def interpreted_tile(units: tuple[int, int, int], limits: tuple[int, int, int], channels: int) -> list[int]:
     """The largest tile up to `limits`: the interpreter takes as long for a small one, and Triton allows 2^20 values."""
-    tile = [min(triton.next_power_of_2(max(unit, 1)), limit) for unit, limit in zip(units, limits, strict=True)]
+    tile = [min(power_of_two(max(unit, 1)), limit) for unit, limit in zip(units, limits, strict=True)]
     while math.prod(tile) * channels > MOST_VALUES:
         tile[tile.index(max(tile))] //= 2
     return tile
@@ -129,5 +129,5 @@ def interpreted_tile(units: tuple[int, int, int], limits: tuple[int, int, int], 
 def block_of_outputs(co: int) -> int:
     """All output channels up to 128; of more, the block of least cost, where loading the pixels counts as 64 columns."""
     if co <= 128:
-        return max(16, triton.next_power_of_2(co))
+        return max(16, power_of_two(co))
     return min((128, 64), key=lambda block: -(-co // block) * (block + 64))

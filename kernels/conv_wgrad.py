@@ -23,7 +23,7 @@ from torch import Tensor
 from . import scratch
 from .conv import NARROW_OFFSETS
 from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
-from .maps import activate, affine_stride, check_affine, check_map, device_of, interpreted, unit_grid
+from .maps import activate, affine_stride, ceil_div, check_affine, check_map, device_of, interpreted, power_of_two, unit_grid
 from .naive import Affine, accumulator, dot_precision
 
 
@@ -167,10 +167,10 @@ def conv_wgrad(
         config = default_config(units, k, co, axes, phased, a.dtype, interpreted(a))
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     tiles = a.shape[0] * tiles_z * tiles_y * tiles_x
-    programs = count * triton.cdiv(taps * k, config.block_m) * triton.cdiv(co, config.block_co)
+    programs = count * ceil_div(taps * k, config.block_m) * ceil_div(co, config.block_co)
     # A power of two: it is a constant of the kernel, and each value is compiled.
-    steps = triton.next_power_of_2(triton.cdiv(tiles, max(1, config.programs // programs)))
-    splits = triton.cdiv(tiles, steps)
+    steps = power_of_two(ceil_div(tiles, max(1, config.programs // programs)))
+    splits = ceil_div(tiles, steps)
     shape, dtype = (splits, count, taps, k, co), accumulator(a.dtype)
     is_summed = splits > 1 and dtype == torch.float32
     partial = scratch.empty(a, *shape) if is_summed else a.new_empty(shape, dtype=dtype)
@@ -217,7 +217,7 @@ def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: boo
     for block_m, block, pixels, warps, stages in shapes:
         # Half as many pixels of float32 fill the same bytes.
         tile = block_of_pixels(units, max(16, pixels // 2) if dtype.itemsize > 2 else pixels, axes)
-        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
+        block_m = min(block_m, max(16, power_of_two(rows)))
         offered.append(WgradConfig(*tile, block_m, min(block, block_co), warps, stages))
     return list(dict.fromkeys(offered))
 
@@ -228,6 +228,6 @@ def default_config(
     """As `conv_configs.default_config`."""
     if not interpreted:
         return configs(units, k, co, axes, phased, dtype)[0]
-    block_m = min(512, triton.next_power_of_2((2 if phased else 3) ** axes * k))
-    block_co = min(128, triton.next_power_of_2(co))
+    block_m = min(512, power_of_two((2 if phased else 3) ** axes * k))
+    block_co = min(128, power_of_two(co))
     return WgradConfig(*interpreted_tile(units, (8, 32, 32), max(block_m, block_co)), block_m, block_co, 4, 1, programs=8)

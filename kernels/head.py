@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
-from .maps import Tile, affine_arguments, check_same, device_of, load_activated, load_row, map_arguments
+from .maps import (
+    Tile,
+    affine_arguments,
+    ceil_div,
+    check_same,
+    device_of,
+    load_activated,
+    load_row,
+    map_arguments,
+    power_of_two,
+)
 from .naive import MOST_CLASSES, Affine
 
 FEW_CLASSES, FEW_CHANNELS = 8, 512  # up to these, without tensor cores
@@ -153,8 +163,8 @@ def _summands(operand: torch.dtype, weight: torch.dtype) -> int:
 
 def backward_blocks(classes: int, channels: int, half: bool, tile: Tile = BACKWARD) -> tuple[int, int, int, int]:
     """Pixels, classes and channels of a tile, and warps; float32 products take more registers: smaller tiles, more warps."""
-    block_m = max(16, triton.next_power_of_2(classes))
-    block_k = min(64 if half else 32, max(16, triton.next_power_of_2(channels)))
+    block_m = max(16, power_of_two(classes))
+    block_k = min(64 if half else 32, max(16, power_of_two(channels)))
     share = 1 if half else 2
     block_p = min(64 // share, max(16, tile.elements // share // max(block_m, block_k)))
     return block_p, block_m, block_k, tile.warps * share
@@ -179,10 +189,10 @@ def head(
     if out.numel() == 0:
         return
     few = classes <= FEW_CLASSES and channels <= FEW_CHANNELS
-    block_m, block_k = max(16, triton.next_power_of_2(classes)), triton.next_power_of_2(channels)
+    block_m, block_k = max(16, power_of_two(classes)), power_of_two(channels)
     block_k = block_k if few else min(64, max(16, block_k))
     block_p = max(16, tile.elements // (block_k if few else block_m))
-    tiles = triton.cdiv(pixels, block_p)
+    tiles = ceil_div(pixels, block_p)
     shared = {
         "out_ptr": out, **map_arguments(x=x), "weight_ptr": weight.contiguous(), "bias_ptr": bias.contiguous(),
         **affine_arguments(x, affine), "pixels": pixels, "tiles": tiles, "K": channels, "CLASSES": classes,
@@ -193,7 +203,7 @@ def head(
             warps = tile.warps * (2 if block_p * block_k > 2 * tile.elements else 1)
             _head_few_kernel[(images * tiles,)](**shared, num_warps=warps)
         else:
-            summands, steps = _summands(x.dtype, weight.dtype), triton.cdiv(channels, block_k)
+            summands, steps = _summands(x.dtype, weight.dtype), ceil_div(channels, block_k)
             _head_kernel[(images * tiles,)](**shared, SUMMANDS=summands, STEPS=steps, BLOCK_M=block_m, num_warps=tile.warps)
 
 
@@ -217,12 +227,12 @@ def head_backward(
         return x.new_zeros(classes, channels, dtype=torch.float32), x.new_zeros(classes, dtype=torch.float32)
     half = x.dtype == dy.dtype != torch.float32
     block_p, block_m, block_k, warps = backward_blocks(classes, channels, half, tile)
-    blocks = triton.cdiv(channels, block_k)
-    tiles = triton.cdiv(pixels, block_p)
+    blocks = ceil_div(channels, block_k)
+    tiles = ceil_div(pixels, block_p)
     aim = max(1, tile.programs // (images * blocks))
     # At least 16 pixels per class: a chunk's sums are then small compared with its pixels.
-    steps = triton.next_power_of_2(max(triton.cdiv(tiles, aim), triton.cdiv(min(16 * classes, pixels), block_p)))
-    chunks = triton.cdiv(tiles, steps)
+    steps = power_of_two(max(ceil_div(tiles, aim), ceil_div(min(16 * classes, pixels), block_p)))
+    chunks = ceil_div(tiles, steps)
     sums = scratch.empty(x, images * chunks, classes * (channels + 1))  # of a chunk: of the weight, then of the bias
     with device_of(x):
         _head_backward_kernel[(images * chunks, blocks)](

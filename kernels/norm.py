@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
-from .maps import Tile, check_same, device_of, load_row, map_arguments, power_of_two, row_arguments
+from .maps import Tile, ceil_div, check_same, device_of, load_row, map_arguments, power_of_two, row_arguments
 from .naive import Affine, Averages
 
 GROUP = 512  # parts of a statistic that one program combines, if there are more than twice as many
@@ -91,13 +91,13 @@ def norm_table(
     if table.numel() == 0:
         return
     block_c = min(power_of_two(channels), 8)  # 32 bytes: few channels per program, so that there are many
-    blocks = -(-channels // block_c)
+    blocks = ceil_div(channels, block_c)
     shared = {"weight_ptr": weight, "bias_ptr": bias, "eps": eps, "C": channels, "BLOCK_C": block_c}
     out = {"out_ptr": table, "out_stride": table.stride(0), "out_stride_row": table.stride(1)}
     out |= {"moments_ptr": moments, "moments_stride": 0 if moments is None else moments.stride(0)}
     with device_of(stats):
         while parts > 8 * GROUP:
-            groups = -(-parts // GROUP)
+            groups = ceil_div(parts, GROUP)
             combined = stats.new_empty(rows, groups, 3, channels)
             between = {"out_ptr": combined, "out_stride": 0, "out_stride_row": 0, "moments_ptr": None, "moments_stride": 0}
             _norm_finalise_kernel[(rows, groups, blocks)](
@@ -105,7 +105,7 @@ def norm_table(
             )
             stats, parts = combined, groups
         block_t = min(power_of_two(parts), 256)
-        steps = -(-parts // block_t)
+        steps = ceil_div(parts, block_t)
         _norm_finalise_kernel[(rows, 1, blocks)](
             stats_ptr=stats, **out, parts=parts, FINAL=True, STEPS=steps, BLOCK_T=block_t, **shared
         )
@@ -207,7 +207,7 @@ def norm_backward(
             averages(zeros, 0)  # the other processes wait for this one
         return zeros[0], zeros[1]
     block_p, block_c = tile.blocks(pixels, channels)
-    blocks = triton.cdiv(channels, block_c)
+    blocks = ceil_div(channels, block_c)
     chunks, steps = tile.chunks(images, pixels, channels)
     shared = {
         **map_arguments(g=g, x=x), **row_arguments(x, mean=mean, inverse=inverse, scale=affine[0], shift=affine[1]),
@@ -223,7 +223,7 @@ def norm_backward(
             means, count = (of_images, pixels) if instance else (total, images * pixels)
             if averages is not None:
                 means, count = averages(total, images * pixels), 1
-            tiles = triton.cdiv(pixels, block_p)
+            tiles = ceil_div(pixels, block_p)
             _norm_apply_kernel[(images * tiles, blocks)](
                 averages_ptr=means,
                 averages_stride=2 * channels if instance else 0,
@@ -268,7 +268,7 @@ def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = Non
     chunks, steps = tile.chunks(images, pixels, channels)
     sums = scratch.empty(g, images * chunks, channels)
     with device_of(g):
-        _act_backward_kernel[(images * chunks, triton.cdiv(channels, block_c))](
+        _act_backward_kernel[(images * chunks, ceil_div(channels, block_c))](
             **map_arguments(g=g, out=out), sums_ptr=sums, pixels=pixels, chunks=chunks, C=channels,
             SLOPE=slope, STEPS=steps, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
@@ -325,7 +325,7 @@ def border_sums(dy: Tensor, axes: int, config: Tile | None = None) -> Tensor:
     if dy.numel() == 0:
         return dy.new_zeros(3**axes, channels, dtype=torch.float32)
     block_w, block_c = tile.blocks(width, channels)
-    classes, blocks = 3 ** (axes - 1), -(-channels // block_c)
+    classes, blocks = 3 ** (axes - 1), ceil_div(channels, block_c)
     groups = min(images * depth * height, max(1, tile.programs // (classes * blocks)))
     sums = scratch.empty(dy, classes, groups, 3, channels)
     with device_of(dy):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Tile, affine_arguments, check_same, device_of, load_activated, load_row, map_arguments
+from .maps import Tile, affine_arguments, ceil_div, check_same, device_of, load_activated, load_row, map_arguments
 from .naive import Affine
 
 
@@ -100,7 +100,7 @@ def _geometry(name: str, small: Tensor, x: Tensor, axes: int, tile: Tile) -> tup
     if small.device != x.device:
         raise ValueError(f"{name} is on {small.device}, x on {x.device}")
     block_w, block_c = tile.blocks(width, channels)
-    grid = (images * depth * height, triton.cdiv(width, block_w), triton.cdiv(channels, block_c))
+    grid = (images * depth * height, ceil_div(width, block_w), ceil_div(channels, block_c))
     sizes = {"depth": depth, "height": height, "width": width, "C": channels}
     return grid, sizes | {"AXES": axes, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": tile.warps}
 

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import Tile, activate, affine_arguments, border_class, device_of, load_row, map_arguments, store_statistics
+from .maps import (
+    Tile,
+    activate,
+    affine_arguments,
+    border_class,
+    ceil_div,
+    device_of,
+    load_row,
+    map_arguments,
+    store_statistics,
+)
 from .naive import Affine
 
 
@@ -43,9 +53,9 @@ def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
         return y
     tile, pixels, channels = Tile(), x.shape[1:4].numel(), x.shape[4]
     block_p, block_c = tile.blocks(pixels, channels)
-    tiles = triton.cdiv(pixels, block_p)
+    tiles = ceil_div(pixels, block_p)
     with device_of(x):
-        _read_kernel[(x.shape[0] * tiles, triton.cdiv(channels, block_c))](
+        _read_kernel[(x.shape[0] * tiles, ceil_div(channels, block_c))](
             y_ptr=y, **map_arguments(x=x), **affine_arguments(x, affine), pixels=pixels, tiles=tiles, C=channels,
             SLOPE=slope, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
@@ -106,13 +116,13 @@ def finish(
     images, pixels, channels = out.shape[0], out.shape[1:4].numel(), out.shape[4]
     tile = Tile()
     block_p, block_c = tile.blocks(pixels, channels)
-    tiles = triton.cdiv(pixels, block_p)
+    tiles = ceil_div(pixels, block_p)
     partial = out.new_empty(images, tiles, 3, channels, dtype=torch.float32) if stats else None
     if out.numel() == 0:
         return partial
     depth, height, width = out.shape[1:4]
     with device_of(out):
-        _finish_kernel[(images * tiles, triton.cdiv(channels, block_c))](
+        _finish_kernel[(images * tiles, ceil_div(channels, block_c))](
             **map_arguments(out=out), first_ptr=first, second_ptr=second, bias_ptr=bias, border_ptr=border,
             stats_ptr=partial, depth=depth, height=height, width=width, tiles=tiles, C=channels,
             AXES=axes, ACTIVATE=act, SLOPE=slope, ADD=add, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
