@@ -17,6 +17,8 @@ One kernel serves all uses. An operand is sampled at `stride * unit + base + t`,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +37,7 @@ from .maps import (
     check_vector,
     device_of,
     interpreted,
+    per_shape,
     pixel_stride,
     store_statistics,
     unit_grid,
@@ -228,6 +231,47 @@ def conv(
     config: Config | None = None,
 ) -> Tensor | None:
     """`naive.conv` in one kernel. Statistics come as `[N, T, 3, CO]`, one of T parts per tile and phase."""
+    a_scale, a_shift = affine_a or (None, None)
+    b_scale, b_shift = affine_b or (None, None)
+    arguments = _arguments(
+        out, a, wa, axes, taps, stride, phased, a_scale, a_shift, b, wb, b_scale, b_shift, bias, border,
+        float(slope), act, add, config, interpreted(out), dot_precision(out.dtype),
+    )  # fmt: skip
+    partial = empty_statistics(out, arguments.parts) if stats else None
+    if out.numel() == 0:
+        return partial
+    a_boxes = b_boxes = None
+    if config is not None and config.descriptors:
+        blocks = arguments.rest["BLOCK_KA"], arguments.rest["BLOCK_KB"]
+        a_boxes = descriptor(a, axes, config, blocks[0]) if stride == 1 and can_describe(a) else None
+        b_boxes = descriptor(b, axes, config, blocks[1]) if b is not None and can_describe(b) else None
+    with device_of(out):
+        _conv_kernel[arguments.grid](
+            a_desc=a_boxes, a_ptr=a, a_scale_ptr=a_scale, a_shift_ptr=a_shift, a_weight_ptr=wa,
+            b_desc=b_boxes, b_ptr=b, b_scale_ptr=b_scale, b_shift_ptr=b_shift, b_weight_ptr=wb,
+            bias_ptr=bias, border_ptr=border, out_ptr=out, stats_ptr=partial, **arguments.rest,
+        )  # fmt: skip
+    return partial
+
+
+class Arguments(NamedTuple):
+    """What a launch takes besides tensors: its grid, the parts of an image's statistics, the kernel's other arguments."""
+
+    grid: tuple[int, ...]
+    parts: int
+    rest: dict[str, int | float | bool | str]
+
+
+@per_shape
+def _arguments(
+    out: Tensor, a: Tensor, wa: Tensor, axes: int, taps: int, stride: int, phased: bool,
+    a_scale: Tensor | None, a_shift: Tensor | None, b: Tensor | None, wb: Tensor | None,
+    b_scale: Tensor | None, b_shift: Tensor | None, bias: Tensor | None, border: Tensor | None,
+    slope: float, act: bool, add: bool, config: Config | None, interpreted: bool, precision: str,
+) -> Arguments:  # fmt: skip
+    """Checks a call of `conv` and computes its arguments."""
+    affine_a = None if a_scale is None else (a_scale, a_shift)
+    affine_b = None if b_scale is None else (b_scale, b_shift)
     check_call(
         out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
         bias=bias, border=border,
@@ -235,21 +279,15 @@ def conv(
     ka, kb, co = a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1]
     units = depth, height, width = unit_grid(out, axes, phased)
     if config is None:
-        config = default_config(units, out.shape[0], max(ka, kb), co, axes, phased, a.dtype, interpreted(out))
+        config = default_config(units, out.shape[0], max(ka, kb), co, axes, phased, a.dtype, interpreted)
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     parts = tiles_z * tiles_y * tiles_x * (2**axes if phased else 1)
-    partial = empty_statistics(out, parts) if stats else None
-    if out.numel() == 0:
-        return partial
     # Without b as for a: configurations that differ in nothing else are then one kernel.
     block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka, kb or ka))
-    a_boxes = descriptor(a, axes, config, block_ka) if config.descriptors and stride == 1 and can_describe(a) else None
-    b_boxes = descriptor(b, axes, config, block_kb) if config.descriptors and kb and can_describe(b) else None
-    operand_a = operand_arguments("a", a, wa, affine_a, a_boxes)
-    operand_b = operand_arguments("b", b, wb, affine_b, b_boxes)
-    output = {
-        "bias_ptr": bias, "border_ptr": border, "out_ptr": out, "out_stride_n": out.stride(0),
-        "out_stride_p": pixel_stride("out", out), "stats_ptr": partial,
+    strides = {
+        "a_stride_n": a.stride(0), "a_stride_p": pixel_stride("a", a), "a_affine_stride": affine_stride(affine_a),
+        "b_stride_n": 0 if b is None else b.stride(0), "b_stride_p": 0 if b is None else pixel_stride("b", b),
+        "b_affine_stride": affine_stride(affine_b), "out_stride_n": out.stride(0), "out_stride_p": pixel_stride("out", out),
     }  # fmt: skip
     geometry = {
         "depth": depth, "height": height, "width": width, "tiles_z": tiles_z, "tiles_y": tiles_y, "tiles_x": tiles_x,
@@ -260,37 +298,17 @@ def conv(
         "BLOCK_KB": block_kb, "BLOCK_CO": config.block_co, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     reach = (2 if stride == 2 or phased else 1) ** axes
-    widest = max(output["out_stride_p"], operand_a["a_stride_p"], operand_b["b_stride_p"])
-    farthest = config.block_d * height * width * reach * widest
-    with device_of(out):
-        _conv_kernel[(out.shape[0] * parts * ceil_div(co, config.block_co),)](
-            **operand_a, **operand_b, **output, **geometry, SLOPE=float(slope), ACTIVATE=act, ADD=add, **blocks,
-            PRECISION=dot_precision(out.dtype), WIDE=farthest >= NARROW_OFFSETS,
-        )  # fmt: skip
-    return partial
+    widest = max(strides[f"{name}_stride_p"] for name in ("out", "a", "b"))
+    is_wide = config.block_d * height * width * reach * widest >= NARROW_OFFSETS
+    options = {"SLOPE": slope, "ACTIVATE": act, "ADD": add, "PRECISION": precision, "WIDE": is_wide}
+    grid = (out.shape[0] * parts * ceil_div(co, config.block_co),)
+    return Arguments(grid, parts, {**strides, **geometry, **options, **blocks})
 
 
 def empty_statistics(out: Tensor, parts: int) -> Tensor:
     """Room for the statistics `[N, parts, 3, CO]` of a convolution's result."""
     shape = out.shape[0], parts, 3, out.shape[-1]
     return out.new_empty(shape, dtype=torch.float64) if out.dtype == torch.float64 else scratch.empty(out, *shape)
-
-
-def operand_arguments(
-    name: str, x: Tensor | None, weight: Tensor | None, affine: Affine | None, boxes: TensorDescriptor | None
-) -> dict[str, object]:
-    """What the kernel takes of operand `name`, "a" or "b"; of one that is absent, no pointers and strides of 0."""
-    scale, shift = affine or (None, None)
-    return {
-        f"{name}_desc": boxes,
-        f"{name}_ptr": x,
-        f"{name}_scale_ptr": scale,
-        f"{name}_shift_ptr": shift,
-        f"{name}_weight_ptr": weight,
-        f"{name}_stride_n": 0 if x is None else x.stride(0),
-        f"{name}_stride_p": 0 if x is None else pixel_stride(name, x),
-        f"{name}_affine_stride": affine_stride(affine),
-    }
 
 
 def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDescriptor:

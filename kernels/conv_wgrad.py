@@ -14,6 +14,7 @@ each writes its sum to a separate buffer, and the buffers are added in a fixed o
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +24,18 @@ from torch import Tensor
 from . import scratch
 from .conv import NARROW_OFFSETS
 from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
-from .maps import activate, affine_stride, ceil_div, check_affine, check_map, device_of, interpreted, power_of_two, unit_grid
+from .maps import (
+    activate,
+    affine_stride,
+    ceil_div,
+    check_affine,
+    check_map,
+    device_of,
+    interpreted,
+    per_shape,
+    power_of_two,
+    unit_grid,
+)
 from .naive import Affine, accumulator, dot_precision
 
 
@@ -153,34 +165,55 @@ def conv_wgrad(
     config: WgradConfig | None = None,
 ) -> Tensor:
     """`naive.conv_wgrad`: `[1, 3^axes, K, CO]`, or `[2^axes, 2^axes, K, CO]` for the low source with `phased`."""
+    scale, shift = affine or (None, None)
+    arguments = _arguments(a, dy, axes, phased, scale, shift, float(slope), config, interpreted(a), dot_precision(a.dtype))
+    dtype = accumulator(a.dtype)
+    if dy.numel() == 0:
+        return a.new_zeros(arguments.shape[1:], dtype=dtype)
+    is_summed = arguments.shape[0] > 1 and dtype == torch.float32
+    partial = scratch.empty(a, *arguments.shape) if is_summed else a.new_empty(arguments.shape, dtype=dtype)
+    with device_of(a):
+        _conv_wgrad_kernel[arguments.grid](
+            a_ptr=a, scale_ptr=scale, shift_ptr=shift, dy_ptr=dy, partial_ptr=partial, **arguments.rest
+        )
+    return partial[0] if len(partial) == 1 else partial.sum(0)
+
+
+class Arguments(NamedTuple):
+    """What a launch takes besides tensors: its grid, the shape of the partial sums, and the kernel's other arguments."""
+
+    grid: tuple[int, ...]
+    shape: tuple[int, ...]
+    rest: dict[str, int | float | bool | str]
+
+
+@per_shape
+def _arguments(
+    a: Tensor, dy: Tensor, axes: int, phased: bool, scale: Tensor | None, shift: Tensor | None, slope: float,
+    config: WgradConfig | None, interpreted: bool, precision: str,
+) -> Arguments:  # fmt: skip
+    """Checks a call of `conv_wgrad` and computes its arguments."""
     if axes not in (2, 3):
         raise ValueError(f"axes is 2 or 3, not {axes}")
-    units = unit_grid(dy, axes, phased)
+    affine = None if scale is None else (scale, shift)
+    units = depth, height, width = unit_grid(dy, axes, phased)
     dy_stride = check_map("dy", dy, dy)
     a_stride = check_map("a", a, dy, units)
     check_affine("affine", affine, a)
     k, co = a.shape[-1], dy.shape[-1]
     count, taps = (2**axes, 2**axes) if phased else (1, 3**axes)
-    if dy.numel() == 0:
-        return a.new_zeros(count, taps, k, co, dtype=accumulator(a.dtype))
     if config is None:
-        config = default_config(units, k, co, axes, phased, a.dtype, interpreted(a))
+        config = default_config(units, k, co, axes, phased, a.dtype, interpreted)
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     tiles = a.shape[0] * tiles_z * tiles_y * tiles_x
     programs = count * ceil_div(taps * k, config.block_m) * ceil_div(co, config.block_co)
     # A power of two: it is a constant of the kernel, and each value is compiled.
     steps = power_of_two(ceil_div(tiles, max(1, config.programs // programs)))
     splits = ceil_div(tiles, steps)
-    shape, dtype = (splits, count, taps, k, co), accumulator(a.dtype)
-    is_summed = splits > 1 and dtype == torch.float32
-    partial = scratch.empty(a, *shape) if is_summed else a.new_empty(shape, dtype=dtype)
-    scale, shift = affine or (None, None)
-    operands = {
-        "a_ptr": a, "scale_ptr": scale, "shift_ptr": shift, "a_stride_n": a.stride(0), "a_stride_p": a_stride,
-        "affine_stride": affine_stride(affine), "dy_ptr": dy, "dy_stride_n": dy.stride(0), "dy_stride_p": dy_stride,
-        "partial_ptr": partial,
+    strides = {
+        "a_stride_n": a.stride(0), "a_stride_p": a_stride, "affine_stride": affine_stride(affine),
+        "dy_stride_n": dy.stride(0), "dy_stride_p": dy_stride,
     }  # fmt: skip
-    depth, height, width = units
     geometry = {
         "depth": depth, "height": height, "width": width, "tiles_z": tiles_z, "tiles_y": tiles_y, "tiles_x": tiles_x,
         "images": a.shape[0], "STEPS": steps, "K": k, "CO": co, "PHASED": phased, "AXES": axes,
@@ -190,12 +223,9 @@ def conv_wgrad(
         "BLOCK_CO": config.block_co, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     span = (config.block_d + 2) * height * width * max(a_stride, (2**axes if phased else 1) * dy_stride)
-    with device_of(a):
-        _conv_wgrad_kernel[(programs * splits,)](
-            **operands, **geometry, SLOPE=float(slope), PER_IMAGE=operands["affine_stride"] != 0, **blocks,
-            PRECISION=dot_precision(a.dtype), WIDE=span >= NARROW_OFFSETS,
-        )  # fmt: skip
-    return partial[0] if splits == 1 else partial.sum(0)
+    per_image, is_wide = strides["affine_stride"] != 0, span >= NARROW_OFFSETS
+    options = {"SLOPE": slope, "PER_IMAGE": per_image, "PRECISION": precision, "WIDE": is_wide}
+    return Arguments((programs * splits,), (splits, count, taps, k, co), {**strides, **geometry, **options, **blocks})
 
 
 def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[WgradConfig]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -23,6 +25,29 @@ def power_of_two(size: int) -> int:
 def ceil_div(size: int, part: int) -> int:
     """How many parts cover a size; `triton.cdiv` takes ten times as long."""
     return -(-size // part)
+
+
+Result = TypeVar("Result")
+MOST_SHAPES = 4096  # whose arguments are kept
+
+
+def per_shape(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keeps the results of a function that looks only at shapes, strides, precisions and devices of its tensors.
+
+    It takes tensors and hashable values, by position. Checks that raise are made again.
+    """
+    known: dict[tuple, Result] = {}
+
+    @functools.wraps(function)
+    def kept(*args: object) -> Result:
+        key = tuple([(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in args])
+        if key not in known:
+            if len(known) >= MOST_SHAPES:
+                known.clear()
+            known[key] = function(*args)
+        return known[key]
+
+    return kept
 
 
 class Tile(NamedTuple):

@@ -25,7 +25,8 @@ from . import library, tuning
 from .conv_configs import Config, configs
 from .conv_wgrad import WgradConfig
 from .head import head, head_backward
-from .maps import interpreted, unit_grid
+from .maps import interpreted, per_shape, unit_grid
+from .naive import dot_precision
 from .norm import act_backward, border_sums, norm_backward, norm_table
 from .pool import pool, pool_backward
 from .read import read
@@ -73,15 +74,23 @@ def conv(out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
 
 def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options) -> tuple[Way, bool]:
     """The way to run a call of `conv`, measured by `run` inside `tuning.measuring`; and whether it was measured."""
-    axes, b = options["axes"], options.get("b")
-    units = unit_grid(out, axes, options.get("phased", False))
-    flags = [name for name in ("phased", "affine_a", "affine_b", "add", "stats") if options.get(name)]
-    flags += ["boxes"] * fits_boxes(a, **options)
-    form = f"{axes}d taps{options.get('taps', 3)} stride{options.get('stride', 1)} {' '.join(flags)}"
-    channels = (a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1])
-    key = tuning.key("conv", a, form, channels, (out.shape[0], *units))
-    way = tuning.choose(key, (out.shape[0], *units), lambda: ways_of_conv(out, a, **options), run)
+    flags = tuple([name for name in ("phased", "affine_a", "affine_b", "add", "stats") if options.get(name)])
+    flags += ("boxes",) * fits_boxes(a, **options)
+    geometry = options["axes"], options.get("taps", 3), options.get("stride", 1)
+    key, sizes = _key_of_conv(out, a, options.get("b"), geometry, flags, dot_precision(a.dtype))
+    way = tuning.choose(key, sizes, lambda: ways_of_conv(out, a, **options), run)
     return way, key in tuning.table
+
+
+@per_shape
+def _key_of_conv(
+    out: Tensor, a: Tensor, b: Tensor | None, geometry: tuple[int, int, int], flags: tuple[str, ...], precision: str
+) -> tuple[str, tuple[int, ...]]:
+    """The key of a call of `conv`, and its batch and sizes. geometry: axes, taps, stride; precision: as it is now."""
+    axes, taps, stride = geometry
+    sizes = out.shape[0], *unit_grid(out, axes, "phased" in flags)
+    channels = (a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1])
+    return tuning.key("conv", a, f"{axes}d taps{taps} stride{stride} {' '.join(flags)}", channels, sizes), sizes
 
 
 def ways_of_conv(out: Tensor, a: Tensor, **options) -> list[Way]:
@@ -113,16 +122,19 @@ def conv_wgrad(a: Tensor, dy: Tensor, **options) -> Tensor:
     """See `naive.conv_wgrad`."""
     if interpreted(a) or dy.numel() == 0:
         return fused_wgrad.conv_wgrad(a, dy, **options)
-    form = f"{options['axes']}d {' '.join(name for name in ('phased', 'affine') if options.get(name))}"
-    units = unit_grid(dy, options["axes"], options.get("phased", False))
-    key = tuning.key("conv_wgrad", a, form, (a.shape[-1], dy.shape[-1]), (a.shape[0], *units))
+    flags = tuple([name for name in ("phased", "affine") if options.get(name)])
+    key, sizes = _key_of_wgrad(a, dy, options["axes"], flags, dot_precision(a.dtype))
     way = tuning.choose(
-        key,
-        (a.shape[0], *units),
-        lambda: ways_of_wgrad(a, dy, **options),
-        lambda way: conv_wgrad_by(way, a, dy, **options),
+        key, sizes, lambda: ways_of_wgrad(a, dy, **options), lambda way: conv_wgrad_by(way, a, dy, **options)
     )
     return conv_wgrad_by(way, a, dy, **options)
+
+
+@per_shape
+def _key_of_wgrad(a: Tensor, dy: Tensor, axes: int, flags: tuple[str, ...], precision: str) -> tuple[str, tuple[int, ...]]:
+    """As `_key_of_conv`."""
+    sizes = a.shape[0], *unit_grid(dy, axes, "phased" in flags)
+    return tuning.key("conv_wgrad", a, f"{axes}d {' '.join(flags)}", (a.shape[-1], dy.shape[-1]), sizes), sizes
 
 
 def ways_of_wgrad(a: Tensor, dy: Tensor, **options) -> list[Way]:
