@@ -1,4 +1,4 @@
-"""Runs a plan backwards: one gradient buffer per level, with the layout of the level buffer.
+"""Runs a plan backwards: one gradient buffer per level, with the layout of the level buffer; the last node has its own.
 
 Columns are processed from last to first. The data gradient of a node is added to the whole prefix at once, and through
 phases to the slice of the level below; the first contribution to a slice writes, later ones add. Weight gradients are
@@ -56,8 +56,10 @@ class Backward:
 
         Afterwards `gradients` holds those of the parameters, by name.
         """
-        self.levels = [torch.empty_like(level) for level in maps.levels]
-        self.of_mids = shared_mids(self.plan, self.levels)
+        self.rooms = self.plan.prefix_widths
+        self.levels: list[Tensor | None] = [None] * len(maps.levels)
+        self.last: dict[int, Tensor] = {}
+        self.of_mids = shared_mids(self.plan, maps.levels)
         acc, widest = naive.accumulator(self.dtype), max(node.width for node in self.plan.topology.nodes)
         self.zeros = maps.levels[0].new_zeros(widest + 1, dtype=acc)  # wider than any bias: none takes all of its memory
         of_input = None
@@ -68,20 +70,33 @@ class Backward:
             if step.node.position in self.written:
                 gradient = self._node(maps, step, needs_input)
                 of_input = gradient if step.source == "input" else of_input
+        del self.levels, self.last, self.of_mids
         return of_input
+
+    def _gradient(self, maps: Maps, level: int, slot: Slot) -> Tensor:
+        """Where the gradient of a slot of a level is: in the level's buffer, or beside it for the last node, which is in no
+        prefix. Either is made when it is first needed; the latter is gone after its node."""
+        place, room = maps.levels[level], self.rooms[level]
+        if slot.offset >= room:
+            if level not in self.last:
+                self.last[level] = place.new_empty((*place.shape[:4], slot.width))
+            return self.last[level]
+        if self.levels[level] is None:
+            self.levels[level] = place.new_empty((*place.shape[:4], room))
+        return view(self.levels[level], slot)
 
     def _add(self, name: str, gradient: Tensor | None) -> None:
         if gradient is not None:
             have = self.gradients.get(name)
             self.gradients[name] = gradient if have is None else have + gradient
 
-    def _claim(self, level: int, columns: Sequence[int]) -> bool:
+    def _claim(self, maps: Maps, level: int, columns: Sequence[int]) -> bool:
         """Whether a contribution to these slices must add (something is there) or write."""
         new = [column for column in columns if (level, column) not in self.written]
         self.written |= {(level, column) for column in columns}
         if len(new) < len(columns):
             for column in new:
-                view(self.levels[level], self._slot(level, column)).zero_()
+                self._gradient(maps, level, self._slot(level, column)).zero_()
         return len(new) < len(columns)
 
     def _slot(self, level: int, column: int) -> Slot:
@@ -92,9 +107,9 @@ class Backward:
         name = f"heads.{step.node.name}"
         weight = self.parameters[f"{name}.weight"]
         dy = (dy.unsqueeze(2) if self.plan.axes == 2 else dy).to(self.dtype).contiguous()
-        add = self._claim(0, [step.node.column])
+        add = self._claim(maps, 0, [step.node.column])
         gw, gb = self.ops.head_backward(
-            view(self.levels[0], step.out),
+            self._gradient(maps, 0, step.out),
             dy,
             x,
             weight.flatten(1).to(self.dtype),
@@ -108,7 +123,7 @@ class Backward:
     def _node(self, maps: Maps, step: Step, needs_input: bool) -> Tensor | None:
         """Through a node whose output gradient is complete; returns the gradient of the image if the node reads it."""
         plan, node = self.plan, step.node
-        g, name = view(self.levels[node.level], step.out), f"nodes.{node.name}"
+        g, name = self._gradient(maps, node.level, step.out), f"nodes.{node.name}"
         if self.recompute:
             stored = dict.fromkeys(self.modes, "frozen")  # raw, without statistics: the tables hold them
             again = Forward(plan, self.ops, stored, self.parameters, self.dtype)
@@ -126,6 +141,9 @@ class Backward:
         g_mid = view(self.of_mids[node.level], Slot(0, step.out.width))
         weights = self.composed.of_gradients(step) if self.composed else gradient_operands(plan, step, self.parameters)
         self.ops.conv(g_mid, g, self._cast(weights.second), axes=plan.axes)
+        del g
+        if step.out.offset >= self.rooms[node.level]:
+            del self.last[node.level]
         return self._first(maps, step, g_mid, weights, needs_input)
 
     def _first(self, maps: Maps, step: Step, g: Tensor, weights: GradientOperands, needs_input: bool) -> Tensor | None:
@@ -197,8 +215,8 @@ class Backward:
     def _into_prefix(self, maps: Maps, step: Step, g: Tensor, weight: Tensor, needs_input: bool) -> Tensor | None:
         plan, node = self.plan, step.node
         if step.source == "prefix":
-            target = view(self.levels[node.level], Slot(0, step.prefix))
-            add = self._claim(node.level, node.prefix)
+            target = self._gradient(maps, node.level, Slot(0, step.prefix))
+            add = self._claim(maps, node.level, node.prefix)
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, add=add)
             return None
         if step.source == "input" and not needs_input:
@@ -211,15 +229,15 @@ class Backward:
         above = next(other for other in plan.steps if other.node.position == (node.level - 1, 0))
         x, affine_x = maps.out(above)
         self.ops.pool_backward(
-            view(self.levels[node.level - 1], above.out), ga, x, axes=plan.axes, affine=affine_x, slope=plan.slope,
-            add=self._claim(node.level - 1, [0]),
+            self._gradient(maps, node.level - 1, above.out), ga, x, axes=plan.axes, affine=affine_x, slope=plan.slope,
+            add=self._claim(maps, node.level - 1, [0]),
         )  # fmt: skip
         return None
 
     def _into_low(self, maps: Maps, step: Step, g: Tensor, weight: Tensor) -> None:
         plan, (level, column) = self.plan, step.node.low
-        add = self._claim(level, [column])
-        target = view(self.levels[level], step.low)
+        add = self._claim(maps, level, [column])
+        target = self._gradient(maps, level, step.low)
         if step.form == "phases":
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, taps=4, stride=2, add=add)
             return

@@ -82,6 +82,15 @@ class Plan:
             found.append(last.out.offset if may and not self._is_read_after(first.position, last) else width)
         return tuple(found)
 
+    @cached_property
+    def prefix_widths(self) -> tuple[int, ...]:
+        """Per level, the width of its longest prefix: what lies beyond is read as a low source, by a pool or a head alone."""
+        found = [0] * len(self.widths)
+        for step in self.steps:
+            if step.source == "prefix":
+                found[step.node.level] = max(found[step.node.level], step.prefix)
+        return tuple(found)
+
     def _is_read_after(self, position: tuple[int, int], last: Step) -> bool:
         """Whether a node is read by a head, or by a node that runs after the step `last`."""
         level, column = position
