@@ -20,7 +20,7 @@ from ..batch_statistics import averages_of
 from ..plan import weight_composition
 from ..plan.operands import GradientOperands, Modes, cast, conv1_operands, gradient_operands, prefix_width, upsampling
 from ..plan.steps import Plan, Slot, Step
-from .buffers import Maps, from_maps, shared_mids, to_maps, view
+from .buffers import Maps, from_maps, to_maps, view
 from .composed import Composed
 from .forward import Forward
 from .ops import takes_views
@@ -59,18 +59,17 @@ class Backward:
         self.rooms = self.plan.prefix_widths
         self.levels: list[Tensor | None] = [None] * len(maps.levels)
         self.last: dict[int, Tensor] = {}
-        self.of_mids = shared_mids(self.plan, maps.levels)
         acc, widest = naive.accumulator(self.dtype), max(node.width for node in self.plan.topology.nodes)
         self.zeros = maps.levels[0].new_zeros(widest + 1, dtype=acc)  # wider than any bias: none takes all of its memory
         of_input = None
         by_column = dict(zip(self.plan.topology.heads, outputs, strict=True))
-        for step in reversed(self.plan.steps):
+        for step in sorted(reversed(self.plan.steps), key=lambda step: -step.node.column):
             if step.node.level == 0 and by_column.get(step.node.column) is not None:
                 self._head(maps, step, by_column[step.node.column])
             if step.node.position in self.written:
                 gradient = self._node(maps, step, needs_input)
                 of_input = gradient if step.source == "input" else of_input
-        del self.levels, self.last, self.of_mids
+        del self.levels, self.last
         return of_input
 
     def _gradient(self, maps: Maps, level: int, slot: Slot) -> Tensor:
@@ -89,6 +88,13 @@ class Backward:
         if gradient is not None:
             have = self.gradients.get(name)
             self.gradients[name] = gradient if have is None else have + gradient
+
+    def _gradient_of_mid(self, step: Step, mid: Tensor) -> Tensor:
+        """Room for the gradient of a first convolution: that of the nodes after it, which are done, or new memory."""
+        beside = Slot(step.out.end, step.out.width)
+        if beside.end <= self.rooms[step.node.level]:
+            return view(self.levels[step.node.level], beside)
+        return torch.empty_like(mid, memory_format=torch.contiguous_format)
 
     def _claim(self, maps: Maps, level: int, columns: Sequence[int]) -> bool:
         """Whether a contribution to these slices must add (something is there) or write."""
@@ -138,7 +144,7 @@ class Backward:
         else:
             self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw, plan.axes))
         self._add_bias(f"{name}.conv2.bias", total)
-        g_mid = view(self.of_mids[node.level], Slot(0, step.out.width))
+        g_mid = self._gradient_of_mid(step, mid)
         weights = self.composed.of_gradients(step) if self.composed else gradient_operands(plan, step, self.parameters)
         self.ops.conv(g_mid, g, self._cast(weights.second), axes=plan.axes)
         del g

@@ -84,7 +84,7 @@ class Plan:
 
     @cached_property
     def prefix_widths(self) -> tuple[int, ...]:
-        """Per level, the width of its longest prefix: what lies beyond is read as a low source, by a pool or a head alone."""
+        """Per level, the width of its longest prefix; what lies beyond is only read as a low source, by a pool or a head."""
         found = [0] * len(self.widths)
         for step in self.steps:
             if step.source == "prefix":
