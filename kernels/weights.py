@@ -99,7 +99,8 @@ def _border_rows(parameters_ptr, borders_ptr, job_ptr, weight, KS, C, co, CO, AX
 
 @triton.jit
 def _arrange_kernel(
-    parameters_ptr, operands_ptr, borders_ptr, jobs_ptr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    parameters_ptr, operands_ptr, flipped_ptr, borders_ptr, jobs_ptr,
+    AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights `[CO, KS, 3..]` of a parameter to `[3^AXES, K, CO]` and, flipped for the data gradient, `[3^AXES, CO, K]`;
     and border tables.
@@ -119,7 +120,7 @@ def _arrange_kernel(
             value = tl.load(parameters_ptr + parameter + ((co * KS + k) * TAPS + tap), mask=mask)
             value = value.to(operands_ptr.dtype.element_ty)
             tl.store(operands_ptr + operand + ((tap * K + k) * CO + co), value, mask=mask)
-            tl.store(operands_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
+            tl.store(flipped_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, C
 
 @triton.jit
 def _phases_kernel(
-    parameters_ptr, operands_ptr, jobs_ptr,
+    parameters_ptr, operands_ptr, flipped_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Phase weights `[2^AXES, 2^AXES, K, CO]`, and those of the data gradient `[4^AXES, CO, K]`.
@@ -174,7 +175,7 @@ def _phases_kernel(
         phase, of_phase = phase * 2 + p % 2, of_phase * 2 + p // 2
     tl.store(operands_ptr + phases + ((phase * ELEMENTS + of_phase) * K + k) * CO + co, value, mask=mask)
     last = (1 << (2 * AXES)) - 1 - place
-    tl.store(operands_ptr + gathered + (last * CO + co) * K + k, value, mask=mask)
+    tl.store(flipped_ptr + gathered + (last * CO + co) * K + k, value, mask=mask)
 
 
 @triton.jit
@@ -275,6 +276,7 @@ def tiles(rows: int, columns: int) -> list[tuple[int, int]]:
 def compose(
     parameters: Tensor,
     operands: Tensor,
+    flipped: Tensor,
     borders: Tensor,
     arrange: Tensor | None,
     phases: Tensor | None,
@@ -283,14 +285,15 @@ def compose(
 ) -> None:
     """All operands from all parameters, by `_arrange_kernel` and `_phases_kernel`, whose jobs `arrange` and `phases` are.
 
-    parameters, borders: float32; operands: in the maps' precision; all flat. up: as UP in `_phases_kernel`.
+    parameters, borders: float32; operands, and flipped, those of the data gradients: in the maps' precision; all flat.
+    up: as UP in `_phases_kernel`.
     """
     shared = {"AXES": axes, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
     with device_of(parameters):
         if arrange is not None:
-            _arrange_kernel[(arrange.shape[0],)](parameters, operands, borders, arrange, **shared)
+            _arrange_kernel[(arrange.shape[0],)](parameters, operands, flipped, borders, arrange, **shared)
         if phases is not None:
-            _phases_kernel[(phases.shape[0],)](parameters, operands, phases, UP=up, **shared)
+            _phases_kernel[(phases.shape[0],)](parameters, operands, flipped, phases, UP=up, **shared)
 
 
 def compose_backward(

@@ -59,11 +59,11 @@ def test_operands_are_rounded_once():
 
     named = parameters_of(network(2, "deconv"))
     of_all = composition(network(2, "deconv").structure, named)
-    (half, borders), (single, same) = (of_all.compose(named, dtype) for dtype in (torch.float16, torch.float32))
-    written = torch.zeros(half.shape, dtype=torch.bool)
-    for start, shape in of_all.operands.of.values():
-        written[start : start + torch.Size(shape).numel()] = True
-    assert torch.equal(half[written], single.half()[written]) and torch.equal(borders, same)
+    (*halves, borders), (*singles, same) = (of_all.compose(named, dtype) for dtype in (torch.float16, torch.float32))
+    for places, half, single in zip((of_all.flipped, of_all.operands), halves, singles, strict=True):
+        for name in places.of:
+            assert torch.equal(places.view(half, name), places.view(single, name).half())
+    assert torch.equal(borders, same)
 
 
 @pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)

@@ -69,6 +69,8 @@ class Backward:
             if step.node.position in self.written:
                 gradient = self._node(maps, step, needs_input)
                 of_input = gradient if step.source == "input" else of_input
+            if not step.node.column:  # the last of its level
+                self.levels[step.node.level] = None
         del self.levels, self.last
         return of_input
 

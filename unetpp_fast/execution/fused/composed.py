@@ -70,7 +70,7 @@ class Composition:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.steps = [step for step in plan.steps if step.node.name in set(reached)]
         self.up = "deconv" if plan.upsample == "deconv" else "project" if plan.project else "none"
-        self.parameters, self.operands, self.borders = Places(), Places(), Places()
+        self.parameters, self.operands, self.flipped, self.borders = Places(), Places(), Places(), Places()
         self.gradients, self.out = Places(), Places()
         mine = {f"nodes.{step.node.name}.{key}" for step in self.steps for key in self._keys(step)}
         self.weights = [name for name in structure.parameters if name in mine]
@@ -100,12 +100,12 @@ class Composition:
             parts["low"] = 3**axes, low, co
         for part, (taps, k, width) in parts.items():
             self.operands.add(f"{node} {part}", taps, k, width, aligned=ALIGNED)
-            self.operands.add(f"{node} {part} gradient", taps, width, k, aligned=ALIGNED)
+            self.flipped.add(f"{node} {part}", taps, width, k, aligned=ALIGNED)
             self.gradients.add(f"{node} {part}", taps, k, width)
         if step.form == "phases":
             phases = 2**axes
             self.operands.add(f"{node} low", phases, phases, low, co, aligned=ALIGNED)
-            self.operands.add(f"{node} low gradient", 4**axes, co, low, aligned=ALIGNED)
+            self.flipped.add(f"{node} low", 4**axes, co, low, aligned=ALIGNED)
             self.gradients.add(f"{node} low", phases, phases, low, co)
             if self.up != "none":
                 self.borders.add(f"{node} border", 3**axes, co)
@@ -142,7 +142,7 @@ class Composition:
             parts.append(("low", weight + prefix * taps, prefix + up, low))
         jobs = []
         for part, start, inputs, k in parts:
-            flipped = places[f"{node} {part} gradient"] if places is self.operands else 0
+            flipped = self.flipped[f"{node} {part}"]
             head = start, places[f"{node} {part}"], flipped, inputs, k, co, 0, 0
             jobs += [(*head, *tile) for tile in tiles(k, co)]
         return jobs
@@ -162,7 +162,7 @@ class Composition:
         node, axes = step.node.name, self.plan.axes
         prefix, low, up, co = self._sizes(step)
         head = (
-            self._low_weight(step, self.parameters), self.operands[f"{node} low"], self.operands[f"{node} low gradient"],
+            self._low_weight(step, self.parameters), self.operands[f"{node} low"], self.flipped[f"{node} low"],
             prefix + up, low, co, up,
         )  # fmt: skip
         ends = self._ends(step, self.borders)
@@ -190,19 +190,19 @@ class Composition:
         return [(*head, element, *tile, *ends) for tile in tiles(low, up) for element in elements]
 
     def compose(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """All operands in `dtype`, and all border tables, as two flat tensors."""
+        """Those of data gradients, the other operands, all in `dtype`, and all border tables, as three flat tensors."""
         from ...kernels import weights
 
         flat = self._flat(parameters)
         tables, axes = self.tables(flat.device), self.plan.axes
-        operands, borders = self.results(flat, dtype)
-        weights.compose(flat, operands, borders, tables.arrange, tables.phases, axes, self.up)
-        return [operands, borders]
+        flipped, operands, borders = self.results(flat, dtype)
+        weights.compose(flat, operands, flipped, borders, tables.arrange, tables.phases, axes, self.up)
+        return [flipped, operands, borders]
 
     def results(self, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Room for what `compose` returns."""
         borders = like.new_empty(self.borders.size, dtype=torch.float32)
-        return [like.new_empty(self.operands.size, dtype=dtype), borders]
+        return [*(like.new_empty(places.size, dtype=dtype) for places in (self.flipped, self.operands)), borders]
 
     def _flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
         return torch._C._nn.flatten_dense_tensors([parameters[name] for name in self.weights])
@@ -220,7 +220,8 @@ class Composition:
 
 @dataclass(frozen=True)
 class Composed:
-    """All operands, as `Composition.compose` returned them for all nodes, and the parameters by name."""
+    """All operands, as `Composition.compose` returned them for all nodes, and the parameters by name. A backward pass that
+    recomputes nothing needs those of data gradients alone."""
 
     all_nodes: Composition
     tensors: Sequence[Tensor]
@@ -233,7 +234,7 @@ class Composed:
 
     def _first(self, step: Step) -> Operands:
         node, of = step.node.name, self.all_nodes
-        wide, borders = self.tensors
+        _, wide, borders = self.tensors
         low = of.operands.view(wide, f"{node} low")
         return Operands(
             of.operands.view(wide, f"{node} prefix"),
@@ -243,13 +244,13 @@ class Composed:
         )
 
     def _second(self, step: Step) -> Operands:
-        weight = self.all_nodes.operands.view(self.tensors[0], f"{step.node.name} second")
+        weight = self.all_nodes.operands.view(self.tensors[1], f"{step.node.name} second")
         return Operands(weight, bias=self.parameters.get(f"nodes.{step.node.name}.conv2.bias"))
 
     def of_gradients(self, step: Step) -> GradientOperands:
         """The weights of a node's data gradients."""
-        parts = (f"{step.node.name} {part} gradient" for part in ("prefix", "low", "second"))
-        return GradientOperands(*(self.all_nodes.operands.view(self.tensors[0], part) for part in parts))
+        parts = (f"{step.node.name} {part}" for part in ("prefix", "low", "second"))
+        return GradientOperands(*(self.all_nodes.flipped.view(self.tensors[0], part) for part in parts))
 
 
 _compositions: WeakKeyDictionary[Structure, dict[tuple[bool, ...] | None, Composition]] = WeakKeyDictionary()

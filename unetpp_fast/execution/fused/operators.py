@@ -98,7 +98,7 @@ def forward_op(
             weights = of_all.compose(named, dtype)
             run.operands = Composed(of_all, weights, named).operands
         logits, maps = run.run(x, keep, recompute)
-    kept = [*maps.kept(structure.plan, recompute), *weights] if keep else []
+    kept = [*maps.kept(structure.plan, recompute), *(weights if recompute else weights[:1])] if keep else []
     return Results(logits, kept, run.moments).flat()
 
 
@@ -120,7 +120,8 @@ def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
                 maps.ups[step.node.name] = level.new_empty((*level.shape[:4], step.node.up_width))
         kept = maps.kept(plan, recompute)
         if composes(ops):
-            kept += composition(structure, _named(structure, tensors)).results(x, dtype)
+            weights = composition(structure, _named(structure, tensors)).results(x, dtype)
+            kept += weights if recompute else weights[:1]
     places = moment_places(plan, modes).values()
     moments = x.new_empty((2, max(slot.end for slot in places)), dtype=naive.accumulator(dtype)) if places else None
     return Results(logits, kept, moments).flat()
@@ -157,7 +158,8 @@ def backward_op(
     image = to_maps(x, plan.axes).to(dtype).contiguous()
     named, composed = _named(structure, parameters), None
     if composes(ops):
-        composed, kept = Composed(composition(structure, named), kept[-2:], named), kept[:-2]
+        count = 3 if recompute else 1
+        composed, kept = Composed(composition(structure, named), kept[-count:], named), kept[:-count]
     maps = Maps.from_kept(plan, image, kept, bool(modes), recompute)
     given = iter(gradients)
     run = Backward(plan, load_ops(ops), modes, named, dtype, group_of(group), recompute, composed)
