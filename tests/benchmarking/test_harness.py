@@ -277,6 +277,7 @@ def test_the_bench_command_prints_ten_lines(monkeypatch, capsys):
         r"^eager +[\d.]+ +1.00 +5 +[\d.]+ +1.00 +5 +-$", text, re.MULTILINE
     )
     assert len(text.splitlines()) <= 12
+    assert all(re.search(f"^auto, {kind}: (cpu|reference) \\(", text, re.MULTILINE) for kind in ("inference", "training"))
 
 
 @pytest.mark.parametrize(

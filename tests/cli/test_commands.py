@@ -82,6 +82,12 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         ((), "required"),
         (("fly",), "invalid choice: 'fly'"),
         (("train", "--out", "x"), "--data"),
+        (
+            ("train", "--data", "DATA", "--out", "OUT", "--patch-size", "32", "--zz"),
+            "train: error: unrecognized arguments: --patch-size 32 --zz; did you mean --batch-size or --patch",
+        ),
+        (("bench", "--quux"), "bench: error: unrecognized arguments: --quux (see unetpp-fast bench --help)"),
+        (("--zz", "info"), "unetpp-fast: error: unrecognized arguments: --zz"),
         (("train", "--data", "nowhere", "--out", "x"), "nowhere/images is not a folder"),
         (("train", "--data", "DATA", "--out", "OUT", "--features", "4,x"), "'4,x' is not a list of widths"),
         (("train", "--data", "DATA", "--out", "OUT", "--features", "4"), "features must be 2 to 7"),

@@ -321,8 +321,16 @@ def test_unknown_settings_are_refused(settings, message):
         uf.optimize(network(), **settings)
 
 
+@pytest.mark.parametrize("thing", ["resnet", None, {}], ids=str)
+def test_what_is_not_a_module_is_refused(thing):
+    with pytest.raises(TypeError, match=f"optimize takes a module, not {type(thing).__name__}: give weights to .*convert"):
+        uf.optimize(thing)
+
+
 def test_wrong_inputs_are_refused():
     fast = uf.optimize(network())
+    with pytest.raises(ValueError, match=r"the image is empty: expected .* got shape \(1, 2, 0, 16\)"):
+        fast.predict(torch.zeros(1, 2, 0, 16))
     with pytest.raises(ValueError, match="multiple of 8"):
         fast(make_input(1, 2, 12, 16))
     with pytest.raises(TypeError, match="floating-point"):

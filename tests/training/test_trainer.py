@@ -329,7 +329,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
             return Path.touch, (tmp_path / "boom",)
 
     torch.save({"unetpp_fast": 1, "config": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(InputError, match="not a readable checkpoint"):
+    with pytest.raises(InputError, match="not a readable checkpoint: it holds Python objects, which could run code"):
         load_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "boom").exists()
 

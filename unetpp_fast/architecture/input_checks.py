@@ -16,7 +16,8 @@ def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None
     axes = "N, C, H, W" if dims == 2 else "N, C, D, H, W"
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert it, e.g. with x.float() / 255")
+        how = "x.float() / 255" if isinstance(x, Tensor) else "torch.as_tensor(x).float()"
+        raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert it, e.g. with {how}")
     weight = next(network.parameters(), None)  # a replica of nn.DataParallel has none
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
@@ -28,6 +29,8 @@ def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None
         raise ValueError(
             f"expected {topology.in_channels} channels, got {x.shape[1]}: shape {tuple(x.shape)}, axes [{axes}]"
         )
+    if any_size and 0 in x.shape[2:]:
+        raise ValueError(f"the image is empty: expected pixels on every axis, got shape {tuple(x.shape)}, axes [{axes}]")
     for size in x.shape[2:]:
         if size == 0 or (size % multiple and not any_size):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -24,6 +25,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """A command's parser names the options it does not know itself, with those that are alike; argparse would leave them
+        to the parser of all commands."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown and "run" in self._defaults:
+            alike = {near: None for name in unknown for near in difflib.get_close_matches(name, self._option_string_actions)}
+            hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options, unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -269,8 +269,11 @@ def optimize(
         mode: of `predict`: "accurate", the mean over the heads up to `level`, or "fast", only the head at `level`.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: an argument is unknown, there is no head at `level`, or `convert` does not know the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a module, not {type(model).__name__}: give weights to unetpp_fast.convert first")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     if dtype is not None and dtype not in DTYPES:

@@ -81,8 +81,10 @@ def _measured(call: Call) -> tuple[str, str]:
         return "reference", "the kernels gave a wrong result on this device when they were measured"
     name = verdict["backend"] if verdict["ratio"] > 1 else "reference"
     reason = f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
-    faster = verdict.get("float32_ms", tuning.NEVER_MS) / min(verdict["fused_ms"], verdict["reference_ms"])
-    return name, f"{reason}; float32 would take {faster:.2f} of the faster one's" if faster < 1 else reason
+    if "float32_ms" in verdict:
+        share = verdict["float32_ms"] / min(verdict["fused_ms"], verdict["reference_ms"])
+        reason += f"; float32 would take {share:.2f} of the faster one's" if share < 1 else ""
+    return name, reason
 
 
 def right_kernels(call: Call) -> str | None:

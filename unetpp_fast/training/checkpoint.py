@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
         if not zipfile.is_zipfile(path):
             raise ValueError("not a zip archive")
         content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:  # its advice is to load it without this protection
+        raise InputError(
+            f"{path} is not a readable checkpoint: it holds Python objects, which could run code, or is damaged"
+        ) from error
     except Exception as error:  # a damaged file can raise anything
         raise InputError(
             f"{path} is not a readable checkpoint (truncated, or another format): {first_line(error)}"
