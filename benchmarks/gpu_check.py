@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "-eager or -fused"
+FIVE_CASES = "two_times_rule and bfloat16"  # of tests/execution/test_on_gpu.py: each norm, up-sampling and number of axes
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,35 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
         chosen = ("benchmarks/test_models.py", "-k", f"({cases}) and ({sides})", "--seconds", "2")
         return Part(name, limit, (*pytest, *chosen, *options, *records))
 
-    proofs, few = (
-        ("tests/execution/test_on_gpu.py", "tests/csrc/test_cuda_on_gpu.py"),
-        "(two_times_rule or networks) and bfloat16 or second_stream",
-    )
+    kernels = "tests/execution/test_on_gpu.py"
+    proofs, few = (kernels, "tests/csrc/test_cuda_on_gpu.py"), "(two_times_rule or networks) and bfloat16 or second_stream"
     paper, pruned, deep = "unet++-L4-accurate", "inference-unet++-L", "unet++-3d-L4-accurate"
     large, small, volume = (f"{size}-bfloat16" for size in ("512x512-batch16", "96x96-batch1", "64x64x64-batch1"))
     both = f"(inference-{paper} or training-{paper})"
     compiled = "(-eager or -fused or -compile) and not max"
     levels = " or ".join(f"{512 >> level}x{512 >> level}-batch16-bfloat16" for level in range(5))
-    kernels = ("benchmarks/test_kernels.py", "-k", levels, "--seconds", "0.2", "--tune")
+    ops = ("benchmarks/test_kernels.py", "-k", levels, "--seconds", "0.2", "--tune")
     return [
-        Part("tests", 110, (*pytest, *proofs)),
-        models("first", 60, f"{both} and {large}"),
-        models("main", 150, f"({both} or memory-{paper}) and {large}", "--tune", sides=compiled),
-        models("small", 50, f"{both} and {small}", "--tune"),
-        models("pruned", 50, f"{pruned} and fast and {large}", "--tune"),
-        models("volume", 60, f"({' or '.join(f'{what}-{deep}' for what in ('inference', 'training', 'memory'))}) "
+        Part("cases", 60, (*pytest, kernels, "-k", FIVE_CASES)),
+        models("inference", 40, f"inference-{paper} and {large}"),
+        models("training", 60, f"training-{paper} and {large}"),
+        models("main", 130, f"({both} or memory-{paper}) and {large}", "--tune", sides=compiled),
+        models("small", 40, f"{both} and {small}", "--tune"),
+        Part("tests", 75, (*pytest, *proofs)),
+        models("pruned", 40, f"{pruned} and fast and {large}", "--tune"),
+        models("volume", 45, f"({' or '.join(f'{what}-{deep}' for what in ('inference', 'training', 'memory'))}) "
                f"and {volume}", "--tune"),
-        Part("kernels", 70, (*pytest, *kernels, *records)),
-        Part("sanitizer", 45, (str(sanitizer), "--tool", "memcheck", "--error-exitcode", "9", *pytest, *proofs, "-k", few),
+        Part("kernels", 60, (*pytest, *ops, *records)),
+        Part("sanitizer", 40, (str(sanitizer), "--tool", "memcheck", "--error-exitcode", "9", *pytest, *proofs, "-k", few),
              "" if sanitizer else "compute-sanitizer is not on the path"),
     ]  # fmt: skip
 
 
 def run(part: Part, out: Path) -> str:
-    """Runs a part unless it is done; returns "done", "failed (code)", "out of time" or why it was skipped."""
+    """Runs a part unless it is done; returns "done", "failed (code)", "out of time" or why it was skipped.
+
+    What the part measures of the kernels is kept in the folder too, key by key, for later parts and calls.
+    """
     mark, log = out / f"{part.name}.done", out / f"{part.name}.log"
     if mark.exists():
         return "done before"
@@ -79,7 +83,10 @@ def run(part: Part, out: Path) -> str:
     with open(log, "w") as stream:
         stream.write(" ".join(part.command) + "\n")
         stream.flush()
-        process = subprocess.Popen(part.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "UNETPP_FAST_CACHE": str(out / "tuning")},
+        )  # fmt: skip
         try:
             code = process.wait(part.limit)
         except subprocess.TimeoutExpired:

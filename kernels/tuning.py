@@ -22,6 +22,7 @@ Measure = Callable[[Callable[[], object]], float]
 table: dict[str, str] = {}  # by key: the string of the candidate measured to be the fastest
 _chosen: dict[tuple, tuple] = {}  # by key and exact sizes: the table's string then, and the candidate it means
 _measure: Measure | None = None
+_measured: Callable[[], object] | None = None  # called after each new entry of `table`
 
 
 def bucket(size: int) -> int:
@@ -72,6 +73,8 @@ def choose(
                 continue
         if times:
             table[key] = min(times, key=times.get)
+            if _measured is not None:
+                _measured()
     best, place = table.get(key), (key, *sizes)
     if place not in _chosen or _chosen[place][0] != best:
         offered = candidates()
@@ -81,11 +84,15 @@ def choose(
 
 
 @contextmanager
-def measuring(measure: Measure) -> Iterator[None]:
-    """Inside, calls with an unknown key time their candidates by `measure(launch)`, which returns milliseconds."""
-    global _measure
-    before, _measure = _measure, measure
+def measuring(measure: Measure, measured: Callable[[], object] | None = None) -> Iterator[None]:
+    """Inside, calls with an unknown key time their candidates by `measure(launch)`, which returns milliseconds.
+
+    `measured()` is called after each key, so that a run that is stopped keeps the keys before.
+    """
+    global _measure, _measured
+    before = _measure, _measured
+    _measure, _measured = measure, measured
     try:
         yield
     finally:
-        _measure = before
+        _measure, _measured = before

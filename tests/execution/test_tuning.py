@@ -45,7 +45,7 @@ def clock(monkeypatch):
         return times["reference"] if len(order) % 2 else times["kernels"]
 
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
-    monkeypatch.setattr(kernel_tuning, "measuring", lambda measure: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(kernel_tuning, "measuring", lambda *calls: pytest.MonkeyPatch.context())
     return times
 
 
@@ -363,3 +363,22 @@ def test_the_clock_takes_the_median_after_a_warm_up():
     calls = []
     assert tuning.milliseconds(lambda: calls.append(1), torch.device("cpu"), rounds=5) >= 0
     assert len(calls) == 7
+
+
+def test_a_tuning_that_is_stopped_keeps_what_it_has_measured(monkeypatch):
+    model, x = small()
+    monkeypatch.setattr(tuning, "milliseconds", lambda run, device: run())
+    names = [name + kernel_tuning.place(x.device) for name in ("first", "second")]
+
+    def compute(call, backend):
+        kernel_tuning.choose(names[0], (1,), lambda: [3.0, 2.0], lambda time: time)
+        kernel_tuning.choose(names[1], (1,), lambda: [3.0, KeyboardInterrupt], stop)
+
+    def stop(candidate):
+        if candidate is KeyboardInterrupt:
+            raise candidate
+        return candidate
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning._time_candidates(Call(model.eval(), x), "triton", "inference", False, compute)
+    assert json.loads(tuning.cache_file(x.device).read_text())["configurations"] == {names[0]: "2.0"}

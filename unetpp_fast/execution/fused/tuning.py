@@ -107,6 +107,11 @@ def save(device: torch.device) -> Path:
     return path
 
 
+def _save_if_possible(device: torch.device) -> None:
+    with contextlib.suppress(OSError):
+        save(device)
+
+
 def _keep(device: torch.device, key: str, verdict: dict) -> None:
     _verdicts[f"{setting(device)}|{key}"] = verdict
     _latest[f"{device} {key.rpartition(' ')[0]}"] = verdict
@@ -165,7 +170,7 @@ def tune(call: Call, training: bool, progress: bool, kernels: Sequence[str], com
                     _time_candidates(measured, backend, name, progress, compute)
             verdicts[name] = _judge(measured, kernels, compute)
             _keep(device, _key(measured), verdicts[name])
-    save(device)
+            save(device)
     return verdicts
 
 
@@ -201,8 +206,7 @@ def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
             if _failures[place] < JUDGEMENTS:
                 return verdict
     _keep(x.device, _key(call), verdict)
-    with contextlib.suppress(OSError):
-        save(x.device)
+    _save_if_possible(x.device)
     return verdict
 
 
@@ -235,7 +239,7 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool, comput
             bar.update()
             return milliseconds(launch, call.x.device)
 
-        with kernel_tuning.measuring(measure):
+        with kernel_tuning.measuring(measure, lambda: _save_if_possible(call.x.device)):
             _run(_by(backend, call.dtype, compute), call.network, call.x, call.needs_gradients)
 
 
