@@ -21,13 +21,6 @@ def group_of(name: str) -> dist.ProcessGroup | None:
     return dist.distributed_c10d._resolve_process_group(name) if name else None
 
 
-def agreed(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """The value that the first process of a group passes."""
-    chosen = torch.tensor(value, device=device)
-    dist.broadcast(chosen, dist.get_global_rank(group, 0), group=group)
-    return int(chosen)
-
-
 def gathered_statistics(moments: Tensor, pixels: int, group: dist.ProcessGroup) -> Tensor:
     """From this process's mean and unbiased variance `[2, C]` over its `pixels`: the partial statistics of all processes,
     `[1, processes, 3, C]`, as `naive.norm_table` takes them."""

@@ -15,15 +15,15 @@ from ..architecture.network_spec import NetworkSpec
 from ..architecture.options import ENGINES, training_unsupported
 from ..architecture.precision import unsupported_dtype
 from ..kernels.naive import MOST_CLASSES
-from . import batch_statistics, reference
+from . import agreement, reference
 from .call import Call
 from .cpu import inference, kept_operands
 from .fused import libraries, operators, ops, tuning
 from .plan import steps
 
 BACKENDS = ("reference", *ENGINES)
+TOGETHER = "together, at their first training step of this kind"
 CPU_KERNELS = libraries.load("cpu")  # whether they are loaded, and if not, why
-_agreements: dict[tuple, str] = {}  # by structure, precision and process group
 
 
 def check(name: str) -> str:
@@ -44,27 +44,48 @@ def choose(call: Call) -> tuple[str, str]:
     call of each size measures, or `unetpp_fast.tune` does so beforehand and, on a GPU, also finds the fastest way of every
     node. Weights may change between calls in any way.
     """
-    backend, x = call.network.backend, call.x
-    if backend == "reference":
-        return "reference", "asked for"
-    on_cpu = backend == "cpu" or (backend == "auto" and _is_for_cpu(x))
-    runs, reason = (can_run_cpu if on_cpu else can_run_cuda if backend == "cuda" else can_run_triton)(call)
+    if not agreement.concerns(call):
+        return _alone(call)
+    choice = agreement.known(call)
+    if choice is None:
+        if torch.compiler.is_compiling():
+            return "reference", f"a graph that is compiled cannot ask other processes: they decide {TOGETHER}"
+        runs, reason = _runs(call)
+        asked = [call.network.backend] if call.network.backend != "auto" else None
+        return agreement.decide(call, (asked or _kernels(call)) if runs else [], reason, lambda: _alone(call))
+    runs, reason = (True, "") if choice[0] == "reference" else can_run(call, choice[0])
+    if not runs:
+        raise RuntimeError(
+            f"the processes that share statistics agreed on the backend {choice[0]!r}, which this one can no longer run: "
+            f'{reason}. Set network.backend = "reference" in all of them before this step'
+        )
+    return choice
+
+
+def outlook(call: Call) -> tuple[str, str]:
+    """What `choose` says, as far as it is known without asking other processes; else "undecided", and when it will be."""
+    if not agreement.concerns(call):
+        return choose(call)
+    runs, reason = _runs(call)
+    if not runs:  # then no process takes the kernels
+        return "reference", reason
+    return agreement.known(call) or ("undecided", f"the processes that share statistics decide {TOGETHER}")
+
+
+def _alone(call: Call) -> tuple[str, str]:
+    """The choice of one process."""
+    runs, reason = _runs(call)
     if not runs:
         return "reference", reason
-    if backend != "auto":
-        return backend, "asked for"
-    return _agreed(call) if call.network.sync_group and call.network.training else _measured(call)
+    return _measured(call) if call.network.backend == "auto" else (call.network.backend, "asked for")
 
 
-def _agreed(call: Call) -> tuple[str, str]:
-    """One backend for all processes that share statistics: each backend exchanges them in its own way."""
-    network = call.network
-    place = network.structure.handle, call.dtype, network.sync_group
-    if place not in _agreements:
-        group = batch_statistics.group_of(network.sync_group)
-        mine = BACKENDS.index(_measured(call)[0]) if group.rank() == 0 else 0
-        _agreements[place] = BACKENDS[batch_statistics.agreed(mine, group, call.x.device)]
-    return _agreements[place], "measured by the first process for all that share statistics"
+def _runs(call: Call) -> tuple[bool, str]:
+    """Whether the kernels that were asked for, or those for this device, can compute `call`; if not, why."""
+    backend = call.network.backend
+    if backend == "reference":
+        return False, "asked for"
+    return can_run(call, backend if backend != "auto" else "cpu" if _is_for_cpu(call.x) else "triton")
 
 
 def _measured(call: Call) -> tuple[str, str]:
@@ -198,6 +219,11 @@ def can_run_cpu(call: Call) -> tuple[bool, str]:
     return loaded, "" if loaded else f"the CPU kernels are off: {reason}"
 
 
+def can_run(call: Call, backend: str) -> tuple[bool, str]:
+    """Whether a backend beside the reference can compute `call` here; if not, why."""
+    return {"cpu": can_run_cpu, "triton": can_run_triton, "cuda": can_run_cuda}[backend](call)
+
+
 def never_runs(network: NetworkSpec, backend: str) -> str:
     """Why a backend can never compute this network, because of its topology or options; "" if it may."""
     if network.structure is None:
@@ -240,7 +266,7 @@ def compute(call: Call, backend: str) -> list[Tensor]:
 
 def forward(network: NetworkSpec, x: Tensor) -> list[Tensor]:
     """Logits of every head of `network`, by the backend that `choose` picks."""
-    if network.backend == "reference":
+    if network.backend == "reference" and not network.sync_group:
         return reference.forward(network, x)
     call = Call(network, x)
     return compute(call, choose(call)[0])

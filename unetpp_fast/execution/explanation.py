@@ -21,22 +21,25 @@ def explain(network: NetworkSpec, x: Tensor) -> str:
         network: a model of this package.
         x: an input it takes, `[N, in_channels, *S]`; nothing is computed, unless `backend="auto"` has to measure first.
 
+    Processes that share batch statistics decide together at their first training step: before it, one that explains such a
+    step says just that, and it waits for no other.
+
     Raises:
         TypeError, ValueError: the network does not take `x`.
     """
     check_input(network, x, any_size=network.options["odd_sizes"])
     call = Call(network, x)
-    return describe(call, *dispatch.choose(call))
+    return describe(call, *dispatch.outlook(call))
 
 
 def describe(call: Call, name: str, reason: str) -> str:
-    """Prints and returns what the backend `name`, chosen for `reason`, does at each node."""
+    """Prints and returns what the backend `name`, chosen for `reason`, does at each node; of "undecided" only the reason."""
     network, x = call.network, call.x
     size = "x".join(map(str, x.shape[2:]))
     lines = [f"{x.shape[0]} image(s) of {size} pixels in {call.dtype} on {x.device}: {name} ({reason})"]
     plan = None if name == "reference" else network.structure.plan
     ways = _ways(call, name) if name in ("triton", "cuda") and x.is_cuda else {}
-    for index, node in enumerate(network.topology.nodes):
+    for index, node in enumerate(network.topology.nodes if name != "undecided" else ()):
         what = plan.describe(plan.steps[index]) if plan else _describe(network, node)
         lines.append(f"{name:<10} {what}")
         lines += [f"{'':<10}   conv{number}: {way}" for number, way in enumerate(ways.get(node.name, ()), 1)]

@@ -123,12 +123,12 @@ def verdict(call: Call) -> dict | None:
     While a graph is compiled, the latest verdict on such a pass at any size: sizes may be symbols.
     """
     if torch.compiler.is_compiling():
-        return _latest.get(f"{call.x.device} {_pass_key(call)}")
+        return _latest.get(f"{call.x.device} {pass_key(call)}")
     load(call.x.device)
     return _verdicts.get(f"{setting(call.x.device)}|{_key(call)}")
 
 
-def _pass_key(call: Call) -> str:
+def pass_key(call: Call) -> str:
     """What passes of any size on a device differ in: also in whether batch norms take statistics of the batch, as they may
     without gradients and may not with them."""
     kind = f"{'training' if call.needs_gradients else 'inference'}{'-batch-statistics' if call.in_training else ''}"
@@ -138,7 +138,7 @@ def _pass_key(call: Call) -> str:
 def _key(call: Call) -> str:
     """With the size, and whether float32 is multiplied as TF32, which a graph that is being compiled cannot ask for."""
     sizes = "x".join(str(kernel_tuning.bucket(size)) for size in (call.x.shape[0], *call.x.shape[2:]))
-    return f"{_pass_key(call)} {'tf32-' if dot_precision(call.dtype) == 'tf32' else ''}{sizes}"
+    return f"{pass_key(call)} {'tf32-' if dot_precision(call.dtype) == 'tf32' else ''}{sizes}"
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
