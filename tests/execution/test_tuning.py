@@ -280,6 +280,16 @@ def test_a_precision_that_is_slower_than_float32_says_so(clock, at_first_call, m
     )
 
 
+@pytest.mark.parametrize(("taken", "ratio"), [((10.0, 11.0, 12.0, 8.0), 1.25), ((10.0, 20.0), 0.5), ((20.0, 10.0), 2.0)])
+def test_close_times_on_a_cpu_are_taken_twice(at_first_call, monkeypatch, taken, ratio):
+    """Another program may have slowed one of them."""
+    times = iter(taken)
+    monkeypatch.setattr(tuning, "milliseconds", lambda *_: next(times))
+    call = Call(*small())
+    dispatch.choose(call)
+    assert tuning.verdict(call)["ratio"] == ratio and next(times, None) is None
+
+
 def test_a_judgement_that_runs_out_of_memory_is_repeated(clock, at_first_call, monkeypatch):
     """Other tensors may have taken the memory; but not for ever, because every judgement takes time."""
     judge, judged = tuning._judge, []
