@@ -7,12 +7,26 @@ import torch
 from support.helpers import make_input
 
 import unetpp_fast as uf
-from unetpp_fast.execution.fused import tuning
+from unetpp_fast.execution import dispatch
+from unetpp_fast.execution.call import Call
+from unetpp_fast.execution.fused import structure, tuning
 
 
 def small() -> tuple[uf.Network, torch.Tensor]:
     torch.manual_seed(0)
     return uf.UNet(1, 1, features=(3, 4)), make_input(2, 1, 4, 6)
+
+
+def test_a_slower_kernel_is_known_without_a_look_at_the_layers(monkeypatch):
+    model, x = small()
+    call = Call(model.eval(), x)
+    slower = {"backend": "cpu", "right": True, "ratio": 0.5, "fused_ms": 2.0, "reference_ms": 1.0}
+    monkeypatch.setattr(tuning, "verdict", lambda call: slower)
+    monkeypatch.setattr(structure, "_layers", None)  # what `Structure.fits` calls
+    assert dispatch.choose(call) == ("reference", "measured: the kernels take 2.00 of the reference's time")
+    model.backend = "triton"
+    with pytest.raises(TypeError, match="not callable"):
+        dispatch.choose(call)
 
 
 def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):

@@ -7,6 +7,8 @@ backend that cannot run says why, and the reference takes over.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,10 @@ def outlook(call: Call) -> tuple[str, str]:
 
 def _alone(call: Call) -> tuple[str, str]:
     """The choice of one process."""
+    if call.network.backend == "auto" and call.network.structure is not None and call.x.device.type in ("cpu", "cuda"):
+        known = tuning.verdict(call)
+        if known and (choice := _by(known))[0] == "reference":
+            return choice  # before the layers are looked at, which takes longer than a small layer
     runs, reason = _runs(call)
     if not runs:
         return "reference", reason
@@ -96,6 +102,11 @@ def _measured(call: Call) -> tuple[str, str]:
         verdict = tuning.judge(call, _kernels(call), compute)
     if verdict is None:
         return "reference", "not measured on this device for this size: unetpp_fast.tune(model, x) does"
+    return _by(verdict)
+
+
+def _by(verdict: Mapping) -> tuple[str, str]:
+    """What a verdict of `tuning` chooses, and why."""
     if "error" in verdict:
         return "reference", f"the kernels failed when they were tried: {verdict['error']}"
     if not verdict["right"]:
