@@ -29,6 +29,19 @@ def test_a_slower_kernel_is_known_without_a_look_at_the_layers(monkeypatch):
         dispatch.choose(call)
 
 
+@pytest.mark.parametrize(("ratio", "name"), [(1.02, "reference"), (1.04, "cpu")])
+def test_the_kernels_have_to_be_clearly_faster(ratio, name):
+    verdict = {"backend": "cpu", "right": True, "ratio": ratio, "fused_ms": 1.0, "reference_ms": ratio}
+    assert dispatch._by(verdict)[0] == name
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_only_a_network_with_norms_is_asked_whether_they_train(norm):
+    model = uf.UNet(1, 1, features=(3, 4), norm=norm)
+    call = Call(model.train(), make_input(2, 1, 4, 6))
+    assert call.in_training == (norm == "batch") == ("modules" in vars(call))
+
+
 def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):
     """The kernels for a large batch are not those for two images."""
     inputs = tuning._checked(torch.empty(16, 1, 128, 128, device="meta"), 4)

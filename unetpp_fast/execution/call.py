@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +20,15 @@ class Call:
     Attributes:
         network, x: the arguments; x is `[N, in_channels, *S]`.
         dtype: of the maps; by default autocast's or the input's.
-        modules: the network and all its layers, as `modules()` gives them.
     """
 
     def __init__(self, network: NetworkSpec, x: Tensor, dtype: torch.dtype | None = None):
         self.network, self.x, self.dtype = network, x, dtype or compute_dtype(x)
-        self.modules: list[nn.Module] = list(network.modules())
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """The network and all its layers, as `modules()` gives them when they are first asked for."""
+        return list(self.network.modules())
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -37,7 +42,11 @@ class Call:
 
     @property
     def in_training(self) -> bool:
-        """Whether any norm takes statistics of this batch."""
+        """Whether any norm takes statistics of this batch; the layers of a network that was built without norms are not
+        walked for it."""
+        structure = self.network.structure
+        if structure is not None and not structure.norms:
+            return False
         return any(module.training for module in self.modules if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)))
 
     def tensors(self) -> dict[str, Tensor]:

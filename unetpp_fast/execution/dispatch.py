@@ -24,6 +24,7 @@ from .fused import libraries, operators, ops, tuning
 from .plan import steps
 
 BACKENDS = ("reference", *ENGINES)
+CLEARLY = 1.03  # as many times as fast the kernels were measured to be; less is within the noise of a measurement
 TOGETHER = "together, at their first training step of this kind"
 CPU_KERNELS = libraries.load("cpu")  # whether they are loaded, and if not, why
 
@@ -111,7 +112,7 @@ def _by(verdict: Mapping) -> tuple[str, str]:
         return "reference", f"the kernels failed when they were tried: {verdict['error']}"
     if not verdict["right"]:
         return "reference", "the kernels gave a wrong result on this device when they were measured"
-    name = verdict["backend"] if verdict["ratio"] > 1 else "reference"
+    name = verdict["backend"] if verdict["ratio"] > CLEARLY else "reference"
     reason = f"measured: the kernels take {1 / verdict['ratio']:.2f} of the reference's time"
     if "float32_ms" in verdict:
         share = verdict["float32_ms"] / min(verdict["fused_ms"], verdict["reference_ms"])
