@@ -39,7 +39,7 @@ def test_the_kernels_have_to_be_clearly_faster(ratio, name):
 def test_only_a_network_with_norms_is_asked_whether_they_train(norm):
     model = uf.UNet(1, 1, features=(3, 4), norm=norm)
     call = Call(model.train(), make_input(2, 1, 4, 6))
-    assert call.in_training == (norm == "batch") == ("modules" in vars(call))
+    assert call.in_training == (norm == "batch") == (call._modules is not None)
 
 
 def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +22,14 @@ class Call:
 
     def __init__(self, network: NetworkSpec, x: Tensor, dtype: torch.dtype | None = None):
         self.network, self.x, self.dtype = network, x, dtype or compute_dtype(x)
+        self._modules: list[nn.Module] | None = None
 
-    @cached_property
+    @property
     def modules(self) -> list[nn.Module]:
         """The network and all its layers, as `modules()` gives them when they are first asked for."""
-        return list(self.network.modules())
+        if self._modules is None:  # not a `cached_property`, whose lock no graph can hold
+            self._modules = list(self.network.modules())
+        return self._modules
 
     @property
     def parameters(self) -> list[Tensor]:
