@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         """A command's parser names the options it does not know itself, with those that are alike; argparse would leave them
         to the parser of all commands."""
         options, unknown = super().parse_known_args(args, namespace)
-        if unknown and "run" in self._defaults:
+        if unknown and self.get_default("run"):
             alike = {near: None for name in unknown for near in difflib.get_close_matches(name, self._option_string_actions)}
             hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

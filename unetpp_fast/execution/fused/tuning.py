@@ -306,7 +306,11 @@ def _is_right(network: NetworkSpec, inputs: list[Tensor], dtype: torch.dtype, tr
     way can take gradients out of the bounds; another draw has others, while a wrong kernel is wrong in all."""
     noise = torch.Generator().manual_seed(0)
     for draw in range(DRAWS if training else 1):
-        images = [x + torch.randn(x.shape, generator=noise).to(x) * (x.std() / 100) for x in inputs] if draw else inputs
+        images = (
+            [x + torch.randn(x.shape, generator=noise).to(x) * (x.std(correction=0) / 100) for x in inputs]
+            if draw
+            else inputs
+        )
         exact, usual, actual = _results(network, images, training, kernels)
         if disagreement(exact[:1], usual[:1], actual[:1], dtype):
             return False
