@@ -28,6 +28,7 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
 }
+MATRIX_TILES = ["-mamx-tile", "-mamx-bf16"]  # beside avx512, of compilers that know them
 JOB_BYTES = 2 * 2**30  # memory of one compiler
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest that may load the library
 
@@ -107,6 +108,12 @@ def cuda_commands(library: Path, folder: Path) -> tuple[list[Piece], list[str]]:
     return pieces, [str(part) for part in link]
 
 
+def _takes(compiler: str, options: list[str]) -> bool:
+    """Whether a compiler knows these options."""
+    command = [compiler, *options, "-x", "c++", "-E", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tuple[list[Piece], list[str]]:
     """The pieces of the CPU library, and the command that links them; `extra` flags go to every compiler.
 
@@ -122,6 +129,8 @@ def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tu
     for name in names:
         target = folder / f"{name}.o"
         options = [*CPU_FLAGS, *INSTRUCTION_SETS[name], *extra]
+        if name == "avx512" and _takes(compiler, MATRIX_TILES):
+            options += MATRIX_TILES
         pieces.append((here / f"{name}.cpp", target, [compiler, *options, "-c", here / f"{name}.cpp", "-o", target]))
     pieces.append(_bindings(here / "bindings.cpp", folder, *extra))
     objects = [target for _, target, _ in pieces]

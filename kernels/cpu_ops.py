@@ -2,7 +2,8 @@
 precisions run in `naive.py`. Sums, weights and what a reader computes of a map are float32 in both.
 
 A 3-tap convolution is computed by Winograd's minimal filtering, F(4x4, 3x3), its low source and the gradient of a low source
-by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. The library registers `torch.ops.unetpp_fast_cpu`;
+by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums; bfloat16 maps in matrix tiles, where the CPU has them (AMX),
+with products of bfloat16 and sums of float32. The library registers `torch.ops.unetpp_fast_cpu`;
 `unetpp_fast.execution.fused.libraries` loads it.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,7 +33,9 @@ __all__ = [
     "pool_backward",
 ]
 
+WAYS = {"direct": 0, "winograd": 1, "few": 1, "tiles": 2}  # of the library, by kernel
 MIN_TILES = 6  # that share transformed weights, for Winograd; with fewer, the transform costs more than it saves
+TILES = ("cpu",)  # whose matrix tiles are used
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
 MANY_WEIGHTS = 2**13  # pairs of channels that are many
 LEAST_PAIRED = 2**23  # bytes of a map that makes the two convolutions of a node run strip by strip
@@ -46,13 +50,22 @@ def _supports(*maps: Tensor | None) -> bool:
     return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
 
+@lru_cache
+def matrix_tiles() -> str:
+    """Who multiplies matrix tiles: "cpu", or "plain" sums, for tests, where the library is not compiled for such a CPU; "" if
+    nobody does."""
+    return ("", "plain", "cpu")[torch.ops.unetpp_fast_cpu.matrix_tiles()]
+
+
 def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool) -> str:
     """What computes a convolution of `inputs` channels into `out`: "winograd" with packed weights, "few" with weights that
-    are transformed as they are read, or "direct"."""
+    are transformed as they are read, "tiles" in matrix tiles, or "direct"."""
     known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or ((taps, stride) == (4, 2) and not phased and not low)
     tiles = math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
     if not known:
         return "direct"
+    if out.dtype == torch.bfloat16 and matrix_tiles() in TILES:
+        return "tiles"
     if axes == 2 and inputs * out.shape[-1] >= MANY_WEIGHTS and MIN_TILES <= tiles * out.shape[0] <= FEW_TILES:
         return "few"
     return "winograd" if tiles >= MIN_TILES else "direct"
@@ -84,18 +97,17 @@ def conv(
             out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
             slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
-    inputs = a.shape[-1] + (0 if b is None else b.shape[-1])
-    kernel = kernel_for(out, inputs, axes, taps, stride, phased, b is not None)
-    winograd = kernel != "direct"
+    inputs, low_inputs = a.shape[-1], 0 if b is None else b.shape[-1]
+    kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None)
     ua = _weights(wa, "gathered" if taps == 4 else "plain", axes, kernel)
     ub = None if wb is None else _weights(wb, "phased" if phased else "low", axes, kernel)
     partial = None
     if stats:
-        parts = torch.ops.unetpp_fast_cpu.conv_parts(out, inputs, phased, winograd)
+        parts = torch.ops.unetpp_fast_cpu.conv_parts(out, inputs, low_inputs, phased, WAYS[kernel])
         partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
         out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
-        axes, taps, stride, phased, winograd, float(slope), act, add,
+        axes, taps, stride, phased, WAYS[kernel], float(slope), act, add,
     )  # fmt: skip
     return partial
 
@@ -128,7 +140,7 @@ def conv_pair(
     Of the map in between only `mid`, `[1, 1, pair_rows, W, C]`, exists, strip by strip. All weights `[9, K, CO]`, `wb` as in
     `conv`. `out` may be channels that `a` reads, if no pixel of them is read after it was written.
     """
-    kernels = (kernel_for(out, x.shape[-1], 2, 3, 1, False, False) for x in (a, mid))
+    kernels = (kernel_for(out, x.shape[-1], 2, 3, 1, False, False) for x in (a, mid))  # rows of mid are not its size
     first, last = ("winograd" if kernel == "direct" else kernel for kernel in kernels)
     ua, u2 = _weights(wa, "plain", 2, first), _weights(second, "plain", 2, last)
     ub = None if wb is None else _weights(wb, "phased" if phased else "low", 2, first)
@@ -142,7 +154,7 @@ def _weights(weight: Tensor, form: str, axes: int, kernel: str) -> Tensor:
     if kernel == "few":
         return view(weight.float(), axes)
     return cpu_weights.kept(
-        weight, name, lambda weight: cpu_weights.packed(view(weight.float(), axes), kernel == "winograd")
+        weight, f"{kernel} {name}", lambda weight: cpu_weights.packed(view(weight.float(), axes), WAYS[kernel])
     )
 
 

@@ -5,12 +5,14 @@ transformed for Winograd's minimal filtering (`csrc/cpu/winograd.h`) or not, in 
 
     Winograd   [filters, n * n, blocks, K rounded up to 4, width]        U = G w G', n = 6 for 3 taps, 5 for 2 taps
     direct     [phases, taps, blocks, K rounded up to 4, width]
+    tiles      [filters, blocks, K / 32 rounded up, taps, 2, 16, width / 2, 2], bfloat16: pairs of channels side by side
 
 `width` is two vectors of the CPU's instruction set.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,14 +50,17 @@ def direct(weight: Tensor, axes: int) -> Tensor:
     return weight[:, None, None, :, None]
 
 
-def packed(view: Tensor, winograd: bool) -> Tensor:
-    """What `torch.ops.unetpp_fast_cpu.pack` makes of a view."""
+def packed(view: Tensor, way: int) -> Tensor:
+    """What `torch.ops.unetpp_fast_cpu.pack` makes of a view. way: of `cpu_ops.WAYS`."""
     width = 2 * torch.ops.unetpp_fast_cpu.lanes()
     *filters, rows, columns, k, co = view.shape
-    taps = rows * columns
-    points = {9: 36, 4: 25}[taps] if winograd else taps
-    out = view.new_empty(filters[0] * filters[1] * filters[2], points, -(-co // width), -(-k // 4) * 4, width)
-    torch.ops.unetpp_fast_cpu.pack(out, view, winograd)
+    count, blocks, taps = math.prod(filters), -(-co // width), rows * columns
+    if way == 2:
+        out = view.new_empty(count, blocks, -(-k // 32), taps, 32, width, dtype=torch.bfloat16)
+    else:
+        points = {9: 36, 4: 25}[taps] if way == 1 else taps
+        out = view.new_empty(count, points, blocks, -(-k // 4) * 4, width)
+    torch.ops.unetpp_fast_cpu.pack(out, view, way)
     return out
 
 

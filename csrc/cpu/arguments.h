@@ -52,6 +52,13 @@ inline const float* values(const Optional& x, int64_t count, const char* name) {
   return static_cast<const float*>(x->data_ptr());
 }
 
+// Weights that are packed for matrix tiles.
+inline const BFloat16* pairs(const Tensor& x, int64_t count, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::BFloat16 && x.is_contiguous() && x.numel() == count, name,
+                  " must be contiguous bfloat16 on a CPU with ", count, " values");
+  return static_cast<const BFloat16*>(x.data_ptr());
+}
+
 // Weights [filters, filters, filters, rows of taps, taps of a row, K, CO], of any strides.
 inline Filters filters_of(const Tensor& x, const char* name) {
   check_floats(x, name);

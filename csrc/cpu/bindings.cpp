@@ -3,6 +3,12 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -69,6 +75,30 @@ const Kernels& kernels(Element element) {
 }
 
 namespace {
+
+// Linux gives a process the registers of tiles when it asks for them.
+bool cpu_has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kAsk = 0x1023, kTileData = 18;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+Tiles tiles() {
+  static const Tiles found = !kernels().tiles ? Tiles::kPlain : cpu_has_tiles() ? Tiles::kCpu : Tiles::kNone;
+  return found;
+}
+
+namespace {
+
+int64_t matrix_tiles() { return static_cast<int64_t>(tiles()); }
 
 Pass pass_of(const Tensor& x, const Optional& scale, const Optional& shift, int64_t axes, double slope, int64_t chunk = 1) {
   STD_TORCH_CHECK(axes == 2 || axes == 3, "axes is 2 or 3");
@@ -195,12 +225,12 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def(
       "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
       "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
-      "bool winograd, float slope, bool act, bool add) -> ()");
+      "int way, float slope, bool act, bool add) -> ()");
   library.def(
       "conv_pair(Tensor(a!) out, Tensor(b!) mid, Tensor a, Tensor ua, Tensor? b, Tensor? ub, Tensor? bias, Tensor? border, "
       "Tensor second, Tensor? second_bias, bool phased, float slope) -> ()");
-  library.def("pack(Tensor(a!) out, Tensor weight, bool winograd) -> ()");
-  library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
+  library.def("pack(Tensor(a!) out, Tensor weight, int way) -> ()");
+  library.def("conv_parts(Tensor out, int inputs, int low_inputs, bool phased, int way) -> int");
   library.def(
       "conv_wgrad(Tensor(a!) result, Tensor(b!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, int axes, "
       "bool phased, float slope) -> ()");
@@ -222,6 +252,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
       "float slope, int chunk) -> ()");
   library.def("act_backward(Tensor(a!) sums, Tensor(b!) g, Tensor x, float slope, int chunk) -> ()");
   library.def("lanes() -> int");
+  library.def("matrix_tiles() -> int");
   library.def("fused_products(int count) -> float");
 }
 
@@ -242,5 +273,6 @@ STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CompositeExplicitAutograd, library) {
   library.impl("lanes", TORCH_BOX(&unetpp::lanes));
+  library.impl("matrix_tiles", TORCH_BOX(&unetpp::matrix_tiles));
   library.impl("fused_products", TORCH_BOX(&unetpp::fused_products));
 }

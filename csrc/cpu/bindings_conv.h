@@ -12,6 +12,10 @@ constexpr int64_t kLarge = 16 << 20;  // bytes of a result that would push every
 
 const Kernels& kernels(Element element = Element::kFloat);
 
+// Whether there are matrix tiles: none, as plain sums for tests, or of the CPU.
+enum class Tiles { kNone, kPlain, kCpu };
+Tiles tiles();
+
 inline int64_t padded(int64_t channels, int64_t to) { return (channels + to - 1) / to * to; }
 
 // Values of packed weights: `count` filters of `points` values for each pair of channels.
@@ -19,11 +23,37 @@ inline int64_t packed(int64_t count, int64_t points, int64_t inputs, int64_t out
   return count * points * padded(inputs, 4) * padded(outputs, 2 * kernels().lanes);
 }
 
+// Values of weights that are packed for matrix tiles: `count` filters of `taps`.
+inline int64_t packed_pairs(int64_t count, int64_t taps, int64_t inputs, int64_t outputs) {
+  return count * taps * padded(inputs, 32) * padded(outputs, 2 * kernels().lanes);
+}
+
+inline Way way_of(int64_t way) {
+  STD_TORCH_CHECK(way >= 0 && way <= 2, "way is 0 (direct sums), 1 (Winograd) or 2 (matrix tiles)");
+  STD_TORCH_CHECK(way != 2 || tiles() != Tiles::kNone, "this CPU has no matrix tiles");
+  return static_cast<Way>(way);
+}
+
+// The weights of one operand, [filters] of `width` x `width` taps, `points` of them transformed, into the place for its kind.
+inline void take_weights(const Conv& call, Way way, const Tensor& u, int64_t filters, int width, int channels,
+                         const float*& packed_floats, Filters& as_they_are, const BFloat16*& packed_tiles, const char* name) {
+  const int outputs = call.out.channels, taps = width * width, points = (width + 3) * (width + 3);
+  if (way == Way::kTiles) {
+    packed_tiles = pairs(u, packed_pairs(filters, taps, channels, outputs), name);
+  } else if (u.dim() == 7) {
+    STD_TORCH_CHECK(way == Way::kWinograd && call.axes == 2, "weights are packed in 3D and for direct sums");
+    as_they_are = filters_of(u, name);
+    check_filters(as_they_are, filters, width, channels, outputs, name);
+  } else {
+    packed_floats = values(u, packed(filters, way == Way::kDirect ? taps : points, channels, outputs), name);
+  }
+}
+
 // Everything of a convolution into `o` but its results' statistics; `images` of them, by element type.
 inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tensor& ua, const Optional& scale_a,
                       const Optional& shift_a, const Optional& b, const Optional& ub, const Optional& scale_b,
                       const Optional& shift_b, const Optional& bias, const Optional& border, int64_t axes, int64_t taps,
-                      int64_t stride, bool phased, bool winograd) {
+                      int64_t stride, bool phased, Way way) {
   Conv call;
   call.axes = static_cast<int>(axes);
   const bool deep = axes == 3, gathered = taps == 4 && stride == 2;
@@ -34,64 +64,61 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
   call.a = map_of(a, o.element, "a", scale_a, shift_a);
   check_axes(axes, o.depth);
   STD_TORCH_CHECK((taps == 3 || taps == 4) && (stride == 1 || stride == 2), "taps are 3 or 4, and stride is 1 or 2");
+  STD_TORCH_CHECK(way != Way::kTiles || o.element == Element::kBFloat16, "matrix tiles take bfloat16 maps");
   if (phased) check_even(axes, o);
   check_images(a, images, "a");
   const int step = phased ? 2 : 1, scaled = static_cast<int>(stride);
   const int depth = deep ? o.depth / step : 1, height = o.height / step, width = o.width / step;
   check_size(call.a, deep ? depth * scaled : 1, height * scaled, width * scaled, "a");
+  STD_TORCH_CHECK(way == Way::kDirect || gathered || (taps == 3 && stride == step), "only direct sums know these taps");
   const int64_t depth_taps = deep ? taps : 1;
-  const bool few = ua.dim() == 7;  // weights as they are
-  STD_TORCH_CHECK(!winograd || gathered || (taps == 3 && stride == step), "no transform for these taps");
-  STD_TORCH_CHECK(!few || (winograd && !deep), "weights are packed in 3D and for direct sums");
-  if (few) {
-    call.wa = filters_of(ua, "ua");
-    check_filters(call.wa, gathered ? 4 : 1, gathered ? 2 : 3, call.a.channels, o.channels, "ua");
-  } else {
-    call.ua = values(ua, !winograd  ? packed(1, depth_taps * taps * taps, call.a.channels, o.channels)
-                         : gathered ? packed(depth_taps * 4, 25, call.a.channels, o.channels)
-                                    : packed(depth_taps, 36, call.a.channels, o.channels), "ua");
-  }
+  if (way == Way::kDirect)
+    call.ua = values(ua, packed(1, depth_taps * taps * taps, call.a.channels, o.channels), "ua");
+  else
+    take_weights(call, way, ua, depth_taps * (gathered ? 4 : 1), gathered ? 2 : 3, call.a.channels, call.ua, call.wa, call.ta,
+                 "ua");
   if (b) {
     STD_TORCH_CHECK(ub.has_value() && !gathered, "b comes with its weights, beside 3 taps of a");
     call.b = map_of(*b, o.element, "b", scale_b, shift_b);
     check_images(*b, images, "b");
     check_size(call.b, depth, height, width, "b");
     const int64_t phases = phased ? (deep ? 8 : 4) : 1, b_taps = phased ? 2 : 3, b_depth = deep ? b_taps : 1;
-    if (few) {
-      call.wb = filters_of(*ub, "ub");
-      check_filters(call.wb, phases, phased ? 2 : 3, call.b.channels, o.channels, "ub");
-    } else {
-      call.ub = values(ub, winograd ? packed(phases * b_depth, phased ? 25 : 36, call.b.channels, o.channels)
-                                    : packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
-    }
+    if (way == Way::kDirect)
+      call.ub = values(ub, packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
+    else
+      take_weights(call, way, *ub, phases * b_depth, static_cast<int>(b_taps), call.b.channels, call.ub, call.wb, call.tb, "ub");
   }
   call.bias = values(bias, o.channels, "bias");
   call.border = values(border, (deep ? 27 : 9) * static_cast<int64_t>(o.channels), "border");
   return call;
 }
 
-inline void run_winograd(const Conv& call) {
+// The way of weights that are not for direct sums.
+inline Way way_for(const Tensor& u) { return way_of(u.scalar_type() == ScalarType::BFloat16 ? 2 : 1); }
+
+// By Winograd's filtering or in tiles, as the weights say.
+inline void run_conv(const Conv& call) {
   const Kernels& table = kernels(call.out.element);
-  (call.wa.data ? table.conv_few : table.conv_winograd)(call);
+  (call.ta ? table.conv_tiles : call.wa.data ? table.conv_few : table.conv_winograd)(call);
 }
 
 inline void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub,
                  Optional scale_b, Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes,
-                 int64_t taps, int64_t stride, bool phased, bool winograd, double slope, bool act, bool add) {
+                 int64_t taps, int64_t stride, bool phased, int64_t way, double slope, bool act, bool add) {
   const Map o = map_of(out, element_of(out, "out"), "out");
   Conv call = conv_call(o, out.size(0), a, ua, scale_a, shift_a, b, ub, scale_b, shift_b, bias, border, axes, taps, stride,
-                        phased, winograd);
-  const int64_t parts = winograd ? winograd_parts(call) : o.depth;
+                        phased, way_of(way));
+  const int64_t parts = parts_of(call, way_of(way));
   call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
   call.slope = static_cast<float>(slope);
   call.act = act;
   call.add = add;
   call.past = !add && out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
   if (out.numel() == 0) return;
-  if (winograd)
-    run_winograd(call);
-  else
+  if (way_of(way) == Way::kDirect)
     kernels(o.element).conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
+  else
+    run_conv(call);
 }
 
 inline Map of_image(Map map, int64_t image) {
@@ -118,17 +145,13 @@ inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, O
   STD_TORCH_CHECK(mid.is_contiguous() && mid.size(0) == 1 && between.depth == 1 && between.width == o.width && strip > 0,
                   "mid must be [1, 1, at least 17 rows, ", o.width, ", C], contiguous");
   between.height = o.height;
-  Conv first = conv_call(between, out.size(0), a, ua, {}, {}, b, ub, {}, {}, bias, border, 2, 3, phased ? 2 : 1, phased, true);
+  Conv first = conv_call(between, out.size(0), a, ua, {}, {}, b, ub, {}, {}, bias, border, 2, 3, phased ? 2 : 1, phased,
+                         way_for(ua));
   Conv last;
   last.out = o;
   last.a = between;
   last.images = first.images = 1;
-  if (second.dim() == 7) {
-    last.wa = filters_of(second, "second");
-    check_filters(last.wa, 1, 3, between.channels, o.channels, "second");
-  } else {
-    last.ua = values(second, packed(1, 36, between.channels, o.channels), "second");
-  }
+  take_weights(last, way_for(second), second, 1, 3, between.channels, last.ua, last.wa, last.ta, "second");
   last.bias = values(second_bias, o.channels, "second_bias");
   first.slope = last.slope = static_cast<float>(slope);
   first.act = last.act = true;
@@ -147,31 +170,39 @@ inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, O
       first.out.origin = last.a.origin = origin;
       first.begin = done;
       first.end = done = std::min(o.height, end + 8);
-      if (first.end > first.begin) run_winograd(first);
+      if (first.end > first.begin) run_conv(first);
       last.begin = row;
       last.end = end;
-      run_winograd(last);
+      run_conv(last);
     }
   }
 }
 
-// Weights, as `filters_of` takes them, packed for one of the kernels.
-inline void pack(Tensor out, Tensor weight, bool winograd) {
+// Weights, as `filters_of` takes them, packed for one of the kernels: in bfloat16 for tiles.
+inline void pack(Tensor out, Tensor weight, int64_t way) {
   const Filters filters = filters_of(weight, "weight");
-  STD_TORCH_CHECK(!winograd || filters.taps == 9 || filters.taps == 4, "no transform for ", filters.taps, " taps");
-  const int64_t points = !winograd ? filters.taps : filters.taps == 9 ? 36 : 25;
-  const int64_t count = packed(filters.count(), points, filters.channels, filters.outputs);
-  if (count) kernels().pack(filters, winograd, const_cast<float*>(values(out, count, "out")));
+  const int64_t k = filters.channels, co = filters.outputs;
+  STD_TORCH_CHECK(way_of(way) == Way::kDirect || ((filters.taps == 9 || filters.taps == 4) && filters.taps == filters.width * filters.width),
+                  "only direct sums know ", filters.taps, " taps");
+  if (way_of(way) == Way::kTiles) {
+    const BFloat16* to = pairs(out, packed_pairs(filters.count(), filters.taps, k, co), "out");
+    if (out.numel()) kernels().pack_tiles(filters, const_cast<BFloat16*>(to));
+    return;
+  }
+  const int64_t points = way_of(way) == Way::kDirect ? filters.taps : filters.taps == 9 ? 36 : 25;
+  const int64_t count = packed(filters.count(), points, k, co);
+  if (count) kernels().pack(filters, way_of(way) == Way::kWinograd, const_cast<float*>(values(out, count, "out")));
 }
 
 // Parts of the statistics of one image.
-inline int64_t conv_parts(Tensor out, int64_t inputs, bool phased, bool winograd) {
+inline int64_t conv_parts(Tensor out, int64_t inputs, int64_t low_inputs, bool phased, int64_t way) {
   Conv call;
   call.geometry = phased ? Geometry::kPhased : Geometry::kPlain;
   call.out = map_of(out, element_of(out, "out"), "out");
   call.end = call.out.height;
   call.a.channels = static_cast<int>(inputs);
-  return winograd ? winograd_parts(call) : call.out.depth;
+  call.b.channels = static_cast<int>(low_inputs);
+  return parts_of(call, way_of(way));
 }
 
 inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,

@@ -101,17 +101,41 @@ struct Sum {
 
 INLINE int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
 
-// Count, mean and sum of squared deviations of each channel of a block of `pixels`, into stats [3, channels]; totals: sums.
-static void statistics(const float* acc, int64_t pixels, const V* totals, int count, float* stats, int channels) {
-  const float number = static_cast<float>(pixels);
+// Where a block lies.
+struct Place {
+  int64_t image;
+  int z, y0, x0, rows, columns;
+
+  Place(const Conv& conv, const Blocks& blocks, int64_t block) {
+    const int per_plane = blocks.down * blocks.across;
+    image = block / per_plane / conv.out.depth;
+    z = block / per_plane % conv.out.depth;
+    y0 = conv.begin + static_cast<int>(block % per_plane / blocks.across) * blocks.rows;
+    x0 = block % blocks.across * blocks.columns;
+    rows = std::min(blocks.rows, conv.end - y0);
+    columns = std::min(blocks.columns, conv.out.width - x0);
+  }
+};
+
+// Count, mean and sum of squared deviations of each channel of a block of rows x columns pixels, `pitch` pixels from row to
+// row, into stats [3, channels]; totals: sums.
+static void statistics(const float* acc, int rows, int columns, int64_t pitch, const V* totals, int count, float* stats,
+                       int channels) {
+  const float number = static_cast<float>(static_cast<int64_t>(rows) * columns);
+  count = std::min(count, WIDTH);
   for (int v = 0; v < count; v += LANES, acc += LANES, stats += LANES, totals++) {
     // A mean far from zero is rounded; what remains of it is found beside the squares of the deviations.
     const V near = *totals / number;
     V rest = {}, squares = {};
-    for (int64_t p = 0; p < pixels; p++) {
-      const V deviation = load(acc + p * WIDTH) - near;
-      rest += deviation;
-      squares += deviation * deviation;
+    for (int y = 0; y < rows; y++) {  // summed row by row, which keeps rounding errors small
+      V row = {}, row_squares = {};
+      for (int x = 0; x < columns; x++) {
+        const V deviation = load(acc + (y * pitch + x) * WIDTH) - near;
+        row += deviation;
+        row_squares += deviation * deviation;
+      }
+      rest += row;
+      squares += row_squares;
     }
     rest /= number;
     store_some(stats, splat(number), count - v);
@@ -120,37 +144,48 @@ static void statistics(const float* acc, int64_t pixels, const V* totals, int co
   }
 }
 
-// out = (out +) act(acc + bias + border class) for a block of rows x columns pixels; acc becomes what was stored if there
-// are stats.
+// out = (out +) act(acc + bias + border class) for rows `first_row` to `last_row` of a block of pixels, `pitch` pixels from row
+// to row; with totals acc becomes what was stored, whose sums are added to totals.
 template <class E>
-static void finish(const Conv& conv, int64_t image, int z, int y0, int x0, int rows, int columns, int block, float* acc,
-                   float* stats) {
+static void finish_rows(const Conv& conv, const Place& here, int first_row, int last_row, int block, float* acc,
+                        int64_t pitch, V* totals) {
   const Map& out = conv.out;
   const int first = block * WIDTH, count = std::min(WIDTH, out.channels - first);
-  const int depth_class = conv.axes == 3 ? border_class(z, out.depth) * 9 : 0;
-  V bias[2] = {}, totals[2] = {};
+  const int depth_class = conv.axes == 3 ? border_class(here.z, out.depth) * 9 : 0;
+  V bias[2] = {};
   for (int v = 0; conv.bias && v < count; v += LANES) bias[v / LANES] = load_some(conv.bias + first + v, count - v);
-  float* from = acc;
-  for (int y = 0; y < rows; y++) {
-    const int row_class = depth_class + border_class(y0 + y, out.height) * 3;
-    E* place = at<E>(out, image, (static_cast<int64_t>(z) * out.height + y0 + y - out.origin) * out.width + x0) + first;
-    for (int x = 0; x < columns; x++, place += out.pixel, from += WIDTH)
+  for (int y = first_row; y < last_row; y++) {
+    const int row_class = depth_class + border_class(here.y0 + y, out.height) * 3;
+    const int64_t row = static_cast<int64_t>(here.z) * out.height + here.y0 + y - out.origin;
+    E* place = at<E>(out, here.image, row * out.width + here.x0) + first;
+    float* from = acc + y * pitch * WIDTH;
+    for (int x = 0; x < here.columns; x++, place += out.pixel, from += WIDTH)
       for (int v = 0; v < count; v += LANES) {
         V value = load(from + v) + bias[v / LANES];
         if (conv.border) {
-          const int64_t row = row_class + border_class(x0 + x, out.width);
+          const int64_t row = row_class + border_class(here.x0 + x, out.width);
           value += load_some(conv.border + row * out.channels + first + v, count - v);
         }
         if (conv.act) value = activate(value, conv.slope);
         if (conv.add) value += load_some(place + v, count - v);
         value = conv.past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
-        if (!stats) continue;
+        if (!totals) continue;
         store(from + v, value);
         totals[v / LANES] += value;
       }
   }
+}
+
+// A whole block, with its statistics if there are some.
+template <class E>
+static void finish(const Conv& conv, const Place& here, int block, float* acc, float* stats) {
+  V totals[2] = {};
+  finish_rows<E>(conv, here, 0, here.rows, block, acc, here.columns, stats ? totals : nullptr);
   if (conv.past) stream_end();
-  if (stats) statistics(acc, static_cast<int64_t>(rows) * columns, totals, count, stats + first, out.channels);
+  const int first = block * WIDTH;
+  if (stats)
+    statistics(acc, here.rows, here.columns, here.columns, totals, conv.out.channels - first, stats + first,
+               conv.out.channels);
 }
 
 // The sums of one block: the first over a, and with phases one more for each of the 4 in the plane.
@@ -211,26 +246,10 @@ static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work
   }
 }
 
-// Where a block lies.
-struct Place {
-  int64_t image;
-  int z, y0, x0, rows, columns;
-
-  Place(const Conv& conv, const Blocks& blocks, int64_t block) {
-    const int per_plane = blocks.down * blocks.across;
-    image = block / per_plane / conv.out.depth;
-    z = block / per_plane % conv.out.depth;
-    y0 = conv.begin + static_cast<int>(block % per_plane / blocks.across) * blocks.rows;
-    x0 = block % blocks.across * blocks.columns;
-    rows = std::min(blocks.rows, conv.end - y0);
-    columns = std::min(blocks.columns, conv.out.width - x0);
-  }
-};
-
 template <class E>
 INLINE void finish_block(const Conv& conv, const Place& at, int64_t block, int o, float* acc) {
   float* stats = conv.stats ? conv.stats + block * 3 * conv.out.channels : nullptr;
-  finish<E>(conv, at.image, at.z, at.y0, at.x0, at.rows, at.columns, o, acc, stats);
+  finish<E>(conv, at, o, acc, stats);
 }
 
 template <class First, class E>
@@ -269,7 +288,7 @@ INLINE int shares_of(int64_t count, int out_blocks) {
 template <class E>
 static void conv_winograd(const Conv& conv) {
   const Blocks blocks = blocks_of(conv);
-  const int64_t count = static_cast<int64_t>(conv.images) * winograd_parts(conv);
+  const int64_t count = static_cast<int64_t>(conv.images) * parts_of(conv, blocks);
   const int out_blocks = (conv.out.channels + WIDTH - 1) / WIDTH;
   const int shares = shares_of(count, out_blocks);
   parallel_for(count * shares, [&](int64_t index) {

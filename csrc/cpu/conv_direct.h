@@ -149,11 +149,12 @@ static void direct_image(const Conv& conv, int taps, int stride, int64_t image, 
     operands[i].padded.fill<E>(i ? conv.b : conv.a, image, conv.slope);
     memory += operands[i].padded.size();
   }
+  const Blocks planes = {1, conv.out.height, conv.out.width, 1, 1};
   for (int o = first_out; o < last_out; o++) {
     direct_sums(conv, operands, count, o, acc);
     for (int z = 0; z < conv.out.depth; z++) {
       float* stats = conv.stats ? conv.stats + (image * conv.out.depth + z) * 3 * conv.out.channels : nullptr;
-      finish<E>(conv, image, z, 0, 0, conv.out.height, conv.out.width, o, acc + z * plane, stats);
+      finish<E>(conv, Place(conv, planes, image * conv.out.depth + z), o, acc + z * plane, stats);
     }
   }
 }

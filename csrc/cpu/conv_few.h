@@ -94,7 +94,7 @@ static void conv_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
 template <class E>
 static void conv_few(const Conv& conv) {
   const Blocks blocks = blocks_of(conv);
-  const int64_t count = static_cast<int64_t>(conv.images) * winograd_parts(conv);
+  const int64_t count = static_cast<int64_t>(conv.images) * parts_of(conv, blocks);
   const int tiles = std::max(1, blocks.rows / 4 * (blocks.columns / 4)), at_once = std::max(1, TILES_AT_ONCE / tiles);
   const int64_t groups = (count + at_once - 1) / at_once;
   const int out_blocks = (conv.out.channels + WIDTH - 1) / WIDTH, shares = shares_of(groups, out_blocks);

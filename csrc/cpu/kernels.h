@@ -46,7 +46,11 @@ struct Filters {
 // How the taps of a convolution lie: 3 at stride 1; 3 at stride 2 with b by phases (2 taps); 4 at stride 2.
 enum class Geometry { kPlain, kPhased, kGathered };
 
-// out = epilogue(conv(a) + conv(b)), as kernels/naive.py:conv. Weights are packed, ua and ub, or as they are, wa and wb.
+// What computes a convolution: sums of taps; Winograd's minimal filtering; or sums of taps in matrix tiles, of bfloat16 maps.
+enum class Way { kDirect, kWinograd, kTiles };
+
+// out = epilogue(conv(a) + conv(b)), as kernels/naive.py:conv. Weights are packed, ua and ub, or as they are, wa and wb, or
+// packed for tiles, ta and tb.
 struct Conv {
   int images = 0, axes = 2;
   Geometry geometry = Geometry::kPlain;
@@ -54,6 +58,8 @@ struct Conv {
   const float* ua = nullptr;
   const float* ub = nullptr;
   Filters wa, wb;
+  const BFloat16* ta = nullptr;
+  const BFloat16* tb = nullptr;
   const float* bias = nullptr;
   const float* border = nullptr;  // [3^axes, CO]
   float* stats = nullptr;         // [N, parts, 3, CO]
@@ -93,12 +99,15 @@ struct Pass {  // one pass over maps of one size
 
 struct Kernels {
   const char* name;
-  int lanes;  // channels of a vector; a block of output channels is twice as wide
+  int lanes;   // channels of a vector; a block of output channels is twice as wide
+  bool tiles;  // multiplied by the CPU
   void (*conv_winograd)(const Conv&);
   void (*conv_few)(const Conv&);
   void (*conv_direct)(const Conv&, int taps, int stride);
+  void (*conv_tiles)(const Conv&);
   void (*conv_wgrad)(const Wgrad&);
   void (*pack)(const Filters&, bool winograd, float* to);
+  void (*pack_tiles)(const Filters&, BFloat16* to);
   void (*pool)(const Pass&);
   void (*pool_backward)(const Pass&);
   void (*head)(const Pass&);
