@@ -164,16 +164,21 @@ def conv_wgrad(
     """See `naive.conv_wgrad`. Sums run in the transformed domain, in an order that does not depend on threads."""
     if not _supports(a, dy):
         return naive.conv_wgrad(a, dy, axes=axes, phased=phased, affine=affine, slope=slope)
-    lanes, taps = torch.ops.unetpp_fast_cpu.lanes(), 2 if phased else 3
-    k, co, points = a.shape[-1], dy.shape[-1], (taps + 3) ** 2
-    phases = 2**axes if phased else 1
-    tile = points * (-(-k // lanes) * lanes + -(-co // lanes) * lanes)
-    scratch = a.new_empty(max(SCRATCH, MIN_BATCH * tile), dtype=torch.float32)
+    taps, k, co, phases = 2 if phased else 3, a.shape[-1], dy.shape[-1], 2**axes if phased else 1
+    tiles = a.dtype == torch.bfloat16 and matrix_tiles() in TILES
+    if tiles:
+        size = torch.ops.unetpp_fast_cpu.wgrad_scratch(a, dy, axes, phased)
+    else:
+        lanes, points = torch.ops.unetpp_fast_cpu.lanes(), (taps + 3) ** 2
+        size = max(SCRATCH, MIN_BATCH * points * (-(-k // lanes) * lanes + -(-co // lanes) * lanes))
+    scratch = a.new_empty(size, dtype=torch.float32)
     # Without phases in the layout of a parameter, [CO, K, 3..]; with phases they are sums of weights first.
     order = (phases, taps**axes, k, co) if phased else (phases, co, k, taps**axes)
     result = a.new_empty(order, dtype=torch.float32)
     result = result if phased else result.permute(0, 3, 2, 1)
-    torch.ops.unetpp_fast_cpu.conv_wgrad(result, scratch, a, *(affine or (None, None)), dy, axes, phased, float(slope))
+    torch.ops.unetpp_fast_cpu.conv_wgrad(
+        result, scratch, a, *(affine or (None, None)), dy, axes, phased, WAYS["tiles" if tiles else "winograd"], float(slope)
+    )
     return result
 
 

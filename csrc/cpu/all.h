@@ -2,7 +2,7 @@
 #include "conv_direct.h"
 #include "conv_few.h"
 #include "conv_tiles.h"
-#include "conv_wgrad.h"
+#include "conv_wgrad_tiles.h"
 #include "maps.h"
 #include "peak.h"
 
@@ -16,10 +16,11 @@ namespace ISA {
 
 template <class E>
 static const Kernels& table() {
-  static const Kernels kernels = {TEXT(ISA),       LANES,         HAS_TILES,        conv_winograd<E>, conv_few<E>,
-                                  conv_direct<E>,  conv_tiles,    conv_wgrad<E>,    pack,             pack_tiles,
-                                  pool<E>,         pool_backward<E>, head<E>,       head_backward<E>, norm_sums<E>,
-                                  norm_apply<E>,   act_backward<E>,  fused_products};
+  static const Kernels kernels = {
+      TEXT(ISA),        LANES,  HAS_TILES,        conv_winograd<E>, conv_few<E>,      conv_direct<E>,
+      conv_tiles,       conv_wgrad<E>,            conv_wgrad_tiles, wgrad_tiles_scratch,
+      pack,             pack_tiles,               pool<E>,          pool_backward<E>, head<E>,
+      head_backward<E>, norm_sums<E>,             norm_apply<E>,    act_backward<E>,  fused_products};
   return kernels;
 }
 

@@ -233,7 +233,8 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def("conv_parts(Tensor out, int inputs, int low_inputs, bool phased, int way) -> int");
   library.def(
       "conv_wgrad(Tensor(a!) result, Tensor(b!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, int axes, "
-      "bool phased, float slope) -> ()");
+      "bool phased, int way, float slope) -> ()");
+  library.def("wgrad_scratch(Tensor a, Tensor dy, int axes, bool phased) -> int");
   library.def("pool(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope) -> ()");
   library.def(
       "pool_backward(Tensor(a!) gx, Tensor g, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope, "
@@ -262,6 +263,7 @@ STABLE_TORCH_LIBRARY_IMPL(unetpp_fast_cpu, CPU, library) {
   library.impl("pack", TORCH_BOX(&unetpp::pack));
   library.impl("conv_parts", TORCH_BOX(&unetpp::conv_parts));
   library.impl("conv_wgrad", TORCH_BOX(&unetpp::conv_wgrad));
+  library.impl("wgrad_scratch", TORCH_BOX(&unetpp::wgrad_scratch));
   library.impl("pool", TORCH_BOX(&unetpp::pool));
   library.impl("pool_backward", TORCH_BOX(&unetpp::pool_backward));
   library.impl("head", TORCH_BOX(&unetpp::head));

@@ -205,8 +205,9 @@ inline int64_t conv_parts(Tensor out, int64_t inputs, int64_t low_inputs, bool p
   return parts_of(call, way_of(way));
 }
 
-inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,
-                bool phased, double slope) {
+// Everything of a weight gradient but where it goes.
+inline Wgrad wgrad_call(const Tensor& a, const Optional& scale, const Optional& shift, const Tensor& dy, int64_t axes,
+                        bool phased) {
   Wgrad call;
   call.axes = static_cast<int>(axes);
   call.phased = phased;
@@ -219,9 +220,20 @@ inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, 
   if (phased) check_even(axes, call.dy);
   check_images(a, dy.size(0), "a");
   check_size(call.a, deep ? call.dy.depth / step : 1, call.dy.height / step, call.dy.width / step, "a");
-  const int64_t k = padded(call.a.channels, kernels().lanes), co = padded(call.dy.channels, kernels().lanes);
-  const int64_t taps = phased ? 2 : 3, points = phased ? 25 : 36;
   call.images = static_cast<int>(dy.size(0));
+  return call;
+}
+
+// Values of scratch memory for a weight gradient in matrix tiles.
+inline int64_t wgrad_scratch(Tensor a, Tensor dy, int64_t axes, bool phased) {
+  return kernels().wgrad_tiles_scratch(wgrad_call(a, {}, {}, dy, axes, phased));
+}
+
+inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,
+                       bool phased, int64_t way, double slope) {
+  Wgrad call = wgrad_call(a, scale, shift, dy, axes, phased);
+  const bool deep = axes == 3;
+  const int64_t taps = phased ? 2 : 3, points = phased ? 25 : 36;
   check_floats(result, "result");
   STD_TORCH_CHECK(result.dim() == 4 && result.size(0) == (phased ? (deep ? 8 : 4) : 1) &&
                       result.size(1) == taps * taps * (deep ? taps : 1) && result.size(2) == call.a.channels &&
@@ -233,9 +245,17 @@ inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, 
   call.co = result.stride(3);
   call.scratch = const_cast<float*>(values(scratch, scratch.numel(), "scratch"));
   call.scratch_size = scratch.numel();
-  STD_TORCH_CHECK(call.scratch_size >= points * (k + co), "scratch is too small for one tile");
   call.slope = static_cast<float>(slope);
-  kernels(element).conv_wgrad(call);
+  const Kernels& table = kernels(call.a.element);
+  if (way_of(way) == Way::kTiles) {
+    STD_TORCH_CHECK(call.a.element == Element::kBFloat16, "matrix tiles take bfloat16 maps");
+    STD_TORCH_CHECK(call.scratch_size >= table.wgrad_tiles_scratch(call), "scratch is too small");
+    table.conv_wgrad_tiles(call);
+    return;
+  }
+  const int64_t k = padded(call.a.channels, table.lanes), co = padded(call.dy.channels, table.lanes);
+  STD_TORCH_CHECK(way_of(way) == Way::kWinograd && call.scratch_size >= points * (k + co), "scratch is too small for one tile");
+  table.conv_wgrad(call);
 }
 
 }  // namespace unetpp

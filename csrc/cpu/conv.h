@@ -152,6 +152,8 @@ static void finish_rows(const Conv& conv, const Place& here, int first_row, int 
   const Map& out = conv.out;
   const int first = block * WIDTH, count = std::min(WIDTH, out.channels - first);
   const int depth_class = conv.axes == 3 ? border_class(here.z, out.depth) * 9 : 0;
+  const bool act = conv.act, add = conv.add, past = conv.past;
+  const float slope = conv.slope, *border = conv.border;
   V bias[2] = {};
   for (int v = 0; conv.bias && v < count; v += LANES) bias[v / LANES] = load_some(conv.bias + first + v, count - v);
   for (int y = first_row; y < last_row; y++) {
@@ -162,13 +164,13 @@ static void finish_rows(const Conv& conv, const Place& here, int first_row, int 
     for (int x = 0; x < here.columns; x++, place += out.pixel, from += WIDTH)
       for (int v = 0; v < count; v += LANES) {
         V value = load(from + v) + bias[v / LANES];
-        if (conv.border) {
+        if (border) {
           const int64_t row = row_class + border_class(here.x0 + x, out.width);
-          value += load_some(conv.border + row * out.channels + first + v, count - v);
+          value += load_some(border + row * out.channels + first + v, count - v);
         }
-        if (conv.act) value = activate(value, conv.slope);
-        if (conv.add) value += load_some(place + v, count - v);
-        value = conv.past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
+        if (act) value = activate(value, slope);
+        if (add) value += load_some(place + v, count - v);
+        value = past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
         if (!totals) continue;
         store(from + v, value);
         totals[v / LANES] += value;

@@ -140,21 +140,30 @@ static void wgrad_filter(const Wgrad& call, const Pairing& pair, float* result) 
   }
 }
 
-template <class E>
-static void conv_wgrad(const Wgrad& call) {
+// body(planes, result) for every filter of taps in a plane.
+template <class F>
+static void each_filter(const Wgrad& call, const F& body) {
   const bool deep = call.axes == 3;
   const int taps = call.phased ? 2 : 3, depth_taps = deep ? taps : 1, phases = call.phased ? (deep ? 8 : 4) : 1;
   for (int phase = 0; phase < phases; phase++) {
     float* result = call.result + phase * call.phase;
     const int pz = phase / 4, py = phase / 2 % 2, px = phase % 2;
-    for (int t = 0; t < depth_taps; t++) {
+    for (int t = 0; t < depth_taps; t++, result += taps * taps * call.tap)
       if (call.phased)
-        wgrad_filter<TwoTaps, E>(call, {deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, result);
+        body(Pairing{deep ? pz - 1 + t : 0, py - 1, px - 1, 2, pz, py, px, deep ? 2 : 1}, result);
       else
-        wgrad_filter<ThreeTaps, E>(call, {deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, result);
-      result += taps * taps * call.tap;
-    }
+        body(Pairing{deep ? t - 1 : 0, -1, -1, 1, 0, 0, 0, 1}, result);
   }
+}
+
+template <class E>
+static void conv_wgrad(const Wgrad& call) {
+  each_filter(call, [&](const Pairing& pair, float* result) {
+    if (call.phased)
+      wgrad_filter<TwoTaps, E>(call, pair, result);
+    else
+      wgrad_filter<ThreeTaps, E>(call, pair, result);
+  });
 }
 
 }  // namespace ISA

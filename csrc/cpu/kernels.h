@@ -106,6 +106,8 @@ struct Kernels {
   void (*conv_direct)(const Conv&, int taps, int stride);
   void (*conv_tiles)(const Conv&);
   void (*conv_wgrad)(const Wgrad&);
+  void (*conv_wgrad_tiles)(const Wgrad&);
+  int64_t (*wgrad_tiles_scratch)(const Wgrad&);
   void (*pack)(const Filters&, bool winograd, float* to);
   void (*pack_tiles)(const Filters&, BFloat16* to);
   void (*pool)(const Pass&);

@@ -54,13 +54,15 @@ struct TileSums {
     if (R == 2) _tile_stored(2, to + 16 * row, 4 * row);
     if (R == 2 && C == 2) _tile_stored(3, to + 16 * row + 16, 4 * row);
   }
-  // Adds the products of pixels, at `next` values from one tile to the next, and weights; a row of pixels has `row` values.
-  INLINE void add(const BFloat16* pixels, int64_t row, int64_t next, const BFloat16* weights) {
+  // Adds the products of pixels, whose rows have `row` values, and weights. The second tiles lie `next` and `beside` values
+  // after the first.
+  INLINE void add(const BFloat16* pixels, int64_t row, int64_t next, const BFloat16* weights,
+                  int64_t beside = TILE_WEIGHTS) {
     _tile_loadd(6, weights, 64);
     _tile_loadd(4, pixels, 2 * row);
     _tile_dpbf16ps(0, 4, 6);
     if (C == 2) {
-      _tile_loadd(7, weights + TILE_WEIGHTS, 64);
+      _tile_loadd(7, weights + beside, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (R == 2) {
@@ -89,13 +91,13 @@ struct TileSums {
     for (int p = 0; p < R * TILE_PIXELS; p++)
       for (int c = 0; c < C; c++) store(to + p * row + c * LANES, sums[p][c]);
   }
-  void add(const BFloat16* pixels, int64_t row, int64_t next, const BFloat16* weights) {
+  void add(const BFloat16* pixels, int64_t row, int64_t next, const BFloat16* weights, int64_t beside = TILE_WEIGHTS) {
     for (int p = 0; p < R * TILE_PIXELS; p++)
       for (int k = 0; k < TILE_CHANNELS; k++) {
         const float x = scalar(pixels[p / TILE_PIXELS * next + p % TILE_PIXELS * row + k]);
         for (int c = 0; c < C; c++)
           for (int lane = 0; lane < LANES; lane++)
-            sums[p][c][lane] += x * scalar(weights[c * TILE_WEIGHTS + k / 2 * 2 * LANES + 2 * lane + k % 2]);
+            sums[p][c][lane] += x * scalar(weights[c * beside + k / 2 * 2 * LANES + 2 * lane + k % 2]);
       }
   }
 };
