@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 WAYS = {"direct": 0, "winograd": 1, "few": 1, "tiles": 2}  # of the library, by kernel
+LINEAR = {None: 0, False: 1, True: 2}  # of the library, by `linear`
 MIN_TILES = 6  # that share transformed weights, for Winograd; with fewer, the transform costs more than it saves
 TILES = ("cpu",)  # whose matrix tiles are used
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
@@ -84,6 +85,7 @@ def conv(
     b: Tensor | None = None,
     wb: Tensor | None = None,
     affine_b: Affine | None = None,
+    linear: bool | None = None,
     slope: float = 0.0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
@@ -95,7 +97,7 @@ def conv(
     if not _supports(out, a, b):
         return naive.conv(
             out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
-            slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
+            linear=linear, slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
     inputs, low_inputs = a.shape[-1], 0 if b is None else b.shape[-1]
     kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None)
@@ -107,7 +109,7 @@ def conv(
         partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
         out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
-        axes, taps, stride, phased, WAYS[kernel], float(slope), act, add,
+        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), act, add,
     )  # fmt: skip
     return partial
 
@@ -130,6 +132,7 @@ def conv_pair(
     phased: bool = False,
     b: Tensor | None = None,
     wb: Tensor | None = None,
+    linear: bool | None = None,
     bias: Tensor | None = None,
     border: Tensor | None = None,
     second_bias: Tensor | None = None,
@@ -144,7 +147,9 @@ def conv_pair(
     first, last = ("winograd" if kernel == "direct" else kernel for kernel in kernels)
     ua, u2 = _weights(wa, "plain", 2, first), _weights(second, "plain", 2, last)
     ub = None if wb is None else _weights(wb, "phased" if phased else "low", 2, first)
-    torch.ops.unetpp_fast_cpu.conv_pair(out, mid, a, ua, b, ub, bias, border, u2, second_bias, phased, float(slope))
+    torch.ops.unetpp_fast_cpu.conv_pair(
+        out, mid, a, ua, b, ub, bias, border, u2, second_bias, phased, LINEAR[linear], float(slope)
+    )
 
 
 def _weights(weight: Tensor, form: str, axes: int, kernel: str) -> Tensor:

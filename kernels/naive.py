@@ -96,6 +96,7 @@ def conv(
     b: Tensor | None = None,
     wb: Tensor | None = None,
     affine_b: Affine | None = None,
+    linear: bool | None = None,
     slope: float = 0.0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
@@ -111,6 +112,8 @@ def conv(
         stride: 2 if `a` is twice the size of the unit grid along each axis; with `phased`, so is `out`.
         b: the low source `[N, *S/2, KB]`, wb: `[2^axes phases, 2^axes taps, KB, CO]` with `phased`;
             else an operand of the size of `out`, wb: `[1, 3^axes, KB, CO]`.
+        linear: b is a low source `[N, *S/2, KB]` that is up-sampled linearly as it is read, True: so that corners meet
+            (`align_corners`); only ops of `fused.ops.reads_linear` know it.
         bias: `[CO]`; border: `[3^axes, CO]`, added by border class (0 first, 1 inner, 2 last pixel of each axis).
         act: activate before storing. stats: return `[N, T, 3, CO]`, the count, mean and sum of squared deviations of
             each of T parts of every image, over the values as stored.
@@ -119,7 +122,9 @@ def conv(
     active = _axes(axes)
     units = tuple(size // 2 if on and phased else size for size, on in zip(out.shape[1:4], active, strict=True))
     a = read(a, affine_a, slope).to(acc_dtype)
-    b = None if b is None else read(b, affine_b, slope).to(acc_dtype)
+    b = None if b is None else read(b, affine_b, slope)
+    b = b if linear is None else upsample(b, axes, linear)
+    b = None if b is None else b.to(acc_dtype)
     for index, phase in enumerate(phases(axes, phased)):
         total = torch.zeros(a.shape[0], *units, out.shape[-1], dtype=acc_dtype, device=a.device)
         for tap, x in enumerate(sampled(a, taps, stride, phase, units, axes)):
@@ -137,6 +142,15 @@ def conv(
         target = placed(out, phase, phased, axes)
         target.copy_(target + total if add else total)
     return statistics(out) if stats else None
+
+
+def upsample(x: Tensor, axes: int, align_corners: bool) -> Tensor:
+    """A map `[N, D, H, W, C]` of twice the size along each axis, by linear interpolation."""
+    x = x.movedim(-1, 1)
+    if axes == 3:
+        return F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=align_corners).movedim(1, -1)
+    x = F.interpolate(x.squeeze(2), scale_factor=2, mode="bilinear", align_corners=align_corners)
+    return x.unsqueeze(2).movedim(1, -1)
 
 
 def border_classes(size: tuple[int, ...], axes: int, device: torch.device) -> Tensor:

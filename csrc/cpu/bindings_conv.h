@@ -49,12 +49,22 @@ inline void take_weights(const Conv& call, Way way, const Tensor& u, int64_t fil
   }
 }
 
+// Whether b is up-sampled linearly, and whether the corners of both maps then meet.
+enum class Linear { kNo, kEdges, kCorners };
+
+inline Linear linear_of(int64_t linear) {
+  STD_TORCH_CHECK(linear >= 0 && linear <= 2, "linear is 0 (no), 1 (edges meet) or 2 (corners meet)");
+  return static_cast<Linear>(linear);
+}
+
 // Everything of a convolution into `o` but its results' statistics; `images` of them, by element type.
 inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tensor& ua, const Optional& scale_a,
                       const Optional& shift_a, const Optional& b, const Optional& ub, const Optional& scale_b,
                       const Optional& shift_b, const Optional& bias, const Optional& border, int64_t axes, int64_t taps,
-                      int64_t stride, bool phased, Way way) {
+                      int64_t stride, bool phased, Linear linear, Way way) {
   Conv call;
+  call.linear = linear != Linear::kNo;
+  call.align_corners = linear == Linear::kCorners;
   call.axes = static_cast<int>(axes);
   const bool deep = axes == 3, gathered = taps == 4 && stride == 2;
   call.geometry = phased ? Geometry::kPhased : gathered ? Geometry::kGathered : Geometry::kPlain;
@@ -81,7 +91,13 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
     STD_TORCH_CHECK(ub.has_value() && !gathered, "b comes with its weights, beside 3 taps of a");
     call.b = map_of(*b, o.element, "b", scale_b, shift_b);
     check_images(*b, images, "b");
-    check_size(call.b, depth, height, width, "b");
+    if (call.linear) {
+      STD_TORCH_CHECK(!phased, "a low source is read by phases or up-sampled linearly");
+      check_even(axes, o);
+      check_size(call.b, deep ? depth / 2 : 1, height / 2, width / 2, "b");
+    } else {
+      check_size(call.b, depth, height, width, "b");
+    }
     const int64_t phases = phased ? (deep ? 8 : 4) : 1, b_taps = phased ? 2 : 3, b_depth = deep ? b_taps : 1;
     if (way == Way::kDirect)
       call.ub = values(ub, packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
@@ -104,10 +120,10 @@ inline void run_conv(const Conv& call) {
 
 inline void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub,
                  Optional scale_b, Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes,
-                 int64_t taps, int64_t stride, bool phased, int64_t way, double slope, bool act, bool add) {
+                 int64_t taps, int64_t stride, bool phased, int64_t linear, int64_t way, double slope, bool act, bool add) {
   const Map o = map_of(out, element_of(out, "out"), "out");
   Conv call = conv_call(o, out.size(0), a, ua, scale_a, shift_a, b, ub, scale_b, shift_b, bias, border, axes, taps, stride,
-                        phased, way_of(way));
+                        phased, linear_of(linear), way_of(way));
   const int64_t parts = parts_of(call, way_of(way));
   call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
   call.slope = static_cast<float>(slope);
@@ -138,7 +154,7 @@ inline void move_up(const Map& mid, int before, int from, int to) {
 // The two convolutions of a node in 2D, activated, strip by strip of rows: of what lies between them, only a few rows
 // exist at a time, in mid [1, 1, rows, W, C]. The second one's strips of rows are followed by 8 rows of the first's.
 inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, Optional ub, Optional bias, Optional border,
-                      Tensor second, Optional second_bias, bool phased, double slope) {
+                      Tensor second, Optional second_bias, bool phased, int64_t linear, double slope) {
   const Map o = map_of(out, element_of(out, "out"), "out");
   Map between = map_of(mid, o.element, "mid");
   const int held = between.height, strip = (held - 9) / 8 * 8;
@@ -146,7 +162,7 @@ inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, O
                   "mid must be [1, 1, at least 17 rows, ", o.width, ", C], contiguous");
   between.height = o.height;
   Conv first = conv_call(between, out.size(0), a, ua, {}, {}, b, ub, {}, {}, bias, border, 2, 3, phased ? 2 : 1, phased,
-                         way_for(ua));
+                         linear_of(linear), way_for(ua));
   Conv last;
   last.out = o;
   last.a = between;

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "blocks.h"
-#include "winograd.h"
+#include "linear.h"
 
 namespace unetpp {
 namespace ISA {
@@ -18,12 +18,29 @@ namespace ISA {
 // A distance between the n x n points of a transform: whole pages would put all of them into the same few sets of a cache.
 INLINE int64_t spread(int64_t values) { return values % 1024 == 0 ? values + 32 : values; }
 
+// Where a block lies.
+struct Place {
+  int64_t image;
+  int z, y0, x0, rows, columns;
+
+  Place(const Conv& conv, const Blocks& blocks, int64_t block) {
+    const int per_plane = blocks.down * blocks.across;
+    image = block / per_plane / conv.out.depth;
+    z = block / per_plane % conv.out.depth;
+    y0 = conv.begin + static_cast<int>(block % per_plane / blocks.across) * blocks.rows;
+    x0 = block % blocks.across * blocks.columns;
+    rows = std::min(blocks.rows, conv.end - y0);
+    columns = std::min(blocks.columns, conv.out.width - x0);
+  }
+};
+
 // Operands of one sum in the transformed domain, and the output pixels that it is for: step * i + (oy, ox).
 template <class T, class E>
 struct Sum {
   static constexpr int kMost = 16, points = T::n * T::n;
   int count = 0, step = 1, oy = 0, ox = 0;
-  Plane<E> planes[kMost];
+  Plane<E> planes[kMost];  // without data: plane `made[i]` of the up-sampled low source
+  int made[kMost];
   int y_start[kMost], x_start[kMost];  // where the first tap of output (0, 0) lies
   const float* weights[kMost];         // [points, blocks of outputs, k, WIDTH], if they are packed
   const Filters* filters[kMost];       // those that the weights are one of
@@ -42,6 +59,13 @@ struct Sum {
     filters[count] = &from;
     filter[count++] = index;
   }
+  void add_made(int channels, int z, const float* packed, const Filters& from, int index, int out_blocks) {
+    made[count] = z;
+    add({nullptr, 0, 0, 0, 0, channels, nullptr, nullptr, 0}, -1, -1, packed, from, index, out_blocks);
+  }
+  bool makes(int i) const { return !planes[i].data; }
+  // Values of memory in which a piece is up-sampled.
+  int64_t piece(const Conv& conv) const { return conv.linear ? piece_of(conv, down * T::m + 2, across * T::m + 2) : 0; }
   void cut(int rows, int columns) {
     down = (rows + T::m * step - 1) / (T::m * step);
     across = (columns + T::m * step - 1) / (T::m * step);
@@ -63,13 +87,20 @@ struct Sum {
     }
     return memory;
   }
-  // Transforms the tiles of a block, which are number `first_tile` and the following of all.
-  void transform_inputs(int y0, int x0, int64_t first_tile) const {
-    for (int i = 0; i < count; i++)
+  // Transforms the tiles of a block, which are number `first_tile` and the following of all; `memory`: for `piece`.
+  void transform_inputs(const Conv& conv, const Place& at, int64_t first_tile, float* memory) const {
+    for (int i = 0; i < count; i++) {
+      int y0 = at.y0 / step + y_start[i], x0 = at.x0 / step + x_start[i];
+      Plane<E> plane = planes[i];
+      if (makes(i)) {
+        plane = up_sampled<E>(conv, at.image, made[i], y0, x0, down * T::m + 2, across * T::m + 2, memory);
+        y0 = x0 = 0;
+      }
       for (int ty = 0; ty < down; ty++)
         for (int tx = 0; tx < across; tx++)
-          transform<T, false>(planes[i], y0 / step + ty * T::m + y_start[i], x0 / step + tx * T::m + x_start[i],
-                              tiles[i] + (first_tile + ty * across + tx) * padded(i), stride(i));
+          transform<T, false>(plane, y0 + ty * T::m, x0 + tx * T::m, tiles[i] + (first_tile + ty * across + tx) * padded(i),
+                              stride(i));
+    }
   }
   // Products of all tiles for block `o` of `blocks` blocks of output channels.
   void multiply_all(int o, int blocks, float* products) const {
@@ -100,22 +131,6 @@ struct Sum {
 };
 
 INLINE int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
-
-// Where a block lies.
-struct Place {
-  int64_t image;
-  int z, y0, x0, rows, columns;
-
-  Place(const Conv& conv, const Blocks& blocks, int64_t block) {
-    const int per_plane = blocks.down * blocks.across;
-    image = block / per_plane / conv.out.depth;
-    z = block / per_plane % conv.out.depth;
-    y0 = conv.begin + static_cast<int>(block % per_plane / blocks.across) * blocks.rows;
-    x0 = block % blocks.across * blocks.columns;
-    rows = std::min(blocks.rows, conv.end - y0);
-    columns = std::min(blocks.columns, conv.out.width - x0);
-  }
-};
 
 // Count, mean and sum of squared deviations of each channel of a block of rows x columns pixels, `pitch` pixels from row to
 // row, into stats [3, channels]; totals: sums.
@@ -228,7 +243,10 @@ static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work
   for (int i = 0; i < 2; i++)
     for (int t = 0; maps[i] && t < (deep ? 3 : 1); t++) {
       const int from = deep ? z - 1 + t : 0;
-      if (from >= 0 && from < maps[i]->depth)
+      if (from < 0 || from >= a.depth) continue;
+      if (i == 1 && conv.linear)
+        work.first.add_made(b.channels, from, conv.ub, conv.wb, t, blocks);
+      else
         work.first.add(plane_of<E>(*maps[i], image, from, conv.slope), -1, -1, packed[i], *filters[i], t, blocks);
     }
   if (conv.geometry != Geometry::kPhased || !b.data) return;
@@ -259,18 +277,20 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
   const Place at(conv, blocks, block);
   Work<First, E> work;
   operands_of(conv, at.image, at.z, out_blocks, work);
-  int64_t needed = 0, products = 0;
+  int64_t needed = 0, products = 0, piece = 0;
   work.each([&](auto& sum, bool) {
     sum.cut(at.rows, at.columns);
     sum.total = sum.number();
     needed += sum.size();
+    piece = std::max(piece, sum.piece(conv));
     products = std::max(products, sum.points * sum.product());
   });
-  float* product = scratch.get(needed + products + static_cast<int64_t>(at.rows) * at.columns * WIDTH);
-  float *acc = product + products, *rest = acc + static_cast<int64_t>(at.rows) * at.columns * WIDTH;
+  float* memory = scratch.get(piece + needed + products + static_cast<int64_t>(at.rows) * at.columns * WIDTH);
+  float *product = memory + piece, *acc = product + products;
+  float* rest = acc + static_cast<int64_t>(at.rows) * at.columns * WIDTH;
   work.each([&](auto& sum, bool) {
     rest = sum.place(rest);
-    sum.transform_inputs(at.y0, at.x0, 0);
+    sum.transform_inputs(conv, at, 0, memory);
   });
   for (int o = first_out; o < last_out; o++) {
     work.each([&](auto& sum, bool first) {

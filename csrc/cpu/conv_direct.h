@@ -15,11 +15,12 @@ struct Padded {
   int depth, height, width, channels, front;  // front: rows and columns of zeros before the map, planes of zeros in 3D
 
   Padded() = default;
-  Padded(const Map& map, bool deep, int taps) {
+  // times: as large as the map.
+  Padded(const Map& map, bool deep, int taps, int times) {
     const int around = 1 + std::max(1, taps - 2);
-    depth = deep ? map.depth + around : 1;
-    height = map.height + around;
-    width = map.width + around;
+    depth = deep ? map.depth * times + around : 1;
+    height = map.height * times + around;
+    width = map.width * times + around;
     channels = round_up(map.channels, 4);
     front = deep ? 1 : 0;
   }
@@ -45,6 +46,17 @@ struct Padded {
         }
     }
   }
+
+  // With the linearly up-sampled low source; `work`: of `work_of` values.
+  template <class E>
+  void fill_up_sampled(const Conv& conv, int64_t image, float* work) {
+    std::memset(data, 0, sizeof(float) * size());
+    const Map& out = conv.out;
+    for (int z = 0; z < out.depth; z++)
+      for (int y = 0; y < out.height; y++)
+        up_sample<E>(conv.b, conv.axes, conv.align_corners, conv.slope, image, z, y, 0, 1, out.width,
+                     data + place(z + front, y + 1, 1), channels, work);
+  }
 };
 
 constexpr int GATHERED = 6;  // pixels at a time; more gain nothing
@@ -56,8 +68,9 @@ struct DirectOperand {
   const float* weights;      // [phases, taps, blocks of outputs, channels, WIDTH]
   int64_t block, tap, phase;
 
-  void prepare(const Map& map, bool deep, int taps_, int stride_, const float* packed, int out_blocks, bool phased) {
-    padded = Padded(map, deep, taps_);
+  void prepare(const Map& map, bool deep, int taps_, int stride_, const float* packed, int out_blocks, bool phased,
+               int times = 1) {
+    padded = Padded(map, deep, taps_, times);
     stride = stride_;
     for (int z = 0; z < (deep ? taps_ : 1); z++)
       for (int y = 0; y < taps_; y++)
@@ -138,15 +151,20 @@ static void direct_image(const Conv& conv, int taps, int stride, int64_t image, 
   DirectOperand operands[2];
   int count = 1;
   operands[0].prepare(conv.a, deep, taps, stride, conv.ua, out_blocks, false);
-  if (conv.b.data) operands[count++].prepare(conv.b, deep, phased ? 2 : 3, 1, conv.ub, out_blocks, phased);
+  if (conv.b.data) operands[count++].prepare(conv.b, deep, phased ? 2 : 3, 1, conv.ub, out_blocks, phased,
+                                             conv.linear ? 2 : 1);
   const int64_t plane = static_cast<int64_t>(conv.out.height) * conv.out.width * WIDTH;
   int64_t needed = conv.out.depth * plane;
   for (int i = 0; i < count; i++) needed += operands[i].padded.size();
+  if (conv.linear) needed += work_of(conv.b, conv.out.width);
   float* acc = scratch.get(needed);
   float* memory = acc + conv.out.depth * plane;
   for (int i = 0; i < count; i++) {
     operands[i].padded.data = memory;
-    operands[i].padded.fill<E>(i ? conv.b : conv.a, image, conv.slope);
+    if (i && conv.linear)
+      operands[i].padded.fill_up_sampled<E>(conv, image, memory + operands[i].padded.size());
+    else
+      operands[i].padded.fill<E>(i ? conv.b : conv.a, image, conv.slope);
     memory += operands[i].padded.size();
   }
   const Blocks planes = {1, conv.out.height, conv.out.width, 1, 1};

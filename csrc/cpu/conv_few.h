@@ -49,10 +49,13 @@ static void conv_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
     work.each([&](auto& sum, bool) { sum.cut(at.rows, at.columns); });
     return at;
   };
-  int64_t pixels = 0, needed = 0, products = 0;
+  int64_t pixels = 0, needed = 0, products = 0, piece = 0;
   for (int64_t block = first_block; block < last_block; block++) {
     const Place at = begin(block);
-    work.each([&](auto& sum, bool) { sum.total += sum.number(); });
+    work.each([&](auto& sum, bool) {
+      sum.total += sum.number();
+      piece = std::max(piece, sum.piece(conv));
+    });
     pixels += static_cast<int64_t>(at.rows) * at.columns;
   }
   work.each([&](auto& sum, bool) {
@@ -60,8 +63,8 @@ static void conv_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
     products = std::max(products, sum.points * sum.product());
   });
   constexpr int64_t panels = 36 * (PANEL * WIDTH + LANES);
-  float* memory = scratch.get(panels + products + pixels * WIDTH + needed);
-  float *product = memory + panels, *acc = product + products, *rest = acc + pixels * WIDTH;
+  float* memory = scratch.get(panels + piece + products + pixels * WIDTH + needed);
+  float *pieces = memory + panels, *product = pieces + piece, *acc = product + products, *rest = acc + pixels * WIDTH;
   work.each([&](auto& sum, bool) { rest = sum.place(rest); });
   // body(place, block, its first tiles in the first sum and in the others, its pixels)
   const auto each_block = [&](const auto& body) {
@@ -76,7 +79,9 @@ static void conv_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
     }
   };
   each_block([&](const Place& at, int64_t, int64_t tile, int64_t phase_tile, float*) {
-    work.each([&](auto& sum, bool first) { sum.transform_inputs(at.y0, at.x0, first ? tile : phase_tile); });
+    work.each([&](auto& sum, bool first) {
+      sum.transform_inputs(conv, at, first ? tile : phase_tile, pieces);
+    });
   });
   for (int o = first_out; o < last_out; o++) {
     work.each([&](auto& sum, bool is_first) {

@@ -129,7 +129,8 @@ struct TileBlock {
   int64_t low_pixels() const { return phases ? static_cast<int64_t>(rows / 2) * low_pitch : 0; }
 
   // Lays out the copies from `memory` on, and fills them if that is there; returns how many values they take.
-  int64_t prepare(const Conv& conv, const Blocks& blocks, int64_t block, int out_blocks, BFloat16* memory) {
+  // piece: memory in which a low source is up-sampled.
+  int64_t prepare(const Conv& conv, const Blocks& blocks, int64_t block, int out_blocks, BFloat16* memory, float* piece) {
     const Place at(conv, blocks, block);
     Work<First, BFloat16> work;
     operands_of(conv, at.image, at.z, out_blocks, work);
@@ -147,7 +148,11 @@ struct TileBlock {
       end = copies[count + i].place(low.planes[i].channels, rows / 2 + 2, low_pitch, end);
     if (!memory) return end - memory;
     for (int i = 0; i < count; i++) {
-      copies[i].fill(first.planes[i], at.y0 + first.y_start[i], at.x0 + first.x_start[i]);
+      const int y0 = at.y0 + first.y_start[i], x0 = at.x0 + first.x_start[i];
+      if (first.makes(i))
+        copies[i].fill(up_sampled<BFloat16>(conv, at.image, first.made[i], y0, x0, copies[i].rows, pitch, piece), 0, 0);
+      else
+        copies[i].fill(first.planes[i], y0, x0);
       taken[i] = take<First>(conv, first, i, copies[i], 0);
     }
     for (int i = 0; i < low_count; i++) copies[count + i].fill(low.planes[i], at.y0 / 2 - 1, at.x0 / 2 - 1);
@@ -210,14 +215,15 @@ static void tile_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
   const int count = static_cast<int>(last_block - first_block);
   int64_t values = 0, pixels = 0, low = 0;
   for (int i = 0; i < count; i++) {
-    values += group[i].prepare(conv, blocks, first_block + i, out_blocks, nullptr);
+    values += group[i].prepare(conv, blocks, first_block + i, out_blocks, nullptr, nullptr);
     pixels = std::max(pixels, group[i].pixels());
     low = std::max(low, group[i].low_pixels());
   }
   const int64_t sums = (pixels + TILE_PIXELS) * WIDTH, low_sums = (low + TILE_PIXELS) * WIDTH;
-  float* acc = scratch.get(sums + low_sums + (values + 1) / 2);
-  BFloat16* memory = reinterpret_cast<BFloat16*>(acc + sums + low_sums);
-  for (int i = 0; i < count; i++) memory += group[i].prepare(conv, blocks, first_block + i, out_blocks, memory);
+  const int64_t made = conv.linear ? piece_of(conv, blocks.rows + 2, blocks.columns + 2) : 0;
+  float *acc = scratch.get(sums + low_sums + made + (values + 1) / 2), *piece = acc + sums + low_sums;
+  BFloat16* memory = reinterpret_cast<BFloat16*>(piece + made);
+  for (int i = 0; i < count; i++) memory += group[i].prepare(conv, blocks, first_block + i, out_blocks, memory, piece);
   const TileUse use;
   for (int o = first_out; o < last_out; o++)
     for (int i = 0; i < count; i++) group[i].run(conv, blocks, o, acc, acc + sums);

@@ -65,6 +65,7 @@ struct Conv {
   float* stats = nullptr;         // [N, parts, 3, CO]
   float slope = 0;
   bool act = false, add = false;
+  bool linear = false, align_corners = false;  // b has half the size, and is up-sampled linearly
   bool past = false;      // the result goes past the caches: it is large, and not read soon
   int begin = 0, end = 0;  // the rows of the result that are computed
 };

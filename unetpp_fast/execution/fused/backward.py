@@ -22,7 +22,7 @@ from ..plan.operands import GradientOperands, Modes, cast, conv1_operands, gradi
 from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
 from .composed import Composed
-from .forward import Forward
+from .forward import Forward, upsampled
 from .ops import takes_views
 
 
@@ -180,7 +180,8 @@ class Backward:
             wb = self.ops.conv_wgrad(b, g, axes=plan.axes, phased=True, affine=affine_b, slope=plan.slope)
             border = None if up is None else self.ops.border_sums(g, plan.axes)
         elif step.form == "full":
-            wb = self.ops.conv_wgrad(maps.ups[step.node.name], g, axes=plan.axes)
+            low = upsampled(plan, step, self.parameters, *maps.low(step))
+            wb = self.ops.conv_wgrad(low, g, axes=plan.axes)
         self._add_bias(f"{name}.conv1.bias", total)
         if self.composed:
             parts = {"prefix": wa, "low": wb, "border": border}
@@ -252,8 +253,7 @@ class Backward:
         if step.form == "phases":
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, taps=4, stride=2, add=add)
             return
-        up = maps.ups[step.node.name]
-        g_up = torch.empty_like(up)
+        g_up = g.new_empty((*g.shape[:4], step.node.up_width))
         self.ops.conv(g_up, g, self._cast(weight), axes=plan.axes)
         gx = self._through_upsample(maps, step, from_maps(g_up, plan.axes))
         target.add_(gx) if add else target.copy_(gx)

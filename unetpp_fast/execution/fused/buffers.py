@@ -23,7 +23,7 @@ class Maps:
     mids: the same for the first convolutions; if they need not be kept, the nodes of a level share one place, or only some
         rows of it (`paired`).
     level_tables, mid_tables: `[4, 1 or N, sum of widths]`, how to read these maps; None if they are stored activated.
-    pools, ups: the pooled map of a level, and the up-sampled map of a node, where one is materialised.
+    pools: the pooled map of a level.
     """
 
     image: Tensor
@@ -32,7 +32,6 @@ class Maps:
     level_tables: list[Tensor | None]
     mid_tables: list[Tensor | None]
     pools: dict[int, Tensor] = field(default_factory=dict)
-    ups: dict[str, Tensor] = field(default_factory=dict)
 
     def slot(self, level: int, slot: Slot) -> Slot:
         """Where the output of a node lies: in its slot, or in the first of its level if the buffer has no room for it."""
@@ -91,7 +90,7 @@ class Maps:
         return maps
 
 
-def kept_names(plan: Plan, raw: bool, recompute: bool) -> list[tuple[str, int | str]]:
+def kept_names(plan: Plan, raw: bool, recompute: bool) -> list[tuple[str, int]]:
     """The (field of `Maps`, key) of each tensor that a forward pass keeps for its backward pass.
 
     raw: outputs are stored raw, with tables.
@@ -99,8 +98,7 @@ def kept_names(plan: Plan, raw: bool, recompute: bool) -> list[tuple[str, int | 
     levels = range(len(plan.widths))
     fields = ["levels", *([] if recompute else ["mids"]), *(["level_tables", "mid_tables"] if raw else [])]
     names = [(name, level) for name in fields for level in levels]
-    names += [("pools", step.node.level) for step in plan.steps if step.source == "pool"]
-    return names + [("ups", step.node.name) for step in plan.steps if step.form == "full"]
+    return names + [("pools", step.node.level) for step in plan.steps if step.source == "pool"]
 
 
 def view(buffer: Tensor, slot: Slot) -> Tensor:

@@ -21,8 +21,8 @@ from ..batch_statistics import gathered_statistics
 from ..plan.operands import Modes, cast, node_operands
 from ..plan.steps import Plan, Slot, Step, head_step
 from ..plan.weight_composition import Operands
-from .buffers import Maps, allocate, from_maps, to_maps, view
-from .ops import takes_views
+from .buffers import Maps, allocate, to_maps, view
+from .ops import reads_linear, takes_views
 
 
 @dataclass
@@ -80,15 +80,11 @@ class Forward:
         plan, node = self.plan, step.node
         if step.source == "pool":
             self._pool(maps, step)
-        if step.form == "full":
-            maps.ups[node.name] = self._upsampled(step, *maps.low(step))
         operands, second = self.operands.get(node.name) or node_operands(plan, step, self.parameters, self.modes)
         if maps.paired(step):
             self._pair(maps, step, operands, second)
             return
         stats = self.first(maps, step, operands)
-        if not keep:
-            maps.ups.pop(node.name, None)
         mid, affine_mid = maps.mid(step)
         pixels = mid[..., 0].numel()
         self._normalise(f"{node.name}.norm1", stats, maps.mid_tables[node.level], step.out, pixels)
@@ -101,12 +97,12 @@ class Forward:
 
     def _pair(self, maps: Maps, step: Step, first: Operands, second: Operands) -> None:
         """Runs both convolutions of a node, of which the first is not stored as a whole."""
-        phased, epilogue = step.form == "phases", self._epilogue(f"{step.node.name}.norm1", first)
+        epilogue = self._epilogue(f"{step.node.name}.norm1", first)
+        b, _, linear = self._low(maps, step)
         self.ops.conv_pair(
             maps.out(step)[0], view(maps.mids[step.node.level], maps.mid_slot(step)), maps.prefix(step)[0],
-            self._cast(first.wa), self._cast(second.wa), phased=phased,
-            b=maps.low(step)[0] if phased else maps.ups.pop(step.node.name, None), wb=self._cast(first.wb),
-            bias=epilogue["bias"], border=epilogue["border"],
+            self._cast(first.wa), self._cast(second.wa), phased=step.form == "phases",
+            b=b, wb=self._cast(first.wb), linear=linear, bias=epilogue["bias"], border=epilogue["border"],
             second_bias=self._epilogue(f"{step.node.name}.norm2", second)["bias"], slope=self.plan.slope,
         )  # fmt: skip
 
@@ -114,11 +110,12 @@ class Forward:
         """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
         phased = step.form == "phases"
         a, affine_a = maps.prefix(step)
-        b, affine_b = maps.low(step) if phased else (maps.ups.get(step.node.name), None)
+        b, affine_b, linear = self._low(maps, step)
+        options = {} if linear is None else {"linear": linear}
         return self.ops.conv(
             maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
             slope=self.plan.slope, affine_a=affine_a, b=b, wb=self._cast(operands.wb), affine_b=affine_b,
-            **self._epilogue(f"{step.node.name}.norm1", operands),
+            **options, **self._epilogue(f"{step.node.name}.norm1", operands),
         )  # fmt: skip
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:
@@ -139,11 +136,15 @@ class Forward:
         self.ops.pool(pooled, x, axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
         maps.pools[step.node.level] = pooled
 
-    def _upsampled(self, step: Step, low: Tensor, affine_low: naive.Affine | None) -> Tensor:
-        prefix = f"nodes.{step.node.name}.up.project"
-        weight, bias = (self.parameters.get(f"{prefix}.{name}") for name in ("weight", "bias"))
-        x = from_maps(naive.read(low, affine_low, self.plan.slope), self.plan.axes)
-        return to_maps(upsample(self.plan, x, weight, bias), self.plan.axes).contiguous()
+    def _low(self, maps: Maps, step: Step) -> tuple[Tensor | None, naive.Affine | None, bool | None]:
+        """The low source of a node, how to read it, and the option `linear` of `naive.conv`."""
+        if step.form is None:
+            return None, None, None
+        if step.form == "phases":
+            return (*maps.low(step), None)
+        if not reads_linear(self.ops):
+            return upsampled(self.plan, step, self.parameters, *maps.low(step)), None, None
+        return (*projected(self.plan, step, self.parameters, *maps.low(step)), bool(self.plan.align_corners))
 
     def _normalise(self, name: str, stats: Tensor | None, table: Tensor | None, slot: Slot, pixels: int) -> None:
         mode = self.modes.get(name)
@@ -185,9 +186,21 @@ def moment_places(plan: Plan, modes: Modes) -> dict[str, Slot]:
     return places
 
 
-def upsample(plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Linear up-sampling of `[N, C, *S]`, after a 1x1 convolution if the plan projects: the only materialised map."""
-    if weight is not None:
-        x = (F.conv2d if plan.axes == 2 else F.conv3d)(x, weight.to(x.dtype), bias.to(x.dtype))
-    mode = "bilinear" if plan.axes == 2 else "trilinear"
-    return F.interpolate(x, scale_factor=2, mode=mode, align_corners=plan.align_corners)
+def projected(
+    plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None
+) -> tuple[Tensor, naive.Affine | None]:
+    """The map that a node up-samples linearly, and how to read it: its low source, through a 1x1 convolution if the plan
+    projects."""
+    if not plan.project:
+        return low, affine
+    prefix = f"nodes.{step.node.name}.up.project"
+    weight, bias = (parameters[f"{prefix}.{name}"].to(low.dtype) for name in ("weight", "bias"))
+    return F.linear(naive.read(low, affine, plan.slope), weight.flatten(1), bias), None
+
+
+def upsampled(
+    plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None
+) -> Tensor:
+    """The linearly up-sampled low source of a node, `[N, D, H, W, K]`: a whole map, for ops that cannot read it in pieces."""
+    x = naive.read(*projected(plan, step, parameters, low, affine), plan.slope)
+    return naive.upsample(x, plan.axes, bool(plan.align_corners)).contiguous()

@@ -116,8 +116,6 @@ def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
             if step.source == "pool":
                 width = plan.topology[step.node.level - 1, 0].width
                 maps.pools[step.node.level] = level.new_empty((*level.shape[:4], width))
-            if step.form == "full":
-                maps.ups[step.node.name] = level.new_empty((*level.shape[:4], step.node.up_width))
         kept = maps.kept(plan, recompute)
         if composes(ops):
             weights = composition(structure, _named(structure, tensors)).results(x, dtype)

@@ -39,3 +39,8 @@ def composes(name: str) -> bool:
 def takes_views(ops: ModuleType) -> bool:
     """Whether the convolutions take weights of any strides; else they must be contiguous."""
     return ops is cpu_ops
+
+
+def reads_linear(ops: ModuleType) -> bool:
+    """Whether the convolutions up-sample a low source linearly as they read it; else it is up-sampled beforehand."""
+    return ops in (cpu_ops, naive)

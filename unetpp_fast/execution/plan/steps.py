@@ -37,7 +37,7 @@ class Step:
 
     source: of the first operand: "input", "pool" (of the level above) or "prefix" (the leading `prefix` channels of the
     node's level). form: how the low source `low`, channels of the level below, is read: None, "phases" (at low resolution)
-    or "full" (up-sampled beforehand).
+    or "full" (up-sampled linearly).
     """
 
     node: Node
@@ -114,7 +114,7 @@ class Plan:
             low = f"X({i + 1},{j - 1})"
             how = {
                 "phases": f"{low} at its own resolution, {step.low.width} channels",
-                "full": f"{low} up-sampled beforehand, {node.up_width} channels",
+                "full": f"{low} up-sampled linearly, {node.up_width} channels",
             }[step.form]
             reads = f"{names} in place, {step.prefix} channels, and {how}"
         return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
