@@ -1,9 +1,9 @@
 """The ops of `naive.py` on a CPU, under the same names, by the kernels of `csrc/cpu`, for float32 and bfloat16 maps; other
-precisions run in `naive.py`. Sums, weights and what a reader computes of a map are float32 in both.
+precisions run in `naive.py`. Sums, and what a reader computes of a map, are float32 in both.
 
 A 3-tap convolution is computed by Winograd's minimal filtering, F(4x4, 3x3), its low source and the gradient of a low source
-by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums; bfloat16 maps in matrix tiles, where the CPU has them (AMX),
-with products of bfloat16 and sums of float32. The library registers `torch.ops.unetpp_fast_cpu`;
+by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. Where the CPU has matrix tiles (AMX), bfloat16 maps are
+convolved in those, with products of bfloat16. The library registers `torch.ops.unetpp_fast_cpu`;
 `unetpp_fast.execution.fused.libraries` loads it.
 """
 
@@ -53,8 +53,8 @@ def _supports(*maps: Tensor | None) -> bool:
 
 @lru_cache
 def matrix_tiles() -> str:
-    """Who multiplies matrix tiles: "cpu", or "plain" sums, for tests, where the library is not compiled for such a CPU; "" if
-    nobody does."""
+    """What multiplies matrix tiles: "cpu", or "plain" sums, for tests, where the library has no code for such CPUs; "" if
+    nothing does."""
     return ("", "plain", "cpu")[torch.ops.unetpp_fast_cpu.matrix_tiles()]
 
 

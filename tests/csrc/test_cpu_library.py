@@ -19,6 +19,7 @@ from support import cpu_kernels
 from torch import Tensor
 
 from unetpp_fast.execution.fused import libraries
+from unetpp_fast.kernels import cpu_ops
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -41,7 +42,7 @@ def arguments(name: str) -> dict[str, object]:
     large, small, table = (lambda: ones(2, 1, 6, 10, 5)), (lambda: ones(2, 1, 3, 5, 5)), (lambda: ones(2, 5))
     weights = 8 * 2 * lanes  # of one filter and point: inputs rounded up to 4, one block of outputs
     fit: dict[str, object] = {
-        "axes": 2, "slope": 0.1, "act": True, "add": True, "phased": True, "winograd": True, "taps": 3, "stride": 2,
+        "axes": 2, "slope": 0.1, "act": True, "add": True, "phased": True, "way": 1, "linear": 0, "taps": 3, "stride": 2,
         "frozen": False, "chunk": 16, "bias": ones(5), "border": ones(9, 5), "weight": ones(3, 5), "mean": table(),
         "inverse": table(), "averages": ones(1, 2, 5), "ua": ones(36 * weights), "ub": ones(4 * 25 * weights),
         "result": ones(4, 4, 5, 5), "scratch": ones(25 * 2 * lanes), "dy": large(), "b": small(),
@@ -53,21 +54,34 @@ def arguments(name: str) -> dict[str, object]:
     if name.startswith("head"):
         fit |= {"out": ones(2, 3, 1, 6, 10), "dy": ones(2, 3, 1, 6, 10), "bias": ones(3)}
     if name in ("conv", "few"):
-        fit["stats"] = ones(2, ops.conv_parts(fit["out"], 10, True, True), 3, 5)
+        fit["stats"] = ones(2, ops.conv_parts(fit["out"], 5, 5, True, 1), 3, 5)
     if name == "few":
         fit |= {"ua": ones(1, 1, 1, 3, 3, 5, 5), "ub": ones(4, 1, 1, 2, 2, 5, 5)}
+    if name in ("tiles", "wgrad tiles", "pack tiles"):  # in bfloat16, and packed in pairs
+        maps = ("out", "a", "b", "dy")
+        fit |= {"way": 2, **{key: fit[key].bfloat16() for key in maps if fit[key].dim() == 5}}
+        pairs = 32 * 2 * lanes
+        fit |= {"ua": ones(9 * pairs).bfloat16(), "ub": ones(16 * pairs).bfloat16()}
+        fit["scratch"] = ones(ops.wgrad_scratch(small().bfloat16(), large().bfloat16(), 2, True))
+    if name == "tiles":
+        fit["stats"] = ones(2, ops.conv_parts(fit["out"], 5, 5, True, 2), 3, 5)
+    if name == "wgrad tiles":
+        fit["a"] = small().bfloat16()
+    if name == "pack tiles":
+        fit |= {"weight": ones(1, 2, 1, 3, 3, 5, 5), "out": ones(2 * 9 * pairs).bfloat16()}
     if name == "pack":
         fit |= {"weight": ones(1, 2, 1, 3, 3, 5, 5), "out": ones(2 * 36 * weights)}
     return {argument.name: fit[argument.name] for argument in op_of(name).default._schema.arguments}
 
 
 def op_of(name: str):
-    return getattr(torch.ops.unetpp_fast_cpu, "conv" if name == "few" else name)
+    variants = {"few": "conv", "tiles": "conv", "wgrad tiles": "conv_wgrad", "pack tiles": "pack"}
+    return getattr(torch.ops.unetpp_fast_cpu, variants.get(name, name))
 
 
 OPS = (
     "conv", "few", "pack", "conv_wgrad", "pool", "pool_backward", "head", "head_backward", "norm_sums", "norm_apply",
-    "act_backward",
+    "act_backward", "tiles", "wgrad tiles", "pack tiles",
 )  # fmt: skip
 DENSE = ("ua", "ub", "bias", "border", "stats", "weight", "averages", "sums", "scratch")
 EVERYWHERE: dict[str, Callable[[Tensor], object]] = {
@@ -104,13 +118,21 @@ SPOILED = {  # by the kind of argument, what does not fit
         "other strides": lambda x: x.repeat(1, 2)[:, :5],
     },
 }
-WHOLE = {"axes": (1, 4), "taps": (2, 5), "stride": (0, 3), "chunk": (0, -1), "phased": (False,)}
+WHOLE = {
+    "way": (-1, 3),
+    "linear": (-1, 3),
+    "axes": (1, 4),
+    "taps": (2, 5),
+    "stride": (0, 3),
+    "chunk": (0, -1),
+    "phased": (False,),
+}
 
 
 def kind(op: str, name: str, value: Tensor) -> str:
     if value.dim() == 7 or name == "result":
         return "filters"
-    if name in DENSE or (op.startswith("head") and name in ("out", "dy")) or (op == "pack" and name == "out"):
+    if name in DENSE or (op.startswith("head") and name in ("out", "dy")) or (op.startswith("pack") and name == "out"):
         return "dense"
     return "map" if value.dim() == 5 else "table"
 
@@ -118,6 +140,8 @@ def kind(op: str, name: str, value: Tensor) -> str:
 @needs_library
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_that_do_not_fit_are_named(op):
+    if op.endswith("tiles") and not cpu_ops.matrix_tiles():
+        pytest.skip("this CPU has no matrix tiles, and the library for its instruction set does not imitate them")
     run, fit = op_of(op), arguments(op)
     run(**fit)
     names = [name for name, value in fit.items() if isinstance(value, Tensor)]
@@ -127,7 +151,7 @@ def test_arguments_that_do_not_fit_are_named(op):
             del spoiled["longer"]
         if kind(op, name, fit[name]) == "filters":
             del spoiled["strides"]  # which may be any
-        if op == "pack":
+        if op.startswith("pack"):
             spoiled.pop("outputs", None)  # there is a block of outputs in any case
         if op.startswith("norm"):
             spoiled.pop("none", None)  # nothing is optional there
@@ -151,7 +175,7 @@ def test_arguments_that_do_not_fit_are_named(op):
 def test_pairs_that_do_not_fit_are_named(changes, words):
     fit = {"out": (2, 1, 6, 10, 3), "mid": (1, 1, 17, 10, 4), "a": (2, 1, 6, 10, 5), "ua": (1, 1, 1, 3, 3, 5, 4),
            "second": (1, 1, 1, 3, 3, 4, 3), "bias": (4,), "second_bias": (3,)}  # fmt: skip
-    rest = {"b": None, "ub": None, "border": None, "phased": False, "slope": 0.0}
+    rest = {"b": None, "ub": None, "border": None, "phased": False, "linear": 0, "slope": 0.0}
     run = torch.ops.unetpp_fast_cpu.conv_pair
     run(**{name: torch.ones(shape) for name, shape in fit.items()}, **rest)
     with pytest.raises(RuntimeError, match=words):

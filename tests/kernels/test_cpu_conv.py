@@ -14,7 +14,19 @@ import pytest
 import torch
 from support import cpu_kernels
 from support.conv_cases import check_statistics, empty_holds_nan
-from support.cpu_kernels import CHANNELS, DTYPES, FORMS, KERNELS, SIZES, check_conv, check_wgrad, conv_of, wgrad_of
+from support.cpu_kernels import (
+    CHANNELS,
+    DTYPES,
+    FORMS,
+    KERNELS,
+    PAIRS,
+    SIZES,
+    check_conv,
+    check_wgrad,
+    conv_of,
+    dtypes_of,
+    wgrad_of,
+)  # fmt: skip
 from torch import Tensor
 
 from unetpp_fast.kernels import cpu_ops, cpu_weights, naive
@@ -22,6 +34,12 @@ from unetpp_fast.kernels import cpu_ops, cpu_weights, naive
 pytestmark = cpu_kernels.needs_library()
 each_kernel = pytest.mark.parametrize("kernel", list(KERNELS), indirect=True)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def kernel_and_dtype(*kernels: str) -> pytest.MarkDecorator:
+    """Each of these kernels (default all) with each precision that it knows."""
+    cases = [(kernel, dtype) for kernel in kernels or KERNELS for dtype in dtypes_of(kernel)]
+    return pytest.mark.parametrize(("kernel", "dtype"), cases, indirect=["kernel"], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +51,14 @@ def unwritten() -> Iterator[None]:
 
 @pytest.fixture
 def kernel(request, monkeypatch) -> str:
-    """The kernel that computes convolutions, whatever their size."""
+    """The kernel that computes convolutions, whatever their size; `tiles` those of bfloat16 maps, and weight gradients."""
+    if request.param not in cpu_kernels.kernels_here():
+        pytest.skip("this CPU has no matrix tiles, and the library for its instruction set does not imitate them")
     cpu_kernels.select(request.param, monkeypatch.setattr)
     return request.param
 
 
-@each_dtype
-@each_kernel
+@kernel_and_dtype()
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("units", [(6, 10), (13, 7), (2, 6, 7)], ids=str)
 def test_forms(dtype, kernel, form, units):
@@ -49,20 +68,19 @@ def test_forms(dtype, kernel, form, units):
 @each_kernel
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 def test_channels(kernel, channels):
-    for form, units in (("full", (5, 9)), ("node", (5, 9)), ("gathered", (3, 7)), ("node", (1, 3, 5))):
-        check_conv(torch.float32, form, units, channels)
+    for form, units in (("full", (5, 9)), ("node", (5, 9)), ("edges", (5, 9)), ("gathered", (3, 7)), ("node", (1, 3, 5))):
+        check_conv(dtypes_of(kernel)[0], form, units, channels)
 
 
 @each_kernel
 @pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
 def test_sizes(kernel, units):
     """Maps one pixel wide, smaller than a tile, and larger than a block."""
-    for form in ("full", "node", "gathered"):
-        check_conv(torch.float32, form, units, n=1, border=True)
+    for form in ("full", "node", "edges", "corners", "gathered"):
+        check_conv(dtypes_of(kernel)[0], form, units, n=1, border=True)
 
 
-@each_dtype
-@each_kernel
+@kernel_and_dtype()
 @pytest.mark.parametrize(
     "option",
     [
@@ -85,13 +103,14 @@ def test_options(dtype, kernel, option):
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_batches(kernel, n, form):
-    check_conv(torch.float32, form, (3, 5), n=n)
+    check_conv(dtypes_of(kernel)[0], form, (3, 5), n=n)
 
 
 @each_kernel
 @pytest.mark.parametrize("size", [(0, 4), (4, 0)], ids=str)
 def test_maps_without_pixels(kernel, size):
-    out, a = torch.empty(2, 1, *size, 3), torch.empty(2, 1, *size, 5)
+    dtype = dtypes_of(kernel)[0]
+    out, a = torch.empty(2, 1, *size, 3, dtype=dtype), torch.empty(2, 1, *size, 5, dtype=dtype)
     cpu_ops.conv(out, a, torch.ones(9, 5, 3), axes=2)
     assert torch.equal(cpu_ops.conv_wgrad(a, out, axes=2), torch.zeros(1, 9, 5, 3))
 
@@ -104,6 +123,8 @@ def test_the_kernel_follows_the_tiles(tiles, images, channels, kernel):
     """All give the same values, so the rule may change with measurements."""
     out = torch.empty(images, 1, 4, 4 * tiles, 17)
     assert cpu_ops.kernel_for(out, channels, 2, 3, 1, False, False) == kernel
+    with_tiles = "tiles" if cpu_ops.matrix_tiles() == "cpu" else kernel
+    assert cpu_ops.kernel_for(out.bfloat16(), channels, 2, 3, 1, False, False) == with_tiles
 
 
 @each_dtype
@@ -127,9 +148,9 @@ def test_weights_of_any_strides(form, monkeypatch):
         lambda w: w.movedim(-3, -1).contiguous().movedim(-1, -3),
         lambda w: torch.cat((w, w), -1)[..., : w.shape[-1]],
     )
-    for kernel in KERNELS:
+    for kernel in cpu_kernels.kernels_here():
         cpu_kernels.select(kernel, monkeypatch.setattr)
-        args, options = conv_of(torch.float32, form, (9, 13), (7, 19, 33))
+        args, options = conv_of(dtypes_of(kernel)[0], form, (9, 13), (7, 19, 33))
         expected = cpu_kernels.run_op(cpu_ops, "conv", [args[0].clone(), *args[1:]], options, True)
         for layout in layouts:
             changed = options if options.get("wb") is None else {**options, "wb": layout(options["wb"])}
@@ -141,7 +162,7 @@ def test_weights_of_any_strides(form, monkeypatch):
 @each_kernel
 def test_reads_a_buffer_that_it_writes(kernel):
     """A node reads the prefix of its level's buffer and writes the next slice of it."""
-    make = cpu_kernels.CpuInputs(torch.float32)
+    make = cpu_kernels.CpuInputs(dtypes_of(kernel)[0])
     buffer, wa = make.values(2, 1, 9, 13, 24), make.values(9, 8, 16)
     exact = buffer.double()
     naive.conv(exact[..., 8:], exact[..., :8].clone(), wa.double(), axes=2)
@@ -167,7 +188,7 @@ def test_large_results(dtype):
 @each_kernel
 def test_statistics_do_not_cancel(kernel):
     """A mean of a thousand standard deviations: the difference of two sums of squares would keep no digit."""
-    (out, a, wa), options = conv_of(torch.float32, "plain", (13, 21), affine="")
+    (out, a, wa), options = conv_of(dtypes_of(kernel)[0], "plain", (13, 21), affine="")
     parts = cpu_ops.conv(out, a, wa, **{**options, "act": False, "bias": torch.full_like(options["bias"], 1000)})
     check_statistics(parts, out)
     table = naive.norm_finalise(parts, parts.new_ones(17), parts.new_zeros(17), 0.0, True)
@@ -178,7 +199,7 @@ def test_statistics_do_not_cancel(kernel):
 @each_kernel
 def test_minus_infinity_activates_to_zero(kernel):
     """With a slope of 0, in what is read and in what is stored, as ReLU does."""
-    (out, a, wa), options = conv_of(torch.float32, "plain", (6, 9), affine="shared", stats=False)
+    (out, a, wa), options = conv_of(dtypes_of(kernel)[0], "plain", (6, 9), affine="shared", stats=False)
     options["affine_a"][0].abs_()
     a[0, 0, 2, 3] = -1e30
     cpu_ops.conv(out, a, wa, **options)
@@ -195,7 +216,7 @@ def test_minus_infinity_activates_to_zero(kernel):
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_stays(kernel, form):
     """Wherever the plain op has NaN, and no farther than the tiles that hold the pixel."""
-    (out, a, wa), options = conv_of(torch.float32, form, (10, 13))
+    (out, a, wa), options = conv_of(dtypes_of(kernel)[0], form, (10, 13))
     a[0, 0, 2, 3, 0] = math.nan
     expected = out.clone()
     naive.conv(expected, a, wa, **options)
@@ -208,7 +229,7 @@ def test_nan_stays(kernel, form):
 
 @each_kernel
 def test_weights_are_packed_again_when_they_change(kernel):
-    (out, a, wa), options = conv_of(torch.float32, "plain", (5, 9), affine="", bias=False, stats=False)
+    (out, a, wa), options = conv_of(dtypes_of(kernel)[0], "plain", (5, 9), affine="", bias=False, stats=False)
     cpu_ops.conv(out, a, wa, **options)
     once = out.clone()
     wa.mul_(2)
@@ -233,13 +254,22 @@ def test_packed_weights_go_with_the_weights(kernel):
     assert len(cpu_weights._kept) == before
 
 
-@each_dtype
-@pytest.mark.parametrize("phased", [False, True])
-@pytest.mark.parametrize("kernel", ["winograd", "few"], indirect=True)
+@kernel_and_dtype("winograd", "few", "tiles")
+@pytest.mark.parametrize("low", PAIRS)
 @pytest.mark.parametrize("size, held", [((18, 7), 17), ((18, 7), 25), ((3, 40), 33), ((37, 3), 49), ((16, 8), 17)], ids=str)
-def test_pairs_run_strip_by_strip(dtype, kernel, phased, size, held):
+def test_pairs_run_strip_by_strip(dtype, kernel, low, size, held):
     """Strips of 8, 16 and more rows, of which the last has fewer; and one that holds the whole map."""
-    cpu_kernels.check_pair(dtype, size, held, phased)
+    cpu_kernels.check_pair(dtype, size, held, low)
+
+
+@kernel_and_dtype("tiles")
+@pytest.mark.parametrize("channels", [(32, 64, 32), (40, 33, 70)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_tiles(kernel, dtype, form, channels):
+    """Maps of several blocks in each direction, and blocks of several images together."""
+    check_conv(dtype, form, (3, 150), channels, n=1)
+    check_conv(dtype, form, (47, 130), channels, n=1)
+    check_conv(dtype, form, (5, 4), channels, n=20)
 
 
 @pytest.mark.parametrize("n, size", [(0, (18, 7)), (2, (0, 7))], ids=str)
@@ -259,46 +289,63 @@ def test_a_pair_writes_over_channels_that_it_reads():
     assert torch.equal(buffer[..., :6], expected)
 
 
-@each_dtype
+each_wgrad = pytest.mark.parametrize("kernel", ["winograd", "tiles"], indirect=True)
+
+
+@kernel_and_dtype("winograd", "tiles")
 @pytest.mark.parametrize("units", [(6, 10), (13, 7), (2, 6, 7)], ids=str)
 @pytest.mark.parametrize("phased", [False, True])
 @pytest.mark.parametrize("affine, slope", [(None, 0.0), (1, 0.0), (0, 0.1)])
-def test_weight_gradients(dtype, units, phased, affine, slope):
+def test_weight_gradients(kernel, dtype, units, phased, affine, slope):
     check_wgrad(dtype, units, phased, affine=affine, slope=slope)
 
 
+@each_wgrad
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 @pytest.mark.parametrize("phased", [False, True])
-def test_channels_of_weight_gradients(channels, phased):
-    check_wgrad(torch.float32, (5, 9), phased, k=channels[0], co=channels[2], affine=1)
-    check_wgrad(torch.float32, (2, 1, 7), phased, k=channels[1], co=channels[0])
+def test_channels_of_weight_gradients(kernel, channels, phased):
+    check_wgrad(dtypes_of(kernel)[0], (5, 9), phased, k=channels[0], co=channels[2], affine=1)
+    check_wgrad(dtypes_of(kernel)[0], (2, 1, 7), phased, k=channels[1], co=channels[0])
 
 
-@each_dtype
+@kernel_and_dtype("winograd", "tiles")
 @pytest.mark.parametrize("phased", [False, True])
-def test_many_channels_of_weight_gradients(dtype, phased):
+def test_many_channels_of_weight_gradients(kernel, dtype, phased):
     """More sums than stay in the cache, taken in parts of which the last is smaller."""
     check_wgrad(dtype, (5, 9), phased, k=200, co=130, affine=1)
 
 
+@kernel_and_dtype("tiles")
+@pytest.mark.parametrize("phased", [False, True])
+@pytest.mark.parametrize("units, n", [((40, 210), 2), ((3, 5000), 1), ((3, 4), 700), ((3, 40, 60), 1)], ids=str)
+def test_strips_of_weight_gradients(kernel, dtype, phased, units, n):
+    """Planes of several strips of rows, one row a strip, and more strips than are summed at once."""
+    check_wgrad(dtype, units, phased, k=3, co=5, n=n, affine=0)
+
+
+@each_wgrad
 @pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
 @pytest.mark.parametrize("phased", [False, True])
-def test_sizes_of_weight_gradients(units, phased, monkeypatch):
+def test_sizes_of_weight_gradients(kernel, units, phased, monkeypatch):
     """Tiles in one batch, and in batches of few that end within a plane."""
-    check_wgrad(torch.float32, units, phased, affine=0)
+    check_wgrad(dtypes_of(kernel)[0], units, phased, affine=0)
+    if kernel == "tiles":
+        return
     monkeypatch.setattr(cpu_ops, "SCRATCH", 36 * 2 * 32 * 5)
     monkeypatch.setattr(cpu_ops, "MIN_BATCH", 1)
     check_wgrad(torch.float32, units, phased, affine=0)
 
 
+@each_wgrad
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("phased", [False, True])
-def test_batches_of_weight_gradients(n, phased):
-    check_wgrad(torch.float32, (4, 6), phased, n=n, affine=0)
+def test_batches_of_weight_gradients(kernel, n, phased):
+    check_wgrad(dtypes_of(kernel)[0], (4, 6), phased, n=n, affine=0)
 
 
-def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero():
-    (a, dy), options = wgrad_of(torch.float32, (6, 9), affine=1)
+@each_wgrad
+def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero(kernel):
+    (a, dy), options = wgrad_of(dtypes_of(kernel)[0], (6, 9), affine=1)
     options["affine"][0].abs_()
     a[0, 0, 2, 3] = -1e30
     expected = cpu_ops.conv_wgrad(a, dy, **options)
@@ -306,22 +353,22 @@ def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero():
     assert torch.equal(cpu_ops.conv_wgrad(a, dy, **options), expected)
 
 
-def calls() -> list[Callable[[], list[Tensor]]]:
+def calls(dtype: torch.dtype) -> list[Callable[[], list[Tensor]]]:
     """Convolutions and weight gradients of several blocks of pixels and outputs, which return copies of their results."""
     made = []
-    for form in ("full", "node", "gathered"):
+    for form in ("full", "node", "edges", "gathered"):
         for units, channels in (((37, 29), (33, 40, 70)), ((3, 5, 6), (33, 40, 70)), ((5, 9), (7, 3, 3))):
-            args, options = conv_of(torch.float32, form, units, channels, add=False)
+            args, options = conv_of(dtype, form, units, channels, add=False)
             made.append(partial(cpu_kernels.run_op, cpu_ops, "conv", args, options, True))
     for units, phased in itertools.product(((37, 29), (3, 5, 6)), (False, True)):
-        args, options = wgrad_of(torch.float32, units, phased, 33, 70)
+        args, options = wgrad_of(dtype, units, phased, 33, 70)
         made.append(partial(cpu_kernels.run_op, cpu_ops, "conv_wgrad", args, options, False))
     return made
 
 
 @each_kernel
 def test_bits_are_those_of_any_number_of_threads(kernel, threads):
-    for index, call in enumerate(calls()):
+    for index, call in enumerate(calls(dtypes_of(kernel)[0])):
         results = []
         for count in (1, 2, 3, 2):
             threads(count)
@@ -333,9 +380,10 @@ def test_bits_are_those_of_any_number_of_threads(kernel, threads):
 
 @each_kernel
 def test_python_threads_at_once(kernel):
-    expected = [call() for call in calls()]
+    dtype = dtypes_of(kernel)[0]
+    expected = [call() for call in calls(dtype)]
     with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda _: [call() for call in calls()], range(4)))
+        runs = list(pool.map(lambda _: [call() for call in calls(dtype)], range(4)))
     for results in runs:
         for a, b in zip(expected, results, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -354,14 +402,15 @@ def test_memory_stays_flat_over_a_thousand_shapes():
         axes, form = chosen.choice((2, 2, 3)), chosen.choice(list(FORMS))
         units = tuple(chosen.randint(1, 9 if axes == 2 else 3) for _ in range(axes))
         channels = tuple(chosen.randint(1, 40) for _ in range(3))
-        cpu_kernels.select(chosen.choice(list(KERNELS)))
-        args, options = conv_of(torch.float32, form, units, channels)
+        kernel = chosen.choice(cpu_kernels.kernels_here())
+        cpu_kernels.select(kernel)
+        args, options = conv_of(dtypes_of(kernel)[0], form, units, channels)
         cpu_ops.conv(*args, **options)
         if chosen.random() < 0.3:
-            args, options = wgrad_of(torch.float32, units, chosen.random() < 0.5, *channels[:2])
+            args, options = wgrad_of(dtypes_of(kernel)[0], units, chosen.random() < 0.5, *channels[:2])
             cpu_ops.conv_wgrad(*args, **options)
 
-    usual = cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS
+    usual = cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS, cpu_ops.TILES
     try:
         for _ in range(300):
             once()
@@ -369,5 +418,5 @@ def test_memory_stays_flat_over_a_thousand_shapes():
         for _ in range(1000):
             once()
     finally:
-        cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS = usual
+        cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS, cpu_ops.TILES = usual
     assert resident() <= before + 8

@@ -117,7 +117,8 @@ def conv_case(
         options["affine_a"] = make.affine(rows[kinds["a"]], ka)
     if kb:
         count, taps_b = (2**axes, 2**axes) if phased else (1, 3**axes)
-        options |= {"b": make.map(n, *units, kb), "wb": make.values(count, taps_b, kb, co) / math.sqrt(taps_b * kb)}
+        half = [u // 2 if o and options.get("linear") is not None else u for u, o in zip(units, on, strict=True)]
+        options |= {"b": make.map(n, *half, kb), "wb": make.values(count, taps_b, kb, co) / math.sqrt(taps_b * kb)}
         if "b" in kinds:
             options["affine_b"] = make.affine(rows[kinds["b"]], kb)
     if bias:

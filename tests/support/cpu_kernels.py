@@ -29,11 +29,13 @@ CHANNELS = [  # of a, b and the result: below, at and above vectors and blocks o
 FORMS = {
     "plain": {"affine": "image", "act": True, "bias": True, "stats": True},
     "full": {"kb": 1, "affine": "image shared", "slope": 0.1, "act": True, "stats": True},
+    "edges": {"kb": 1, "linear": False, "affine": "shared image", "slope": 0.1, "act": True, "stats": True},
+    "corners": {"kb": 1, "linear": True, "affine": "image", "bias": True, "add": True},
     "gathered": {"taps": 4, "affine": "shared", "add": True},
     "phased": {"phased": True, "affine": "shared", "bias": True, "add": True, "stats": True},
     "node": {"phased": True, "kb": 1, "affine": "shared image", "slope": 0.1, "border": True, "act": True, "stats": True},
 }
-# Of units: the results of forms with phases are twice as large.
+# Of units: the results of forms with phases, or with a low source that is up-sampled, are twice as large.
 SIZES = {
     2: [(1, 1), (1, 37), (37, 1), (2, 6), (6, 7), (7, 13), (13, 37), (37, 2)],
     3: [(1, 1, 1), (2, 6, 7), (7, 1, 13), (1, 13, 2)],
@@ -44,6 +46,16 @@ def select(kernel: str, to: Callable[[object, str, int], None] = setattr) -> Non
     """Makes `kernel` compute every convolution, whatever its size; `few` knows 2D only, `tiles` bfloat16 only."""
     for name, value in zip(("MIN_TILES", "MANY_WEIGHTS", "TILES"), KERNELS[kernel], strict=True):
         to(cpu_ops, name, value)
+
+
+def dtypes_of(kernel: str) -> list[torch.dtype]:
+    """The precisions that a kernel knows."""
+    return DTYPES[1:] if kernel == "tiles" else DTYPES
+
+
+def kernels_here() -> list[str]:
+    """The kernels that can run: no matrix tiles where the library is compiled for them and the CPU has none."""
+    return [kernel for kernel in KERNELS if kernel != "tiles" or cpu_ops.matrix_tiles()]
 
 
 def needs_library() -> pytest.MarkDecorator:
@@ -140,7 +152,7 @@ def check_op(name: str, args: Sequence, options: dict) -> None:
 def conv_of(dtype: torch.dtype, form: str, units: tuple[int, ...], channels: tuple[int, int, int] = (5, 3, 17), **options):
     """Arguments and options of a convolution in one of `FORMS`, at `units` pixels or twice as many."""
     case = {"inputs": CpuInputs, "n": 2, **FORMS[form], **options}
-    size = tuple(2 * s for s in units) if case.get("phased") else units
+    size = tuple(2 * s for s in units) if case.get("phased") or case.get("linear") is not None else units
     ka, kb, co = channels
     case["kb"] = kb if case.get("kb") else 0
     *args, options = conv_cases.conv_case(dtype, len(units), size, ka=ka, co=co, **case)
@@ -162,45 +174,40 @@ def check_wgrad(*case, **options) -> None:
     check_op("conv_wgrad", *wgrad_of(*case, **options))
 
 
+PAIRS = ("phased", "full", "edges", "corners")  # how the low source of a pair is read
+
+
 def check_pair(
-    dtype: torch.dtype, size: tuple[int, int], held: int, phased: bool = True, channels: tuple[int, ...] = (5, 3, 7, 9),
+    dtype: torch.dtype, size: tuple[int, int], held: int, low: str = "phased", channels: tuple[int, ...] = (5, 3, 7, 9),
     n: int = 2, slope: float = 0.1, inputs: type[CpuInputs] = CpuInputs,
 ) -> None:  # fmt: skip
     """`conv_pair` with `held` rows between its convolutions against two plain ones in float64."""
-    make, (ka, kb, between, co), step = inputs(dtype), channels, 2 if phased else 1
-    height, width = (step * s for s in size)
+    make, (ka, kb, between, co), phased = inputs(dtype), channels, low == "phased"
+    height, width = (s if low == "full" else 2 * s for s in size)
     a, out = make.map(n, 1, height, width, ka), make.map(n, 1, height, width, co)
-    b = make.map(n, 1, *size, kb)
     wa, second = make.values(9, ka, between), make.values(9, between, co)
-    wb = make.values(4, 4, kb, between) if phased else make.values(1, 9, kb, between)
-    bias, border, second_bias = make.vector(between), make.vector(9 * between).view(9, between), make.vector(co)
+    low_options = {
+        "b": make.map(n, 1, *size, kb),
+        "wb": make.values(4, 4, kb, between) if phased else make.values(1, 9, kb, between),
+        "bias": make.vector(between), "border": make.vector(9 * between).view(9, between),
+    }  # fmt: skip
+    rest = {"phased": phased, "linear": {"edges": False, "corners": True}.get(low), "slope": slope}
+    second_bias = make.vector(co)
     mid = torch.full((1, 1, held, width, between), torch.nan, dtype=dtype)
 
     def plain(kind: torch.dtype) -> Tensor:
         middle, result = (torch.empty(n, 1, height, width, channels, dtype=kind) for channels in (between, co))
-        values = [x if x is None or kind == dtype else x.double() for x in (a, wa, b, wb, bias, border, second, second_bias)]
-        xa, wa_, xb, wb_, bias_, border_, second_, last_ = values
-        naive.conv(
-            middle,
-            xa,
-            wa_,
-            axes=2,
-            stride=step,
-            phased=phased,
-            b=xb,
-            wb=wb_,
-            bias=bias_,
-            border=border_,
-            slope=slope,
-            act=True,
-        )
-        naive.conv(result, middle, second_, axes=2, bias=last_, slope=slope, act=True)
+        given = (a, wa, low_options, second, second_bias)
+        if kind != dtype:
+            wide = {name: value.double() for name, value in low_options.items()}
+            given = (a.double(), wa.double(), wide, second.double(), second_bias.double())
+        xa, first, options, last, last_bias = given
+        naive.conv(middle, xa, first, axes=2, stride=2 if phased else 1, act=True, **options, **rest)
+        naive.conv(result, middle, last, axes=2, bias=last_bias, slope=slope, act=True)
         return result
 
     exact, twin = plain(torch.float64), plain(dtype)
-    cpu_ops.conv_pair(
-        out, mid, a, wa, second, phased=phased, b=b, wb=wb, bias=bias, border=border, second_bias=second_bias, slope=slope
-    )
+    cpu_ops.conv_pair(out, mid, a, wa, second, second_bias=second_bias, **low_options, **rest)
     conv_cases.assert_untouched_beside(out)
     assert_accepted(out, exact, twin)
 
@@ -257,18 +264,22 @@ def small_grid(dtype: torch.dtype, inputs: type[CpuInputs]) -> list[tuple[str, C
     def add(check: Callable, *case, **options) -> None:
         calls.append((f"{case} {options}", partial(check, *case, **options, inputs=inputs)))
 
-    def conv(kernel: str, *case, **options) -> None:
-        select(kernel)
-        check_conv(*case, **options)
+    def selected(check: Callable, kernel: str) -> Callable:
+        def run(*case, **options) -> None:
+            select(kernel)
+            check(*case, **options)
+
+        return run
 
     channels = itertools.cycle(CHANNELS)
-    for kernel, form, size in itertools.product(KERNELS, FORMS, [(1, 1), (3, 7), (13, 6), (1, 2, 3), (3, 1, 7)]):
-        add(lambda *case, kernel=kernel, **options: conv(kernel, *case, **options), dtype, form, size, next(channels))
-    for held, phased in itertools.product((17, 25), (False, True)):
-        add(check_pair, dtype, (17, 5), held, phased)
-    for size, phased in itertools.product([(1, 3), (7, 5), (2, 1, 3)], (False, True)):
+    kernels = [kernel for kernel in kernels_here() if dtype in dtypes_of(kernel)]
+    for kernel, form, size in itertools.product(kernels, FORMS, [(1, 1), (3, 7), (13, 6), (1, 2, 3), (3, 1, 7)]):
+        add(selected(check_conv, kernel), dtype, form, size, next(channels))
+    for kernel, held, low in itertools.product(kernels[::3], (17, 25), PAIRS):
+        add(selected(check_pair, kernel), dtype, (17, 5), held, low)
+    for kernel, size, phased in itertools.product(kernels[::3], [(1, 3), (7, 5), (2, 1, 3)], (False, True)):
         k, _, co = next(channels)
-        add(check_wgrad, dtype, size, phased, k, co, affine=1, slope=0.1)
+        add(selected(check_wgrad, kernel), dtype, size, phased, k, co, affine=1, slope=0.1)
     for name, size in itertools.product(("pool", "pool_backward", "head", "head_backward"), [(2, 6), (14, 2), (2, 4, 6)]):
         more = {"add": True} if name.endswith("backward") else {}
         add(check_map, name, dtype, size, channels=next(channels)[0], rows="image", slope=0.1, **more)

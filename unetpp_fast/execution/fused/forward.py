@@ -198,9 +198,7 @@ def projected(
     return F.linear(naive.read(low, affine, plan.slope), weight.flatten(1), bias), None
 
 
-def upsampled(
-    plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None
-) -> Tensor:
-    """The linearly up-sampled low source of a node, `[N, D, H, W, K]`: a whole map, for ops that cannot read it in pieces."""
+def upsampled(plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None) -> Tensor:
+    """The linearly up-sampled low source of a node, `[N, D, H, W, K]`, for ops that cannot read it in pieces."""
     x = naive.read(*projected(plan, step, parameters, low, affine), plan.slope)
     return naive.upsample(x, plan.axes, bool(plan.align_corners)).contiguous()
