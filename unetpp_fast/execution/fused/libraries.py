@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ...kernels import cpu_ops
+
 FOLDER = Path(__file__).parent
 
 
@@ -34,4 +36,7 @@ def state(kind: str) -> str:
     loaded, reason = load(kind)
     if not loaded:
         return f"off: {reason}"
-    return "loaded" if kind == "cuda" else f"loaded, {4 * 8 * torch.ops.unetpp_fast_cpu.lanes()}-bit vectors"
+    if kind == "cuda":
+        return "loaded"
+    tiles = ", matrix tiles for bfloat16" if cpu_ops.matrix_tiles() == "cpu" else ""
+    return f"loaded, {4 * 8 * torch.ops.unetpp_fast_cpu.lanes()}-bit vectors{tiles}"
