@@ -198,8 +198,8 @@ inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, O
 inline void pack(Tensor out, Tensor weight, int64_t way) {
   const Filters filters = filters_of(weight, "weight");
   const int64_t k = filters.channels, co = filters.outputs;
-  STD_TORCH_CHECK(way_of(way) == Way::kDirect || ((filters.taps == 9 || filters.taps == 4) && filters.taps == filters.width * filters.width),
-                  "only direct sums know ", filters.taps, " taps");
+  const bool square = filters.taps == filters.width * filters.width && (filters.width == 2 || filters.width == 3);
+  STD_TORCH_CHECK(way_of(way) == Way::kDirect || square, "weight has ", filters.taps, " taps, which only direct sums know");
   if (way_of(way) == Way::kTiles) {
     const BFloat16* to = pairs(out, packed_pairs(filters.count(), filters.taps, k, co), "out");
     if (out.numel()) kernels().pack_tiles(filters, const_cast<BFloat16*>(to));
