@@ -257,7 +257,7 @@ def test_nothing_is_concatenated_or_upsampled(axes, upsample):
             assert (level, shape[-1]) not in concatenated | upsampled, shape
 
 
-@pytest.mark.parametrize(("upsample", "share"), [("deconv", 0.40), ("nearest", 0.40)])
+@pytest.mark.parametrize(("upsample", "share"), [("deconv", 0.40), ("nearest", 0.40), ("linear", 0.40)])
 def test_bytes_kept_for_the_backward_pass(upsample, share):
     model = build(uf.UNetPlusPlus, 1, 1, features=(8, 16, 32, 64, 128), upsample=upsample)
     x = make_input(1, 1, 64, 64)
