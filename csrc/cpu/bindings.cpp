@@ -195,7 +195,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def(
       "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
       "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
-      "bool winograd, float slope, bool act, bool add) -> ()");
+      "bool winograd, float slope, int plain, bool act, bool add) -> ()");
   library.def(
       "conv_pair(Tensor(a!) out, Tensor(b!) mid, Tensor a, Tensor ua, Tensor? b, Tensor? ub, Tensor? bias, Tensor? border, "
       "Tensor second, Tensor? second_bias, bool phased, float slope) -> ()");
@@ -203,7 +203,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def("conv_parts(Tensor out, int inputs, bool phased, bool winograd) -> int");
   library.def(
       "conv_wgrad(Tensor(a!) result, Tensor(b!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, int axes, "
-      "bool phased, float slope) -> ()");
+      "bool phased, float slope, int plain) -> ()");
   library.def("pool(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope) -> ()");
   library.def(
       "pool_backward(Tensor(a!) gx, Tensor g, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope, "

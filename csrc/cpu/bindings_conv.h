@@ -65,6 +65,7 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
                                     : packed(phases, b_depth * b_taps * b_taps, call.b.channels, o.channels), "ub");
     }
   }
+  STD_TORCH_CHECK(call.a.channels || b, "a has no channels");
   call.bias = values(bias, o.channels, "bias");
   call.border = values(border, (deep ? 27 : 9) * static_cast<int64_t>(o.channels), "border");
   return call;
@@ -72,15 +73,16 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
 
 inline void run_winograd(const Conv& call) {
   const Kernels& table = kernels(call.out.element);
-  (call.wa.data ? table.conv_few : table.conv_winograd)(call);
+  (call.wa.data || call.wb.data ? table.conv_few : table.conv_winograd)(call);
 }
 
 inline void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub,
                  Optional scale_b, Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes,
-                 int64_t taps, int64_t stride, bool phased, bool winograd, double slope, bool act, bool add) {
+                 int64_t taps, int64_t stride, bool phased, bool winograd, double slope, int64_t plain, bool act, bool add) {
   const Map o = map_of(out, element_of(out, "out"), "out");
   Conv call = conv_call(o, out.size(0), a, ua, scale_a, shift_a, b, ub, scale_b, shift_b, bias, border, axes, taps, stride,
                         phased, winograd);
+  set_plain(call.a, plain, "a");
   const int64_t parts = winograd ? winograd_parts(call) : o.depth;
   call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
   call.slope = static_cast<float>(slope);
@@ -175,12 +177,13 @@ inline int64_t conv_parts(Tensor out, int64_t inputs, bool phased, bool winograd
 }
 
 inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,
-                bool phased, double slope) {
+                bool phased, double slope, int64_t plain) {
   Wgrad call;
   call.axes = static_cast<int>(axes);
   call.phased = phased;
   const Element element = element_of(a, "a");
   call.a = map_of(a, element, "a", scale, shift);
+  set_plain(call.a, plain, "a");
   call.dy = map_of(dy, element, "dy");
   const bool deep = axes == 3;
   const int step = phased ? 2 : 1;
