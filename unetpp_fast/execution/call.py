@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.precision import compute_dtype
 
-
 Inputs = Tensor | Sequence[Tensor]  # of a pass: the image, or the maps of an encoder, largest first
 
 

@@ -90,12 +90,10 @@ class _Ways:
 
 def _ways(call: Call, backend: str) -> dict[str, tuple[str, str]]:
     """For each node, by name, how the kernels do its two convolutions in a forward pass."""
-    network, structure, ops = call.network, call.network.structure, _Ways(backend)
+    structure, ops = call.network.structure, _Ways(backend)
     training = "".join("1" if module.training else "0" for module in call.modules if isinstance(module, NORMS))
     tensors = {name: value.to("meta") for name, value in call.tensors().items()}
     modes = structure.modes(training, call.needs_gradients)
-    Forward(structure.plan, ops, modes, tensors, call.dtype).run(
-        [x.to("meta") for x in call.inputs], call.needs_gradients
-    )
+    Forward(structure.plan, ops, modes, tensors, call.dtype).run([x.to("meta") for x in call.inputs], call.needs_gradients)
     names = [step.node.name for step in structure.plan.computed]
     return {name: tuple(ops.ways[2 * index : 2 * index + 2]) for index, name in enumerate(names)}

@@ -28,7 +28,7 @@ def node_maps(network: NetworkSpec, x: Inputs) -> dict[tuple[int, int], Tensor]:
     strided = network.options["downsample"] == "stride"  # the first convolution of a level halves the map
     maps: dict[tuple[int, int], Tensor] = {}
     if topology.given:
-        first = sorted((node.position for node in topology.nodes if not node.column))
+        first = sorted(node.position for node in topology.nodes if not node.column)
         maps = dict(zip(first, inputs, strict=True))
     for node in topology.nodes:
         if node.position in maps:

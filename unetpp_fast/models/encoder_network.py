@@ -7,6 +7,7 @@ The encoder runs in PyTorch, the rest by any backend (`Nest`).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
@@ -154,10 +155,11 @@ class EncodedNetwork(nn.Module):
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or a size that is not a multiple of `multiple`.
         """
-        self._check(x)
+        self.check(x)
         return FORMS[self.form]([self.logits(x)], False)
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Raises one clear error if the network does not take `x`."""
         check_input(self, x, any_size=True)
         if any(size % self.multiple for size in x.shape[2:]):
             size = "x".join(map(str, x.shape[2:]))
@@ -186,9 +188,16 @@ class EncodedNetwork(nn.Module):
             raise ValueError(f"the encoder gives maps of {given} after the first, the nest takes {expected}")
         return maps
 
+    def sample(self) -> Tensor:
+        """A small image that the network takes, of noise."""
+        weight, topology = self.head.weight, self.topology
+        size = [self.multiple * -(-64 // self.multiple)] * topology.spatial_dims
+        noise = torch.randn(1, topology.in_channels, *size, generator=torch.Generator().manual_seed(0))
+        return noise.to(weight)
+
     def engine_input(self, x: Tensor) -> tuple[Nest, list[Tensor]]:
         """What the backends compute for an image `x`, which is checked: the nest over the encoder's maps."""
-        self._check(x)
+        self.check(x)
         return self.nest, self.maps(x)
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:

@@ -51,7 +51,7 @@ class Forward:
     ) -> tuple[list[Tensor], Maps]:
         """Logits `[N, classes, *S]` of each head, and the buffers, complete for a backward pass if `keep`.
 
-        x: the image, or the given maps. recompute: the backward pass recomputes the outputs of first convolutions (`Backward`).
+        x: the image, or the given maps. recompute: the backward pass recomputes what first convolutions give (`Backward`).
         maps: the buffers of an earlier pass of this size to use again. columns: of the heads to compute, default all.
         Afterwards `moments` `[2, sum of widths]` holds the mean and unbiased variance of each norm in mode "batch", those of
         the first in the plan's order first; None if there is none.
@@ -123,8 +123,8 @@ class Forward:
         b, affine_b = maps.low(step) if phased else (maps.ups.get(step.node.name), None)
         return self.ops.conv(
             maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
-            slope=self.plan.slope, affine_a=affine_a, plain=maps.plain(step), b=b, wb=self._cast(operands.wb), affine_b=affine_b,
-            **self._epilogue(f"{step.node.name}.norm1", operands),
+            slope=self.plan.slope, affine_a=affine_a, plain=maps.plain(step), b=b, wb=self._cast(operands.wb),
+            affine_b=affine_b, **self._epilogue(f"{step.node.name}.norm1", operands),
         )  # fmt: skip
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """A whole forward pass, and a whole backward pass, as one operator each.
 
-`torch.ops.unetpp_fast.forward` takes the image, or the maps of an encoder, and every parameter and buffer of a network, and returns its logits and
-what the backward pass needs; `torch.compile(fullgraph=True)` and autograd see one opaque call. Neither operator writes
-to its inputs: new running statistics come back as results.
+`torch.ops.unetpp_fast.forward` takes the image, or the maps of an encoder, and every parameter and buffer of a network, and
+returns its logits and what the backward pass needs; `torch.compile(fullgraph=True)` and autograd see one opaque call.
+Neither operator writes to its inputs: new running statistics come back as results.
 """
 
 from __future__ import annotations

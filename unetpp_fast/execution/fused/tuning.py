@@ -298,14 +298,16 @@ def _run(forward: Callable, network: NetworkSpec, inputs: list[Tensor], training
 
 
 def _checked(inputs: list[Tensor], multiple: int) -> list[list[Tensor]]:
-    """What to check a pass over these inputs on, the first that float64 has memory for. On a GPU all images, because other kernels
-    may serve fewer of them; on a CPU, where float64 is slow, a part of two."""
+    """What to check a pass over these inputs on, the first that float64 has memory for. On a GPU all images, because other
+    kernels may serve fewer of them; on a CPU, where float64 is slow, a part of two."""
     if inputs[0].device.type == "cpu":
         return [_part([x[:2] for x in inputs], CHECKED_PIXELS, multiple)]
     return [inputs, *([x[:count] for x in inputs] for count in (8, 2) if count < inputs[0].shape[0])]
 
 
-def _is_right(network: NetworkSpec, checked: list[list[Tensor]], dtype: torch.dtype, training: bool, kernels: Callable) -> bool:
+def _is_right(
+    network: NetworkSpec, checked: list[list[Tensor]], dtype: torch.dtype, training: bool, kernels: Callable
+) -> bool:
     """Whether `acceptance.disagreement` accepts the results for the first input that fits in memory: outputs always,
     gradients for the images as they are or with one of a few draws of noise. A single ReLU or maximum that falls the other
     way can take gradients out of the bounds; another draw has others, while a wrong kernel is wrong in all."""

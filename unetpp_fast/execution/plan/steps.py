@@ -36,8 +36,8 @@ class Step:
     """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
 
     source: of the first operand: "input", "pool" (of the level above), "prefix" (the leading `prefix` channels of the node's
-    level) or "low" (there is none beside the low source); "given" for a node that is not computed. form: how the low source `low`, channels of the level below, is read: None, "phases" (at low resolution)
-    or "full" (up-sampled beforehand).
+    level) or "low" (there is none beside the low source); "given" for a node that is not computed. form: how the low source
+    `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled beforehand).
     """
 
     node: Node
@@ -80,7 +80,7 @@ class Plan:
 
     @cached_property
     def inputs(self) -> tuple[Step, ...]:
-        """The steps that take an input of the pass, in the order of the inputs: the image, or the given maps, largest first."""
+        """The steps that take an input of the pass, in its order: the image, or the given maps, largest first."""
         found = [step for step in self.steps if step.source in ("input", "given")]
         return tuple(sorted(found, key=lambda step: step.node.level))
 
