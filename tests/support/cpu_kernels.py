@@ -261,6 +261,10 @@ def small_grid(dtype: torch.dtype, inputs: type[CpuInputs]) -> list[tuple[str, C
     channels = itertools.cycle(CHANNELS)
     for kernel, form, size in itertools.product(KERNELS, FORMS, [(1, 1), (3, 7), (13, 6), (1, 2, 3), (3, 1, 7)]):
         add(lambda *case, kernel=kernel, **options: conv(kernel, *case, **options), dtype, form, size, next(channels))
+    for kernel, form, size in itertools.product(KERNELS, ("full", "node"), [(3, 7), (1, 2, 3)]):
+        alone = partial(conv, kernel)
+        add(alone, dtype, form, size, (0, 3, 17), affine="")
+        add(alone, dtype, form, size, (35, 3, 17), affine="image shared", plain=19)
     for held, phased in itertools.product((17, 25), (False, True)):
         add(check_pair, dtype, (17, 5), held, phased)
     for size, phased in itertools.product([(1, 3), (7, 5), (2, 1, 3)], (False, True)):

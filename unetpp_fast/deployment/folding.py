@@ -61,7 +61,12 @@ def folded_encoder(encoder: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
 
 def _pairs(encoder: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Each convolution whose result only one batch norm reads, and that norm; each of them runs once."""
-    owners = {parameter: module for module in encoder.modules() for parameter in module._parameters.values()}
+    owners = {
+        parameter: module
+        for module in encoder.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
     encoder.requires_grad_(True)
     with torch.enable_grad():
         maps = encoder(x)

@@ -70,7 +70,7 @@ class _Ways:
     def conv(self, out: Tensor, a: Tensor, wa: Tensor, *, stats: bool = False, **options) -> Tensor | None:
         from ..kernels import cuda_ops, triton_ops
 
-        geometry = {key: options[key] for key in ("taps", "stride", "phased") if key in options}
+        geometry = {key: options[key] for key in ("taps", "stride", "phased", "plain") if key in options}
         if self.backend == "cuda" and cuda_ops.can_run_conv(out, a, **geometry)[0]:
             self.ways.append("the CUDA kernel, unless Triton's was measured to be faster")
             return self._statistics(out, stats)

@@ -58,8 +58,6 @@ class Nest(nn.Module):
     X(0,depth + 1) (`Topology.over_maps`).
     """
 
-    sync_group, recompute = "", False
-
     def __init__(self, whole: EncodedNetwork):
         super().__init__()
         nodes, last_width = whole.topology.nodes, whole.last.conv2.out_channels
@@ -67,7 +65,7 @@ class Nest(nn.Module):
         attention = isinstance(whole.last, GatedNode)
         unused = {"odd_sizes": False, "downsample": "pool", "head_bias": True}
         self.options = {**whole.options, **unused, "attention": attention, "head_taps": 3}
-        self.backend, self.training = whole.backend, whole.training
+        self.follow(whole)
         last = self.topology.nodes[-1].name
         inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
         self.nodes, self.heads = nn.ModuleDict({**inner, last: whole.last}), nn.ModuleDict({last: whole.head})
@@ -76,6 +74,12 @@ class Nest(nn.Module):
     def refresh_handle(self) -> None:
         """As `Network.refresh_handle`."""
         self.structure = structure_of(self)
+
+    def follow(self, whole: EncodedNetwork) -> None:
+        """Takes over the settings of `whole` that have changed; a graph can hold it only where none has."""
+        for name in ("backend", "training", "sync_group", "recompute"):
+            if getattr(self, name, None) != getattr(whole, name):
+                setattr(self, name, getattr(whole, name))
 
     def is_of(self, whole: EncodedNetwork) -> bool:
         """Whether these are still the modules of `whole`."""
@@ -98,6 +102,8 @@ class EncodedNetwork(nn.Module):
         backend: of everything but the encoder, as in `Network`.
         unused: a module kept for its weights and never run.
     """
+
+    sync_group, recompute = "", False  # as in `Network`
 
     def __init__(
         self,
@@ -130,19 +136,31 @@ class EncodedNetwork(nn.Module):
         initialise(self, act)
         self.encoder, self.unused = encoder, unused
         self.backend = dispatch.check(backend)
-        self._nests: list[Nest] = []
+        self.refresh_handle()
+
+    def refresh_handle(self) -> None:
+        """As `Network.refresh_handle`."""
+        self._nests = (Nest(self),)  # a tuple, or it would be a part
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_nests": []}
+        return {key: value for key, value in self.__dict__.items() if key != "_nests"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.refresh_handle()
+
+    def train(self, mode: bool = True) -> EncodedNetwork:
+        super().train(mode)
+        self.nest.follow(self)
+        return self
 
     @property
     def nest(self) -> Nest:
-        """What the backends compute, made when it is first needed and again after a node was replaced."""
-        if not self._nests or not self._nests[0].is_of(self):
-            self._nests = [Nest(self)]
-        nest = self._nests[0]
-        nest.backend, nest.training = self.backend, self.training
-        return nest
+        """What the backends compute; made again after a node was replaced."""
+        if not self._nests[0].is_of(self):
+            self.refresh_handle()
+        self._nests[0].follow(self)
+        return self._nests[0]
 
     @property
     def multiple(self) -> int:

@@ -197,9 +197,8 @@ class Backward:
         a, affine_a = maps.prefix(step)
         wa = g.new_zeros((3**plan.axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
         if step.source != "low":
-            wa = self.ops.conv_wgrad(
-                a, g, axes=plan.axes, affine=affine_a, slope=plan.slope, plain=0 if affine_a is None else maps.plain(step)
-            )[0]
+            plain = maps.plain(step)
+            wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope, plain=plain)[0]
         wb = border = None
         up, up_bias = upsampling(plan, step, self.parameters)
         if step.form == "phases":

@@ -73,8 +73,10 @@ class Maps:
         return view(self.levels[step.node.level], slot), self._affine(step.node.level, slot)
 
     def plain(self, step: Step) -> int:
-        """The channels of a node's first operand that are read as they are, where it has an affine."""
-        return min(step.prefix, self.given[step.node.level]) if step.source == "prefix" else 0
+        """The channels of a node's first operand that are read as they are, where others are not."""
+        level = step.node.level
+        mixed = step.source == "prefix" and step.prefix > self.given[level] and self.level_tables[level] is not None
+        return self.given[level] if mixed else 0
 
     def low(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The low source of a node, at low resolution."""
