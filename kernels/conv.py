@@ -72,11 +72,12 @@ def _inside_bits(z, y, x, depth, height, width, TAPS: tl.constexpr, AXES: tl.con
 def _accumulate(
     acc, x_desc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_p, n, depth, height, width,
     tile_z, tile_y, tile_x, unit_z, unit_y, unit_x, co,
-    K: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
+    K: tl.constexpr, PLAIN: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc [M, CO] += sum over taps t and channels k of act(x[tile + STRIDE unit + t, k] scale + shift) w[t, k, co].
 
+    The first PLAIN channels are read as they are.
     x_ptr, scale_ptr and shift_ptr point at the image's first element; w: [TAPS^AXES, K, CO]; tile: scalars, the sample of
     the tile's first unit; unit: [M]. What depends on the pixel, an offset and the bits, is computed before the loop; a
     step only adds scalars. The padding is zero after norm and activation, so the mask is applied after them. With a
@@ -117,7 +118,10 @@ def _accumulate(
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
             shift = tl.load(shift_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
-            value = tl.where(inside, activate(value.to(acc.dtype) * scale + shift, SLOPE), 0.0).to(value.dtype)
+            seen = activate(value.to(acc.dtype) * scale + shift, SLOPE)
+            if PLAIN:
+                seen = tl.where((k + lanes < PLAIN)[None, :], value.to(acc.dtype), seen)
+            value = tl.where(inside, seen, 0.0).to(value.dtype)
         from_ptr = w_ptr + (tap * K + k) * CO + weights
         if K % BLOCK_K or CO % BLOCK_CO:
             weight = tl.load(from_ptr, mask=(k + lanes < K)[:, None] & (co < CO)[None, :], other=0.0)
@@ -133,7 +137,7 @@ def _conv_kernel(
     b_desc, b_ptr, b_scale_ptr, b_shift_ptr, b_weight_ptr, b_stride_n, b_stride_p, b_affine_stride,
     bias_ptr, border_ptr, out_ptr, out_stride_n, out_stride_p, stats_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x,
-    KA: tl.constexpr, KB: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
+    KA: tl.constexpr, PLAIN: tl.constexpr, KB: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
     PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_KA: tl.constexpr, BLOCK_KB: tl.constexpr,
     BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -159,16 +163,17 @@ def _conv_kernel(
     SUM: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     STRIDE_Z: tl.constexpr = STRIDE if AXES == 3 else 1
     acc = tl.zeros((BLOCK_D * BLOCK_H * BLOCK_W, BLOCK_CO), SUM)
-    acc = _accumulate(
-        acc, x_desc=a_desc, x_ptr=a_ptr + n * a_stride_n,
-        scale_ptr=None if a_scale_ptr is None else a_scale_ptr + n * a_affine_stride,
-        shift_ptr=None if a_shift_ptr is None else a_shift_ptr + n * a_affine_stride,
-        w_ptr=a_weight_ptr, stride_p=a_stride_p, n=n.to(tl.int32),
-        depth=depth * STRIDE_Z, height=height * STRIDE, width=width * STRIDE,
-        tile_z=tile_z * STRIDE_Z + pz - 1, tile_y=tile_y * STRIDE + py - 1, tile_x=tile_x * STRIDE + px - 1,
-        unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KA, CO=CO, TAPS=TAPS, STRIDE=STRIDE, AXES=AXES,
-        BLOCK_K=BLOCK_KA, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
-    )  # fmt: skip
+    if KA:
+        acc = _accumulate(
+            acc, x_desc=a_desc, x_ptr=a_ptr + n * a_stride_n,
+            scale_ptr=None if a_scale_ptr is None else a_scale_ptr + n * a_affine_stride,
+            shift_ptr=None if a_shift_ptr is None else a_shift_ptr + n * a_affine_stride,
+            w_ptr=a_weight_ptr, stride_p=a_stride_p, n=n.to(tl.int32),
+            depth=depth * STRIDE_Z, height=height * STRIDE, width=width * STRIDE,
+            tile_z=tile_z * STRIDE_Z + pz - 1, tile_y=tile_y * STRIDE + py - 1, tile_x=tile_x * STRIDE + px - 1,
+            unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KA, PLAIN=PLAIN, CO=CO, TAPS=TAPS, STRIDE=STRIDE,
+            AXES=AXES, BLOCK_K=BLOCK_KA, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
+        )  # fmt: skip
     if KB:
         TAPS_B: tl.constexpr = 2 if PHASED else 3
         WEIGHTS: tl.constexpr = (TAPS_B * TAPS_B * TAPS_B if AXES == 3 else TAPS_B * TAPS_B) * KB * CO
@@ -178,7 +183,7 @@ def _conv_kernel(
             shift_ptr=None if b_shift_ptr is None else b_shift_ptr + n * b_affine_stride,
             w_ptr=b_weight_ptr + phase * WEIGHTS, stride_p=b_stride_p, n=n.to(tl.int32),
             depth=depth, height=height, width=width, tile_z=tile_z + pz - 1, tile_y=tile_y + py - 1, tile_x=tile_x + px - 1,
-            unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KB, CO=CO, TAPS=TAPS_B, STRIDE=1, AXES=AXES,
+            unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KB, PLAIN=0, CO=CO, TAPS=TAPS_B, STRIDE=1, AXES=AXES,
             BLOCK_K=BLOCK_KB, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
         )  # fmt: skip
 
@@ -223,6 +228,7 @@ def conv(
     wb: Tensor | None = None,
     affine_b: Affine | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
     act: bool = False,
@@ -235,7 +241,7 @@ def conv(
     b_scale, b_shift = affine_b or (None, None)
     arguments = _arguments(
         out, a, wa, axes, taps, stride, phased, a_scale, a_shift, b, wb, b_scale, b_shift, bias, border,
-        float(slope), act, add, config, interpreted(out), dot_precision(out.dtype),
+        float(slope), plain, act, add, config, interpreted(out), dot_precision(out.dtype),
     )  # fmt: skip
     partial = empty_statistics(out, arguments.parts) if stats else None
     if out.numel() == 0:
@@ -243,7 +249,7 @@ def conv(
     a_boxes = b_boxes = None
     if config is not None and config.descriptors:
         blocks = arguments.rest["BLOCK_KA"], arguments.rest["BLOCK_KB"]
-        a_boxes = descriptor(a, axes, config, blocks[0]) if stride == 1 and can_describe(a) else None
+        a_boxes = descriptor(a, axes, config, blocks[0]) if stride == 1 and a.shape[-1] and can_describe(a) else None
         b_boxes = descriptor(b, axes, config, blocks[1]) if b is not None and can_describe(b) else None
     with device_of(out):
         _conv_kernel[arguments.grid](
@@ -267,7 +273,7 @@ def _arguments(
     out: Tensor, a: Tensor, wa: Tensor, axes: int, taps: int, stride: int, phased: bool,
     a_scale: Tensor | None, a_shift: Tensor | None, b: Tensor | None, wb: Tensor | None,
     b_scale: Tensor | None, b_shift: Tensor | None, bias: Tensor | None, border: Tensor | None,
-    slope: float, act: bool, add: bool, config: Config | None, interpreted: bool, precision: str,
+    slope: float, plain: int, act: bool, add: bool, config: Config | None, interpreted: bool, precision: str,
 ) -> Arguments:  # fmt: skip
     """Checks a call of `conv` and computes its arguments."""
     affine_a = None if a_scale is None else (a_scale, a_shift)
@@ -282,8 +288,8 @@ def _arguments(
         config = default_config(units, out.shape[0], max(ka, kb), co, axes, phased, a.dtype, interpreted)
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     parts = tiles_z * tiles_y * tiles_x * (2**axes if phased else 1)
-    # Without b as for a: configurations that differ in nothing else are then one kernel.
-    block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka, kb or ka))
+    # Without one as for the other: configurations that differ in nothing else are then one kernel.
+    block_ka, block_kb = (block_of_channels(count, config.block_k) for count in (ka or kb, kb or ka))
     strides = {
         "a_stride_n": a.stride(0), "a_stride_p": pixel_stride("a", a), "a_affine_stride": affine_stride(affine_a),
         "b_stride_n": 0 if b is None else b.stride(0), "b_stride_p": 0 if b is None else pixel_stride("b", b),
@@ -291,7 +297,8 @@ def _arguments(
     }  # fmt: skip
     geometry = {
         "depth": depth, "height": height, "width": width, "tiles_z": tiles_z, "tiles_y": tiles_y, "tiles_x": tiles_x,
-        "KA": ka, "KB": kb, "CO": co, "TAPS": taps, "STRIDE": stride, "PHASED": phased, "AXES": axes,
+        "KA": ka, "PLAIN": plain if affine_a else 0, "KB": kb, "CO": co, "TAPS": taps, "STRIDE": stride, "PHASED": phased,
+        "AXES": axes,
     }  # fmt: skip
     blocks = {
         "BLOCK_D": config.block_d, "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_KA": block_ka,
@@ -356,7 +363,8 @@ def check_call(
         raise ValueError(f"taps is 2, 3 or 4 and stride 1 or 2, not {taps} and {stride}")
     co, units = out.shape[-1], unit_grid(out, axes, phased)
     check_map("out", out, out)
-    check_map("a", a, out, tuple(u * stride if k + axes >= 3 else u for k, u in enumerate(units)))
+    if a.shape[-1] or b is None:
+        check_map("a", a, out, tuple(u * stride if k + axes >= 3 else u for k, u in enumerate(units)))
     check_vector("wa", wa, (taps**axes, a.shape[-1], co), out, out.dtype)
     check_affine("affine_a", affine_a, a)
     if (b is None) != (wb is None):

@@ -77,7 +77,7 @@ def _conv_wgrad_kernel(
     a_ptr, scale_ptr, shift_ptr, a_stride_n, a_stride_p, affine_stride, dy_ptr, dy_stride_n, dy_stride_p, partial_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x, images,
     STEPS: tl.constexpr, K: tl.constexpr, CO: tl.constexpr, PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr,
-    PER_IMAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    PLAIN: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, phases, TAPS^AXES K, CO]: one block of rows and columns, over STEPS tiles in the images' order.
@@ -141,7 +141,10 @@ def _conv_wgrad_kernel(
                 scale = tl.load(scale_ptr + n * affine_stride + k)
                 shift = tl.load(shift_ptr + n * affine_stride + k)
             raw = value.to(SUM) * scale[:, None] + shift[:, None]
-            value = tl.where(inside, activate(raw, SLOPE), 0.0).to(value.dtype)
+            seen = activate(raw, SLOPE)
+            if PLAIN:
+                seen = tl.where((k < PLAIN)[:, None], value.to(SUM), seen)
+            value = tl.where(inside, seen, 0.0).to(value.dtype)
         start = (((plane * OUT_Z + pz * height) * OUT + y * OUT + py) * (width * OUT) + x * OUT + px) * dy_stride_p
         mask = inside_y[:, None]
         if CO % BLOCK_CO:
@@ -162,11 +165,14 @@ def conv_wgrad(
     phased: bool = False,
     affine: Affine | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     config: WgradConfig | None = None,
 ) -> Tensor:
     """`naive.conv_wgrad`: `[1, 3^axes, K, CO]`, or `[2^axes, 2^axes, K, CO]` for the low source with `phased`."""
     scale, shift = affine or (None, None)
-    arguments = _arguments(a, dy, axes, phased, scale, shift, float(slope), config, interpreted(a), dot_precision(a.dtype))
+    arguments = _arguments(
+        a, dy, axes, phased, scale, shift, float(slope), plain, config, interpreted(a), dot_precision(a.dtype)
+    )
     dtype = accumulator(a.dtype)
     if dy.numel() == 0:
         return a.new_zeros(arguments.shape[1:], dtype=dtype)
@@ -189,7 +195,7 @@ class Arguments(NamedTuple):
 
 @per_shape
 def _arguments(
-    a: Tensor, dy: Tensor, axes: int, phased: bool, scale: Tensor | None, shift: Tensor | None, slope: float,
+    a: Tensor, dy: Tensor, axes: int, phased: bool, scale: Tensor | None, shift: Tensor | None, slope: float, plain: int,
     config: WgradConfig | None, interpreted: bool, precision: str,
 ) -> Arguments:  # fmt: skip
     """Checks a call of `conv_wgrad` and computes its arguments."""
@@ -224,7 +230,8 @@ def _arguments(
     }  # fmt: skip
     span = (config.block_d + 2) * height * width * max(a_stride, (2**axes if phased else 1) * dy_stride)
     per_image, is_wide = strides["affine_stride"] != 0, span >= NARROW_OFFSETS
-    options = {"SLOPE": slope, "PER_IMAGE": per_image, "PRECISION": precision, "WIDE": is_wide}
+    plain = 0 if affine is None else plain
+    options = {"SLOPE": slope, "PLAIN": plain, "PER_IMAGE": per_image, "PRECISION": precision, "WIDE": is_wide}
     return Arguments((programs * splits,), (splits, count, taps, k, co), {**strides, **geometry, **options, **blocks})
 
 

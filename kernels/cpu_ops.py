@@ -87,6 +87,7 @@ def conv(
     affine_b: Affine | None = None,
     linear: bool | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
     act: bool = False,
@@ -97,7 +98,7 @@ def conv(
     if not _supports(out, a, b):
         return naive.conv(
             out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
-            linear=linear, slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
+            linear=linear, slope=slope, plain=plain, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
     inputs, low_inputs = a.shape[-1], 0 if b is None else b.shape[-1]
     kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None)
@@ -109,7 +110,7 @@ def conv(
         partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
         out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
-        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), act, add,
+        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), plain, act, add,
     )  # fmt: skip
     return partial
 
@@ -164,11 +165,18 @@ def _weights(weight: Tensor, form: str, axes: int, kernel: str) -> Tensor:
 
 
 def conv_wgrad(
-    a: Tensor, dy: Tensor, *, axes: int, phased: bool = False, affine: Affine | None = None, slope: float = 0.0
+    a: Tensor,
+    dy: Tensor,
+    *,
+    axes: int,
+    phased: bool = False,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    plain: int = 0,
 ) -> Tensor:
     """See `naive.conv_wgrad`. Sums run in the transformed domain, in an order that does not depend on threads."""
     if not _supports(a, dy):
-        return naive.conv_wgrad(a, dy, axes=axes, phased=phased, affine=affine, slope=slope)
+        return naive.conv_wgrad(a, dy, axes=axes, phased=phased, affine=affine, slope=slope, plain=plain)
     taps, k, co, phases = 2 if phased else 3, a.shape[-1], dy.shape[-1], 2**axes if phased else 1
     tiles = a.dtype == torch.bfloat16 and matrix_tiles() in TILES
     if tiles:
@@ -182,7 +190,16 @@ def conv_wgrad(
     result = a.new_empty(order, dtype=torch.float32)
     result = result if phased else result.permute(0, 3, 2, 1)
     torch.ops.unetpp_fast_cpu.conv_wgrad(
-        result, scratch, a, *(affine or (None, None)), dy, axes, phased, WAYS["tiles" if tiles else "winograd"], float(slope)
+        result,
+        scratch,
+        a,
+        *(affine or (None, None)),
+        dy,
+        axes,
+        phased,
+        WAYS["tiles" if tiles else "winograd"],
+        float(slope),
+        plain,
     )
     return result
 

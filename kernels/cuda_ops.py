@@ -104,6 +104,7 @@ class ConvCall:
     wb: Tensor | None
     affine_b: Affine | None
     slope: float
+    plain: int
     bias: Tensor | None
     border: Tensor | None
     act: bool
@@ -125,6 +126,7 @@ class WgradCall:
     phased: bool
     affine: Affine | None
     slope: float
+    plain: int
 
 
 def configs(co: int, gathered: bool) -> list[ConvConfig]:
@@ -132,20 +134,26 @@ def configs(co: int, gathered: bool) -> list[ConvConfig]:
     return [config for config in CONFIGS if config.gathered == gathered and (config.block_co == 64) == (co > 32)]
 
 
-def can_run_conv(out: Tensor, a: Tensor, *, taps: int = 3, stride: int = 1, phased: bool = False) -> tuple[bool, str]:
+def can_run_conv(
+    out: Tensor, a: Tensor, *, taps: int = 3, stride: int = 1, phased: bool = False, plain: int = 0
+) -> tuple[bool, str]:
     """Whether the CUDA kernel takes such a call of `conv`, and if not, why."""
-    runs, reason = _can_run(a, out)
+    runs, reason = _can_run(a, out, plain)
     if runs and (taps, stride, phased) not in ((3, 1, False), (3, 2, True), (4, 2, False)):
         return False, f"no CUDA kernel for {taps} taps at a stride of {stride}"
     return runs, reason
 
 
-def can_run_conv_wgrad(a: Tensor, dy: Tensor) -> tuple[bool, str]:
+def can_run_conv_wgrad(a: Tensor, dy: Tensor, plain: int = 0) -> tuple[bool, str]:
     """Whether the CUDA kernel takes such a call of `conv_wgrad`, and if not, why."""
-    return _can_run(a, dy)
+    return _can_run(a, dy, plain)
 
 
-def _can_run(first: Tensor, second: Tensor) -> tuple[bool, str]:
+def _can_run(first: Tensor, second: Tensor, plain: int) -> tuple[bool, str]:
+    if plain:
+        return False, "no CUDA kernel reads some channels of a map as they are and activates others"
+    if not first.shape[-1]:
+        return False, "no CUDA kernel for a low source alone"
     if first.dtype not in HALF and (first.dtype != torch.float32 or dot_precision(first.dtype) != "tf32"):
         return False, f"the CUDA kernels multiply float16, bfloat16 and, where TF32 is allowed, float32, not {first.dtype}"
     if min(first.shape[-1], second.shape[-1]) > WIDEST:
@@ -167,6 +175,7 @@ def conv(
     wb: Tensor | None = None,
     affine_b: Affine | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
     act: bool = False,
@@ -177,9 +186,9 @@ def conv(
     """`naive.conv`. Statistics come as `[N, T, 3, CO]`, one of T parts per tile."""
     call = ConvCall(
         out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
-        slope=slope, bias=bias, border=border, act=act, add=add, stats=stats,
+        slope=slope, plain=plain, bias=bias, border=border, act=act, add=add, stats=stats,
     )  # fmt: skip
-    if not can_run_conv(out, a, taps=taps, stride=stride, phased=phased)[0]:
+    if not can_run_conv(out, a, taps=taps, stride=stride, phased=phased, plain=plain)[0]:
         return _run_conv(call, TRITON)
     check_call(
         out, a, wa, axes=axes, taps=taps, stride=stride, phased=phased, affine_a=affine_a, b=b, wb=wb, affine_b=affine_b,
@@ -238,11 +247,12 @@ def conv_wgrad(
     phased: bool = False,
     affine: Affine | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     config: WgradConfig | None = None,
 ) -> Tensor:
     """`naive.conv_wgrad`: `[1, 3^axes, K, CO]`, with `phased` `[2^axes, 2^axes, K, CO]` for the low source, in float32."""
-    call = WgradCall(a, dy, axes=axes, phased=phased, affine=affine, slope=slope)
-    if not can_run_conv_wgrad(a, dy)[0]:
+    call = WgradCall(a, dy, axes=axes, phased=phased, affine=affine, slope=slope, plain=plain)
+    if not can_run_conv_wgrad(a, dy, plain)[0]:
         return _run_wgrad(call, WGRAD_TRITON)
     units = unit_grid(dy, axes, phased)
     check_map("dy", dy, dy)

@@ -64,6 +64,7 @@ def conv(
     wb: Tensor | None = None,
     affine_b: Affine | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
     act: bool = False,
@@ -80,18 +81,25 @@ def conv(
         else:
             second = convolve(x, _kernel(wb[0], axes), padding=1)
         second = _last(second, axes)
-    x = _first(read(a, affine_a, slope), axes)
-    first = convolve(x, _kernel(wa, axes), stride=2 if taps == 4 else 1, padding=1)
-    return finish(
-        out, _last(first, axes), second, axes=axes, bias=bias, border=border, act=act, slope=slope, add=add, stats=stats
-    )
+    first, second = second, None
+    if a.shape[-1]:
+        x = _first(read(a, affine_a, slope, plain), axes)
+        second, first = first, _last(convolve(x, _kernel(wa, axes), stride=2 if taps == 4 else 1, padding=1), axes)
+    return finish(out, first, second, axes=axes, bias=bias, border=border, act=act, slope=slope, add=add, stats=stats)
 
 
 def conv_wgrad(
-    a: Tensor, dy: Tensor, *, axes: int, phased: bool = False, affine: Affine | None = None, slope: float = 0.0
+    a: Tensor,
+    dy: Tensor,
+    *,
+    axes: int,
+    phased: bool = False,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    plain: int = 0,
 ) -> Tensor:
     """`naive.conv_wgrad`, rounded to the maps' precision once."""
-    x, g = _first(read(a, affine, slope), axes), _first(dy, axes)
+    x, g = _first(read(a, affine, slope, plain), axes), _first(dy, axes)
     shape = (a.shape[-1], dy.shape[-1], *[4] * axes) if phased else (dy.shape[-1], a.shape[-1], *[3] * axes)
     stride = 2 if phased else 1
     like = x.new_empty(1).expand(shape)  # only the shape of the weight is used

@@ -41,12 +41,13 @@ def per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None, :]
 
 
-def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
-    """What a reader of a map sees, rounded to the map's precision."""
+def read(x: Tensor, affine: Affine | None, slope: float, plain: int = 0) -> Tensor:
+    """What a reader of a map sees, rounded to the map's precision; of the first `plain` channels, the map itself."""
     if affine is None:
         return x
     scale, shift = (per_image(values) for values in affine)
-    return activate(x.to(accumulator(x.dtype)) * scale + shift, slope).to(x.dtype)
+    values = activate(x.to(accumulator(x.dtype)) * scale + shift, slope).to(x.dtype)
+    return torch.cat((x[..., :plain], values[..., plain:]), dim=-1) if plain else values
 
 
 def _axes(axes: int) -> tuple[bool, bool, bool]:
@@ -98,6 +99,7 @@ def conv(
     affine_b: Affine | None = None,
     linear: bool | None = None,
     slope: float = 0.0,
+    plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
     act: bool = False,
@@ -108,7 +110,9 @@ def conv(
 
     Args:
         out: `[N, *S, CO]`, written, or with `add` added to.
-        a: the first operand, `[N, *Sa, KA]`; wa: `[taps^axes, KA, CO]`.
+        a: the first operand, `[N, *Sa, KA]`; wa: `[taps^axes, KA, CO]`. KA may be 0 beside `b`.
+        plain: the first channels of `a` that are read as they are, although there is `affine_a`; their rows in it are not
+            used.
         stride: 2 if `a` is twice the size of the unit grid along each axis; with `phased`, so is `out`.
         b: the low source `[N, *S/2, KB]`, wb: `[2^axes phases, 2^axes taps, KB, CO]` with `phased`;
             else an operand of the size of `out`, wb: `[1, 3^axes, KB, CO]`.
@@ -121,7 +125,7 @@ def conv(
     acc_dtype = accumulator(a.dtype)
     active = _axes(axes)
     units = tuple(size // 2 if on and phased else size for size, on in zip(out.shape[1:4], active, strict=True))
-    a = read(a, affine_a, slope).to(acc_dtype)
+    a = read(a, affine_a, slope, plain).to(acc_dtype)
     b = None if b is None else read(b, affine_b, slope)
     b = b if linear is None else upsample(b, axes, linear)
     b = None if b is None else b.to(acc_dtype)
@@ -172,15 +176,22 @@ def border_sums(dy: Tensor, axes: int) -> Tensor:
 
 
 def conv_wgrad(
-    a: Tensor, dy: Tensor, *, axes: int, phased: bool = False, affine: Affine | None = None, slope: float = 0.0
+    a: Tensor,
+    dy: Tensor,
+    *,
+    axes: int,
+    phased: bool = False,
+    affine: Affine | None = None,
+    slope: float = 0.0,
+    plain: int = 0,
 ) -> Tensor:
     """The gradient of a convolution's weights.
 
     For an operand of the size of dy: `[1, 3^axes, K, CO]`. With `phased`, for the low source of half the size:
-    `[2^axes, 2^axes, K, CO]`. Sums run in a fixed order.
+    `[2^axes, 2^axes, K, CO]`. `plain`: as in `conv`. Sums run in a fixed order.
     """
     acc_dtype = accumulator(a.dtype)
-    a = read(a, affine, slope).to(acc_dtype)
+    a = read(a, affine, slope, plain).to(acc_dtype)
     taps = 2 if phased else 3
     result = a.new_empty(len(phases(axes, phased)), taps**axes, a.shape[-1], dy.shape[-1])
     for index, phase in enumerate(phases(axes, phased)):

@@ -31,9 +31,9 @@ from .naive import Affine
 @triton.jit
 def _read_kernel(
     y_ptr, x_ptr, x_stride_n, x_stride_p, scale_ptr, scale_stride, shift_ptr, shift_stride, pixels, tiles, C,
-    SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SLOPE: tl.constexpr, PLAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_P pixels and BLOCK_C channels of one image; y is dense."""
+    """A tile of BLOCK_P pixels and BLOCK_C channels of one image; y is dense. The first PLAIN channels are copied."""
     n, first = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
@@ -41,10 +41,12 @@ def _read_kernel(
     x = tl.load(x_ptr + n * x_stride_n + first * x_stride_p + p[:, None] * x_stride_p + c[None, :], mask=mask, other=0.0)
     scale, shift = load_row(scale_ptr, scale_stride, n, c, C), load_row(shift_ptr, shift_stride, n, c, C)
     y = activate(x.to(tl.float32) * scale + shift, SLOPE).to(y_ptr.dtype.element_ty)
+    if PLAIN:
+        y = tl.where((c < PLAIN)[None, :], x, y)
     tl.store(y_ptr + (n * pixels + first) * C + p[:, None] * C + c[None, :], y, mask=mask)
 
 
-def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
+def read(x: Tensor, affine: Affine | None, slope: float, plain: int = 0) -> Tensor:
     """See `naive.read`; the result is dense, or `x` itself without `affine`. Reads x and writes the result once."""
     if affine is None:
         return x
@@ -57,7 +59,7 @@ def read(x: Tensor, affine: Affine | None, slope: float) -> Tensor:
     with device_of(x):
         _read_kernel[(x.shape[0] * tiles, ceil_div(channels, block_c))](
             y_ptr=y, **map_arguments(x=x), **affine_arguments(x, affine), pixels=pixels, tiles=tiles, C=channels,
-            SLOPE=slope, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
+            SLOPE=slope, PLAIN=plain, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
     return y
 

@@ -74,7 +74,7 @@ def conv(out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
 
 def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options) -> tuple[Way, bool]:
     """The way to run a call of `conv`, measured by `run` inside `tuning.measuring`; and whether it was measured."""
-    flags = tuple([name for name in ("phased", "affine_a", "affine_b", "add", "stats") if options.get(name)])
+    flags = tuple([name for name in ("phased", "affine_a", "affine_b", "add", "stats", "plain") if options.get(name)])
     flags += ("boxes",) * fits_boxes(a, **options)
     geometry = options["axes"], options.get("taps", 3), options.get("stride", 1)
     key, sizes = _key_of_conv(out, a, options.get("b"), geometry, flags, dot_precision(a.dtype))
@@ -112,7 +112,7 @@ def conv_by(way: Way, out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor |
         return library.conv(out, a, wa, **options)
     if way.finalise:
         slope = options.get("slope", 0.0)
-        a = read(a, options.pop("affine_a", None), slope)
+        a = read(a, options.pop("affine_a", None), slope, options.pop("plain", 0))
         if options.get("b") is not None:
             options["b"] = read(options["b"], options.pop("affine_b", None), slope)
     return fused.conv(out, a, wa, config=way.config, **options)
@@ -122,7 +122,7 @@ def conv_wgrad(a: Tensor, dy: Tensor, **options) -> Tensor:
     """See `naive.conv_wgrad`."""
     if interpreted(a) or dy.numel() == 0:
         return fused_wgrad.conv_wgrad(a, dy, **options)
-    flags = tuple([name for name in ("phased", "affine") if options.get(name)])
+    flags = tuple([name for name in ("phased", "affine", "plain") if options.get(name)])
     key, sizes = _key_of_wgrad(a, dy, options["axes"], flags, dot_precision(a.dtype))
     way = tuning.choose(
         key, sizes, lambda: ways_of_wgrad(a, dy, **options), lambda way: conv_wgrad_by(way, a, dy, **options)
@@ -152,7 +152,7 @@ def conv_wgrad_by(way: Way, a: Tensor, dy: Tensor, **options) -> Tensor:
     if way.config is None:
         return library.conv_wgrad(a, dy, **options)
     if way.finalise:
-        a = read(a, options.pop("affine", None), options.get("slope", 0.0))
+        a = read(a, options.pop("affine", None), options.get("slope", 0.0), options.pop("plain", 0))
     return fused_wgrad.conv_wgrad(a, dy, config=way.config, **options)
 
 
@@ -166,6 +166,6 @@ def _capability(device: torch.device) -> int:
 
 def fits_boxes(a: Tensor, **options) -> bool:
     """Whether the GPU has a tensor memory accelerator that can fetch every operand sampled with unit stride."""
-    dense = [a] if options.get("stride", 1) == 1 else []
+    dense = [a] if options.get("stride", 1) == 1 and a.shape[-1] else []
     dense += [options["b"]] if options.get("b") is not None else []
     return _capability(a.device) in BOX_CAPABILITIES and bool(dense) and all(map(fused.can_describe, dense))

@@ -28,7 +28,7 @@ inline Map map_of(const Tensor& x, Element element, const char* name, const Opti
   check_element(x, element, name);
   STD_TORCH_CHECK(x.dim() == 5, name, " must be [N, D, H, W, C]");
   const bool empty = x.numel() == 0;  // whose strides mean nothing
-  STD_TORCH_CHECK(x.size(4) > 0 && (x.size(4) == 1 || x.stride(4) == 1 || empty), name, " must be channels-last");
+  STD_TORCH_CHECK(x.size(4) == 1 || x.stride(4) == 1 || empty, name, " must be channels-last");
   Map map;
   map.pixel = pixel_stride(x, name);
   map.element = element;
@@ -43,6 +43,13 @@ inline Map map_of(const Tensor& x, Element element, const char* name, const Opti
   map.shift = affine.shift;
   map.affine_image = affine.image;
   return map;
+}
+
+// The first `plain` channels of a map are read as they are.
+inline void set_plain(Map& map, int64_t plain, const char* name) {
+  STD_TORCH_CHECK(plain >= 0 && plain <= map.channels, name, " has ", map.channels, " channels, of which ", plain,
+                  " cannot be read as they are");
+  map.plain = static_cast<int>(plain);
 }
 
 inline const float* values(const Optional& x, int64_t count, const char* name) {

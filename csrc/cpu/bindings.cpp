@@ -225,7 +225,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def(
       "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
       "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
-      "int linear, int way, float slope, bool act, bool add) -> ()");
+      "int linear, int way, float slope, int plain, bool act, bool add) -> ()");
   library.def(
       "conv_pair(Tensor(a!) out, Tensor(b!) mid, Tensor a, Tensor ua, Tensor? b, Tensor? ub, Tensor? bias, Tensor? border, "
       "Tensor second, Tensor? second_bias, bool phased, int linear, float slope) -> ()");
@@ -233,7 +233,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def("conv_parts(Tensor out, int inputs, int low_inputs, bool phased, int way) -> int");
   library.def(
       "conv_wgrad(Tensor(a!) result, Tensor(b!) scratch, Tensor a, Tensor? scale, Tensor? shift, Tensor dy, int axes, "
-      "bool phased, int way, float slope) -> ()");
+      "bool phased, int way, float slope, int plain) -> ()");
   library.def("wgrad_scratch(Tensor a, Tensor dy, int axes, bool phased) -> int");
   library.def("pool(Tensor(a!) out, Tensor x, Tensor? scale, Tensor? shift, int axes, float slope) -> ()");
   library.def(

@@ -104,6 +104,7 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
     else
       take_weights(call, way, *ub, phases * b_depth, static_cast<int>(b_taps), call.b.channels, call.ub, call.wb, call.tb, "ub");
   }
+  STD_TORCH_CHECK(call.a.channels || b, "a has no channels");
   call.bias = values(bias, o.channels, "bias");
   call.border = values(border, (deep ? 27 : 9) * static_cast<int64_t>(o.channels), "border");
   return call;
@@ -115,15 +116,18 @@ inline Way way_for(const Tensor& u) { return way_of(u.scalar_type() == ScalarTyp
 // By Winograd's filtering or in tiles, as the weights say.
 inline void run_conv(const Conv& call) {
   const Kernels& table = kernels(call.out.element);
-  (call.ta ? table.conv_tiles : call.wa.data ? table.conv_few : table.conv_winograd)(call);
+  const auto run = call.ta || call.tb ? table.conv_tiles : call.wa.data || call.wb.data ? table.conv_few : table.conv_winograd;
+  run(call);
 }
 
 inline void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub,
                  Optional scale_b, Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes,
-                 int64_t taps, int64_t stride, bool phased, int64_t linear, int64_t way, double slope, bool act, bool add) {
+                 int64_t taps, int64_t stride, bool phased, int64_t linear, int64_t way, double slope, int64_t plain, bool act,
+                 bool add) {
   const Map o = map_of(out, element_of(out, "out"), "out");
   Conv call = conv_call(o, out.size(0), a, ua, scale_a, shift_a, b, ub, scale_b, shift_b, bias, border, axes, taps, stride,
                         phased, linear_of(linear), way_of(way));
+  set_plain(call.a, plain, "a");
   const int64_t parts = parts_of(call, way_of(way));
   call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
   call.slope = static_cast<float>(slope);
@@ -246,8 +250,9 @@ inline int64_t wgrad_scratch(Tensor a, Tensor dy, int64_t axes, bool phased) {
 }
 
 inline void conv_wgrad(Tensor result, Tensor scratch, Tensor a, Optional scale, Optional shift, Tensor dy, int64_t axes,
-                       bool phased, int64_t way, double slope) {
+                       bool phased, int64_t way, double slope, int64_t plain) {
   Wgrad call = wgrad_call(a, scale, shift, dy, axes, phased);
+  set_plain(call.a, plain, "a");
   const bool deep = axes == 3;
   const int64_t taps = phased ? 2 : 3, points = phased ? 25 : 36;
   check_floats(result, "result");

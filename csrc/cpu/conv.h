@@ -61,7 +61,7 @@ struct Sum {
   }
   void add_made(int channels, int z, const float* packed, const Filters& from, int index, int out_blocks) {
     made[count] = z;
-    add({nullptr, 0, 0, 0, 0, channels, nullptr, nullptr, 0}, -1, -1, packed, from, index, out_blocks);
+    add({nullptr, 0, 0, 0, 0, channels, nullptr, nullptr, 0, 0}, -1, -1, packed, from, index, out_blocks);
   }
   bool makes(int i) const { return !planes[i].data; }
   // Values of memory in which a piece is up-sampled.
@@ -212,12 +212,14 @@ struct Work {
   Sum<TwoTaps, E> phases[4];
   int phase_count = 0;
 
-  // body(sum, whether it is the first)
+  // body(sum, whether it is the first); without channels in a, there is none of it.
   template <class F>
   void each(const F& body) {
-    body(first, true);
+    if (first.count) body(first, true);
     for (int i = 0; i < phase_count; i++) body(phases[i], false);
   }
+  // Whether a sum's outputs are the first of their pixels.
+  bool writes(bool is_first) const { return is_first || !first.count; }
 };
 
 // Operands of output plane z of an image.
@@ -237,7 +239,7 @@ static void operands_of(const Conv& conv, int64_t image, int z, int blocks, Work
     }
     return;
   }
-  const Map* maps[] = {&a, conv.geometry == Geometry::kPlain && b.data ? &b : nullptr};
+  const Map* maps[] = {a.channels ? &a : nullptr, conv.geometry == Geometry::kPlain && b.data ? &b : nullptr};
   const float* packed[] = {conv.ua, conv.ub};
   const Filters* filters[] = {&conv.wa, &conv.wb};
   for (int i = 0; i < 2; i++)
@@ -295,7 +297,7 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
   for (int o = first_out; o < last_out; o++) {
     work.each([&](auto& sum, bool first) {
       sum.multiply_all(o, out_blocks, product);
-      sum.outputs(product, 0, acc, at.rows, at.columns, first);
+      sum.outputs(product, 0, acc, at.rows, at.columns, work.writes(first));
     });
     finish_block<E>(conv, at, block, o, acc);
   }

@@ -40,7 +40,7 @@ struct Padded {
             const int count = map.channels - c;
             V value = load_some(from + c, count);
             if (plane.scale)
-              value = activate(value * load_some(plane.scale + c, count) + load_some(plane.shift + c, count), slope);
+              value = read(plane, value, load_some(plane.scale + c, count), load_some(plane.shift + c, count), c);
             store_some(to + c, value, count);
           }
         }

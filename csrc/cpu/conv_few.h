@@ -87,7 +87,7 @@ static void conv_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
     work.each([&](auto& sum, bool is_first) {
       multiply_panels(sum, o, memory, product);
       each_block([&](const Place& at, int64_t, int64_t tile, int64_t phase_tile, float* mine) {
-        sum.outputs(product, is_first ? tile : phase_tile, mine, at.rows, at.columns, is_first);
+        sum.outputs(product, is_first ? tile : phase_tile, mine, at.rows, at.columns, work.writes(is_first));
       });
     });
     each_block([&](const Place& at, int64_t block, int64_t, int64_t, float* mine) {

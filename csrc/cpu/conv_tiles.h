@@ -65,7 +65,7 @@ struct Copied {
         V value = {};
         if (v < count) {
           value = load_some(from + v, count - v);
-          if (plane.scale) value = activate(value * scale[v / LANES] + shift[v / LANES], plane.slope);
+          if (plane.scale) value = read(plane, value, scale[v / LANES], shift[v / LANES], c + v);
         }
         store(to + v, value);
       }

@@ -49,7 +49,7 @@ INLINE Words pixel_bits(const Plane<BFloat16>& plane, int y, int x, int c, V sca
   const int count = plane.channels - c;
   if (count <= 0 || y < 0 || x < 0 || y >= plane.height || x >= plane.width) return Words{};
   V value = load_some(plane.data + y * plane.row + x * plane.column + c, count);
-  if (plane.scale) value = rounded<BFloat16>(activate(value * scale + shift, plane.slope));
+  if (plane.scale) value = rounded<BFloat16>(read(plane, value, scale, shift, c));
   return reinterpret_cast<Words>(value);
 }
 

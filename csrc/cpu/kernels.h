@@ -13,7 +13,7 @@ struct BFloat16 {  // the upper half of a float32
 
 enum class Element { kFloat, kBFloat16 };
 
-// A map, and how to read it: act(scale x + shift) where scale is given, x otherwise.
+// A map, and how to read it: act(scale x + shift) where scale is given, but for the first `plain` channels; x otherwise.
 struct Map {
   Element element = Element::kFloat;
   void* data = nullptr;
@@ -23,6 +23,7 @@ struct Map {
   const float* scale = nullptr;
   const float* shift = nullptr;
   int64_t affine_image = 0;  // from the row of one image to the next; 0 where all share one
+  int plain = 0;
 };
 
 // The weights of convolutions as they lie in the caller's tensor, [counts[0..2], taps, channels, outputs]: `rows` of taps, and

@@ -37,7 +37,7 @@ static void average_rows(const Plane<E>* planes, int count, const int* rows, con
       for (int i = 0; i < 2 * count; i++) {
         const Plane<E>& plane = planes[i / 2];
         V value = load_some(plane.data + rows[i % 2] * plane.row + (first + x) * plane.column + c, some);
-        if (plane.scale) value = activate(value * scale + shift, plane.slope);
+        if (plane.scale) value = read(plane, value, scale, shift, c);
         total += weights[i] * value;
       }
       store(to + static_cast<int64_t>(x) * padded + c, total);
@@ -88,7 +88,7 @@ static Plane<E> up_sampled(const Conv& conv, int64_t image, int z, int y0, int x
   const int64_t pixel = round_up(conv.b.channels, LANES);
   E* data = reinterpret_cast<E*>(memory + work_of(conv.b, columns));
   up_sample<E>(conv.b, conv.axes, conv.align_corners, conv.slope, image, z, y0, x0, rows, columns, data, pixel, memory);
-  return {data, columns * pixel, pixel, rows, columns, conv.b.channels, nullptr, nullptr, 0};
+  return {data, columns * pixel, pixel, rows, columns, conv.b.channels, nullptr, nullptr, 0, 0};
 }
 
 INLINE int64_t piece_of(const Conv& conv, int rows, int columns) {

@@ -154,6 +154,13 @@ INLINE E* at(const Map& map, int64_t image, int64_t pixel) {
   return static_cast<E*>(map.data) + image * map.image + pixel * map.pixel;
 }
 
+// x in the first `count` lanes, y in the others.
+INLINE V first_lanes(int count, V x, V y) {
+  V lane = {};
+  for (int i = 0; i < LANES; i++) lane[i] = static_cast<float>(i);
+  return lane < splat(static_cast<float>(count)) ? x : y;
+}
+
 // Leaky ReLU; NaN passes, and a slope of 0 makes 0 of -inf.
 INLINE V activate(V x, float slope) { return slope == 0 ? (x < 0 ? V{} : x) : (x < 0 ? x * slope : x); }
 

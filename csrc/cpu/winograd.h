@@ -120,7 +120,15 @@ struct Plane {
   const float* scale;
   const float* shift;
   float slope;
+  int plain;  // leading channels that are read as they are
 };
+
+// What a reader of a plane with `scale` sees of channels c to c + LANES.
+template <class E>
+INLINE V read(const Plane<E>& plane, V x, V scale, V shift, int c) {
+  const V read = activate(x * scale + shift, plane.slope);
+  return c < plane.plain ? first_lanes(plane.plain - c, x, read) : read;
+}
 
 template <class E>
 INLINE Plane<E> plane_of(const Map& map, int64_t image, int z, float slope, int step = 1, int py = 0, int px = 0) {
@@ -134,6 +142,7 @@ INLINE Plane<E> plane_of(const Map& map, int64_t image, int z, float slope, int 
   plane.scale = map.scale ? map.scale + image * map.affine_image : nullptr;
   plane.shift = map.shift ? map.shift + image * map.affine_image : nullptr;
   plane.slope = slope;
+  plane.plain = map.plain;
   return plane;
 }
 
@@ -159,7 +168,7 @@ static void transform(const Plane<E>& plane, int y0, int x0, float* result, int6
         const unsigned row = y0 + y, column = x0 + x;
         if (inside || (row < static_cast<unsigned>(plane.height) && column < static_cast<unsigned>(plane.width))) {
           d[y] = load_some(plane.data + row * plane.row + column * plane.column + c, count);
-          if (plane.scale) d[y] = activate(d[y] * scale + shift, plane.slope);
+          if (plane.scale) d[y] = read(plane, d[y], scale, shift, c);
         }
       }
       if (GRADIENT)

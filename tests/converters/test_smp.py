@@ -7,12 +7,29 @@ import copy
 
 import pytest
 import torch
+from support import cpu_kernels
 from support.convert_cases import assert_converts, assert_same_outputs
-from support.helpers import FLOAT32, FLOAT64, assert_close_relative, build, make_input, randomise
+from support.encoders import by
+from support.helpers import (
+    COMPILED,
+    FLOAT64,
+    assert_close_relative,
+    assert_gradients_close,
+    build,
+    gradients,
+    make_input,
+    weighted_sum,
+)
+from support.peer_libraries import library
 from support.peer_models import UnetPlusPlus
 from torch import nn
 
 import unetpp_fast as uf
+from unetpp_fast.converters.smp import Smp
+from unetpp_fast.execution import acceptance, dispatch
+from unetpp_fast.execution.fused import tuning
+
+BOUND = 1e-8  # float64 gradients through the tens of normalised layers of an encoder
 
 
 def image(dims: int = 2, batch: int = 2) -> torch.Tensor:
@@ -107,15 +124,66 @@ def test_a_bare_state_dict_is_refused_with_the_reason() -> None:
         uf.to_state_dict(uf.UNetPlusPlus(features=(2, 3)), "smp")
 
 
-@pytest.mark.parametrize("options", [
+LIBRARY = [
     {}, {"decoder_attention_type": "scse", "activation": "sigmoid"}, {"encoder_name": "vgg11"}, {"encoder_depth": 4},
-], ids=str)  # fmt: skip
-def test_the_library_itself(options: dict) -> None:
-    smp = pytest.importorskip("segmentation_models_pytorch", reason="needs torchvision, of which no CPU build is here")
+    {"encoder_depth": 3, "in_channels": 1}, {"encoder_name": "efficientnet-b0", "in_channels": 4},
+    {"encoder_name": "mobilenet_v2"}, {"encoder_name": "densenet121"}, {"encoder_name": "resnext50_32x4d"},
+    {"encoder_name": "tu-resnet18"}, {"decoder_interpolation": "bilinear"},
+]  # fmt: skip
+
+
+def from_the_library(**options) -> nn.Module:
+    """smp's model; a skip with the reason where smp is not installed."""
+    smp = library("segmentation_models_pytorch")
     options = {"encoder_name": "resnet18", "encoder_weights": None, "classes": 2, **options}
-    if options.get("encoder_depth") == 4:
-        options["decoder_channels"] = (128, 64, 32, 16)
-    theirs = randomise(smp.UnetPlusPlus(**options)).eval()
+    depth = options.setdefault("encoder_depth", 5)
+    options.setdefault("decoder_channels", (256, 128, 64, 32, 16)[-depth:])
+    return build(smp.UnetPlusPlus, **options)
+
+
+@pytest.mark.parametrize("options", LIBRARY, ids=str)
+def test_the_library_itself(options: dict) -> None:
+    theirs = from_the_library(**options).eval()
+    ours, x = uf.convert(theirs), image().float()[:, :1].expand(-1, options.get("in_channels", 3), -1, -1)
+    assert_same_outputs(theirs, ours, x, COMPILED)
+    assert_converts(copy.deepcopy(theirs).double(), "smp", x.double())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", LIBRARY, ids=str)
+def test_the_library_itself_by_the_engine(options: dict, training: bool) -> None:
+    """Outputs, and the gradients of every parameter, the encoder's too, in float64; gates have no engine."""
+    theirs = from_the_library(**options).double().train(training)
     ours = uf.convert(theirs)
-    assert_same_outputs(theirs, ours, image().float(), FLOAT32)
-    assert_converts(copy.deepcopy(theirs).double(), "smp", image())
+    if options.get("decoder_attention_type"):
+        assert ours.nest.structure is None
+        return
+    x, found = make_input(2, options.get("in_channels", 3), 64, 64, dtype=torch.float64), []
+    for model, run in ((theirs, lambda x: theirs(x)), (ours, lambda x: by("naive")(ours, x)[0])):
+        torch.manual_seed(0)  # for paths that are dropped at random
+        output = run(x)
+        weighted_sum([output]).backward()
+        found.append((output, gradients(model)))
+    (expected, theirs_by_name), (output, ours_by_name) = found
+    assert_close_relative(output, expected, BOUND)
+    pairs = {pair.theirs: pair for pair in Smp().pairs(ours)}
+    ordered = {pairs[name].ours: pairs[name].to_ours(gradient) for name, gradient in theirs_by_name.items()}
+    assert_gradients_close(ours_by_name, ordered, BOUND)
+
+
+@cpu_kernels.needs_library()
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet-b0", "vgg11_bn"])
+def test_the_library_itself_optimized(name: str, monkeypatch) -> None:
+    """Twice the error of smp's own float32, with an encoder whose norms are folded and the nest by the CPU kernels."""
+    verdict = {"right": True, "backend": "cpu", "ratio": 2.0, "fused_ms": 1.0, "reference_ms": 2.0}
+    monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "verdict", lambda call: verdict)
+    theirs, x = from_the_library(encoder_name=name).eval(), image().float()
+    fast = uf.optimize(theirs)
+    assert ": cpu (" in fast.explain(x)
+    with torch.no_grad():
+        exact, usual = copy.deepcopy(theirs).double()(x.double()), theirs(x)
+        laid_out = copy.deepcopy(theirs).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    vectors = [acceptance.as_vector([one]) for one in (exact, usual, laid_out, fast(x))]
+    usual = acceptance.farther_off([vectors[0]], [vectors[1]], [vectors[2]])
+    assert acceptance.disagreement([vectors[0]], usual, [vectors[3]], torch.float32) == ""

@@ -15,12 +15,11 @@ from torch import nn
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
-from unetpp_fast.deployment import optimized
+from unetpp_fast.deployment import engine
 from unetpp_fast.execution import acceptance, dispatch, reference
 from unetpp_fast.execution.fused import ops, tuning
 from unetpp_fast.execution.plan import operands
 from unetpp_fast.kernels import naive
-from unetpp_fast.models.encoder_network import EncodedNetwork
 from unetpp_fast.models.network import Network
 
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
@@ -122,8 +121,8 @@ def test_the_model_may_go_on_training():
 
 
 def test_weights_are_composed_once(monkeypatch):
-    calls, compose = [], optimized.all_operands
-    monkeypatch.setattr(optimized, "all_operands", lambda *args: calls.append(1) or compose(*args))
+    calls, compose = [], engine.all_operands
+    monkeypatch.setattr(engine, "all_operands", lambda *args: calls.append(1) or compose(*args))
     fast = uf.optimize(network())
     for _ in range(3):
         fast(image()), fast.predict(image()[..., :9])
@@ -217,7 +216,7 @@ def test_the_engine_runs_with_operands_composed_once(axes, options, dtype, monke
     """The way of a GPU, with plain operators in place of the kernels."""
     model, x = network(axes, **options), image(axes)
     model.backend = "triton"
-    monkeypatch.setattr(optimized, "load_ops", lambda name: naive)
+    monkeypatch.setattr(engine, "load_ops", lambda name: naive)
     monkeypatch.setattr(ops, "HAS_TRITON", True)
     monkeypatch.setattr(ops, "INTERPRETED", True)
     composed, compose = [], operands.node_operands
@@ -240,33 +239,6 @@ def test_the_engine_runs_with_operands_composed_once(axes, options, dtype, monke
 def test_the_kernels_in_the_interpreter():
     model, x = network(features=(3, 4), backend="triton"), make_input(1, 2, 4, 6)
     assert_close_relative(uf.optimize(model)(x), reference.forward(model, x), FLOAT32)
-
-
-class Halves(nn.Module):
-    """An encoder: maps at 1, 1/2 and 1/4 of the image."""
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(cin, cout, 3, 2, 1) for cin, cout in ((2, 4), (4, 6)))
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = [x]
-        for conv in self.convs:
-            maps.append(conv(maps[-1]))
-        return maps
-
-
-def test_a_nest_over_an_encoder_runs_as_it_is_and_says_why():
-    topology = uf.Topology.nested(2, (4, 6))
-    model, x = build(EncodedNetwork, Halves(), topology, 3, 2, upsample=("nearest", {"project": True})), image()
-    fast = uf.optimize(model, dtype=torch.float32)
-    with torch.no_grad():
-        assert_close_relative(fast.train()(x), model.eval()(x), FLOAT32)
-    assert_close_relative(fast.predict(x[..., :9]), model.predict(x[..., :9]), FLOAT32)
-    assert "encoder" in fast.explain(x)
-    assert uf.optimize(model, dtype=torch.bfloat16)(x).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="level=None"):
-        uf.optimize(model, level=1)
 
 
 @pytest.mark.parametrize("norm", [None, "batch", ("batch", {"eps": 0.1}), "instance"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -18,15 +17,14 @@ from support.helpers import (
     make_input,
     weighted_sum,
 )
+from support.margin import MARGIN, Margin
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, reference
 
 pytestmark = cpu_kernels.needs_library()
 BOUND = 10 * FLOAT32  # gradients through normalised layers that add in another order
-MARGIN = 4e-6  # of the largest value; errors are about 1e-6 of it
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
 UPSAMPLES = ["deconv", "nearest", "linear", ("linear", {"align_corners": True, "project": True})]
 WIDTHS = {1: (3, 5), 2: (5, 7, 6), 3: (2, 5, 3, 4), 4: (2, 3, 5, 4, 3)}
@@ -43,31 +41,6 @@ def network(kind: str = "unet++", axes: int = 2, depth: int = 2, **options) -> u
     maker = uf.UNetPlusPlus if kind == "unet++" else uf.UNet
     options |= {"deep_supervision": True} if kind == "unet++" else {}
     return build(maker, 2, 3, spatial_dims=axes, features=WIDTHS[depth], **options)
-
-
-class Margin(TorchDispatchMode):
-    """The least distance, as a share of the largest value, of an activation's input from zero and of a window's maximum from
-    its next: where it is within rounding, so is the choice that a gradient depends on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.least = math.inf
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name.startswith(("relu", "leaky_relu")):
-            self.note(args[0].abs(), args[0])
-        elif name.startswith("max_pool"):
-            windows = args[0]
-            for axis in range(2, windows.ndim):
-                windows = windows.unfold(axis, 2, 2)
-            first, second = windows.flatten(args[0].ndim).topk(2).values.unbind(-1)
-            self.note((first - second)[first != 0], first)
-        return func(*args, **(kwargs or {}))
-
-    def note(self, distances: Tensor, values: Tensor) -> None:
-        if distances.numel():
-            self.least = min(self.least, (distances.min() / values.abs().max()).item())
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ every gradient. What is left for the kernels to prove is that each op does what 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_opcheck(norm, upsample):
     for keep in (True, False):
         tensors = [parameter.detach().requires_grad_(keep) for parameter in model.parameters()] + list(model.buffers())
         arguments = (
-            make_input(2, 1, 4, 6).requires_grad_(keep),
+            [make_input(2, 1, 4, 6).requires_grad_(keep)],
             tensors,
             keep,
             model.structure.handle,
@@ -352,10 +353,9 @@ def test_layers_that_are_not_as_built_are_called(change):
 
 
 def test_a_topology_without_a_plan_runs_on_the_reference():
-    nodes = uf.UNet(1, 1, features=(3, 4)).topology
-    last = nodes.nodes[-1]
-    alone = uf.Topology(1, 2, (*nodes.nodes[:-1], uf.Node(0, 1, last.width, (), last.up_width)), (1,))
-    model = uf.Network(alone, backend="triton")
+    whole = uf.Topology.nested(1, (3, 4, 5))
+    nodes = [dataclasses.replace(node, prefix=(1,)) if node.position == (0, 2) else node for node in whole.nodes]
+    model = uf.Network(dataclasses.replace(whole, nodes=tuple(nodes)), backend="triton")
     assert model.structure is None and "leading nodes" in dispatch.choose(Call(model, torch.zeros(1, 1, 4, 4)))[1]
 
 

@@ -196,10 +196,10 @@ def test_a_reference_that_does_not_fit_into_memory_leaves_the_kernels(cache, at_
         run()
         return 1.0
 
-    def too_large(network, x):
-        if x.dtype != torch.float64 and x.shape[0] > 2:
+    def too_large(network, inputs):
+        if inputs[0].dtype != torch.float64 and inputs[0].shape[0] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(network, x)
+        return forward(network, inputs)
 
     forward = tuning.reference.forward
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)

@@ -44,27 +44,27 @@ def test_only_a_network_with_norms_is_asked_whether_they_train(norm):
 
 def test_all_images_are_checked_on_a_gpu_as_far_as_memory_goes(monkeypatch):
     """The kernels for a large batch are not those for two images."""
-    inputs = tuning._checked(torch.empty(16, 1, 128, 128, device="meta"), 4)
-    assert [x.shape[0] for x in inputs] == [16, 8, 2]
-    assert [x.shape[0] for x in tuning._checked(torch.empty(2, 1, 4, 4, device="meta"), 4)] == [2]
-    (part,) = tuning._checked(torch.empty(16, 1, 128, 128), 4)
-    assert part.shape == (2, 1, 64, 64)
+    checked = tuning._checked([torch.empty(16, 1, 128, 128, device="meta")], 4)
+    assert [x.shape[0] for (x,) in checked] == [16, 8, 2]
+    assert [x.shape[0] for (x,) in tuning._checked([torch.empty(2, 1, 4, 4, device="meta")], 4)] == [2]
+    ((part, half),) = tuning._checked([torch.empty(16, 1, 128, 256), torch.empty(16, 7, 64, 128)], 4)
+    assert part.shape == (2, 1, 64, 64) and half.shape == (2, 7, 32, 32)
     seen, forward = [], tuning.reference.forward
 
-    def limited(network, x):
-        if x.dtype == torch.float64 and x.shape[0] > 2:
+    def limited(network, inputs):
+        if inputs[0].dtype == torch.float64 and inputs[0].shape[0] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(network, x)
+        return forward(network, inputs)
 
-    def kernels(network, x):
-        seen.append(x.shape[0])
-        return forward(network, x)
+    def kernels(network, inputs):
+        seen.append(inputs[0].shape[0])
+        return forward(network, inputs)
 
     monkeypatch.setattr(tuning.reference, "forward", limited)
     model, x = small()[0], make_input(5, 1, 4, 6)
-    assert tuning._is_right(model, [x, x[:2]], torch.float32, False, kernels) and seen == [2]
+    assert tuning._is_right(model, [[x], [x[:2]]], torch.float32, False, kernels) and seen == [2]
     with pytest.raises(torch.OutOfMemoryError):
-        tuning._is_right(model, [x, x[:3]], torch.float32, False, kernels)
+        tuning._is_right(model, [[x], [x[:3]]], torch.float32, False, kernels)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_gradients_must_be_right_for_one_draw_and_outputs_for_all(off, draws, ri
         def backward(ctx, gradient):
             return 1.1 * gradient
 
-    def kernels(network, x):
-        seen.append(x)
-        logits = tuning.reference.forward(network, x)
+    def kernels(network, inputs):
+        seen.append(inputs[0])
+        logits = tuning.reference.forward(network, inputs)
         return [Off.apply(head) for head in logits] if len(seen) <= off[1] else logits
 
     model, x = small()
-    assert tuning._is_right(model.train(), [x], torch.float32, True, kernels) == right and len(seen) == draws
+    assert tuning._is_right(model.train(), [[x]], torch.float32, True, kernels) == right and len(seen) == draws
     assert all(0 < (other - x).abs().max() < 0.1 * x.std() for other in seen[1:])

@@ -59,6 +59,19 @@ def test_channels(ka: int, kb: int, co: int):
     check_conv(kernels.conv, torch.float32, 2, (4, 6), ka=ka, kb=kb, co=co, phased=True, affine="shared image", stats=True)
 
 
+@pytest.mark.parametrize("plain", [1, 16, 19, 20])
+def test_some_channels_are_read_as_they_are(plain: int):
+    for dtype in (torch.float32, torch.float16):
+        check_conv(kernels.conv, dtype, 2, (4, 6), ka=20, kb=3, phased=True, affine="image shared", slope=0.1, plain=plain)
+
+
+@pytest.mark.parametrize("axes, size", [(2, (4, 6)), (3, (2, 4, 2))])
+@pytest.mark.parametrize("phased", [False, True])
+def test_a_low_source_alone(axes: int, size: tuple[int, ...], phased: bool):
+    """`a` has no channels."""
+    check_conv(kernels.conv, torch.float32, axes, size, ka=0, kb=5, phased=phased, bias=True, act=True, stats=True)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 2)])
 @pytest.mark.parametrize("phased", [False, True])
 def test_one_pixel_axes(size: tuple[int, int], phased: bool):

@@ -29,6 +29,12 @@ def test_channels(k: int, co: int, phased: bool):
     check_wgrad(kernels.conv_wgrad, torch.float32, 2, (4, 6), k=k, co=co, phased=phased, affine=1)
 
 
+@pytest.mark.parametrize("plain", [1, 16, 20])
+@pytest.mark.parametrize("affine", [1, 0])
+def test_some_channels_are_read_as_they_are(affine: int, plain: int):
+    check_wgrad(kernels.conv_wgrad, torch.float32, 2, (4, 6), k=20, affine=affine, slope=0.1, plain=plain)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 2)])
 @pytest.mark.parametrize("phased", [False, True])
 def test_one_pixel_axes(size: tuple[int, int], phased: bool):

@@ -22,6 +22,8 @@ FORMS = {
     "low gradient": {"taps": 4, "add": True},
     "folded": {"phased": True, "kb": 8, "bias": True, "border": True, "act": True, "slope": 0.1},
     "node": {"phased": True, "kb": 8, "affine": "shared image", "slope": 0.1, "bias": True, "border": True, "stats": True},
+    "after a given map": {"phased": True, "kb": 8, "affine": "shared image", "slope": 0.1, "stats": True, "plain": 3},
+    "low source alone": {"phased": True, "ka": 0, "kb": 8, "bias": True, "act": True},
 }
 
 
@@ -55,6 +57,11 @@ def test_maps_one_pixel_wide(size, index):
 def test_every_way_of_a_weight_gradient(dtype, axes, size, phased, affine, way):
     run = partial(triton_ops.conv_wgrad_by, way)
     check_wgrad(run, dtype, axes, size, phased=phased, affine=affine, slope=0.1)
+
+
+@pytest.mark.parametrize("way", WGRAD_WAYS, ids=["library", "finalised"])
+def test_every_way_of_a_weight_gradient_after_a_given_map(way):
+    check_wgrad(partial(triton_ops.conv_wgrad_by, way), torch.float32, 2, (6, 10), affine=1, slope=0.1, plain=3)
 
 
 @pytest.mark.parametrize("axes", [2, 3])

@@ -111,10 +111,12 @@ def conv_case(
     kinds = dict(zip("ab", affine.split(), strict=False))
     rows = {"shared": 1, "image": n}
     a = make.map(n, *(u * stride if o else u for u, o in zip(units, on, strict=True)), ka, before=0)
-    wa = make.values(taps**axes, ka, co) / math.sqrt(taps**axes * ka)
+    wa = make.values(taps**axes, ka, co) / math.sqrt(taps**axes * max(ka, 1))
     options |= {"axes": axes, "taps": taps, "stride": stride, "phased": phased}
     if "a" in kinds:
         options["affine_a"] = make.affine(rows[kinds["a"]], ka)
+        for part in options["affine_a"]:
+            part[:, : options.get("plain", 0)] = math.nan  # not read
     if kb:
         count, taps_b = (2**axes, 2**axes) if phased else (1, 3**axes)
         half = [u // 2 if o and options.get("linear") is not None else u for u, o in zip(units, on, strict=True)]
@@ -174,15 +176,17 @@ def check_statistics(parts: Tensor, out: Tensor) -> None:
 
 def wgrad_case(
     dtype: torch.dtype, axes: int, size: tuple[int, ...], n: int = 2, k: int = 5, co: int = 17,
-    phased: bool = False, affine: int | None = None, slope: float = 0.0, inputs: type[Inputs] = Inputs,
+    phased: bool = False, affine: int | None = None, slope: float = 0.0, plain: int = 0, inputs: type[Inputs] = Inputs,
 ) -> tuple[Tensor, Tensor, dict]:  # fmt: skip
     """a, dy and the options of a call; `size` is that of dy, `affine` its number of rows (0: one for each image)."""
     make = inputs(dtype)
     size = (1, *size) if axes == 2 else size
     units = tuple(s // 2 if phased and on else s for s, on in zip(size, (axes == 3, True, True), strict=True))
-    options = {"axes": axes, "phased": phased, "slope": slope}
+    options = {"axes": axes, "phased": phased, "slope": slope, "plain": plain}
     if affine is not None:
         options["affine"] = make.affine(affine or n, k)
+        for part in options["affine"]:
+            part[:, :plain] = math.nan  # not read
     return make.map(n, *units, k, before=0), make.map(n, *size, co), options
 
 

@@ -275,6 +275,10 @@ def small_grid(dtype: torch.dtype, inputs: type[CpuInputs]) -> list[tuple[str, C
     kernels = [kernel for kernel in kernels_here() if dtype in dtypes_of(kernel)]
     for kernel, form, size in itertools.product(kernels, FORMS, [(1, 1), (3, 7), (13, 6), (1, 2, 3), (3, 1, 7)]):
         add(selected(check_conv, kernel), dtype, form, size, next(channels))
+    for kernel, form, size in itertools.product(kernels, ("full", "node"), [(3, 7), (1, 2, 3)]):
+        alone = selected(check_conv, kernel)
+        add(alone, dtype, form, size, (0, 3, 17), affine="")
+        add(alone, dtype, form, size, (35, 3, 17), affine="image shared", plain=19)
     for kernel, held, low in itertools.product(kernels[::3], (17, 25), PAIRS):
         add(selected(check_pair, kernel), dtype, (17, 5), held, low)
     for kernel, size, phased in itertools.product(kernels[::3], [(1, 3), (7, 5), (2, 1, 3)], (False, True)):

@@ -8,7 +8,6 @@ import torch
 from support.helpers import assert_close_relative, assert_gradients_close, gradients, weighted_sum
 from torch import Tensor
 
-from unetpp_fast.architecture import precision
 from unetpp_fast.execution import reference
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.fused import operators
@@ -38,7 +37,7 @@ def assert_same_passes(
 
 def run_fused(ops: str):
     """`reference.forward` by the engine with these ops."""
-    return lambda network, x: operators.forward(Call(network, x, precision.compute_dtype(x)), ops)
+    return lambda network, x: operators.forward(Call(network, x), ops)
 
 
 def assert_same_inference(network: Network, x: Tensor, ops: str = "naive", bound: float = 1e-9) -> None:

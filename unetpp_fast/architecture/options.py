@@ -146,6 +146,8 @@ def unsupported(options: Mapping[str, Any], backend: str) -> str:
             name, keywords = parse_option(options[what], what, table)
             if reason := table[name].unsupported(backend, keywords):
                 return reason
+    if options.get("attention"):
+        return "scSE gates run on the reference"
     if not options.get("head_bias", True):
         return "heads without a bias run on the reference"
     act, keywords = parse_option(options.get("act", "relu"), "act", ACTIVATIONS)

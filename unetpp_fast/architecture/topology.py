@@ -11,6 +11,7 @@ only the first column and the last diagonal. Models, converters, kernels and fig
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,12 +50,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Topology:
-    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head."""
+    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head.
+
+    given: the maps of column 0 are not computed, but given by an encoder (`over_maps`).
+    """
 
     in_channels: int
     spatial_dims: int
     nodes: tuple[Node, ...]
     heads: tuple[int, ...]
+    given: bool = False
 
     @classmethod
     def nested(
@@ -186,6 +191,16 @@ class Topology:
         pixels = math.prod(size)
         multiply_adds += sum(pixels * self[0, head].width * out_channels for head in self.heads)
         return 2e-9 * multiply_adds
+
+    def over_maps(self, last_width: int) -> Topology:
+        """The nest of a network over an encoder whose maps begin at half the image's size.
+
+        This topology one level down, with its column 0 given, and a last node X(0,depth + 1) that brings X(1,depth) to the
+        image's size, reads nothing else, and has the head.
+        """
+        nest = [dataclasses.replace(node, level=node.level + 1) for node in self.nodes]
+        last = Node(0, self.depth + 1, last_width, (), self[0, self.depth].width)
+        return Topology(self.in_channels, self.spatial_dims, (*nest, last), (last.column,), given=True)
 
     def to_dict(self) -> dict:
         """Plain lists and numbers, for checkpoints; the inverse of `from_dict`."""

@@ -47,7 +47,9 @@ class Smp(Peer):
             raise self.fail(
                 f"its encoder gives maps of {widths} channels, and its decoder has {depth} levels above the lowest"
             )
-        topology = self._topology(blocks, depth, widths, module.encoder.out_channels[0])
+        # The first map of some encoders is not the image.
+        in_channels = getattr(module.encoder, "_in_channels", module.encoder.out_channels[0])
+        topology = self._topology(blocks, depth, widths, in_channels)
         layers = [layer for block in blocks.values() for layer in (block.conv1, block.conv2)]
         with torch.device("meta"):
             network = EncodedNetwork(

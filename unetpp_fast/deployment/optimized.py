@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,71 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
-from ..architecture.options import norm_name
-from ..architecture.output_forms import Outputs
+from ..architecture.output_forms import FORMS, Outputs
 from ..architecture.precision import PRECISIONS
 from ..common.errors import InputError, first_line
 from ..converters.converter import convert
 from ..execution import dispatch, reference
 from ..execution.call import Call
-from ..execution.cpu import inference
 from ..execution.explanation import describe
 from ..execution.fused import tuning
-from ..execution.fused.forward import Forward
-from ..execution.fused.ops import load_ops
-from ..execution.plan import weight_composition
-from ..execution.plan.operands import all_operands
 from ..kernels.naive import dot_precision
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
-from ..models.prediction import MODES, check_image, evaluating, logits_of_any_size, mean_probabilities
-from .cuda_graphs import Graphs
+from ..models.prediction import (
+    MODES,
+    check_image,
+    crop,
+    evaluating,
+    logits_of_any_size,
+    mean_probabilities,
+    pad_to_multiple,
+)
+from .engine import Engine
+from .folding import folded, folded_encoder
 
 FORMAT = 1
 DTYPES = tuple(precision.dtype for precision in PRECISIONS.values())
 
 
-class Optimized(nn.Module):
+class Optimized(Engine):
     """What `optimize` returns. It stays in eval mode and gives no gradients.
 
-    Its `state_dict()` holds the weights and everything that `unetpp_fast.load_optimized` needs to rebuild it. Weights are
-    composed at the first call with a precision and device, and again after `load_state_dict` and `to`; do not change them
-    in any other way. Several threads and streams may call it at once.
+    Its `state_dict()` holds the weights and everything that `unetpp_fast.load_optimized` needs to rebuild it. Do not change
+    weights in any other way than by `load_state_dict` and `to`. Several threads and streams may call it at once.
     """
 
     def __init__(self, network: Network, *, pruned: bool, dtype: torch.dtype | None, mode: str):
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-        if network.backend == "reference":
-            network.backend = "auto"
-        self.pruned, self.dtype, self.mode = pruned, dtype, mode
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drops what was composed or captured: the weights have changed or moved."""
-        self._composed: dict[tuple, Any] = {}
-        self._graphs = Graphs()
-        self._lock = threading.Lock()
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self._forget()
-        return self
-
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
-        self._forget()
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_composed", "_graphs", "_lock")}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._forget()
-
-    def train(self, mode: bool = True) -> Optimized:
-        """Does nothing: this module is for inference only."""
-        return self
+        super().__init__(network, dtype)
+        self.pruned, self.mode = pruned, mode
 
     def get_extra_state(self) -> dict[str, Any]:
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
@@ -131,15 +102,6 @@ class Optimized(nn.Module):
             text = f"{text}\n{self._graphs.reason}"
         return text
 
-    def _cast(self, x: Tensor) -> Tensor:
-        """Images in the precision of the stored weights; autocast chooses that of the maps."""
-        weight = next(self.network.parameters())
-        return x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    def _precision(self, x: Tensor) -> torch.autocast:
-        """Autocast to this module's precision; the caller's if it has none."""
-        return _autocast(x.device.type, self.dtype)
-
     @torch.no_grad()
     def _logits(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
         """Of the heads at `columns`, `[N, classes, *S]`."""
@@ -166,90 +128,59 @@ class Optimized(nn.Module):
         logits = reference.forward(self._once(("plain",), lambda: folded(self.network)), x)
         return [head for head, one in zip(logits, wanted, strict=True) if one]
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        with self._lock:
-            if key not in self._composed:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._composed[key] = make()
-            return self._composed[key]
 
-    def _by_engine(self, name: str, call: Call) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
-        """A fused pass with the ops `name` and operands composed once."""
-        structure, dtype = self.network.structure, call.dtype
-        modes = structure.modes("0" * len(structure.norms), keep=False)
-
-        def make() -> tuple[dict[str, Tensor], dict]:
-            with torch.autocast(call.x.device.type, enabled=False):
-                tensors = call.tensors()
-                return tensors, all_operands(structure.plan, tensors, modes, dtype)
-
-        tensors, composed = self._once(("engine", dtype, call.x.device), make)
-
-        def run(image: Tensor, columns: Sequence[int]) -> list[Tensor]:
-            if name == "cpu":
-                return inference.run(structure, composed, tensors, modes, image, dtype, columns)
-            with torch.autocast(image.device.type, enabled=False):
-                forward = Forward(structure.plan, load_ops(name), modes, tensors, dtype, operands=composed)
-                return forward.run(image, keep=False, columns=columns)[0]
-
-        return run
-
-
-def folded(network: Network) -> Network:
-    """The network with its batch norms folded into the convolutions before them, as they compute in eval mode."""
-    if norm_name(network.options["norm"]) != "batch":
-        return network
-    with torch.device("meta"):
-        result = Network.from_config({**network.config, "norm": None, "bias": True}, "reference")
-    values = {name: value for name, value in network.state_dict().items() if ".norm" not in name}
-    for name, node in network.nodes.items():
-        for place in ("1", "2"):
-            conv, norm = getattr(node, f"conv{place}"), getattr(node, f"norm{place}")
-            bias = None if conv.bias is None else conv.bias.double()
-            parts = tuple(part.double() for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
-            key = f"nodes.{name}.conv{place}"
-            folded_values = weight_composition.fold(conv.weight.double(), bias, parts, norm.eps)
-            values[f"{key}.weight"], values[f"{key}.bias"] = (value.to(conv.weight.dtype) for value in folded_values)
-    result.load_state_dict(values, assign=True)
-    return result.requires_grad_(False).eval()
-
-
-class OptimizedModule(nn.Module):
-    """A converted network over an encoder, which has no plan yet: in eval mode, without gradients, in the given precision.
-    `explain` says why nothing is fused."""
+class OptimizedModule(Engine):
+    """What `optimize` returns for a network over an encoder. The encoder runs in PyTorch, channels-last and with its batch
+    norms folded; the rest as in `Optimized`. Its `state_dict()` holds the weights, not the code of the encoder."""
 
     def __init__(self, network: EncodedNetwork, dtype: torch.dtype | None):
-        super().__init__()
-        self.network, self.dtype = network.requires_grad_(False).eval(), dtype
-
-    def train(self, mode: bool = True) -> OptimizedModule:
-        """Does nothing: this module is for inference only."""
-        return self
-
-    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with torch.no_grad(), _autocast(x.device.type, self.dtype):
-            return function(x.to(next(self.network.parameters()).dtype))
+        super().__init__(network, dtype)
+        self.layout = torch.channels_last if network.topology.spatial_dims == 2 else torch.channels_last_3d
+        network.encoder, self.norms = folded_encoder(network.encoder, network.sample())
+        network.encoder = network.encoder.requires_grad_(False).to(memory_format=self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the network returns in eval mode."""
-        return self._run(self.network, x)
+        """What the original model returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
+
+        Raises:
+            TypeError, ValueError: the network does not take `x`.
+        """
+        x = self._cast(x)
+        self.network.check(x)
+        return FORMS[self.network.form]([self._logits(x)], False)
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
         """Probabilities for any size; see `EncodedNetwork.predict`."""
-        return self._run(lambda image: self.network.predict(image, activation), x)
+        x = self._cast(x)
+        check_image(self.network, x, activation)
+        logits = self._logits(pad_to_multiple(x, self.network.multiple))
+        return mean_probabilities([crop(logits, x.shape[2:])], activation)
 
+    @torch.no_grad()
     def explain(self, x: Tensor) -> str:
-        """Prints and returns why nothing is fused."""
-        text = "reference: a network over another library's encoder runs in plain PyTorch"
-        print(text)
-        return text
+        """Prints and returns what computes each node for `x`, and why; only the encoder runs."""
+        x = self._cast(x)
+        self.network.check(x)
+        with self._precision(x):
+            call = self._call(x)
+            text = describe(call, *dispatch.choose(call))
+        encoder = f"PyTorch    encoder, channels-last: {self.norms}"
+        print(encoder)
+        return f"{text}\n{encoder}"
 
+    def _call(self, x: Tensor) -> Call:
+        return Call(self.network.nest, self.network.maps(x.to(memory_format=self.layout)))
 
-def _autocast(kind: str, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype` on a type of device; the caller's for None, disabled for float32 and float64."""
-    if dtype is None:
-        return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-    return torch.autocast(kind, dtype) if dtype.itemsize < 4 else torch.autocast(kind, enabled=False)
+    @torch.no_grad()
+    def _logits(self, x: Tensor) -> Tensor:
+        """`[N, classes, *S]` for a size that the network takes."""
+        with self._precision(x):
+            call = self._call(x)
+            name, _ = dispatch.choose(call)
+            if name == "reference":
+                nest = self._once(("plain",), lambda: folded(self.network.nest))
+                return reference.forward(nest, call.inputs)[0]
+            return self._by_engine(name, call)(call.inputs, call.network.topology.heads)[0]
 
 
 def optimize(

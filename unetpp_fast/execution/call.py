@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.precision import compute_dtype
+
+Inputs = Tensor | Sequence[Tensor]  # of a pass: the image, or the maps of an encoder, largest first
+
+
+def inputs_of(x: Inputs) -> list[Tensor]:
+    """The tensors of an input."""
+    return [x] if isinstance(x, Tensor) else list(x)
 
 
 class Call:
@@ -16,12 +25,14 @@ class Call:
     them later (which have changed, which norms are in training, which tensors the operators take) is answered from here.
 
     Attributes:
-        network, x: the arguments; x is `[N, in_channels, *S]`.
+        network: the argument. inputs: the image `[N, in_channels, *S]`, or the maps of an encoder. x: the first of them.
         dtype: of the maps; by default autocast's or the input's.
     """
 
-    def __init__(self, network: NetworkSpec, x: Tensor, dtype: torch.dtype | None = None):
-        self.network, self.x, self.dtype = network, x, dtype or compute_dtype(x)
+    def __init__(self, network: NetworkSpec, x: Inputs, dtype: torch.dtype | None = None):
+        self.network, self.inputs = network, inputs_of(x)
+        self.x = self.inputs[0]
+        self.dtype = dtype or compute_dtype(self.x)
         self._modules: list[nn.Module] | None = None
 
     @property
@@ -59,4 +70,6 @@ class Call:
     @property
     def needs_gradients(self) -> bool:
         """Whether a backward pass may follow."""
-        return torch.is_grad_enabled() and (self.x.requires_grad or any(tensor.requires_grad for tensor in self.parameters))
+        if not torch.is_grad_enabled():
+            return False
+        return any(tensor.requires_grad for tensors in (self.inputs, self.parameters) for tensor in tensors)

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..architecture.input_checks import check_input
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.options import ENGINES, training_unsupported
 from ..architecture.precision import unsupported_dtype
 from ..kernels.naive import MOST_CLASSES
 from . import agreement, reference
-from .call import Call
+from .call import Call, Inputs
 from .cpu import inference, kept_operands
 from .fused import libraries, operators, ops, tuning
 from .plan import steps
@@ -162,9 +161,8 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
     Raises:
         RuntimeError: the kernels cannot run `network(x)` here; the message says why.
     """
-    check_input(network, x)
-    call = Call(network, x)
-    runs, reason = (can_run_cpu if _is_for_cpu(x) else can_run_triton)(call)
+    call = Call(*network.engine_input(x))
+    runs, reason = (can_run_cpu if _is_for_cpu(call.x) else can_run_triton)(call)
     if not runs:
         raise RuntimeError(f"nothing to tune: {reason}")
     return tuning.tune(call, training, progress, _kernels(call), compute)
@@ -182,7 +180,7 @@ def can_run_triton(call: Call) -> tuple[bool, str]:
         return runs, reason
     if not ops.HAS_TRITON:
         return False, "triton is not installed"
-    if network.out_channels > MOST_CLASSES:
+    if network.structure.plan.head_taps == 1 and network.out_channels > MOST_CLASSES:
         return False, f"the kernels of the heads take up to {MOST_CLASSES} classes, not {network.out_channels}"
     reason = unsupported_dtype(call.dtype, "triton")
     return not reason, reason
@@ -259,7 +257,7 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
     if network.training and (reason := training_unsupported(network.options)):
         return False, reason
     weight = next(network.parameters())
-    if call.dtype == x.dtype and weight.dtype != x.dtype:
+    if not torch.is_autocast_enabled(x.device.type) and weight.dtype != x.dtype:
         return False, f"the input is {x.dtype} and the weights are {weight.dtype}"
     if weight.device != x.device:
         return False, f"the input is on {x.device} and the weights are on {weight.device}"
@@ -269,14 +267,14 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
 def compute(call: Call, backend: str) -> list[Tensor]:
     """Logits of every head by one backend, which can compute `call`."""
     if backend == "reference":
-        return reference.forward(call.network, call.x)
+        return reference.forward(call.network, call.inputs)
     if backend == "cpu" and not call.needs_gradients and not call.in_training and not torch.compiler.is_compiling():
         kept = kept_operands.of_call(call)
-        return inference.run(call.network.structure, kept.composed, kept.values, kept.modes, call.x, call.dtype)
+        return inference.run(call.network.structure, kept.composed, kept.values, kept.modes, call.inputs, call.dtype)
     return operators.forward(call, backend)
 
 
-def forward(network: NetworkSpec, x: Tensor) -> list[Tensor]:
+def forward(network: NetworkSpec, x: Inputs) -> list[Tensor]:
     """Logits of every head of `network`, by the backend that `choose` picks."""
     if network.backend == "reference" and not network.sync_group:
         return reference.forward(network, x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..architecture.input_checks import check_input
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.topology import Node
 from . import dispatch
@@ -19,7 +18,8 @@ def explain(network: NetworkSpec, x: Tensor) -> str:
 
     Args:
         network: a model of this package.
-        x: an input it takes, `[N, in_channels, *S]`; nothing is computed, unless `backend="auto"` has to measure first.
+        x: an input it takes, `[N, in_channels, *S]`; nothing but an encoder is computed, unless `backend="auto"` has to
+            measure first.
 
     Processes that share batch statistics decide together at their first training step: before it, one that explains such a
     step says just that, and it waits for no other.
@@ -27,15 +27,16 @@ def explain(network: NetworkSpec, x: Tensor) -> str:
     Raises:
         TypeError, ValueError: the network does not take `x`.
     """
-    check_input(network, x, any_size=network.options["odd_sizes"])
-    call = Call(network, x)
+    call = Call(*network.engine_input(x))
     return describe(call, *dispatch.outlook(call))
 
 
 def describe(call: Call, name: str, reason: str) -> str:
     """Prints and returns what the backend `name`, chosen for `reason`, does at each node; of "undecided" only the reason."""
     network, x = call.network, call.x
-    size = "x".join(map(str, x.shape[2:]))
+    given = network.topology.given
+    scale = 2 ** min(node.level for node in network.topology.nodes if not node.column) if given else 1
+    size = "x".join(str(scale * side) for side in x.shape[2:])
     lines = [f"{x.shape[0]} image(s) of {size} pixels in {call.dtype} on {x.device}: {name} ({reason})"]
     plan = None if name == "reference" else network.structure.plan
     ways = _ways(call, name) if name in ("triton", "cuda") and x.is_cuda else {}
@@ -51,10 +52,12 @@ def describe(call: Call, name: str, reason: str) -> str:
 def _describe(network: NetworkSpec, node: Node) -> str:
     """What the reference does for a node."""
     i, j = node.position
+    if not j and network.topology.given:
+        return f"X({i},0) -> {node.width} channels; the encoder's map"
     if not j:
         return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'the pooled X({i - 1},0)'}"
-    maps = ", ".join(f"X({i},{column})" for column in node.prefix)
-    return f"X({i},{j}) -> {node.width} channels from a concatenation of {maps} and the up-sampled X({i + 1},{j - 1})"
+    maps, low = ", ".join(f"X({i},{column})" for column in node.prefix), f"the up-sampled X({i + 1},{j - 1})"
+    return f"X({i},{j}) -> {node.width} channels from {f'a concatenation of {maps} and {low}' if maps else low}"
 
 
 class _Ways:
@@ -67,7 +70,7 @@ class _Ways:
     def conv(self, out: Tensor, a: Tensor, wa: Tensor, *, stats: bool = False, **options) -> Tensor | None:
         from ..kernels import cuda_ops, triton_ops
 
-        geometry = {key: options[key] for key in ("taps", "stride", "phased") if key in options}
+        geometry = {key: options[key] for key in ("taps", "stride", "phased", "plain") if key in options}
         if self.backend == "cuda" and cuda_ops.can_run_conv(out, a, **geometry)[0]:
             self.ways.append("the CUDA kernel, unless Triton's was measured to be faster")
             return self._statistics(out, stats)
@@ -87,9 +90,10 @@ class _Ways:
 
 def _ways(call: Call, backend: str) -> dict[str, tuple[str, str]]:
     """For each node, by name, how the kernels do its two convolutions in a forward pass."""
-    network, structure, ops = call.network, call.network.structure, _Ways(backend)
+    structure, ops = call.network.structure, _Ways(backend)
     training = "".join("1" if module.training else "0" for module in call.modules if isinstance(module, NORMS))
     tensors = {name: value.to("meta") for name, value in call.tensors().items()}
     modes = structure.modes(training, call.needs_gradients)
-    Forward(structure.plan, ops, modes, tensors, call.dtype).run(call.x.to("meta"), call.needs_gradients)
-    return {node.name: tuple(ops.ways[2 * index : 2 * index + 2]) for index, node in enumerate(network.topology.nodes)}
+    Forward(structure.plan, ops, modes, tensors, call.dtype).run([x.to("meta") for x in call.inputs], call.needs_gradients)
+    names = [step.node.name for step in structure.plan.computed]
+    return {name: tuple(ops.ways[2 * index : 2 * index + 2]) for index, name in enumerate(names)}

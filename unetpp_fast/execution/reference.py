@@ -11,26 +11,33 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..architecture.network_spec import NetworkSpec
+from .call import Inputs, inputs_of
 
 
-def forward(network: NetworkSpec, x: Tensor) -> list[Tensor]:
-    """Logits `[N, out_channels, *S]` of each head, shallowest first, for `x` `[N, in_channels, *S]`."""
+def forward(network: NetworkSpec, x: Inputs) -> list[Tensor]:
+    """Logits `[N, out_channels, *S]` of each head, shallowest first, for `x` `[N, in_channels, *S]`, or for the given maps
+    of an encoder."""
     maps, topology = node_maps(network, x), network.topology
     return [network.heads[topology[0, column].name](maps[0, column]) for column in topology.heads]
 
 
-def node_maps(network: NetworkSpec, x: Tensor) -> dict[tuple[int, int], Tensor]:
-    """The output `[N, width, *S / 2^i]` of every node (i, j), for `x` `[N, in_channels, *S]`."""
-    topology = network.topology
+def node_maps(network: NetworkSpec, x: Inputs) -> dict[tuple[int, int], Tensor]:
+    """The output `[N, width, *S / 2^i]` of every node (i, j), for `x` as in `forward`."""
+    topology, inputs = network.topology, inputs_of(x)
     pool = F.max_pool2d if topology.spatial_dims == 2 else F.max_pool3d
     strided = network.options["downsample"] == "stride"  # the first convolution of a level halves the map
     maps: dict[tuple[int, int], Tensor] = {}
+    if topology.given:
+        first = sorted(node.position for node in topology.nodes if not node.column)
+        maps = dict(zip(first, inputs, strict=True))
     for node in topology.nodes:
+        if node.position in maps:
+            continue
         if node.column:
             prefix = [maps[node.level, column] for column in node.prefix]
             low = maps[node.low]
         else:
-            above = maps[node.level - 1, 0] if node.level else x
+            above = maps[node.level - 1, 0] if node.level else inputs[0]
             prefix = [pool(above, 2) if node.level and not strided else above]
             low = None
         maps[node.position] = _node(network.nodes[node.name], prefix, low, network.recompute and torch.is_grad_enabled())

@@ -2,10 +2,12 @@
 
 The layout is that of segmentation_models_pytorch (smp): the encoder returns maps at 1/2, 1/4, ... of the image size; the
 nest spans them; a last block without a skip connection brings X(0,depth) to the image size, and a 3x3 head follows.
+The encoder runs in PyTorch, the rest by any backend (`Nest`).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
@@ -13,6 +15,8 @@ from ..architecture.layers import NodeModule, initialise, make_conv
 from ..architecture.options import Option
 from ..architecture.output_forms import FORMS, check_form
 from ..architecture.topology import Topology
+from ..execution import dispatch
+from ..execution.fused.structure import structure_of
 from .prediction import check_image, crop, evaluating, mean_probabilities, pad_to_multiple
 
 
@@ -46,6 +50,44 @@ class GatedNode(NodeModule):
         return self.attention2(self.convolve(self.attention1(x) if prefix else x))
 
 
+class Nest(nn.Module):
+    """All of an `EncodedNetwork` but its encoder, on the same modules, as the backends take it (`NetworkSpec`): a network
+    whose input are the encoder's maps.
+
+    Its levels are counted from the image's size, so node x0_1 of the `EncodedNetwork` is X(1,1) here, and its last block
+    X(0,depth + 1) (`Topology.over_maps`).
+    """
+
+    def __init__(self, whole: EncodedNetwork):
+        super().__init__()
+        nodes, last_width = whole.topology.nodes, whole.last.conv2.out_channels
+        self.topology, self.out_channels = whole.topology.over_maps(last_width), whole.out_channels
+        attention = isinstance(whole.last, GatedNode)
+        unused = {"odd_sizes": False, "downsample": "pool", "head_bias": True}
+        self.options = {**whole.options, **unused, "attention": attention, "head_taps": 3}
+        self.follow(whole)
+        last = self.topology.nodes[-1].name
+        inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
+        self.nodes, self.heads = nn.ModuleDict({**inner, last: whole.last}), nn.ModuleDict({last: whole.head})
+        self.refresh_handle()
+
+    def refresh_handle(self) -> None:
+        """As `Network.refresh_handle`."""
+        self.structure = structure_of(self)
+
+    def follow(self, whole: EncodedNetwork) -> None:
+        """Takes over the settings of `whole` that have changed; a graph can hold it only where none has."""
+        for name in ("backend", "training", "sync_group", "recompute"):
+            if getattr(self, name, None) != getattr(whole, name):
+                setattr(self, name, getattr(whole, name))
+
+    def is_of(self, whole: EncodedNetwork) -> bool:
+        """Whether these are still the modules of `whole`."""
+        theirs = [*whole.nodes.values(), whole.last, whole.head]
+        mine = [*self.nodes.values(), *self.heads.values()]
+        return len(mine) == len(theirs) and all(one is other for one, other in zip(mine, theirs, strict=True))
+
+
 class EncodedNetwork(nn.Module):
     """A nest over the maps of an encoder.
 
@@ -57,8 +99,11 @@ class EncodedNetwork(nn.Module):
         out_channels: classes of the mask.
         norm, act, upsample, bias: as in `Network`; `attention` adds gates to every node.
         form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
+        backend: of everything but the encoder, as in `Network`.
         unused: a module kept for its weights and never run.
     """
+
+    sync_group, recompute = "", False  # as in `Network`
 
     def __init__(
         self,
@@ -73,6 +118,7 @@ class EncodedNetwork(nn.Module):
         bias: bool = False,
         attention: bool = False,
         form: str = "plain",
+        backend: str = "auto",
         unused: nn.Module | None = None,
     ):
         super().__init__()
@@ -89,6 +135,32 @@ class EncodedNetwork(nn.Module):
         self.head = make_conv(last_width, out_channels, dims, 3)
         initialise(self, act)
         self.encoder, self.unused = encoder, unused
+        self.backend = dispatch.check(backend)
+        self.refresh_handle()
+
+    def refresh_handle(self) -> None:
+        """As `Network.refresh_handle`."""
+        self._nests = (Nest(self),)  # a tuple, or it would be a part
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_nests"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.refresh_handle()
+
+    def train(self, mode: bool = True) -> EncodedNetwork:
+        super().train(mode)
+        self.nest.follow(self)
+        return self
+
+    @property
+    def nest(self) -> Nest:
+        """What the backends compute; made again after a node was replaced."""
+        if not self._nests[0].is_of(self):
+            self.refresh_handle()
+        self._nests[0].follow(self)
+        return self._nests[0]
 
     @property
     def multiple(self) -> int:
@@ -101,6 +173,11 @@ class EncodedNetwork(nn.Module):
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or a size that is not a multiple of `multiple`.
         """
+        self.check(x)
+        return FORMS[self.form]([self.logits(x)], False)
+
+    def check(self, x: Tensor) -> None:
+        """Raises one clear error if the network does not take `x`."""
         check_input(self, x, any_size=True)
         if any(size % self.multiple for size in x.shape[2:]):
             size = "x".join(map(str, x.shape[2:]))
@@ -108,17 +185,38 @@ class EncodedNetwork(nn.Module):
                 f"size {size} does not fit: every axis must be a multiple of {self.multiple}; predict() pads and"
                 " crops any size"
             )
-        return FORMS[self.form]([self.logits(x)], False)
 
     def logits(self, x: Tensor) -> Tensor:
         """`[N, out_channels, *S]` for an image size that is a multiple of `multiple`."""
-        features = self.encoder(x)[1:]
-        maps = {(level, 0): feature for level, feature in enumerate(features)}
-        for node in self.topology.nodes:
-            if node.column:
-                prefix = [maps[node.level, column] for column in node.prefix]
-                maps[node.position] = self.nodes[node.name](prefix, maps[node.low])
-        return self.head(self.last([], maps[0, self.topology.depth]))
+        return dispatch.forward(self.nest, self.maps(x))[0]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1.
+
+        Raises:
+            ValueError: the encoder gives other maps.
+        """
+        maps = list(self.encoder(x))[1:]
+        expected = []
+        for level in range(self.topology.depth + 1):
+            size = [side >> (level + 1) for side in x.shape[2:]]
+            expected.append((x.shape[0], self.topology[level, 0].width, *size))
+        if [tuple(one.shape) for one in maps] != expected:
+            given = [tuple(one.shape) for one in maps]
+            raise ValueError(f"the encoder gives maps of {given} after the first, the nest takes {expected}")
+        return maps
+
+    def sample(self) -> Tensor:
+        """A small image that the network takes, of noise."""
+        weight, topology = self.head.weight, self.topology
+        size = [self.multiple * -(-64 // self.multiple)] * topology.spatial_dims
+        noise = torch.randn(1, topology.in_channels, *size, generator=torch.Generator().manual_seed(0))
+        return noise.to(weight)
+
+    def engine_input(self, x: Tensor) -> tuple[Nest, list[Tensor]]:
+        """What the backends compute for an image `x`, which is checked: the nest over the encoder's maps."""
+        self.check(x)
+        return self.nest, self.maps(x)
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.

@@ -113,6 +113,11 @@ class Network(nn.Module):
         """Logits `[N, out_channels, *S]` of each head, X(0,1) first, for an `x` that `check_input` accepts."""
         return dispatch.forward(self, x)
 
+    def engine_input(self, x: Tensor) -> tuple[Network, Tensor]:
+        """This network and `x`, which is checked."""
+        check_input(self, x, any_size=self.options["odd_sizes"])
+        return self, x
+
     def shaped(self, logits: Sequence[Tensor]) -> Outputs:
         """What `forward` returns for these logits of each head, X(0,1) first."""
         return FORMS[self.form](logits, self.deep_supervision)

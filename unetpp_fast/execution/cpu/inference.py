@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..fused.buffers import Maps
+from ..call import Inputs, inputs_of
+from ..fused.buffers import Maps, full_size
 from ..fused.forward import Forward
 from ..fused.ops import load_ops
 from ..fused.structure import Structure
@@ -83,33 +84,35 @@ def run(
     composed: Composed,
     parameters: Mapping[str, Tensor],
     modes: Modes,
-    x: Tensor,
+    x: Inputs,
     dtype: torch.dtype,
     columns: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Logits `[N, classes, *S]` in `dtype` of the heads at `columns` (default all), for `[N, C, *S]`.
+    """Logits `[N, classes, *S]` in `dtype` of the heads at `columns` (default all), for `[N, C, *S]` or the given maps.
 
     Args:
         composed: from `all_operands`. parameters: by name, buffers too. modes: of the norms (`Forward`).
     """
-    plan = structure.plan
+    plan, inputs = structure.plan, inputs_of(x)
+    size, count = full_size(plan, inputs), inputs[0].shape[0]
     columns = plan.topology.heads if columns is None else columns
-    logits = [x.new_empty((x.shape[0], structure.out_channels, *x.shape[2:]), dtype=dtype) for _ in columns]
+    logits = [inputs[0].new_empty((count, structure.out_channels, *size), dtype=dtype) for _ in columns]
     raw, start = any(mode != "folded" for mode in modes.values()), 0
     with torch.autocast("cpu", enabled=False):
-        for images in x.split(images_at_once(x.shape[2:])):
-            if not len(images):
+        for images in zip(*(tensor.split(images_at_once(size)) for tensor in inputs), strict=True):
+            if not len(images[0]):
                 break
-            key = (structure.handle, tuple(images.shape), dtype, raw)
+            key = (structure.handle, tuple(images[0].shape), dtype, raw)
             forward = Forward(plan, load_ops("cpu"), modes, parameters, dtype, operands=composed)
             maps = buffers.take(key)
             if maps is None:
                 with torch.inference_mode(False):  # so that any later call may write to them
                     maps = forward.allocate(images, keep=False, raw=raw)
-                    maps.image = maps.image.clone()  # it may be the caller's memory, and later calls write to it
+                    if maps.image is not None:
+                        maps.image = maps.image.clone()  # it may be the caller's memory, and later calls write to it
             results, _ = forward.run(images, keep=False, maps=maps, columns=columns)
             for whole, part in zip(logits, results, strict=True):
-                whole[start : start + len(images)] = part
+                whole[start : start + len(part)] = part
             buffers.give(key, maps)
-            start += len(images)
+            start += len(images[0])
     return logits

@@ -40,7 +40,7 @@ def of_call(call: Call) -> Kept:
     one by another library, and reading the weights takes little beside a pass.
     """
     tensors, structure = call.tensors(), call.network.structure
-    first = call.network.nodes["x0_0"].conv1.weight  # shared by a network and its pruned forms
+    first = next(iter(call.network.nodes.values())).conv1.weight  # shared by a network and its pruned forms
     key = (id(first), structure.handle, call.dtype)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), _lock:
         kept = _kept.get(key)

@@ -51,8 +51,9 @@ class Backward:
         self.gradients: dict[str, Tensor] = {}
         self.written: set[tuple[int, int]] = set()  # (level, column) of slices that hold a gradient
 
-    def run(self, maps: Maps, outputs: Sequence[Tensor | None], needs_input: bool) -> Tensor | None:
-        """From the gradients of the heads' logits (None for no gradient), that of the input, `[N, C, *S]`, if it is needed.
+    def run(self, maps: Maps, outputs: Sequence[Tensor | None], needs_input: bool) -> list[Tensor]:
+        """From the gradients of the heads' logits (None for no gradient), those of the inputs, `[N, C, *S]`, if they are
+        needed, in the order of `Plan.inputs`.
 
         Afterwards `gradients` holds those of the parameters, by name.
         """
@@ -61,18 +62,25 @@ class Backward:
         self.last: dict[int, Tensor] = {}
         acc, widest = naive.accumulator(self.dtype), max(node.width for node in self.plan.topology.nodes)
         self.zeros = maps.levels[0].new_zeros(widest + 1, dtype=acc)  # wider than any bias: none takes all of its memory
-        of_input = None
+        of_inputs: dict[int, Tensor] = {}
         by_column = dict(zip(self.plan.topology.heads, outputs, strict=True))
         for step in sorted(reversed(self.plan.steps), key=lambda step: -step.node.column):
             if step.node.level == 0 and by_column.get(step.node.column) is not None:
                 self._head(maps, step, by_column[step.node.column])
-            if step.node.position in self.written:
+            if step.source == "given":
+                if needs_input:
+                    gradient = self._gradient(maps, step.node.level, step.out)
+                    gradient = gradient if step.node.position in self.written else gradient.zero_()
+                    of_inputs[step.node.level] = from_maps(gradient, self.plan.axes)
+                self.last.pop(step.node.level, None)
+            elif step.node.position in self.written:
                 gradient = self._node(maps, step, needs_input)
-                of_input = gradient if step.source == "input" else of_input
+                if gradient is not None:
+                    of_inputs[step.node.level] = gradient
             if not step.node.column:  # the last of its level
                 self.levels[step.node.level] = None
         del self.levels, self.last
-        return of_input
+        return [gradient for _, gradient in sorted(of_inputs.items(), key=lambda item: item[0])]
 
     def _gradient(self, maps: Maps, level: int, slot: Slot) -> Tensor:
         """Where the gradient of a slot of a level is: in the level's buffer, or beside it for the last node, which is in no
@@ -117,6 +125,9 @@ class Backward:
         x, affine_x = maps.out(step)
         name = f"heads.{step.node.name}"
         weight = self.parameters[f"{name}.weight"]
+        if self.plan.head_taps == 3:
+            self._wide_head(maps, step, dy)
+            return
         dy = (dy.unsqueeze(2) if self.plan.axes == 2 else dy).to(self.dtype).contiguous()
         add = self._claim(maps, 0, [step.node.column])
         gw, gb = self.ops.head_backward(
@@ -130,6 +141,18 @@ class Backward:
         )
         self._add(f"{name}.weight", gw.view_as(weight).to(weight.dtype))
         self._add(f"{name}.bias", gb)
+
+    def _wide_head(self, maps: Maps, step: Step, dy: Tensor) -> None:
+        """As `_head`, of a head that is a convolution of 3 taps along an axis."""
+        (x, affine_x), axes, name = maps.out(step), self.plan.axes, f"heads.{step.node.name}"
+        weight = self.parameters[f"{name}.weight"]
+        g = to_maps(dy, axes).to(self.dtype).contiguous()
+        gw = self.ops.conv_wgrad(x, g, axes=axes, affine=affine_x, slope=self.plan.slope)[0]
+        self._add(f"{name}.weight", weight_composition.taps_last(gw, axes))
+        self._add(f"{name}.bias", g.sum((0, 1, 2, 3), dtype=naive.accumulator(self.dtype)))
+        back = self._cast(weight_composition.flipped(weight_composition.taps_first(weight)))
+        add = self._claim(maps, 0, [step.node.column])
+        self.ops.conv(self._gradient(maps, 0, step.out), g, back, axes=axes, add=add)
 
     def _node(self, maps: Maps, step: Step, needs_input: bool) -> Tensor | None:
         """Through a node whose output gradient is complete; returns the gradient of the image if the node reads it."""
@@ -172,7 +195,10 @@ class Backward:
         """The gradients of a node's first convolution and of its up-sampling, through the composition."""
         plan, name = self.plan, f"nodes.{step.node.name}"
         a, affine_a = maps.prefix(step)
-        wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope)[0]
+        wa = g.new_zeros((3**plan.axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
+        if step.source != "low":
+            plain = maps.plain(step)
+            wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope, plain=plain)[0]
         wb = border = None
         up, up_bias = upsampling(plan, step, self.parameters)
         if step.form == "phases":
@@ -231,7 +257,7 @@ class Backward:
             add = self._claim(maps, node.level, node.prefix)
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, add=add)
             return None
-        if step.source == "input" and not needs_input:
+        if step.source == "low" or (step.source == "input" and not needs_input):
             return None
         a, _ = maps.prefix(step)
         ga = torch.empty_like(a)

@@ -19,18 +19,22 @@ SCALE, SHIFT = 2, 3  # rows of a table
 class Maps:
     """The buffers of a pass.
 
-    levels: per level, the outputs of its nodes' second convolutions side by side, `[N, D, H, W, sum of widths]`.
+    image: None where the maps of an encoder are given.
+    levels: per level, the outputs of its nodes' second convolutions side by side, `[N, D, H, W, sum of widths]`; a given map
+        is the first.
     mids: the same for the first convolutions; if they need not be kept, the nodes of a level share one place, or only some
         rows of it (`paired`).
     level_tables, mid_tables: `[4, 1 or N, sum of widths]`, how to read these maps; None if they are stored activated.
+    given: per level, the channels of its given map (`Plan.given`), which is read as it is whatever the table says.
     pools: the pooled map of a level.
     """
 
-    image: Tensor
+    image: Tensor | None
     levels: list[Tensor]
     mids: list[Tensor]
     level_tables: list[Tensor | None]
     mid_tables: list[Tensor | None]
+    given: tuple[int, ...]
     pools: dict[int, Tensor] = field(default_factory=dict)
 
     def slot(self, level: int, slot: Slot) -> Slot:
@@ -40,7 +44,7 @@ class Maps:
     def out(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The output of a node and how to read it."""
         level = step.node.level
-        return view(self.levels[level], self.slot(level, step.out)), affine(self.level_tables[level], step.out)
+        return view(self.levels[level], self.slot(level, step.out)), self._affine(level, step.out)
 
     def paired(self, step: Step) -> bool:
         """Whether a node's first convolution runs strip by strip with its second."""
@@ -54,7 +58,9 @@ class Maps:
 
     def mid_slot(self, step: Step) -> Slot:
         """The slot in `mids`: beside the other nodes of the level, or the place that they share."""
-        return step.out if step.out.end <= self.mids[step.node.level].shape[-1] else Slot(0, step.out.width)
+        level = step.node.level
+        slot = Slot(step.out.offset - self.given[level], step.out.width)
+        return slot if slot.end <= self.mids[level].shape[-1] else Slot(0, slot.width)
 
     def prefix(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The first operand of a node's first convolution."""
@@ -63,12 +69,21 @@ class Maps:
         if step.source == "pool":
             return self.pools[step.node.level], None
         slot = Slot(0, step.prefix)
-        return view(self.levels[step.node.level], slot), affine(self.level_tables[step.node.level], slot)
+        return view(self.levels[step.node.level], slot), self._affine(step.node.level, slot)
+
+    def plain(self, step: Step) -> int:
+        """The channels of a node's first operand that are read as they are, where others are not."""
+        level = step.node.level
+        mixed = step.source == "prefix" and step.prefix > self.given[level] and self.level_tables[level] is not None
+        return self.given[level] if mixed else 0
 
     def low(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The low source of a node, at low resolution."""
         below = step.node.level + 1
-        return view(self.levels[below], self.slot(below, step.low)), affine(self.level_tables[below], step.low)
+        return view(self.levels[below], self.slot(below, step.low)), self._affine(below, step.low)
+
+    def _affine(self, level: int, slot: Slot) -> naive.Affine | None:
+        return None if slot.end <= self.given[level] else affine(self.level_tables[level], slot)
 
     def kept(self, plan: Plan, recompute: bool) -> list[Tensor]:
         """The tensors that a backward pass needs beside the image, in the order of `kept_names`.
@@ -79,10 +94,10 @@ class Maps:
         return [getattr(self, name)[key] for name, key in kept_names(plan, raw, recompute)]
 
     @classmethod
-    def from_kept(cls, plan: Plan, image: Tensor, kept: Sequence[Tensor], raw: bool, recompute: bool) -> Maps:
+    def from_kept(cls, plan: Plan, image: Tensor | None, kept: Sequence[Tensor], raw: bool, recompute: bool) -> Maps:
         """The inverse of `kept`; with `recompute`, `mids` has room for one node per level."""
         nothing = [None] * len(plan.widths)
-        maps = cls(image, list(nothing), list(nothing), list(nothing), list(nothing))
+        maps = cls(image, list(nothing), list(nothing), list(nothing), list(nothing), plan.given)
         for (name, key), tensor in zip(kept_names(plan, raw, recompute), kept, strict=True):
             getattr(maps, name)[key] = tensor
         if recompute:
@@ -120,34 +135,43 @@ def from_maps(x: Tensor, axes: int) -> Tensor:
     return x.squeeze(2) if axes == 2 else x
 
 
+def full_size(plan: Plan, inputs: Sequence[Tensor]) -> list[int]:
+    """`*S`, the size of level 0, by the largest of the inputs."""
+    return [side << plan.inputs[0].node.level for side in inputs[0].shape[2:]]
+
+
 def allocate(
     plan: Plan,
-    x: Tensor,
+    inputs: Sequence[Tensor],
     dtype: torch.dtype,
     keep: bool,
     raw: bool,
     recompute: bool = False,
     pair_rows: Callable[..., int] | None = None,
 ) -> Maps:
-    """The buffers for an input `[N, C, *S]`.
+    """The buffers for the inputs of a pass: the image `[N, C, *S]`, or the given maps.
 
     keep: keep the outputs of all convolutions for a backward pass; else some nodes use the place of others that were read.
     raw: store outputs raw, with tables. recompute: those of first convolutions are not kept. pair_rows: of ops that run the
     two convolutions of a node strip by strip, if they may.
     """
-    axes, acc = plan.axes, naive.accumulator(dtype)
-    image = to_maps(x, axes).to(dtype).contiguous()
+    x, axes, acc = inputs[0], plan.axes, naive.accumulator(dtype)
+    image = None if plan.topology.given else to_maps(x, axes).to(dtype).contiguous()
+    full = full_size(plan, inputs)
     rows = x.shape[0] if plan.norm == "instance" else 1
     levels, tables = [], []
     for level, width in enumerate(plan.widths):
-        size = [image.shape[1] >> level if axes == 3 else 1, image.shape[2] >> level, image.shape[3] >> level]
+        size = [*([] if axes == 3 else [1]), *(side >> level for side in full)]
         tables.append([x.new_empty((4, rows, width), dtype=acc) if raw else None for _ in range(2)])
         room = width if keep else plan.least_widths[level]
         levels.append(x.new_empty((x.shape[0], *size, room), dtype=dtype))
     kept = keep and not recompute
-    mids = [torch.empty_like(level) for level in levels] if kept else shared_mids(plan, levels, pair_rows)
+    if kept:
+        mids = [x.new_empty((*y.shape[:4], y.shape[4] - plan.given[i]), dtype=dtype) for i, y in enumerate(levels)]
+    else:
+        mids = shared_mids(plan, levels, pair_rows)
     pools = {} if keep else _pools_beside(plan, levels)
-    return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables], pools)
+    return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables], plan.given, pools)
 
 
 def _pools_beside(plan: Plan, levels: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -165,9 +189,9 @@ def shared_mids(plan: Plan, levels: Sequence[Tensor], pair_rows: Callable[..., i
     """For each level, room for the output of one node's first convolution; all in one place, as one node runs at a time."""
     shapes = []
     for level, buffer in enumerate(levels):
-        widths = {step.out.width for step in plan.steps if step.node.level == level}
-        images, *size = buffer.shape[:4]
-        held = pair_rows(size[1:], max(widths), buffer.itemsize) if pair_rows and len(widths) == 1 and images else 0
-        shapes.append((1, 1, held, size[2], max(widths)) if held else (images, *size, max(widths)))
+        widths = {step.out.width for step in plan.computed if step.node.level == level}
+        widest, (images, *size) = max(widths, default=0), buffer.shape[:4]
+        held = pair_rows(size[1:], widest, buffer.itemsize) if pair_rows and len(widths) == 1 and images else 0
+        shapes.append((1, 1, held, size[2], widest) if held else (images, *size, widest))
     memory = levels[0].new_empty(max(map(math.prod, shapes)))
     return [memory[: math.prod(shape)].view(shape) for shape in shapes]

@@ -68,7 +68,7 @@ class Composition:
     def __init__(self, structure: Structure, shapes: Mapping[str, Sequence[int]], reached: Iterable[str]):
         self.plan = plan = structure.plan
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.steps = [step for step in plan.steps if step.node.name in set(reached)]
+        self.steps = [step for step in plan.computed if step.node.name in set(reached)]
         self.up = "deconv" if plan.upsample == "deconv" else "project" if plan.project else "none"
         self.parameters, self.operands, self.flipped, self.borders = Places(), Places(), Places(), Places()
         self.gradients, self.out = Places(), Places()
@@ -88,7 +88,7 @@ class Composition:
     def _sizes(self, step: Step) -> tuple[int, int, int, int]:
         """Channels of a node: of its prefix, of its low source, of that up-sampled, and its own."""
         co, inputs = self.shapes[f"nodes.{step.node.name}.conv1.weight"][:2]
-        prefix = step.prefix if step.source == "prefix" else inputs
+        prefix = inputs if step.source in ("input", "pool") else step.prefix
         low = 0 if step.low is None else step.low.width if step.form == "phases" else inputs - prefix
         return prefix, low, inputs - prefix, co
 

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from ...kernels import naive
 from ..batch_statistics import gathered_statistics
+from ..call import Inputs, inputs_of
 from ..plan.operands import Modes, cast, node_operands
 from ..plan.steps import Plan, Slot, Step, head_step
-from ..plan.weight_composition import Operands
-from .buffers import Maps, allocate, to_maps, view
+from ..plan.weight_composition import Operands, taps_first
+from .buffers import Maps, allocate, from_maps, to_maps, view
 from .ops import reads_linear, takes_views
 
 
@@ -46,35 +47,40 @@ class Forward:
     operands: Mapping[str, tuple[Operands, Operands]] = field(default_factory=dict)
 
     def run(
-        self, x: Tensor, keep: bool, recompute: bool = False, maps: Maps | None = None, columns: Sequence[int] | None = None
+        self, x: Inputs, keep: bool, recompute: bool = False, maps: Maps | None = None, columns: Sequence[int] | None = None
     ) -> tuple[list[Tensor], Maps]:
         """Logits `[N, classes, *S]` of each head, and the buffers, complete for a backward pass if `keep`.
 
-        recompute: the backward pass recomputes the outputs of first convolutions (`Backward`).
+        x: the image, or the given maps. recompute: the backward pass recomputes what first convolutions give (`Backward`).
         maps: the buffers of an earlier pass of this size to use again. columns: of the heads to compute, default all.
         Afterwards `moments` `[2, sum of widths]` holds the mean and unbiased variance of each norm in mode "batch", those of
         the first in the plan's order first; None if there is none.
         """
+        inputs = inputs_of(x)
         self.moments, self.places = None, moment_places(self.plan, self.modes)
         if self.places:
             width = max(slot.end for slot in self.places.values())
-            self.moments = x.new_empty((2, width), dtype=naive.accumulator(self.dtype))
+            self.moments = inputs[0].new_empty((2, width), dtype=naive.accumulator(self.dtype))
         raw = any(mode != "folded" for mode in self.modes.values())
         if maps is None:
-            maps = self.allocate(x, keep, raw, recompute)
-        else:
-            maps.image.copy_(to_maps(x, self.plan.axes))
+            maps = self.allocate(inputs, keep, raw, recompute)
+        elif maps.image is not None:
+            maps.image.copy_(to_maps(inputs[0], self.plan.axes))
+        given = {step.node.level: x for step, x in zip(self.plan.inputs, inputs, strict=True)}
         for step in self.plan.steps:
-            self._node(maps, step, keep)
+            if step.source == "given":
+                maps.out(step)[0].copy_(to_maps(given[step.node.level], self.plan.axes))
+            else:
+                self._node(maps, step, keep)
         return [
             self._head(maps, column) for column in self.plan.topology.heads if columns is None or column in columns
         ], maps
 
-    def allocate(self, x: Tensor, keep: bool, raw: bool, recompute: bool = False) -> Maps:
-        """Buffers for a pass of `x` `[N, C, *S]`; arguments as those of `buffers.allocate`."""
+    def allocate(self, inputs: Sequence[Tensor], keep: bool, raw: bool, recompute: bool = False) -> Maps:
+        """Buffers for a pass; arguments as those of `buffers.allocate`."""
         pairs = not keep and not raw and self.plan.axes == 2
         rows = getattr(self.ops, "pair_rows", None) if pairs else None
-        return allocate(self.plan, x, self.dtype, keep, raw, recompute, rows)
+        return allocate(self.plan, inputs, self.dtype, keep, raw, recompute, rows)
 
     def _node(self, maps: Maps, step: Step, keep: bool) -> None:
         plan, node = self.plan, step.node
@@ -114,8 +120,8 @@ class Forward:
         options = {} if linear is None else {"linear": linear}
         return self.ops.conv(
             maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
-            slope=self.plan.slope, affine_a=affine_a, b=b, wb=self._cast(operands.wb), affine_b=affine_b,
-            **options, **self._epilogue(f"{step.node.name}.norm1", operands),
+            slope=self.plan.slope, affine_a=affine_a, plain=maps.plain(step), b=b, wb=self._cast(operands.wb),
+            affine_b=affine_b, **options, **self._epilogue(f"{step.node.name}.norm1", operands),
         )  # fmt: skip
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:
@@ -169,9 +175,14 @@ class Forward:
         step = head_step(plan, column)
         x, affine_x = maps.out(step)
         weight, bias = (self.parameters[f"heads.{step.node.name}.{key}"] for key in ("weight", "bias"))
+        bias = bias.to(naive.accumulator(self.dtype))
+        if plan.head_taps == 3:
+            out = x.new_empty((*x.shape[:4], weight.shape[0]))
+            taps = self._cast(taps_first(weight))
+            self.ops.conv(out, x, taps, axes=plan.axes, affine_a=affine_x, slope=plan.slope, bias=bias)
+            return from_maps(out, plan.axes)
         out = x.new_empty((x.shape[0], weight.shape[0], *x.shape[1:4]))
-        acc = naive.accumulator(self.dtype)
-        self.ops.head(out, x, weight.flatten(1).to(self.dtype), bias.to(acc), affine=affine_x, slope=plan.slope)
+        self.ops.head(out, x, weight.flatten(1).to(self.dtype), bias, affine=affine_x, slope=plan.slope)
         return out.squeeze(2) if plan.axes == 2 else out
 
 

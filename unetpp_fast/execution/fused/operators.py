@@ -1,8 +1,8 @@
 """A whole forward pass, and a whole backward pass, as one operator each.
 
-`torch.ops.unetpp_fast.forward` takes the input and every parameter and buffer of a network, and returns its logits and
-what the backward pass needs; `torch.compile(fullgraph=True)` and autograd see one opaque call. Neither operator writes
-to its inputs: new running statistics come back as results.
+`torch.ops.unetpp_fast.forward` takes the image, or the maps of an encoder, and every parameter and buffer of a network, and
+returns its logits and what the backward pass needs; `torch.compile(fullgraph=True)` and autograd see one opaque call.
+Neither operator writes to its inputs: new running statistics come back as results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..call import Call
 from ..plan.steps import Slot
 from . import structure as structures
 from .backward import Backward
-from .buffers import Maps, allocate, to_maps, view
+from .buffers import Maps, allocate, full_size, to_maps, view
 from .composed import Composed, Composition, composition
 from .forward import Forward, moment_places
 from .ops import composes, load_ops
@@ -73,7 +73,7 @@ def _named(structure: Structure, tensors: Sequence[Tensor]) -> dict[str, Tensor]
 
 @torch.library.custom_op("unetpp_fast::forward", mutates_args=())
 def forward_op(
-    x: Tensor,
+    inputs: Sequence[Tensor],
     tensors: Sequence[Tensor],
     keep: bool,
     handle: str,
@@ -83,7 +83,7 @@ def forward_op(
     group: str,
     recompute: bool,
 ) -> list[Tensor]:
-    """`Results.flat()` for the input `[N, C, *S]` and all parameters and buffers; `kept` is empty without `keep`."""
+    """`Results.flat()` for the inputs (`Plan.inputs`) and all parameters and buffers; `kept` is empty without `keep`."""
     structure = structures.find(handle)
     modes = structure.modes(training, keep)
     named = _named(structure, tensors)
@@ -91,26 +91,28 @@ def forward_op(
     weights: list[Tensor] = []
     with (
         scratch.reused(),
-        torch.autocast(x.device.type, enabled=False),
+        torch.autocast(inputs[0].device.type, enabled=False),
     ):  # precisions are chosen here; sums and weights stay wide
         if keep and composes(ops):
             of_all = composition(structure, named)
             weights = of_all.compose(named, dtype)
             run.operands = Composed(of_all, weights, named).operands
-        logits, maps = run.run(x, keep, recompute)
+        logits, maps = run.run(inputs, keep, recompute)
     kept = [*maps.kept(structure.plan, recompute), *(weights if recompute else weights[:1])] if keep else []
-    return Results(logits, kept, run.moments).flat()
+    return Results([_unshared(head) for head in logits], kept, run.moments).flat()
 
 
 @forward_op.register_fake
-def _(x, tensors, keep, handle, training, dtype, ops, group, recompute):
+def _(inputs, tensors, keep, handle, training, dtype, ops, group, recompute):
     structure = structures.find(handle)
     structures.keep(structure)
     plan, modes = structure.plan, structure.modes(training, keep)
-    logits = [x.new_empty((x.shape[0], structure.out_channels, *x.shape[2:]), dtype=dtype) for _ in plan.topology.heads]
+    x = inputs[0]
+    shape = x.shape[0], structure.out_channels, *full_size(plan, inputs)
+    logits = [x.new_empty(shape, dtype=dtype) for _ in plan.topology.heads]
     kept = []
     if keep:
-        maps = allocate(plan, x, dtype, keep=True, raw=bool(modes), recompute=recompute)
+        maps = allocate(plan, inputs, dtype, keep=True, raw=bool(modes), recompute=recompute)
         for step in plan.steps:
             level = maps.levels[step.node.level]
             if step.source == "pool":
@@ -133,7 +135,7 @@ def _unshared(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("unetpp_fast::backward", mutates_args=())
 def backward_op(
-    x: Tensor,
+    inputs: Sequence[Tensor],
     parameters: Sequence[Tensor],
     kept: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -146,14 +148,14 @@ def backward_op(
     group: str,
     recompute: bool,
 ) -> list[Tensor]:
-    """The gradients of the parameters that these heads reach, then that of the input if it is needed.
+    """The gradients of the parameters that these heads reach, then those of the inputs if they are needed.
 
     Of ops that compose weights by a kernel: in float32, those of `Composition.weights` and those of the other parameters,
     each one after another in a flat tensor.
     """
     structure = structures.find(handle)
     plan, modes = structure.plan, structure.modes(training, True)
-    image = to_maps(x, plan.axes).to(dtype).contiguous()
+    image = None if plan.topology.given else to_maps(inputs[0], plan.axes).to(dtype).contiguous()
     named, composed = _named(structure, parameters), None
     if composes(ops):
         count = 3 if recompute else 1
@@ -161,31 +163,31 @@ def backward_op(
     maps = Maps.from_kept(plan, image, kept, bool(modes), recompute)
     given = iter(gradients)
     run = Backward(plan, load_ops(ops), modes, named, dtype, group_of(group), recompute, composed)
-    with scratch.reused(), torch.autocast(x.device.type, enabled=False):
-        of_input = run.run(maps, [next(given) if present else None for present in heads], needs_input)
+    with scratch.reused(), torch.autocast(inputs[0].device.type, enabled=False):
+        found = run.run(maps, [next(given) if present else None for present in heads], needs_input)
+        of_inputs = [torch.empty_like(x).copy_(gradient) for x, gradient in zip(inputs, found, strict=False)]
         if composed:
             reached = composition(structure, named, heads)
             others = [run.gradients[name] for name in _not_composed(structure, reached, heads)]
             flat = [reached.gradients_of(named, run.parts), torch._C._nn.flatten_dense_tensors(others).float()]
-            return [*flat, of_input.to(x.dtype).contiguous()] if needs_input else flat
+            return flat + of_inputs
     dtypes = {name: tensor.dtype for name, tensor in zip(structure.parameters, parameters, strict=True)}
     of_parameters = [_unshared(run.gradients[name].to(dtypes[name])) for name in structure.parameters_of(heads)]
-    return [*of_parameters, of_input.to(x.dtype).contiguous()] if needs_input else of_parameters
+    return of_parameters + of_inputs
 
 
 @backward_op.register_fake
-def _(x, parameters, kept, gradients, heads, needs_input, handle, training, dtype, ops, group, recompute):
+def _(inputs, parameters, kept, gradients, heads, needs_input, handle, training, dtype, ops, group, recompute):
     structure = structures.find(handle)
     structures.keep(structure)
     named = dict(zip(structure.parameters, parameters, strict=True))
-    of_input = [x] if needs_input else []
+    of_inputs = [torch.empty_like(x) for x in inputs] if needs_input else []
     if composes(ops):
         reached = composition(structure, named, heads)
         sizes = sum(named[name].numel() for name in _not_composed(structure, reached, heads)), reached.parameters.size
-        flat = [x.new_empty(size, dtype=torch.float32) for size in reversed(sizes)]
-        return [*flat, *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in of_input)]
-    like = [named[name] for name in structure.parameters_of(heads)] + of_input
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like]
+        return [inputs[0].new_empty(size, dtype=torch.float32) for size in reversed(sizes)] + of_inputs
+    like = [named[name] for name in structure.parameters_of(heads)]
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like] + of_inputs
 
 
 def _not_composed(structure: Structure, reached: Composition, heads: Sequence[bool]) -> list[str]:
@@ -205,24 +207,25 @@ def _by_name(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, tensors, _, *settings = inputs
+    images, tensors, _, *settings = inputs
     ctx.settings = Settings(*settings)
     ctx.structure = structure = structures.find(ctx.settings.handle)  # the network may be gone before the backward pass
     results = Results.of(output, structure, structure.modes(ctx.settings.training, True))
     ctx.count = len(structure.parameters)  # buffers are not saved: running statistics change before the backward pass
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *tensors[: ctx.count], *results.kept)
+    ctx.inputs = len(images)
+    ctx.save_for_backward(*images, *tensors[: ctx.count], *results.kept)
 
 
 def _backward(ctx, gradients):
     structure: Structure = ctx.structure
-    x, *saved = ctx.saved_tensors
+    inputs, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
     of_logits = gradients[: len(structure.plan.topology.heads)]
     heads = [gradient is not None for gradient in of_logits]
     given = [gradient for gradient in of_logits if gradient is not None]
-    needs_input = ctx.needs_input_grad[0]
+    needs_input = any(ctx.needs_input_grad[0])
     results = torch.ops.unetpp_fast.backward(
-        x, saved[: ctx.count], saved[ctx.count :], given, heads, needs_input, *ctx.settings
+        inputs, saved[: ctx.count], saved[ctx.count :], given, heads, needs_input, *ctx.settings
     )
     if composes(ctx.settings.ops):
         parameters = dict(zip(structure.parameters, saved[: ctx.count], strict=True))
@@ -230,7 +233,8 @@ def _backward(ctx, gradients):
     else:
         named = dict(zip(structure.parameters_of(heads), results, strict=False))
     of_tensors = [named.get(name) for name in structure.parameters + structure.buffers]
-    return results[-1] if needs_input else None, of_tensors, None, *[None] * len(ctx.settings)
+    of_inputs = list(results[-ctx.inputs :]) if needs_input else [None] * ctx.inputs
+    return of_inputs, of_tensors, None, *[None] * len(ctx.settings)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -243,7 +247,7 @@ def forward(call: Call, ops: str) -> list[Tensor]:
     training = "".join("1" if module.training else "0" for module in norms)
     keep, group = call.needs_gradients, network.sync_group if "1" in training else ""
     settings = Settings(structure.handle, training, call.dtype, ops, group, keep and network.recompute)
-    tensors = torch.ops.unetpp_fast.forward(call.x, [*call.parameters, *call.buffers], keep, *settings)
+    tensors = torch.ops.unetpp_fast.forward(call.inputs, [*call.parameters, *call.buffers], keep, *settings)
     results = Results.of(tensors, structure, structure.modes(training, keep))
     batch = [module for module in norms if module.training and not isinstance(module, InstanceNorm)]
     if batch:

@@ -21,9 +21,10 @@ from ..batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 from ..plan.steps import Plan, make_plan, unsupported
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
+_ACTIVATIONS = {entry.layer for entry in ACTIVATIONS.values()}
 _KNOWN_LAYERS = {
     *NORMS, SyncedBatchNorm2d, SyncedBatchNorm3d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    Interpolate, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, *(entry.layer for entry in ACTIVATIONS.values()),
+    Interpolate, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, *_ACTIVATIONS,
 }  # fmt: skip
 _SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps",
@@ -139,6 +140,8 @@ def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> t
         if type(module) not in _KNOWN_LAYERS or any(hooks) or "forward" in module.__dict__:
             return None
         if isinstance(module, NORMS) and module.eps != plan.eps:
+            return None
+        if type(module) in _ACTIVATIONS and getattr(module, "negative_slope", 0.0) != plan.slope:
             return None
         count = sum(value is not None for value in module._parameters.values())
         layers.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))

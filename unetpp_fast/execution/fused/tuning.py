@@ -213,23 +213,26 @@ def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
 
 def _copy(call: Call, training: bool) -> Call:
     """The same pass of a copy of the network that exchanges nothing with other processes; on a CPU of part of the images."""
-    x = call.x.detach()
-    if x.device.type == "cpu":
-        x = _part(x, MEASURED_PIXELS, call.network.topology.multiple)
-        x = x[: max(1, 2 * MEASURED_PIXELS // x.shape[2:].numel())]
-    return Call(copy_alone(call.network).train(training), x, call.dtype)
+    inputs = [x.detach() for x in call.inputs]
+    if call.x.device.type == "cpu":
+        inputs = _part(inputs, MEASURED_PIXELS, call.network.topology.multiple)
+        images = max(1, 2 * MEASURED_PIXELS // inputs[0].shape[2:].numel())
+        inputs = [x[:images] for x in inputs]
+    return Call(copy_alone(call.network).train(training), inputs, call.dtype)
 
 
-def _part(x: Tensor, pixels: int, multiple: int) -> Tensor:
-    """The leading part of images, of at most so many pixels each, or the smallest that a network takes."""
-    while x.shape[2:].numel() > pixels and max(x.shape[2:]) >= 2 * multiple:
-        axis = max(range(2, x.ndim), key=lambda axis: x.shape[axis])
-        x = x.narrow(axis, 0, x.shape[axis] // 2 // multiple * multiple)
-    return x
+def _part(inputs: list[Tensor], pixels: int, multiple: int) -> list[Tensor]:
+    """The leading part of images, of at most so many pixels each, or the smallest that a network takes; of the maps of an
+    encoder, the same part of each."""
+    while (size := inputs[0].shape[2:]).numel() > pixels and max(size) >= 2 * multiple:
+        axis = max(range(len(size)), key=lambda axis: size[axis])
+        kept = size[axis] // 2 // multiple * multiple
+        inputs = [x.narrow(axis + 2, 0, x.shape[axis + 2] * kept // size[axis]) for x in inputs]
+    return inputs
 
 
 def _by(backend: str, dtype: torch.dtype, compute: Compute) -> Callable[[NetworkSpec, Tensor], list[Tensor]]:
-    return lambda network, x: compute(Call(network, x, dtype), backend)
+    return lambda network, inputs: compute(Call(network, inputs, dtype), backend)
 
 
 def _time_candidates(call: Call, backend: str, name: str, progress: bool, compute: Compute) -> None:
@@ -241,16 +244,16 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool, comput
             return milliseconds(launch, call.x.device)
 
         with kernel_tuning.measuring(measure, lambda: _save_if_possible(call.x.device)):
-            _run(_by(backend, call.dtype, compute), call.network, call.x, call.needs_gradients)
+            _run(_by(backend, call.dtype, compute), call.network, call.inputs, call.needs_gradients)
 
 
 def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = ROUNDS) -> dict:
     """The verdict on the fastest backend that is right; one that fails is skipped, unless all fail."""
     device, training = call.x.device, call.needs_gradients
-    checked = _checked(call.x, call.network.topology.multiple)
+    checked = _checked(call.inputs, call.network.topology.multiple)
 
     def took(forward: Callable) -> float:
-        return milliseconds(lambda: _run(forward, call.network, call.x, training), device, rounds)
+        return milliseconds(lambda: _run(forward, call.network, call.inputs, training), device, rounds)
 
     verdicts, failed = [], None
     for backend in kernels:
@@ -273,45 +276,45 @@ def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = R
         raise failed
     best = max(verdicts, key=lambda verdict: verdict["ratio"] if verdict["right"] else -1.0)
     if device.type == "cpu" and call.dtype != torch.float32:  # which may be faster there
-        single = Call(copy.deepcopy(call.network).float(), call.x.float(), torch.float32)
+        single = Call(copy.deepcopy(call.network).float(), [x.float() for x in call.inputs], torch.float32)
         forward = _by(best["backend"], torch.float32, compute)
         with torch.autocast("cpu", enabled=False):
-            best["float32_ms"] = milliseconds(lambda: _run(forward, single.network, single.x, training), device, rounds)
+            best["float32_ms"] = milliseconds(lambda: _run(forward, single.network, single.inputs, training), device, rounds)
     return best
 
 
-def _run(forward: Callable, network: NetworkSpec, x: Tensor, training: bool) -> list[Tensor]:
-    """The outputs of a pass as one vector and, in training, the gradients of all parameters as another."""
+def _run(forward: Callable, network: NetworkSpec, inputs: list[Tensor], training: bool) -> list[Tensor]:
+    """The outputs of a pass as one vector and, in training, the gradients of all parameters, and of the maps of an encoder,
+    as another."""
+    given = [x.detach().requires_grad_() for x in inputs] if training and network.topology.given else []
     with torch.set_grad_enabled(training):
-        outputs = forward(network, x)
+        outputs = forward(network, given or inputs)
         results = [outputs]
         if training:
             loss = sum(output.to(torch.promote_types(output.dtype, torch.float32)).square().mean() for output in outputs)
-            learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            learned = [parameter for parameter in network.parameters() if parameter.requires_grad] + given
             results += [torch.autograd.grad(loss, learned)] if learned else []
     return [as_vector(tensors) for tensors in results]
 
 
-def _checked(x: Tensor, multiple: int) -> list[Tensor]:
-    """What to check a pass over `x` on, the first that float64 has memory for. On a GPU all images, because other kernels
-    may serve fewer of them; on a CPU, where float64 is slow, a part of two."""
-    if x.device.type == "cpu":
-        return [_part(x[:2], CHECKED_PIXELS, multiple)]
-    return [x, *(x[:count] for count in (8, 2) if count < x.shape[0])]
+def _checked(inputs: list[Tensor], multiple: int) -> list[list[Tensor]]:
+    """What to check a pass over these inputs on, the first that float64 has memory for. On a GPU all images, because other
+    kernels may serve fewer of them; on a CPU, where float64 is slow, a part of two."""
+    if inputs[0].device.type == "cpu":
+        return [_part([x[:2] for x in inputs], CHECKED_PIXELS, multiple)]
+    return [inputs, *([x[:count] for x in inputs] for count in (8, 2) if count < inputs[0].shape[0])]
 
 
-def _is_right(network: NetworkSpec, inputs: list[Tensor], dtype: torch.dtype, training: bool, kernels: Callable) -> bool:
+def _is_right(
+    network: NetworkSpec, checked: list[list[Tensor]], dtype: torch.dtype, training: bool, kernels: Callable
+) -> bool:
     """Whether `acceptance.disagreement` accepts the results for the first input that fits in memory: outputs always,
     gradients for the images as they are or with one of a few draws of noise. A single ReLU or maximum that falls the other
     way can take gradients out of the bounds; another draw has others, while a wrong kernel is wrong in all."""
     noise = torch.Generator().manual_seed(0)
     for draw in range(DRAWS if training else 1):
-        images = (
-            [x + torch.randn(x.shape, generator=noise).to(x) * (x.std(correction=0) / 100) for x in inputs]
-            if draw
-            else inputs
-        )
-        exact, usual, actual = _results(network, images, training, kernels)
+        drawn = [[_noisy(x, noise) for x in inputs] for inputs in checked] if draw else checked
+        exact, usual, actual = _results(network, drawn, training, kernels)
         if disagreement(exact[:1], usual[:1], actual[:1], dtype):
             return False
         if not disagreement(exact, usual, actual, dtype):
@@ -319,20 +322,26 @@ def _is_right(network: NetworkSpec, inputs: list[Tensor], dtype: torch.dtype, tr
     return False
 
 
-def _results(network: NetworkSpec, inputs: list[Tensor], training: bool, kernels: Callable) -> list[list[Tensor]]:
+def _noisy(x: Tensor, noise: torch.Generator) -> Tensor:
+    return x + torch.randn(x.shape, generator=noise).to(x) * (x.std(correction=0) / 100)
+
+
+def _results(network: NetworkSpec, checked: list[list[Tensor]], training: bool, kernels: Callable) -> list[list[Tensor]]:
     """For the first input that fits in memory what `_run` gives in float64, by PyTorch and by `kernels`; of PyTorch's two
     layouts the one that is farther off."""
-    for x in inputs:
-        layouts = (torch.contiguous_format, torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    for inputs in checked:
+        layouts = (torch.contiguous_format, torch.channels_last if inputs[0].ndim == 4 else torch.channels_last_3d)
         try:
-            with torch.autocast(x.device.type, enabled=False):
-                exact = _run(reference.forward, copy.deepcopy(network).double(), x.double(), training)
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                wide = [x.double() for x in inputs]
+                exact = _run(reference.forward, copy.deepcopy(network).double(), wide, training)
             usual = []
             for layout in layouts:
                 laid_out = copy.deepcopy(network).to(memory_format=layout)
-                usual.append(_run(reference.forward, laid_out, x.to(memory_format=layout), training))
+                images = [x.to(memory_format=layout) for x in inputs]
+                usual.append(_run(reference.forward, laid_out, images, training))
             break
         except torch.OutOfMemoryError:
-            if x is inputs[-1]:
+            if inputs is checked[-1]:
                 raise
-    return [exact, farther_off(exact, *usual), _run(kernels, copy.deepcopy(network), x, training)]
+    return [exact, farther_off(exact, *usual), _run(kernels, copy.deepcopy(network), inputs, training)]

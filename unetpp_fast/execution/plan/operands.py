@@ -41,7 +41,7 @@ def conv1_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
 
 def prefix_width(step: Step, weight: Tensor) -> int:
     """Input channels of a node's first convolution that do not come from the level below."""
-    return step.prefix if step.source == "prefix" else weight.shape[1]
+    return weight.shape[1] if step.source in ("input", "pool") else step.prefix
 
 
 def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:
@@ -103,7 +103,7 @@ def all_operands(
             plain.append(None if is_folded else weight_composition.taps_first(weight[:, :width]))
         return tuple(map(rounded, node_operands(plan, step, wide, modes), plain))
 
-    return {step.node.name: both(step) for step in plan.steps}
+    return {step.node.name: both(step) for step in plan.computed}
 
 
 def _folded(

@@ -35,9 +35,9 @@ class Slot:
 class Step:
     """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
 
-    source: of the first operand: "input", "pool" (of the level above) or "prefix" (the leading `prefix` channels of the
-    node's level). form: how the low source `low`, channels of the level below, is read: None, "phases" (at low resolution)
-    or "full" (up-sampled linearly).
+    source: of the first operand: "input", "pool" (of the level above), "prefix" (the leading `prefix` channels of the node's
+    level) or "low" (there is none beside the low source); "given" for a node that is not computed. form: how the low source
+    `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled linearly).
     """
 
     node: Node
@@ -52,7 +52,8 @@ class Step:
 class Plan:
     """The steps of a pass, the widths of the level buffers and the options that all nodes share.
 
-    norm: None, "batch" or "instance"; slope: of the leaky ReLU, 0 for ReLU; upsample: its name and keywords.
+    norm: None, "batch" or "instance"; slope: of the leaky ReLU, 0 for ReLU; upsample: its name and keywords; head_taps: of
+    the heads' convolutions along an axis, 1 or 3.
     """
 
     topology: Topology
@@ -66,20 +67,40 @@ class Plan:
     align_corners: bool | None
     project: bool
     bias: bool
+    head_taps: int = 1
 
     @property
     def axes(self) -> int:
         return self.topology.spatial_dims
 
     @cached_property
+    def computed(self) -> tuple[Step, ...]:
+        """The steps of the nodes that are not given."""
+        return tuple(step for step in self.steps if step.source != "given")
+
+    @cached_property
+    def inputs(self) -> tuple[Step, ...]:
+        """The steps that take an input of the pass, in its order: the image, or the given maps, largest first."""
+        found = [step for step in self.steps if step.source in ("input", "given")]
+        return tuple(sorted(found, key=lambda step: step.node.level))
+
+    @cached_property
+    def given(self) -> tuple[int, ...]:
+        """Per level, the channels of its given map, which is stored as it is; 0 without one."""
+        return tuple(
+            sum(step.out.width for step in self.steps if step.source == "given" and step.node.level == level)
+            for level in range(len(self.widths))
+        )
+
+    @cached_property
     def least_widths(self) -> tuple[int, ...]:
         """`widths` without the last node of each level that may write over X(i,0), since all of its readers ran before."""
         found = []
         for level, width in enumerate(self.widths):
-            last = [step for step in self.steps if step.node.level == level][-1]
-            first, end = self.topology[level, 0], last.out.end
-            may = last.node.column and end == width and last.out.width <= first.width
-            found.append(last.out.offset if may and not self._is_read_after(first.position, last) else width)
+            mine = [step for step in self.steps if step.node.level == level]
+            first, last = mine[0], mine[-1]
+            may = last is not first and last.out.end == width and last.out.width <= first.out.width
+            found.append(last.out.offset if may and not self._is_read_after(first.node.position, last) else width)
         return tuple(found)
 
     @cached_property
@@ -109,6 +130,8 @@ class Plan:
             reads = f"the image, {self.topology.in_channels} channels"
         elif step.source == "pool":
             reads = f"the pooled X({i - 1},0), {self.topology[i - 1, 0].width} channels"
+        elif step.source == "given":
+            return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; a copy of the encoder's map"
         else:
             names = ", ".join(f"X({i},{column})" for column in node.prefix)
             low = f"X({i + 1},{j - 1})"
@@ -116,7 +139,7 @@ class Plan:
                 "phases": f"{low} at its own resolution, {step.low.width} channels",
                 "full": f"{low} up-sampled linearly, {node.up_width} channels",
             }[step.form]
-            reads = f"{names} in place, {step.prefix} channels, and {how}"
+            reads = f"{names} in place, {step.prefix} channels, and {how}" if names else how
         return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
 
 
@@ -130,7 +153,7 @@ def unsupported(topology: Topology, options: Options | None = None) -> str:
         return reasons[0]
     for node in topology.nodes:
         columns = sorted(other.column for other in topology.nodes if other.level == node.level)
-        if node.column and (not node.prefix or node.prefix != tuple(columns[: len(node.prefix)])):
+        if node.column and node.prefix != tuple(columns[: len(node.prefix)]):
             return f"X{node.position} does not read the leading nodes of its level"
     return ""
 
@@ -159,15 +182,21 @@ def _make_plan(topology: Topology, options: tuple) -> Plan:
     form = "phases" if UPSAMPLES[upsample].phases else "full"
     steps = []
     for node in topology.nodes:
-        source = "prefix" if node.column else "pool" if node.level else "input"
+        source = _source(topology, node)
         prefix = sum(topology[node.level, column].width for column in node.prefix)
         low = slots[node.low] if node.column else None
         steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column else None))
     return Plan(
         topology, tuple(steps), widths, norm, norm_keywords.get("eps", 1e-5), norm_keywords.get("momentum", 0.1),
         ACTIVATIONS[act].slope(act_keywords), upsample, up_keywords.get("align_corners"),
-        bool(up_keywords.get("project", False)), bool(given["bias"]),
+        bool(up_keywords.get("project", False)), bool(given["bias"]), given.get("head_taps", 1),
     )  # fmt: skip
+
+
+def _source(topology: Topology, node: Node) -> str:
+    if node.column:
+        return "prefix" if node.prefix else "low"
+    return "given" if topology.given else "pool" if node.level else "input"
 
 
 def _slots(topology: Topology) -> tuple[dict[tuple[int, int], Slot], tuple[int, ...]]:
