@@ -81,26 +81,6 @@ def test_options(dtype, kernel, option):
         check_conv(dtype, form, (5, 7), n=3, **{**cleared, "affine": "", "slope": 0.0, **option})
 
 
-@each_dtype
-@each_kernel
-@pytest.mark.parametrize("form", ["full", "node"])
-@pytest.mark.parametrize("plain", [1, 8, 16, 19, 35])
-def test_some_channels_are_read_as_they_are(dtype, kernel, plain, form):
-    """Given maps before a node's own, of a width that ends within a vector, at its end, or that of the map."""
-    for units in ((6, 10), (2, 3, 5)):
-        check_conv(dtype, form, units, (35, 3, 17), plain=plain, affine="image shared")
-
-
-@each_dtype
-@each_kernel
-@pytest.mark.parametrize("form", ["full", "node"])
-@pytest.mark.parametrize("units", [(1, 1), (6, 10), (13, 7), (2, 6, 7)], ids=str)
-def test_a_low_source_alone(dtype, kernel, form, units):
-    """`a` has no channels."""
-    check_conv(dtype, form, units, (0, 19, 33), affine="")
-    check_conv(dtype, form, units, (0, 130, 65), n=3, affine="")
-
-
 @each_kernel
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("form", FORMS)
@@ -262,13 +242,6 @@ def test_pairs_run_strip_by_strip(dtype, kernel, phased, size, held):
     cpu_kernels.check_pair(dtype, size, held, phased)
 
 
-@each_dtype
-@pytest.mark.parametrize("kernel", ["winograd", "few"], indirect=True)
-def test_pairs_of_a_low_source_alone(dtype, kernel):
-    for phased in (False, True):
-        cpu_kernels.check_pair(dtype, (18, 7), 17, phased, channels=(0, 5, 7, 9))
-
-
 @pytest.mark.parametrize("n, size", [(0, (18, 7)), (2, (0, 7))], ids=str)
 def test_pairs_without_images_or_pixels_touch_nothing(n, size):
     a, out, mid = torch.empty(n, 1, *size, 5), torch.empty(n, 1, *size, 4), torch.full((1, 1, 17, size[1], 3), 7.0)
@@ -322,13 +295,6 @@ def test_sizes_of_weight_gradients(units, phased, monkeypatch):
 @pytest.mark.parametrize("phased", [False, True])
 def test_batches_of_weight_gradients(n, phased):
     check_wgrad(torch.float32, (4, 6), phased, n=n, affine=0)
-
-
-@each_dtype
-@pytest.mark.parametrize("plain", [1, 16, 19, 35])
-def test_a_weight_gradient_of_channels_read_as_they_are(dtype, plain):
-    for units in ((6, 10), (2, 3, 5)):
-        check_wgrad(dtype, units, k=35, affine=0, slope=0.1, plain=plain)
 
 
 def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero():
