@@ -169,6 +169,20 @@ def test_a_measurement_checks_outputs_and_gradients_of_the_maps(training, monkey
         assert not tuning._judge(tuning._copy(call, training), ["cpu"], wrong, rounds=1)["right"]
 
 
+@cpu_kernels.needs_library()
+def test_tune_measures_the_nest(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "_verdicts", {})
+    model, x = encoded(), make_input(2, 3, 16, 24)
+    found = uf.tune(model, x, progress=False)
+    assert set(found) == {"inference", "training"} and all(verdict["right"] for verdict in found.values())
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            call = Call(*model.train(training).engine_input(x))
+            assert tuning.verdict(call) == found["training" if training else "inference"]
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=cpu_kernels.needs_library())])
 def test_explain_names_what_runs_each_node(backend, monkeypatch):
     monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
