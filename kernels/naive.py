@@ -323,4 +323,12 @@ def head_backward(
     part = dy @ weight.to(dtype)
     gx.copy_(gx + part if add else part)
     values = read(x, affine, slope).to(dtype)
-    return torch.einsum("ndhwc,ndhwk->ck", dy, values), dy.sum((0, 1, 2, 3))
+    return _pixel_products(dy.flatten(0, 3), values.flatten(0, 3)), dy.sum((0, 1, 2, 3))
+
+
+def _pixel_products(a: Tensor, b: Tensor, at_once: int = 256) -> Tensor:
+    """`a.T @ b` of `[pixels, M]` and `[pixels, N]`. Sums of some pixels are added up: the bits of a single product would
+    depend on the number of threads, with some libraries."""
+    whole = a.shape[0] // at_once * at_once
+    parts = [x[:whole].unflatten(0, (-1, at_once)) for x in (a, b)]
+    return torch.matmul(parts[0].mT, parts[1]).sum(0) + a[whole:].T @ b[whole:]

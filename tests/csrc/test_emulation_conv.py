@@ -175,6 +175,9 @@ def test_emulation_says_what_the_kernels_do_not_take():
     assert not reason(64)
     assert "more than 64 channels" in reason(65)
     assert "2 taps at a stride of 1" in reason(64, taps=2)
+    assert "as they are" in reason(64, plain=3)
+    nothing, out = (torch.empty(1, 1, 2, 2, count, dtype=torch.float16) for count in (0, 8))
+    assert "a low source alone" in cuda_ops.can_run_conv(out, nothing)[1]
     assert "not torch.float64" in reason(64, torch.float64)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:

@@ -178,7 +178,7 @@ def test_three_training_steps_give_the_losses_and_weights_of_the_reference():
 
 
 @pytest.mark.parametrize("widths", [(5, 7, 6), (16, 32, 64)], ids=str)
-@pytest.mark.parametrize("upsample", ["nearest", "deconv"])
+@pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)
 def test_bits_are_those_of_any_run_and_number_of_threads(upsample, widths, threads):
     torch.manual_seed(0)
     model, x = uf.UNetPlusPlus(2, 3, features=widths, upsample=upsample), make_input(2, 2, 36, 44)

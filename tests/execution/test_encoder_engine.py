@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from support import cpu_kernels
 from support.encoders import Pyramid, assert_same, by, encoded, image
+from support.fused_cases import replica
 from support.helpers import (
     FLOAT32,
     FLOAT64,
@@ -18,6 +20,7 @@ from support.helpers import (
     weighted_sum,
 )
 from torch import nn
+from torch.export import Dim
 
 import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, dispatch
@@ -166,6 +169,20 @@ def test_a_measurement_checks_outputs_and_gradients_of_the_maps(training, monkey
         assert not tuning._judge(tuning._copy(call, training), ["cpu"], wrong, rounds=1)["right"]
 
 
+@cpu_kernels.needs_library()
+def test_tune_measures_the_nest(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "_verdicts", {})
+    model, x = encoded(), make_input(2, 3, 16, 24)
+    found = uf.tune(model, x, progress=False)
+    assert set(found) == {"inference", "training"} and all(verdict["right"] for verdict in found.values())
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            call = Call(*model.train(training).engine_input(x))
+            assert tuning.verdict(call) == found["training" if training else "inference"]
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=cpu_kernels.needs_library())])
 def test_explain_names_what_runs_each_node(backend, monkeypatch):
     monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
@@ -233,3 +250,30 @@ def test_given_maps_take_no_room_among_first_convolutions():
     assert plan.given == (0, 5, 6, 7) and plan.widths == (4, 5 + 4 + 3, 6 + 9, 7)
     assert [step.node.position for step in plan.inputs] == [(1, 0), (2, 0), (3, 0)]
     assert plan.least_widths == (4, 5 + 4, 6 + 9, 7)  # X(1,2) may write over X(1,0): nobody reads that any more
+
+
+@cpu_kernels.needs_library()
+def test_a_replica_runs_on_the_reference(monkeypatch):
+    monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
+    model, x = encoded().eval(), make_input(1, 3, 16, 24)
+    model.backend = "cpu"
+    other = replica(model)
+    assert "a layer was replaced" in uf.explain(other, x)
+    with torch.no_grad():
+        assert torch.equal(other(x), by("reference")(model, x)[0])
+
+
+def test_a_network_is_pickled_without_what_it_can_make_again():
+    model, x = encoded().eval(), make_input(1, 3, 16, 24)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(by("naive")(again, x)[0], by("naive")(model, x)[0])
+    assert not any("nest" in name for name in model.state_dict())
+
+
+def test_export_with_free_batch_and_sizes():
+    model = encoded().eval()
+    free = {0: Dim("batch", max=64), 2: 8 * Dim("h", max=64), 3: 8 * Dim("w", max=64)}
+    program = torch.export.export(model, (make_input(3, 3, 16, 24),), dynamic_shapes=({**free},))
+    for x in (make_input(2, 3, 40, 16), make_input(3, 3, 16, 24)):
+        assert_close_relative(program.module()(x), model(x), FLOAT32)

@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.fused_cases import assert_same_inference, assert_same_passes, run_fused
+from support.fused_cases import assert_same_inference, assert_same_passes, replica, run_fused
 from support.helpers import Recorder, assert_close_relative, build, gradients, make_input, weighted_sum
 from support.memory import kept_bytes
 
@@ -305,16 +305,6 @@ def test_the_reference_takes_over_and_says_why(options, x, reason):
     model = uf.UNet(1, 1, features=(3, 4), **options)
     name, why = dispatch.choose(Call(model, x))
     assert name == "reference" and reason in why
-
-
-def replica(model: torch.nn.Module) -> torch.nn.Module:
-    """As `nn.DataParallel` makes it for another device: the parameters are plain attributes, no parameters."""
-    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, other in copies.items():
-        other._modules = {name: copies[child] for name, child in module._modules.items()}
-        for name, value in module._parameters.items():
-            setattr(other, name, None if value is None else value.clone())
-    return copies[model]
 
 
 def hooked(model: uf.Network) -> uf.Network:

@@ -63,7 +63,8 @@ def variants() -> list[tuple[str, str, dict, dict]]:
     for channels in (512, 32, 1):
         blocks = {"SLOPE": 0.1, **dict(zip(("BLOCK_P", "BLOCK_C"), Tile().blocks(512 * 512, channels), strict=True))}
         finish = {"AXES": 2 + (channels == 32), "ACTIVATE": True, "ADD": channels == 1}
-        read += [("_read_kernel", blocks, {}), ("_finish_kernel", {**finish, **blocks}, {"border_ptr": "*fp32"})]
+        read += [("_read_kernel", {"PLAIN": channels // 3, **blocks}, {})]
+        read += [("_finish_kernel", {**finish, **blocks}, {"border_ptr": "*fp32"})]
     groups = (("norm", norm), ("pool", pool), ("head", head), ("read", read), ("weights", weights()))
     return [(m, *entry) for m, entries in groups for entry in entries]
 

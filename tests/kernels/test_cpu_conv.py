@@ -1,4 +1,4 @@
-"""The CPU kernels of convolutions and of their weight gradients against the plain PyTorch ops in float64."""
+"""The CPU kernels of convolutions against the plain PyTorch ops in float64."""
 
 from __future__ import annotations
 
@@ -15,17 +15,7 @@ import torch
 from support import cpu_kernels
 from support.conv_cases import check_statistics, empty_holds_nan
 from support.cpu_kernels import (
-    CHANNELS,
-    DTYPES,
-    FORMS,
-    KERNELS,
-    PAIRS,
-    SIZES,
-    check_conv,
-    check_wgrad,
-    conv_of,
-    dtypes_of,
-    wgrad_of,
+    CHANNELS, DTYPES, FORMS, KERNELS, PAIRS, SIZES, check_conv, conv_of, dtypes_of, kernel_and_dtype, wgrad_of,
 )  # fmt: skip
 from torch import Tensor
 
@@ -36,26 +26,11 @@ each_kernel = pytest.mark.parametrize("kernel", list(KERNELS), indirect=True)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def kernel_and_dtype(*kernels: str) -> pytest.MarkDecorator:
-    """Each of these kernels (default all) with each precision that it knows."""
-    cases = [(kernel, dtype) for kernel in kernels or KERNELS for dtype in dtypes_of(kernel)]
-    return pytest.mark.parametrize(("kernel", "dtype"), cases, indirect=["kernel"], ids=str)
-
-
 @pytest.fixture(autouse=True)
 def unwritten() -> Iterator[None]:
     """Memory that was never written holds NaN."""
     with empty_holds_nan():
         yield
-
-
-@pytest.fixture
-def kernel(request, monkeypatch) -> str:
-    """The kernel that computes convolutions, whatever their size; `tiles` those of bfloat16 maps, and weight gradients."""
-    if request.param not in cpu_kernels.kernels_here():
-        pytest.skip("this CPU has no matrix tiles, and the library for its instruction set does not imitate them")
-    cpu_kernels.select(request.param, monkeypatch.setattr)
-    return request.param
 
 
 @kernel_and_dtype()
@@ -97,26 +72,6 @@ def test_options(dtype, kernel, option):
     cleared = dict.fromkeys(("act", "bias", "border", "stats", "add"), False)
     for form in ("full", "node"):
         check_conv(dtype, form, (5, 7), n=3, **{**cleared, "affine": "", "slope": 0.0, **option})
-
-
-@each_dtype
-@each_kernel
-@pytest.mark.parametrize("form", ["full", "node"])
-@pytest.mark.parametrize("plain", [1, 8, 16, 19, 35])
-def test_some_channels_are_read_as_they_are(dtype, kernel, plain, form):
-    """Given maps before a node's own, of a width that ends within a vector, at its end, or that of the map."""
-    for units in ((6, 10), (2, 3, 5)):
-        check_conv(dtype, form, units, (35, 3, 17), plain=plain, affine="image shared")
-
-
-@each_dtype
-@each_kernel
-@pytest.mark.parametrize("form", ["full", "node"])
-@pytest.mark.parametrize("units", [(1, 1), (6, 10), (13, 7), (2, 6, 7)], ids=str)
-def test_a_low_source_alone(dtype, kernel, form, units):
-    """`a` has no channels."""
-    check_conv(dtype, form, units, (0, 19, 33), affine="")
-    check_conv(dtype, form, units, (0, 130, 65), n=3, affine="")
 
 
 @each_kernel
@@ -292,12 +247,6 @@ def test_blocks_of_tiles(kernel, dtype, form, channels):
     check_conv(dtype, form, (5, 4), channels, n=20)
 
 
-@kernel_and_dtype("winograd", "few", "tiles")
-def test_pairs_of_a_low_source_alone(dtype, kernel):
-    for low in PAIRS:
-        cpu_kernels.check_pair(dtype, (18, 7), 17, low, channels=(0, 5, 7, 9))
-
-
 @pytest.mark.parametrize("n, size", [(0, (18, 7)), (2, (0, 7))], ids=str)
 def test_pairs_without_images_or_pixels_touch_nothing(n, size):
     a, out, mid = torch.empty(n, 1, *size, 5), torch.empty(n, 1, *size, 4), torch.full((1, 1, 17, size[1], 3), 7.0)
@@ -313,77 +262,6 @@ def test_a_pair_writes_over_channels_that_it_reads():
     cpu_ops.conv_pair(expected, torch.empty(1, 1, 17, 20, 5), buffer, wa, second)
     cpu_ops.conv_pair(buffer[..., :6], torch.empty(1, 1, 17, 20, 5), buffer, wa, second)
     assert torch.equal(buffer[..., :6], expected)
-
-
-each_wgrad = pytest.mark.parametrize("kernel", ["winograd", "tiles"], indirect=True)
-
-
-@kernel_and_dtype("winograd", "tiles")
-@pytest.mark.parametrize("units", [(6, 10), (13, 7), (2, 6, 7)], ids=str)
-@pytest.mark.parametrize("phased", [False, True])
-@pytest.mark.parametrize("affine, slope", [(None, 0.0), (1, 0.0), (0, 0.1)])
-def test_weight_gradients(kernel, dtype, units, phased, affine, slope):
-    check_wgrad(dtype, units, phased, affine=affine, slope=slope)
-
-
-@each_wgrad
-@pytest.mark.parametrize("channels", CHANNELS, ids=str)
-@pytest.mark.parametrize("phased", [False, True])
-def test_channels_of_weight_gradients(kernel, channels, phased):
-    check_wgrad(dtypes_of(kernel)[0], (5, 9), phased, k=channels[0], co=channels[2], affine=1)
-    check_wgrad(dtypes_of(kernel)[0], (2, 1, 7), phased, k=channels[1], co=channels[0])
-
-
-@kernel_and_dtype("winograd", "tiles")
-@pytest.mark.parametrize("phased", [False, True])
-def test_many_channels_of_weight_gradients(kernel, dtype, phased):
-    """More sums than stay in the cache, taken in parts of which the last is smaller."""
-    check_wgrad(dtype, (5, 9), phased, k=200, co=130, affine=1)
-
-
-@kernel_and_dtype("tiles")
-@pytest.mark.parametrize("phased", [False, True])
-@pytest.mark.parametrize("units, n", [((40, 210), 2), ((3, 5000), 1), ((3, 4), 700), ((3, 40, 60), 1)], ids=str)
-def test_strips_of_weight_gradients(kernel, dtype, phased, units, n):
-    """Planes of several strips of rows, one row a strip, and more strips than are summed at once."""
-    check_wgrad(dtype, units, phased, k=3, co=5, n=n, affine=0)
-
-
-@each_wgrad
-@pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
-@pytest.mark.parametrize("phased", [False, True])
-def test_sizes_of_weight_gradients(kernel, units, phased, monkeypatch):
-    """Tiles in one batch, and in batches of few that end within a plane."""
-    check_wgrad(dtypes_of(kernel)[0], units, phased, affine=0)
-    if kernel == "tiles":
-        return
-    monkeypatch.setattr(cpu_ops, "SCRATCH", 36 * 2 * 32 * 5)
-    monkeypatch.setattr(cpu_ops, "MIN_BATCH", 1)
-    check_wgrad(torch.float32, units, phased, affine=0)
-
-
-@each_wgrad
-@pytest.mark.parametrize("n", [0, 1, 3])
-@pytest.mark.parametrize("phased", [False, True])
-def test_batches_of_weight_gradients(kernel, n, phased):
-    check_wgrad(dtypes_of(kernel)[0], (4, 6), phased, n=n, affine=0)
-
-
-@kernel_and_dtype("winograd", "tiles")
-@pytest.mark.parametrize("plain", [1, 16, 19, 35])
-def test_a_weight_gradient_of_channels_read_as_they_are(kernel, dtype, plain):
-    for units in ((6, 10), (2, 3, 5)):
-        check_wgrad(dtype, units, k=35, affine=0, slope=0.1, plain=plain)
-
-
-@each_wgrad
-def test_minus_infinity_has_no_weight_gradient_where_it_activates_to_zero(kernel):
-    (a, dy), options = wgrad_of(dtypes_of(kernel)[0], (6, 9), affine=1)
-    options["affine"][0].abs_()
-    a[0, 0, 2, 3] = -1e30
-    expected = cpu_ops.conv_wgrad(a, dy, **options)
-    a[0, 0, 2, 3] = -math.inf
-    assert torch.equal(cpu_ops.conv_wgrad(a, dy, **options), expected)
 
 
 def calls(dtype: torch.dtype) -> list[Callable[[], list[Tensor]]]:

@@ -58,6 +58,12 @@ def kernels_here() -> list[str]:
     return [kernel for kernel in KERNELS if kernel != "tiles" or cpu_ops.matrix_tiles()]
 
 
+def kernel_and_dtype(*kernels: str) -> pytest.MarkDecorator:
+    """Each of these kernels (default all) with each precision that it knows."""
+    cases = [(kernel, dtype) for kernel in kernels or KERNELS for dtype in dtypes_of(kernel)]
+    return pytest.mark.parametrize(("kernel", "dtype"), cases, indirect=["kernel"], ids=str)
+
+
 def needs_library() -> pytest.MarkDecorator:
     loaded, reason = libraries.load("cpu")
     return pytest.mark.skipif(not loaded, reason=f"the CPU kernels are off: {reason}")

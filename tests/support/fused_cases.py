@@ -6,7 +6,7 @@ import copy
 
 import torch
 from support.helpers import assert_close_relative, assert_gradients_close, gradients, weighted_sum
-from torch import Tensor
+from torch import Tensor, nn
 
 from unetpp_fast.execution import reference
 from unetpp_fast.execution.call import Call
@@ -45,3 +45,13 @@ def assert_same_inference(network: Network, x: Tensor, ops: str = "naive", bound
     with torch.no_grad():
         expected = reference.forward(network, x)
         assert_close_relative(run_fused(ops)(network, x), expected, bound)
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As `nn.DataParallel` makes it for another device: the parameters are plain attributes, no parameters."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, other in copies.items():
+        other._modules = {name: copies[child] for name, child in module._modules.items()}
+        for name, value in module._parameters.items():
+            setattr(other, name, None if value is None else value.clone())
+    return copies[model]

@@ -206,7 +206,8 @@ def projected(
         return low, affine
     prefix = f"nodes.{step.node.name}.up.project"
     weight, bias = (parameters[f"{prefix}.{name}"].to(low.dtype) for name in ("weight", "bias"))
-    return F.linear(naive.read(low, affine, plan.slope), weight.flatten(1), bias), None
+    x = naive.read(low, affine, plan.slope).contiguous()  # else its bits would depend on what lies beside it
+    return F.linear(x, weight.flatten(1), bias), None
 
 
 def upsampled(plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None) -> Tensor:

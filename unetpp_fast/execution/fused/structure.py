@@ -144,5 +144,7 @@ def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> t
         if type(module) in _ACTIVATIONS and getattr(module, "negative_slope", 0.0) != plan.slope:
             return None
         count = sum(value is not None for value in module._parameters.values())
+        if not count and hasattr(module, "out_channels"):  # a convolution in a replica of nn.DataParallel
+            return None
         layers.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
     return tuple(layers) if all(head.out_channels == network.out_channels for head in network.heads.values()) else None

@@ -132,8 +132,8 @@ def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tupl
         if up is None:
             return g_projected, None
         g_weight = torch.einsum("ok...,kc->oc...", g_projected, up.flatten(1))
-        g_up = torch.einsum("okz,ocz->kc", g_projected.flatten(2), weight.flatten(2))
-        return g_weight, g_up.view_as(up)
+        g_by_tap = places.flatten(0, axes - 1)  # [3^axes, K, CO]
+        return g_weight, torch.matmul(g_by_tap, _by_tap(weight).flatten(0, axes - 1).mT).sum(0).view_as(up)
     by_tap, g_by_tap, g_up = _by_tap(weight), 0, torch.empty_like(up)
     for element in itertools.product((0, 1), repeat=axes):
         g_products = places[_window(element)]  # [3.., K, CO]
@@ -165,7 +165,8 @@ def border_table_backward(g: Tensor, weight: Tensor, up_bias: Tensor) -> tuple[T
     axes = weight.ndim - 2
     by_tap = _over_neighbours(g.reshape(*[3] * axes, -1), axes).movedim(-1, 0)  # [CO, 3..]
     g_weight = torch.einsum("o...,c->oc...", by_tap, up_bias)
-    return g_weight, torch.einsum("oz,ocz->c", by_tap.flatten(1), weight.flatten(2))
+    # One sum after another: as a single product its bits would depend on the number of threads, with some libraries.
+    return g_weight, torch.matmul(weight.flatten(2), by_tap.flatten(1)[..., None]).squeeze(-1).sum(0)
 
 
 def first_operands(
