@@ -15,7 +15,17 @@ import torch
 from support import cpu_kernels
 from support.conv_cases import check_statistics, empty_holds_nan
 from support.cpu_kernels import (
-    CHANNELS, DTYPES, FORMS, KERNELS, PAIRS, SIZES, check_conv, conv_of, dtypes_of, kernel_and_dtype, wgrad_of,
+    CHANNELS,
+    DTYPES,
+    FORMS,
+    KERNELS,
+    PAIRS,
+    SIZES,
+    check_conv,
+    conv_of,
+    dtypes_of,
+    kernel_and_dtype,
+    wgrad_of,
 )  # fmt: skip
 from torch import Tensor
 
