@@ -1,5 +1,5 @@
-"""Training steps as CUDA graphs, with stubs for the GPU (`support/cuda_stubs.py`): a captured training gives the weights of a
-plain one bit for bit, and changed layers are noticed."""
+"""Training steps as CUDA graphs, with stubs for the GPU (`support/cuda_stubs.py`): a captured training gives the weights of
+a plain one bit for bit, and changed layers are noticed."""
 
 from __future__ import annotations
 
@@ -133,18 +133,19 @@ def test_sizes_share_one_pool_and_one_stream():
 
 
 def test_steps_that_differ_in_more_than_their_size_have_graphs_of_their_own():
-    model = network().to(memory_format=torch.channels_last)
-    x, y = batch(0)
-    wide = make_input(2, 1, 8, 16)[..., ::2]  # laid out as nothing else is: copied into a contiguous tensor
+    model = build(uf.UNetPlusPlus, 2, 1, **OPTIONS)
+    inputs = {name: make_input(2, 2, 8, 8, layout=name) for name in ("contiguous", "strided", "channels_last")}
+    y = batch(0)[1]
     with stubbed() as stubs:
         step = uf.capture(model, uf.BCEDiceLoss())
-        for case in 4 * ["contiguous", "strided", "autocast", "precise"]:
-            model.zero_grad()
+        for case in 4 * [*inputs, "autocast", "precise"]:
             torch.backends.cudnn.conv.fp32_precision = "ieee" if case == "precise" else "tf32"
             with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-                step(wide if case == "strided" else x, y)
+                step(inputs.get(case, inputs["contiguous"]), y)
         torch.backends.cudnn.conv.fp32_precision = "tf32"
-    assert len(stubs.graphs) == 3 and not step.reason
+    assert len(stubs.graphs) == 4 and not step.reason  # strided images are copied into contiguous ones
+    images = [graph.operators[0][1][0] for graph in stubs.graphs]
+    assert [image.is_contiguous() for image in images] == [True, False, True, True]
 
 
 def test_gradients_are_static_tensors_that_come_back_after_zero_grad():
