@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -146,6 +147,52 @@ def test_steps_that_differ_in_more_than_their_size_have_graphs_of_their_own():
     assert len(stubs.graphs) == 4 and not step.reason  # strided images are copied into contiguous ones
     images = [graph.operators[0][1][0] for graph in stubs.graphs]
     assert [image.is_contiguous() for image in images] == [True, False, True, True]
+
+
+class Layouts(nn.Module):
+    """Notes whether its inputs are contiguous, in a list that stays the same object."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def forward(self, x: torch.Tensor):
+        self.seen.append(x.is_contiguous())
+        return self.model(x)
+
+
+def test_real_steps_and_the_captured_one_see_the_same_layout():
+    model = Layouts(network())
+    with stubbed():
+        step = uf.capture(model, uf.BCEDiceLoss())
+        for _ in range(4):
+            step(make_input(2, 1, 8, 8, layout="strided"), batch(0)[1])
+    assert model.seen == [True, True, True]  # a replay calls no layer
+
+
+class NotesAutocast(torch.autograd.Function):
+    """Whether autocast is on in a forward and in a backward pass."""
+
+    seen: ClassVar[list[tuple[str, bool]]] = []
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        NotesAutocast.seen.append(("forward", torch.is_autocast_enabled("cpu")))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        NotesAutocast.seen.append(("backward", torch.is_autocast_enabled("cpu")))
+        return gradient
+
+
+def test_the_backward_pass_is_outside_of_autocast():
+    NotesAutocast.seen.clear()
+    with stubbed(), torch.autocast("cpu", torch.bfloat16):
+        step = uf.capture(network(), lambda outputs, y: NotesAutocast.apply(uf.BCEDiceLoss()(outputs, y)))
+        for number in range(4):
+            step(*batch(number))
+    assert NotesAutocast.seen == 3 * [("forward", True), ("backward", False)]
 
 
 def test_gradients_are_static_tensors_that_come_back_after_zero_grad():
@@ -303,6 +350,18 @@ def test_changed_layers_are_captured_anew(change):
             step(*batch(number))
             assert_equal(gradients(model), expected)
             assert len(stubs.graphs) == 1 + (number >= 6) and not step.reason
+
+
+def test_a_change_now_and_then_is_no_reason():
+    model = network()
+    with stubbed() as stubs:
+        step = uf.capture(model, uf.BCEDiceLoss())
+        for number in range(9):
+            if number in (3, 6):
+                model.nodes["x0_0"].requires_grad_(number == 6)
+            step(*batch(number))
+            assert not step.reason
+    assert len(stubs.graphs) == 3
 
 
 def test_equal_settings_and_evaluation_in_between_are_no_change():

@@ -107,8 +107,7 @@ class StepGraphs:
         with torch.cuda.device(self.device), _without_kept_casts():
             if size.steps <= WARM_UP:
                 moved = [x.contiguous(memory_format=one) for x, one in zip(self._moved(inputs), layouts, strict=True)]
-                result = cuda_graphs.on_side_stream(self._side_stream(), lambda: step(*moved))
-                return result.clone()  # in memory of the current stream
+                return cuda_graphs.on_side_stream(self._side_stream(), lambda: step(*moved))
             return self._replayed(size, step, inputs, layouts)
 
     def _is_apart(self, inputs: Sequence[Tensor]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,55 +18,59 @@ class LayerState:
     """Modules as they are now: their layers and attributes, their tensors, where these lie, and which get gradients.
 
     Attributes are compared as objects and, if they are numbers, strings or tuples, by value; what changes inside another
-    object is not seen.
+    object is not seen. A comparison runs at every step, so it is a few passes over flat lists.
     """
 
     def __init__(self, roots: Iterable[nn.Module]):
         self.layers = list(dict.fromkeys(layer for root in roots for layer in root.modules()))
-        self.parameters = self._unique(layer._parameters.values() for layer in self.layers)
-        self.buffers = self._unique(layer._buffers.values() for layer in self.layers)
-        self._attributes = [dict(layer.__dict__) for layer in self.layers]
-        self._ids = [list(map(id, attributes.values())) for attributes in self._attributes]
-        self._parts = [[list(part.values()) for part in _parts(layer)] for layer in self.layers]
-        self._places = self._now()
+        self.parameters = _unique(layer._parameters for layer in self.layers)
+        self.buffers = _unique(layer._buffers for layer in self.layers)
+        self._attributes = [layer.__dict__ for layer in self.layers]
+        self._parts = [part for layer in self.layers for part in (layer._parameters, layer._buffers, layer._modules)]
+        self._hooks = [layer.__dict__[name] for layer in self.layers for name in HOOKS]
+        self._held = [dict(part) for part in self._parts]  # so that no other object gets the identity of one of these
+        self._part_ids, self._types, self._places = _ids(self._parts), self._kinds(), self._now()
+        self._note_attributes()
 
-    @staticmethod
-    def _unique(groups: Iterable[Iterable[Tensor | None]]) -> list[Tensor]:
-        return list({id(tensor): tensor for group in groups for tensor in group if tensor is not None}.values())
+    def _note_attributes(self) -> None:
+        self._before = [dict(attributes) for attributes in self._attributes]
+        self._ids = _ids(self._attributes)
+
+    def _kinds(self) -> list[type]:
+        return [*map(type, self.layers)]
 
     def _now(self) -> list[tuple[int, bool]]:
         return [(tensor.data_ptr(), tensor.requires_grad) for tensor in (*self.parameters, *self.buffers)]
 
     def holds(self) -> bool:
         """Whether all of it is still so."""
-        for layer, attributes, ids, parts in zip(self.layers, self._attributes, self._ids, self._parts, strict=True):
-            now = layer.__dict__
-            if [*map(id, now.values())] != ids and not _same(now, attributes):
+        if _ids(self._attributes) != self._ids:
+            if not all(map(_same, self._attributes, self._before)):
                 return False
-            if not all(_identical(part.values(), before) for part, before in zip(_parts(layer), parts, strict=True)):
-                return False
-        return self._now() == self._places
+            self._note_attributes()  # equal values in new objects
+        return _ids(self._parts) == self._part_ids and self._kinds() == self._types and self._now() == self._places
 
     def obstacle(self) -> str:
         """Why a replay would leave out what runs for these layers beside their computations; "" if nothing does."""
         if _has_any_global_hook():
             return "there are hooks for all modules, which a replay would not call"
-        for layer in self.layers:
-            if isinstance(layer, (DataParallel, DistributedDataParallel)):
-                return f"{type(layer).__name__} exchanges gradients by hooks, which a replay would not call"
-            if any(layer.__dict__[name] for name in HOOKS):
-                return f"a layer ({type(layer).__name__}) has hooks, which a replay would not call"
+        for kind in (DataParallel, DistributedDataParallel):
+            if kind in self._types:
+                return f"{kind.__name__} exchanges gradients by hooks, which a replay would not call"
+        if any(self._hooks):
+            layer = next(layer for layer in self.layers if any(layer.__dict__[name] for name in HOOKS))
+            return f"a layer ({type(layer).__name__}) has hooks, which a replay would not call"
         if any(tensor._backward_hooks or tensor._post_accumulate_grad_hooks for tensor in self.parameters):
             return "a parameter has hooks, which a replay would not call"
         return ""
 
 
-def _parts(layer: nn.Module) -> tuple[dict, dict, dict]:
-    return layer._parameters, layer._buffers, layer._modules
+def _unique(groups: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
+    return list({id(tensor): tensor for group in groups for tensor in group.values() if tensor is not None}.values())
 
 
-def _identical(now: Iterable, before: Sequence) -> bool:
-    return [*map(id, now)] == [*map(id, before)]
+def _ids(groups: Iterable[dict[str, Any]]) -> list[int]:
+    return [*map(id, chain.from_iterable(map(dict.values, groups)))]
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
