@@ -47,7 +47,8 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
         return Part(name, limit, (*pytest, *chosen, *options, *records))
 
     kernels = "tests/execution/test_on_gpu.py"
-    proofs, few = (kernels, "tests/csrc/test_cuda_on_gpu.py"), "(two_times_rule or networks) and bfloat16 or second_stream"
+    proofs = (kernels, "tests/csrc/test_cuda_on_gpu.py", "tests/training/test_captured_on_gpu.py")
+    few = "(two_times_rule or networks) and bfloat16 or second_stream"
     paper, pruned, deep = "unet++-L4-accurate", "inference-unet++-L", "unet++-3d-L4-accurate"
     large, small, volume = (f"{size}-bfloat16" for size in ("512x512-batch16", "96x96-batch1", "64x64x64-batch1"))
     both = f"(inference-{paper} or training-{paper})"

@@ -1,11 +1,13 @@
 """The weights of all convolutions of a network in the form in which the kernels take them, in one kernel or two; and back.
 
-A training step needs each weight taps first, once as it is and once for the data gradient, and composed with its
-up-sampling (`execution/plan/weight_composition.py`, which tests hold these kernels against). Node by node that is several
-hundred small operators. Here all parameters lie in one flat tensor, all operands in another, and a kernel's program takes a
-tile of one convolution, which it finds in a table of jobs. Products are in float32 (three TF32 products).
+A pass needs each weight taps first, in training also flipped for the data gradient, in inference times the scale of the
+batch norm that is folded into it, and composed with its up-sampling (`execution/plan/weight_composition.py`, which tests
+hold these kernels against). Node by node that is several hundred small operators. Here all parameters lie in one flat
+tensor, all operands in another, and a kernel's program takes a tile of one convolution, which it finds in a table of jobs.
+Products are in float32 (three TF32 products).
 
-Jobs are rows of int64: offsets into the flat tensors, sizes, and the tile's place.
+Jobs are rows of int64: offsets into the flat tensors, sizes, and the tile's place; the last column is the offset of the
+scales `[CO]` of the convolution's outputs.
 """
 
 from __future__ import annotations
@@ -80,7 +82,18 @@ def _is_inside(tap, border, AXES: tl.constexpr):
 
 
 @triton.jit
-def _border_rows(parameters_ptr, borders_ptr, job_ptr, weight, KS, C, co, CO, AXES: tl.constexpr, BLOCK: tl.constexpr):
+def _scaled(value, scales_ptr, job_ptr, co, CO, COLUMNS: tl.constexpr):
+    """Values whose last axis is that of outputs, times the scales of these, if there are any."""
+    if scales_ptr is not None:
+        value *= tl.load(scales_ptr + tl.load(job_ptr + COLUMNS - 1) + co, mask=co < CO, other=0.0)
+    return value
+
+
+@triton.jit
+def _border_rows(
+    parameters_ptr, borders_ptr, scales_ptr, job_ptr, weight, KS, C, co, CO,
+    AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes a border table `[3^AXES, CO]`: by class, the sum over the taps inside of weight times up-sampling's bias."""
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
     bias, border = tl.load(job_ptr + 11), tl.load(job_ptr + 12)
@@ -94,16 +107,17 @@ def _border_rows(parameters_ptr, borders_ptr, job_ptr, weight, KS, C, co, CO, AX
             w = tl.load(parameters_ptr + weight + ((co * KS + c) * TAPS + tap), mask=(c < C) & (co < CO), other=0.0)
             by_tap += w * value
         total += tl.where(_is_inside(tap, row, AXES), tl.sum(by_tap, axis=0)[None, :], 0.0)
+    total = _scaled(total, scales_ptr, job_ptr, co, CO, COLUMNS)
     tl.store(borders_ptr + border + (row * CO + co), total, mask=(row < TAPS) & (co < CO))
 
 
 @triton.jit
 def _arrange_kernel(
-    parameters_ptr, operands_ptr, flipped_ptr, borders_ptr, jobs_ptr,
+    parameters_ptr, operands_ptr, flipped_ptr, borders_ptr, scales_ptr, jobs_ptr,
     AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weights `[CO, KS, 3..]` of a parameter to `[3^AXES, K, CO]` and, flipped for the data gradient, `[3^AXES, CO, K]`;
-    and border tables.
+    """Weights `[CO, KS, 3..]` of a parameter to `[3^AXES, K, CO]`, times any scales, and, if there is room for them, flipped
+    for the data gradient, `[3^AXES, CO, K]`; and border tables.
 
     Job: parameter, operand, flipped operand, KS, K, CO, C, place, first k, first co; KS >= K are the parameter's inputs. At
     a place of -1 it is a border table's, as of `_phases_kernel`.
@@ -114,13 +128,14 @@ def _arrange_kernel(
     KS, K, CO, C, place = _sizes(job_ptr)
     k, co, mask = _tile(job_ptr, K, CO, BLOCK)
     if place < 0:
-        _border_rows(parameters_ptr, borders_ptr, job_ptr, parameter, KS, C, co, CO, AXES, BLOCK)
+        _border_rows(parameters_ptr, borders_ptr, scales_ptr, job_ptr, parameter, KS, C, co, CO, AXES, COLUMNS, BLOCK)
     else:
         for tap in range(TAPS):
             value = tl.load(parameters_ptr + parameter + ((co * KS + k) * TAPS + tap), mask=mask)
-            value = value.to(operands_ptr.dtype.element_ty)
+            value = _scaled(value, scales_ptr, job_ptr, co, CO, COLUMNS).to(operands_ptr.dtype.element_ty)
             tl.store(operands_ptr + operand + ((tap * K + k) * CO + co), value, mask=mask)
-            tl.store(flipped_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
+            if flipped_ptr is not None:
+                tl.store(flipped_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
 
 
 @triton.jit
@@ -138,10 +153,11 @@ def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, C
 
 @triton.jit
 def _phases_kernel(
-    parameters_ptr, operands_ptr, flipped_ptr, jobs_ptr,
+    parameters_ptr, operands_ptr, flipped_ptr, scales_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Phase weights `[2^AXES, 2^AXES, K, CO]`, and those of the data gradient `[4^AXES, CO, K]`.
+    """Phase weights `[2^AXES, 2^AXES, K, CO]`, times any scales, and, if there is room for them, those of the data gradient
+    `[4^AXES, CO, K]`.
 
     Job: weight (of the part that reads the low source), phases, gathered, KS, K, CO, C, place, first k, first co, up, up's
     bias, border table. Weights are `[CO, KS, 3..]`. UP: "none" for nearest
@@ -168,14 +184,15 @@ def _phases_kernel(
                     in_w = (co * KS + c[:, None]) * TAPS + tap
                     w = tl.load(parameters_ptr + weight + in_w, mask=(co < CO) & (c < C)[:, None], other=0.0)
                     acc = tl.dot(u, w, acc, input_precision="tf32x3")
-    value = acc.to(operands_ptr.dtype.element_ty)
+    value = _scaled(acc, scales_ptr, job_ptr, co, CO, COLUMNS).to(operands_ptr.dtype.element_ty)
     phase, of_phase = 0, 0
     for axis in tl.static_range(AXES):
         p = _axis(place, axis, 4, AXES)
         phase, of_phase = phase * 2 + p % 2, of_phase * 2 + p // 2
     tl.store(operands_ptr + phases + ((phase * ELEMENTS + of_phase) * K + k) * CO + co, value, mask=mask)
-    last = (1 << (2 * AXES)) - 1 - place
-    tl.store(flipped_ptr + gathered + (last * CO + co) * K + k, value, mask=mask)
+    if flipped_ptr is not None:
+        last = (1 << (2 * AXES)) - 1 - place
+        tl.store(flipped_ptr + gathered + (last * CO + co) * K + k, value, mask=mask)
 
 
 @triton.jit
@@ -276,8 +293,9 @@ def tiles(rows: int, columns: int) -> list[tuple[int, int]]:
 def compose(
     parameters: Tensor,
     operands: Tensor,
-    flipped: Tensor,
+    flipped: Tensor | None,
     borders: Tensor,
+    scales: Tensor | None,
     arrange: Tensor | None,
     phases: Tensor | None,
     axes: int,
@@ -285,15 +303,16 @@ def compose(
 ) -> None:
     """All operands from all parameters, by `_arrange_kernel` and `_phases_kernel`, whose jobs `arrange` and `phases` are.
 
-    parameters, borders: float32; operands, and flipped, those of the data gradients: in the maps' precision; all flat.
+    parameters, borders, and scales of the outputs of all convolutions: float32; operands, and flipped, those of the data
+    gradients: in the maps' precision; all flat.
     up: as UP in `_phases_kernel`.
     """
     shared = {"AXES": axes, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
     with device_of(parameters):
         if arrange is not None:
-            _arrange_kernel[(arrange.shape[0],)](parameters, operands, flipped, borders, arrange, **shared)
+            _arrange_kernel[(arrange.shape[0],)](parameters, operands, flipped, borders, scales, arrange, **shared)
         if phases is not None:
-            _phases_kernel[(phases.shape[0],)](parameters, operands, flipped, phases, UP=up, **shared)
+            _phases_kernel[(phases.shape[0],)](parameters, operands, flipped, scales, phases, UP=up, **shared)
 
 
 def compose_backward(

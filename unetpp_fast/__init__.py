@@ -21,6 +21,7 @@ from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_coun
 from .models.feature_pyramid import backbone
 from .models.network import Network
 from .models.tiled_prediction import predict_tiled
+from .training.captured import capture
 from .training.losses import BCEDiceLoss
 from .training.metrics import dice_score, iou_score
 
@@ -33,6 +34,7 @@ __all__ = [
     "UNetPlusPlus",
     "__version__",
     "backbone",
+    "capture",
     "convert",
     "dice_score",
     "explain",

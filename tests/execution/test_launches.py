@@ -1,4 +1,4 @@
-"""How much of the host a training step by the Triton kernels takes: launches, other operators, allocations."""
+"""How much of the host a pass by the Triton kernels takes: launches, other operators, allocations."""
 
 from __future__ import annotations
 
@@ -31,3 +31,18 @@ def test_a_training_step(size, batch, upsample):
     assert sum(launches.values()) <= 230, launches
     assert others <= 150, counted.others
     assert allocations <= 60, counted.allocations
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("upsample", ["deconv", "nearest"])
+def test_inference(upsample, norm):
+    """Without `optimize`: weights are composed in every call, as they may have changed in any way, by two kernels."""
+    model = build(uf.UNetPlusPlus, 1, 1, upsample=upsample, norm=norm, deep_supervision=True).eval()
+    with torch.no_grad():
+        for _ in range(2):
+            with stubbed() as launches, Operators() as counted:
+                operators.forward(Call(model, make_input(1, 1, 96, 96), torch.bfloat16), "triton")
+    assert launches["_conv_kernel"] == 30 and launches["_arrange_kernel"] == launches["_phases_kernel"] == 1
+    assert sum(launches.values()) <= 70, launches
+    assert sum(counted.others.values()) <= 20, counted.others
+    assert sum(counted.allocations.values()) <= 25, counted.allocations

@@ -24,7 +24,7 @@ SINGLE = (
     "averages_ptr",
 )
 SUMS = ("sums_ptr",)
-BRANCHES = ("FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF", "UP")
+BRANCHES = ("flipped_ptr", "scales_ptr", "FINAL", "FROZEN", "AXES", "ADD", "ACTIVATE", "SUMMANDS", "HALF", "UP")
 MAP = {"AFFINE": True, "SLOPE": 0.1}
 
 
@@ -73,13 +73,18 @@ def weights() -> list[tuple[str, dict, dict]]:
     """Those of `kernels/weights.py`; everything but operands is float32 there."""
     from unetpp_fast.kernels.weights import BLOCK, COLUMNS
 
-    wide = dict.fromkeys(("parameters_ptr", "borders_ptr", "gradients_ptr", "out_ptr"), "*fp32")
+    wide = dict.fromkeys(("parameters_ptr", "borders_ptr", "scales_ptr", "gradients_ptr", "out_ptr"), "*fp32")
     types, blocks = {**wide, "jobs_ptr": "*i64"}, {"COLUMNS": COLUMNS, "BLOCK": BLOCK}
-    arrange = ("_arrange_kernel", "_arrange_back_kernel")
-    found = [(name, {"AXES": axes, **blocks}, types) for name in arrange for axes in (2, 3)]
-    for up in ("deconv", "project", "none"):
-        names = ("_phases_kernel", "_phases_weight_kernel", *(["_phases_up_kernel"] if up != "none" else []))
-        found += [(name, {"UP": up, "AXES": axes, **blocks}, types) for name in names for axes in (2, 3)]
+    forward = {"training": {"scales_ptr": None}, "inference": {"flipped_ptr": None}}
+    found = []
+    for axes in (2, 3):
+        shared = {"AXES": axes, **blocks}
+        found += [("_arrange_kernel", {**shared, **given}, types) for given in forward.values()]
+        found += [("_arrange_back_kernel", shared, types)]
+        for up in ("deconv", "project", "none"):
+            found += [("_phases_kernel", {"UP": up, **shared, **given}, types) for given in forward.values()]
+            names = ("_phases_weight_kernel", *(["_phases_up_kernel"] if up != "none" else []))
+            found += [(name, {"UP": up, **shared}, types) for name in names]
     return found
 
 

@@ -52,6 +52,17 @@ def test_outputs_and_every_gradient(axes, depth, options):
     assert_same_inference(model.eval(), x, "triton", bound=FLOAT32)
 
 
+def test_weights_may_change_between_calls_in_any_way():
+    """Also by ways of which no version counter tells; running statistics too."""
+    model, x = network(2, 1, norm="batch").eval(), make_input(1, 1, 4, 6)
+    assert_same_inference(model, x, "triton", bound=FLOAT32)
+    model.nodes["x0_1"].conv1.weight.data.mul_(1.5)
+    model.nodes["x0_1"].up.bias.data += 0.5
+    model.nodes["x1_0"].norm2.running_var.data += 1
+    model.nodes["x0_0"].norm1.bias.data.neg_()
+    assert_same_inference(model, x, "triton", bound=FLOAT32)
+
+
 def test_half_precision_keeps_the_two_times_rule():
     model = network(2, 1, norm="batch")
     x = make_input(2, 1, 4, 6)

@@ -54,6 +54,32 @@ def test_operands(axes, upsample):
                 assert_close_relative(a.double(), e, FLOAT32)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_operands_with_folded_norms(axes, upsample, bias):
+    """Of a pass in eval mode; weights of data gradients are left out."""
+    from unetpp_fast.execution.fused.composed import Composed, composition
+
+    model = build(uf.Network, network(axes, upsample).topology, upsample=upsample, bias=bias).to(DEVICE)
+    named = {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    wide = {name: value.double() for name, value in named.items()}
+    modes = dict.fromkeys(model.structure.norms, "folded")
+    of_all = composition(model.structure, named)
+    scales, given = of_all.folded(named)
+    flipped, *rest = of_all.compose(named, torch.float32, scales, keep=False)
+    composed = Composed(of_all, [None, *rest], given)
+    assert flipped is None
+    for step in model.structure.plan.steps:
+        exact = operands.node_operands(model.structure.plan, step, wide, modes)
+        for found, expected in zip(composed.operands[step.node.name], exact, strict=True):
+            for a, e in zip(found.tensors(), expected.tensors(), strict=True):
+                assert (a is None) == (e is None)
+                if a is not None:
+                    assert a is found.border or a.data_ptr() % 16 == 0
+                    assert_close_relative(a.double(), e, FLOAT32)
+
+
 def test_operands_are_rounded_once():
     from unetpp_fast.execution.fused.composed import composition
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..common import cuda_graphs
 from ..common.devices import wait
 from ..common.timing import Run
 
@@ -24,14 +25,9 @@ from ..common.timing import Run
 def graphed(run: Run, device: torch.device) -> Run:
     """`run` as the replay of a CUDA graph, after a warm-up on a side stream."""
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    for _ in range(3):
+        cuda_graphs.on_side_stream(stream, run)
+    graph, _ = cuda_graphs.capture(run, stream)
     return graph.replay
 
 

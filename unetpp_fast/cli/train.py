@@ -21,7 +21,7 @@ from ..data.samples import groups, split
 from ..data.tasks import FOLDER, TASKS
 from ..models.architectures import PAPER_FEATURES, parameter_count
 from ..models.network import Network
-from ..training import checkpoint, memory_budget, processes, run_folder
+from ..training import captured, checkpoint, memory_budget, processes, run_folder
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from .arguments import (
@@ -51,6 +51,10 @@ def add_parser(commands: Commands) -> None:
     batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
     train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
     train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
+    train.add_argument(
+        "--capture", action=argparse.BooleanOptionalAction, default=True,
+        help="on a GPU: steps as CUDA graphs, one launch each (default: yes, without --max-memory)",
+    )  # fmt: skip
     train.add_argument(
         "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
     )
@@ -118,7 +122,7 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     recipe = Recipe(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
-        reproducible=options.reproducible,
+        reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
     )  # fmt: skip
     task = TASKS[options.task] if options.task else FOLDER
     samples, classes, channels = task.read(options.data)
@@ -148,6 +152,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
+    if options.capture and not recipe.capture and device.type == captured.DEVICE:
+        _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
     together = f", {processes.size()} processes" if processes.size() > 1 else ""
     _say(
         f"{options.arch}: {parameter_count(network):,} parameters, {len(training)} images to train, "

@@ -9,32 +9,26 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..common import cuda_graphs
 from ..common.errors import first_line
 from ..execution.fused import tuning
 
 KEPT_GRAPHS = 4
 Run = Callable[[Tensor], list[Tensor]]
-_capturing = threading.Lock()  # a process captures one graph at a time
 
 
 class Graph:
     """A captured pass for one input size, with static input and output tensors; calls wait for one another."""
 
     def __init__(self, run: Run, x: Tensor):
-        with torch.inference_mode(False):  # otherwise no call outside of that mode could write to it
-            self.x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.x = cuda_graphs.room_for(x, x.device)
         self.x.copy_(x)
         self.done = torch.cuda.Event()
         self.lock = threading.Lock()
-        stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compile kernels and choose between them
-                run(self.x)
-        current.wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.outputs = run(self.x)
+        stream = torch.cuda.Stream(x.device)
+        for _ in range(2):  # compile kernels and choose between them
+            cuda_graphs.on_side_stream(stream, lambda: run(self.x))
+        self.graph, self.outputs = cuda_graphs.capture(lambda: run(self.x), stream)
 
     def replay(self, x: Tensor) -> list[Tensor]:
         """Copies of the outputs for `x`."""
@@ -113,7 +107,7 @@ class Graphs:
             if key not in self._graphs:
                 while len(self._graphs) >= self.kept:
                     self._graphs.popitem(last=False)[1].done.synchronize()  # its memory may be in use until then
-                with _capturing:
+                with cuda_graphs.one_at_a_time:
                     self._graphs[key] = Graph(run, x)
             self._graphs.move_to_end(key)
             return self._graphs[key]

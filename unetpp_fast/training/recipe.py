@@ -13,12 +13,13 @@ from ..common.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. A run is resumed only if everything but `epochs`, `patience` and `workers` is the same.
+    """How to train. A run is resumed only if everything but `MAY_CHANGE` is the same.
 
     Args:
         batch_size: images per step, over all processes together.
         accumulate: micro-batches per batch, for gradient accumulation; batch norm takes its statistics per micro-batch.
         workers: processes that load images ahead, for each process that trains.
+        capture: on a GPU, in one process, compute steps as replays of CUDA graphs (`captured.py`).
         reproducible: on a CPU, the same weights for every number of processes and threads (`reproducible.py`); slower.
     """
 
@@ -31,8 +32,9 @@ class Recipe:
     workers: int = 0
     accumulate: int = 1
     reproducible: bool = False
+    capture: bool = True
 
-    MAY_CHANGE = ("epochs", "patience", "workers")
+    MAY_CHANGE = ("epochs", "patience", "workers", "capture")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "accumulate"):

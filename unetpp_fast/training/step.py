@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..architecture.precision import autocast
 from ..models.network import Network
 from . import processes, reproducible
+from .captured import StepGraphs
 from .metrics import iou_score
 from .recipe import Recipe
 
@@ -47,20 +48,22 @@ class Step(ABC):
         Returns:
             `[3]`: loss, IoU of the last head, and 1, each times N.
         """
-        image = image.to(self.device, non_blocking=True)
-        mask = mask.to(self.device, non_blocking=True)
         sizes = [len(indices) for indices in self.recipe.micro_batches(batch, processes.rank(), processes.size())]
         totals = torch.zeros(3, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with self._computing():
             for number, micro_batch in enumerate(zip(image.split(sizes), mask.split(sizes), strict=True), start=1):
                 with self._accumulating(last=number == len(sizes)):
-                    totals = totals + self._backward(*micro_batch, batch)
+                    totals = totals + self._pass(*micro_batch, batch)
             for bias in self._cancelled:
                 bias.grad = None
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return totals
+
+    def _pass(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
+        """`_backward` of a micro-batch that may lie on another device."""
+        return self._backward(*(part.to(self.device, non_blocking=True) for part in (image, mask)), batch)
 
     def _backward(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns the result of `run` for its images."""
@@ -91,6 +94,11 @@ class Step(ABC):
         return nullcontext()
 
     @property
+    def reason(self) -> str:
+        """Why steps are not replays of CUDA graphs, a line for each cause; "" if they are, or will be after two steps."""
+        return "not asked for"
+
+    @property
     def overflows(self) -> bool:
         """Whether one step after another was skipped because its gradients overflowed float16."""
         return self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE
@@ -107,12 +115,22 @@ class Step(ABC):
 
 class UsualStep(Step):
     """In the recipe's precision, on any device. With several processes `DistributedDataParallel` averages the gradients, and
-    batch norms take their statistics over all processes."""
+    batch norms take their statistics over all processes. With one, on a GPU, micro-batches are replays of CUDA graphs."""
 
     def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
         super().__init__(network, recipe, loss)
+        self.graphs = StepGraphs([network, loss])
         if processes.size() > 1:
             self.model = processes.parallel(processes.sync_batch_norm(network))
+
+    def _pass(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
+        if not self.recipe.capture:
+            return super()._pass(image, mask, batch)
+        return self.graphs.run(lambda *inputs: self._backward(*inputs, batch), (image, mask), (batch,))
+
+    @property
+    def reason(self) -> str:
+        return self.graphs.reason if self.recipe.capture else super().reason
 
     def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
         count = len(mask)

@@ -25,7 +25,7 @@ from ..common.extras import need
 from ..data.patches import Patches, load_batches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
-from . import processes, run_folder
+from . import captured, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import evaluate
 from .losses import BCEDiceLoss
@@ -82,7 +82,7 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
         self.best, self.stale = -1.0, 0
         self.history: list[dict[str, float]] = []
-        self._stop = False
+        self._stop, self._told = False, ""
 
     @property
     def unfinished(self) -> bool:
@@ -142,6 +142,8 @@ class Trainer:
                 recent = []
                 loss, iou = self._means()
                 bar.set_postfix(loss=f"{loss:.4f}", iou=f"{iou:.4f}")
+                if progress:
+                    self._tell_what_is_not_captured(bar.write)
                 stop, save = processes.any_of(self._stop, time.monotonic() - saved > SAVE_SECONDS)
                 if self.step < total and (stop or save):
                     saved = time.monotonic()
@@ -150,6 +152,13 @@ class Trainer:
                     if stop:
                         raise Interrupted
         return self._finish_epoch()
+
+    def _tell_what_is_not_captured(self, say: Callable[[str], object]) -> None:
+        """On a GPU, the reasons why steps are computed kernel by kernel, each time they change."""
+        reason = self.train_step.reason
+        if self.recipe.capture and self.device.type == captured.DEVICE and reason not in ("", self._told):
+            self._told = reason
+            say(f"training steps are computed kernel by kernel, not as CUDA graphs: {reason}")
 
     def _load(self, batches: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's images `[N, C, *S]` and masks `[N, classes, *S]` of each batch; N is 0 if it gets none."""

@@ -1,4 +1,4 @@
-"""The weights of a training step, composed by a kernel for all nodes at once (`kernels/weights.py`).
+"""The weights of a pass, composed by a kernel for all nodes at once (`kernels/weights.py`).
 
 Parameters lie in one flat tensor, operands and the gradients of operands in two others. `Composition` knows where: what
 `weight_composition.first_operands` and its gradient compute node by node with small operators, it has done by two or three
@@ -71,7 +71,7 @@ class Composition:
         self.steps = [step for step in plan.computed if step.node.name in set(reached)]
         self.up = "deconv" if plan.upsample == "deconv" else "project" if plan.project else "none"
         self.parameters, self.operands, self.flipped, self.borders = Places(), Places(), Places(), Places()
-        self.gradients, self.out = Places(), Places()
+        self.gradients, self.out, self.scales = Places(), Places(), Places()
         mine = {f"nodes.{step.node.name}.{key}" for step in self.steps for key in self._keys(step)}
         self.weights = [name for name in structure.parameters if name in mine]
         for name in self.weights:
@@ -95,6 +95,8 @@ class Composition:
     def _place(self, step: Step) -> None:
         node, axes = step.node.name, self.plan.axes
         prefix, low, _, co = self._sizes(step)
+        for place in (1, 2):
+            self.scales.add(f"{node}.norm{place}", co)
         parts = {"second": (3**axes, co, co), "prefix": (3**axes, prefix, co)}
         if step.form == "full":
             parts["low"] = 3**axes, low, co
@@ -144,7 +146,8 @@ class Composition:
         for part, start, inputs, k in parts:
             flipped = self.flipped[f"{node} {part}"]
             head = start, places[f"{node} {part}"], flipped, inputs, k, co, 0, 0
-            jobs += [(*head, *tile) for tile in tiles(k, co)]
+            end = 0, 0, 0, 0, 0, self.scales[f"{node}.norm{2 if part == 'second' else 1}"]
+            jobs += [(*head, *tile, *end) for tile in tiles(k, co)]
         return jobs
 
     def _ends(self, step: Step, places: Places) -> tuple[int, int, int]:
@@ -165,12 +168,12 @@ class Composition:
             self._low_weight(step, self.parameters), self.operands[f"{node} low"], self.flipped[f"{node} low"],
             prefix + up, low, co, up,
         )  # fmt: skip
-        ends = self._ends(step, self.borders)
+        ends = *self._ends(step, self.borders), 0, 0, self.scales[f"{node}.norm1"]
         return [(*head, place, *tile, *ends) for tile in tiles(low, co) for place in range(4**axes)]
 
     def _borders(self, step: Step, tiles) -> list[tuple[int, ...]]:
-        head, ends = self._phases(step, tiles)[0][:7], self._ends(step, self.borders)
-        return [(*head, -1, *tile, *ends) for tile in tiles(1, self._sizes(step)[3])]
+        job = self._phases(step, tiles)[0]
+        return [(*job[:7], -1, *tile, *job[10:]) for tile in tiles(1, self._sizes(step)[3])]
 
     def _phases_back(self, step: Step, tiles) -> list[tuple[int, ...]]:
         prefix, low, up, co = self._sizes(step)
@@ -189,20 +192,38 @@ class Composition:
         elements = range(2**self.plan.axes) if self.up == "deconv" else (0,)
         return [(*head, element, *tile, *ends) for tile in tiles(low, up) for element in elements]
 
-    def compose(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Those of data gradients, the other operands, all in `dtype`, and all border tables, as three flat tensors."""
+    def compose(
+        self, parameters: Mapping[str, Tensor], dtype: torch.dtype, scales: Tensor | None = None, keep: bool = True
+    ) -> list[Tensor | None]:
+        """Those of data gradients (None unless `keep`), the other operands, all in `dtype`, and all border tables, as three
+        flat tensors. scales: of outputs, as `folded` gives them."""
         from ...kernels import weights
 
         flat = self._flat(parameters)
         tables, axes = self.tables(flat.device), self.plan.axes
-        flipped, operands, borders = self.results(flat, dtype)
-        weights.compose(flat, operands, flipped, borders, tables.arrange, tables.phases, axes, self.up)
+        flipped, operands, borders = self.results(flat, dtype, keep)
+        weights.compose(flat, operands, flipped, borders, scales, tables.arrange, tables.phases, axes, self.up)
         return [flipped, operands, borders]
 
-    def results(self, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def folded(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of all convolutions with the batch norms in eval mode after them: the scales of their outputs, in a flat tensor,
+        and the parameters with the biases that are left. Needs this to be of all nodes."""
+        norms, widths = list(self.scales.of), [shape[0] for _, shape in self.scales.of.values()]
+        keys = ("weight", "bias", "running_mean", "running_var")
+        gamma, beta, mean, variance = (torch.cat([parameters[f"nodes.{norm}.{key}"] for norm in norms]) for key in keys)
+        names = [f"nodes.{norm.replace('norm', 'conv')}.bias" for norm in norms]
+        scales = gamma * (variance + self.plan.eps).rsqrt()
+        centred = torch.cat([parameters[name] for name in names]) - mean if names[0] in parameters else -mean
+        biases = torch.addcmul(beta, centred, scales).split(widths)
+        # Kernels are compiled for biases that are allocated at multiples of 16 bytes.
+        aligned = [bias if bias.data_ptr() % 16 == 0 else bias.clone() for bias in biases]
+        return scales, {**parameters, **dict(zip(names, aligned, strict=True))}
+
+    def results(self, like: Tensor, dtype: torch.dtype, keep: bool = True) -> list[Tensor | None]:
         """Room for what `compose` returns."""
-        borders = like.new_empty(self.borders.size, dtype=torch.float32)
-        return [*(like.new_empty(places.size, dtype=dtype) for places in (self.flipped, self.operands)), borders]
+        flipped = like.new_empty(self.flipped.size, dtype=dtype) if keep else None
+        operands = like.new_empty(self.operands.size, dtype=dtype)
+        return [flipped, operands, like.new_empty(self.borders.size, dtype=torch.float32)]
 
     def _flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
         return torch._C._nn.flatten_dense_tensors([parameters[name] for name in self.weights])
@@ -224,7 +245,7 @@ class Composed:
     recomputes nothing needs those of data gradients alone."""
 
     all_nodes: Composition
-    tensors: Sequence[Tensor]
+    tensors: Sequence[Tensor | None]
     parameters: Mapping[str, Tensor]
 
     @cached_property

@@ -88,15 +88,16 @@ def forward_op(
     modes = structure.modes(training, keep)
     named = _named(structure, tensors)
     run = Forward(structure.plan, load_ops(ops), modes, named, dtype, group_of(group))
-    weights: list[Tensor] = []
+    weights: list[Tensor | None] = []
     with (
         scratch.reused(),
         torch.autocast(inputs[0].device.type, enabled=False),
     ):  # precisions are chosen here; sums and weights stay wide
-        if keep and composes(ops):
+        if composes(ops):
             of_all = composition(structure, named)
-            weights = of_all.compose(named, dtype)
-            run.operands = Composed(of_all, weights, named).operands
+            scales, given = of_all.folded(named) if "folded" in modes.values() else (None, named)
+            weights = of_all.compose(named, dtype, scales, keep)
+            run.operands = Composed(of_all, weights, given).operands
         logits, maps = run.run(inputs, keep, recompute)
     kept = [*maps.kept(structure.plan, recompute), *(weights if recompute else weights[:1])] if keep else []
     return Results([_unshared(head) for head in logits], kept, run.moments).flat()

@@ -32,7 +32,7 @@ def load_ops(name: str) -> ModuleType:
 
 
 def composes(name: str) -> bool:
-    """Whether the weights of a training step with these ops are composed by a kernel (`composed.py`)."""
+    """Whether the weights of a pass with these ops are composed by a kernel (`composed.py`)."""
     return name in ("triton", "cuda")
 
 
