@@ -78,7 +78,7 @@ struct ConvTraits {
   static constexpr int OUT_ROWS = GATHERED ? ROWS_ / 2 : ROWS_, OUT_COLUMNS = 16 * WARP_COLUMNS;
   static constexpr int PIXEL_WARPS = OUT_ROWS / M * WARP_COLUMNS, WARPS = PIXEL_WARPS * (CO_TILE / 32);
   static constexpr int THREADS = WARPS * 32;
-  static constexpr int WEIGHT_ROW = Weights<T, CO_TILE>::ROW;
+  static constexpr int WEIGHT_ROW = Rows<T, CO_TILE>::BYTES;
 
   template <typename KIND>
   static constexpr int bytes() {
@@ -92,7 +92,6 @@ struct ConvTraits {
 
   static_assert(CO_TILE % 32 == 0 && OUT_ROWS % M == 0 && (STAGES == 1 || STAGES == 2));
   static_assert(STAGE % 16 == 0 && SHARED <= 163 * 1024, "sm_80 has no more");
-  static_assert(2 * WARPS * 32 * static_cast<int>(sizeof(float)) <= SHARED, "statistics are added up there");
 };
 
 // ---- Kernel ----
@@ -236,8 +235,9 @@ struct Stages {
 template <typename TRAITS>
 HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTANT ConvArguments p) {
   const Stages<TRAITS> stages{p};
-  float acc[TRAITS::M][4][4] = {};
+  float acc[TRAITS::M][4][4];
   if (TRAITS::STAGES == 2) stages.load(0);
+  begin(acc, p, stages.place());
   HW_NO_UNROLL
   for (int index = 0; index < p.stages; ++index) {
     if (TRAITS::STAGES == 1) {
@@ -264,6 +264,7 @@ const char* launch_conv(ConvArguments p, Stream stream) {
   for (Map* map : {&p.a, &p.b}) map->set_vector(sizeof(T));
   p.vector_weights = aligned(p.weights_a, p.channels) && aligned(p.weights_b, p.channels);
   p.vector_out = aligned(p.out, p.out_pixel_stride) && aligned(p.out, p.out_image_stride) && aligned(nullptr, p.channels);
+  p.relu = p.slope == 0;
   p.tiles_y = (p.height + TRAITS::OUT_ROWS - 1) / TRAITS::OUT_ROWS;
   p.tiles_x = (p.width + TRAITS::OUT_COLUMNS - 1) / TRAITS::OUT_COLUMNS;
   p.co_blocks = (p.channels + TRAITS::CO_TILE - 1) / TRAITS::CO_TILE;

@@ -24,6 +24,19 @@ struct Format {
   static constexpr bool TF32 = sizeof(T) == 4;
 };
 
+// Rows of WIDTH values in shared memory. Their 16-byte pieces are permuted by the number of the row: eight rows at a piece,
+// which ldmatrix reads at once, lie in all banks, and so do the single words that lanes read of 32-bit weights.
+template <typename T, int WIDTH>
+struct Rows {
+  static constexpr int BYTES = WIDTH * sizeof(T), PIECES = BYTES / 16;
+  static_assert(PIECES == 4 || PIECES == 8 || PIECES == 16);
+
+  HW_FUNCTION static constexpr int permuted(int row, int piece) {
+    return piece ^ (PIECES == 4 ? row / 2 % 4 : sizeof(T) == 4 ? row % 4 * 2 : row % 8);
+  }
+  HW_FUNCTION static constexpr uint32_t at(int row, int piece) { return row * BYTES + permuted(row, piece) * 16; }
+};
+
 template <typename T, int ROWS_, int COLUMNS_, bool SPLIT>
 struct Tile {
   using Type = T;
@@ -47,6 +60,13 @@ HW_FUNCTION hw::Vec load_values(const char* from, int count) {
       vec.word[k] = reinterpret_cast<const uint32_t*>(from)[k];
   }
   return vec;
+}
+
+// As many values at 16 bytes' alignment (`vector`), or at that of one value.
+template <typename T>
+HW_FUNCTION hw::Vec load_piece(const char* from, int count, bool vector) {
+  if (!vector) return load_values<T>(from, count);
+  return count ? *reinterpret_cast<const hw::Vec*>(from) : hw::Vec{};
 }
 
 HW_FUNCTION int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
@@ -117,25 +137,12 @@ HW_FUNCTION void transform_tile(uint32_t offset, const Map& map, int image, int 
   }
 }
 
-// Weights [taps, K, CO] as rows of CO_TILE values: row tap * CHUNK + channel.
-template <typename T, int CO_TILE>
-struct Weights {
-  static constexpr int ROW = CO_TILE * sizeof(T), PIECES = ROW / 16;
-  static_assert(PIECES == 4 || PIECES == 8 || PIECES == 16);
-
-  // ldmatrix reads eight rows of 16 bits at a piece, which then lie in all banks; of 32 bits, lanes read single words.
-  HW_FUNCTION static constexpr int permuted(int row, int piece) {
-    return piece ^ (sizeof(T) == 4 ? row % 4 * 2 : PIECES == 4 ? row / 2 % 4 : row % 8);
-  }
-  HW_FUNCTION static constexpr uint32_t at(int row, int piece) { return row * ROW + permuted(row, piece) * 16; }
-};
-
 // Starts to copy channels k.. and columns co.. of TAPS taps from first_tap on, each next four `group` later (4 if they are
 // contiguous); zeros past K and CO. `vector`: rows start at multiples of 16 bytes.
 template <typename T, int CO_TILE, int TAPS, int THREADS>
 HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels, int columns, int k, int co, int first_tap,
                               int group, bool vector) {
-  using W = Weights<T, CO_TILE>;
+  using W = Rows<T, CO_TILE>;
   constexpr int CHUNK = Format<T>::CHUNK, VECTOR = Format<T>::VECTOR;
   static_assert(THREADS % W::PIECES == 0);
   const int piece = hw::thread() % W::PIECES, first = co + piece * VECTOR;
@@ -164,7 +171,7 @@ HW_FUNCTION void load_pixels(hw::Word (&a)[4], uint32_t offset) {
 // One step of channels (rows from `row` on) and 32 columns (from piece 4, of 32 bits 8, times `part` on) as second factors.
 template <typename T, int CO_TILE>
 HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int part) {
-  using W = Weights<T, CO_TILE>;
+  using W = Rows<T, CO_TILE>;
   if constexpr (Format<T>::TF32) {
     const int group = lane() / 4, quad = lane() % 4;
     HW_UNROLL
@@ -172,7 +179,7 @@ HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int
       HW_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int r = quad + 4 * half;
-        const uint32_t at = row * W::ROW + W::at(r, part * 8 + n * 2 + group / 4) + group % 4 * 4;
+        const uint32_t at = row * W::BYTES + W::at(r, part * 8 + n * 2 + group / 4) + group % 4 * 4;
         b[n][half] = hw::tf32(hw::load_shared<float>(offset + at));
       }
   } else {
@@ -180,7 +187,7 @@ HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int
     for (int pair = 0; pair < 2; ++pair) {
       hw::Word r[4];
       const int piece = part * 4 + pair * 2 + lane() / 16;
-      hw::load_matrices_transposed(r, offset + row * W::ROW + W::at(lane() % 16, piece));
+      hw::load_matrices_transposed(r, offset + row * W::BYTES + W::at(lane() % 16, piece));
       b[2 * pair][0] = r[0], b[2 * pair][1] = r[1];
       b[2 * pair + 1][0] = r[2], b[2 * pair + 1][1] = r[3];
     }

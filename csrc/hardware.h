@@ -54,6 +54,7 @@ HW_FUNCTION int thread() { return threadIdx.x; }
 HW_FUNCTION int block() { return blockIdx.x; }
 HW_FUNCTION int block_row() { return blockIdx.y; }
 HW_FUNCTION void barrier() { __syncthreads(); }
+HW_FUNCTION void warp_barrier() { __syncwarp(); }
 HW_FUNCTION constexpr bool fault(Fault) { return false; }
 
 // The same value; the compiler computes it again instead of keeping it in a register until here.
@@ -139,6 +140,22 @@ HW_FUNCTION uint32_t pack<BFloat16>(float first, float second) {
   return word;
 }
 
+// The same of what is left of two values by ReLU: NaN, and no other value below zero.
+template <typename T>
+HW_FUNCTION uint32_t pack_relu(float first, float second);
+template <>
+HW_FUNCTION uint32_t pack_relu<Half>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+template <>
+HW_FUNCTION uint32_t pack_relu<BFloat16>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
 template <typename T>
 HW_FUNCTION Pair unpack(uint32_t word);
 template <>
@@ -159,6 +176,13 @@ HW_FUNCTION uint32_t tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
+}
+
+// 1 / value, to the last bit but one.
+HW_FUNCTION float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
 
 HW_FUNCTION float as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -39,7 +39,7 @@ struct ConvArguments {
   // Set by the launch.
   int tiles_y = 0, tiles_x = 0, co_blocks = 0;
   int planes_a = 1, planes_b = 1, stages_a = 0, stages = 0;
-  bool vector_weights = false, vector_out = false;
+  bool vector_weights = false, vector_out = false, relu = false;  // relu: the slope is 0
 };
 
 struct WgradArguments {

@@ -17,6 +17,7 @@ import triton
 from bounds import CLOCK, MMA_SYNC, MULTIPROCESSORS, SHARED, Work
 from support.sass.check import packed_arguments
 from support.sass.listing import Instruction, decode, functions
+from support.sass.registers import after
 from support.sass.thread import Thread
 from torch import Tensor
 
@@ -90,6 +91,7 @@ def conv(config: cuda_ops.ConvConfig, out: Tensor, a: Tensor, b: Tensor | None, 
     co_blocks, stages_a = -(-out.shape[4] // config.block_co), -(-a.shape[4] // CHUNK)
     stages = stages_a + (0 if b is None else -(-b.shape[4] // CHUNK))
     given |= {"tiles_y": tiles_y, "tiles_x": tiles_x, "co_blocks": co_blocks, "stages_a": stages_a, "stages": stages}
+    given["relu"] = int(options.get("slope", 0.0) == 0)
     aligned = int(out.shape[4] % 8 == 0 and out.stride(3) % 8 == 0)
     given |= {"vector_weights": int(out.shape[4] % 8 == 0), "vector_out": aligned}
     rows = config.rows * (2 if config.gathered else 1)  # the traits count those that are read
@@ -147,13 +149,12 @@ def kernels() -> dict[str, tuple[list[Instruction], int]]:
     return {name: (decode(code), int(registers[name])) for _, name, code in functions(f"arch = sm_90\n{listed}")}
 
 
-class _Floats(Thread):
-    """Takes the usual way where floats decide: a division that needs no care, values inside."""
+class _Counted(Thread):
+    """A thread whose products are counted and not followed: sums may begin with values of global memory."""
 
-    def forget(self, instruction: Instruction) -> None:
-        super().forget(instruction)
-        if instruction.name == "FCHK":
-            self.set(instruction.operands[0], False)
+    def do_hmma(self, kinds, target, *factors) -> None:
+        for k in range(4):
+            self.set(after(target, k), None)
 
 
 def counts(launches: list[Launch]) -> dict[str, Counts]:
@@ -183,7 +184,7 @@ def _struct(launch: Launch, tiles: int) -> tuple[str, dict[str, int]]:
 def _issued(code: list[Instruction], arguments: bytes, warps: int) -> Counter:
     total: Counter = Counter()
     for thread in (0, 32 * (warps - 1)):
-        total.update(by_phase(_Floats(code, 90, arguments, thread).run().issued))
+        total.update(by_phase(_Counted(code, 90, arguments, thread).run().issued))
     return Counter({key: count / 2 for key, count in total.items()})
 
 

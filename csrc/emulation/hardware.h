@@ -85,6 +85,9 @@ inline int thread() { return emulation::current().index; }
 inline int block() { return emulation::block_x; }
 inline int block_row() { return emulation::block_y; }
 inline void barrier() { emulation::barrier(); }
+inline void warp_barrier() {
+  emulation::collective("syncwarp", nullptr, [](emulation::Collective&) {});
+}
 inline int forgotten(int value) { return value; }
 inline bool fault(Fault which) { return emulation::fault == static_cast<int>(which); }
 
@@ -159,6 +162,11 @@ inline uint32_t pack<BFloat16>(float first, float second) {
 }
 
 template <typename T>
+uint32_t pack_relu(float first, float second) {
+  return pack<T>(first <= 0 ? 0.0f : first, second <= 0 ? 0.0f : second);
+}
+
+template <typename T>
 Pair unpack(uint32_t word);
 template <>
 inline Pair unpack<Half>(uint32_t word) {
@@ -168,6 +176,8 @@ template <>
 inline Pair unpack<BFloat16>(uint32_t word) {
   return {emulation::from_bfloat16(word & 0xffff), emulation::from_bfloat16(word >> 16)};
 }
+
+inline float reciprocal(float value) { return 1 / value; }
 
 inline float as_float(uint32_t bits) { return emulation::bits_as<float>(bits); }
 inline uint32_t as_bits(float value) { return emulation::bits_as<uint32_t>(value); }
