@@ -12,13 +12,13 @@ struct WarpRow {
   static constexpr int BYTES = 16 * PIXELS::BYTES, VECTOR = Format<T>::VECTOR;
   static constexpr int APART = 32 / PIXELS::PIECES, COUNT = 16 / APART;
 
-  HW_FUNCTION static int piece() { return lane() % PIXELS::PIECES; }
-  HW_FUNCTION static int pixel(int k) { return lane() / PIXELS::PIECES + k * APART; }
-  HW_FUNCTION static uint32_t at(int k) { return PIXELS::at(pixel(k), piece()); }
+  HW_FUNCTION static int piece(int lane) { return lane % PIXELS::PIECES; }
+  HW_FUNCTION static int pixel(int lane, int k) { return lane / PIXELS::PIECES + k * APART; }
+  HW_FUNCTION static uint32_t at(int lane, int k) { return PIXELS::at(pixel(lane, k), piece(lane)); }
   // Of a thread's pair n of pixel lane / 4 + 8 half, as products leave it.
-  HW_FUNCTION static uint32_t at_pair(int half, int n) {
-    const int byte = (8 * n + lane() % 4 * 2) * static_cast<int>(sizeof(T));
-    return PIXELS::at(lane() / 4 + 8 * half, byte / 16) + byte % 16;
+  HW_FUNCTION static uint32_t at_pair(int lane, int half, int n) {
+    const int byte = (8 * n + lane % 4 * 2) * static_cast<int>(sizeof(T));
+    return PIXELS::at(lane / 4 + 8 * half, byte / 16) + byte % 16;
   }
 };
 
@@ -38,38 +38,16 @@ HW_FUNCTION void store_pair(uint32_t at, float first, float second) {
     hw::store_shared(at, RELU ? hw::pack_relu<T>(first, second) : hw::pack<T>(first, second));
 }
 
-// The values of a piece.
 template <typename T>
-struct Values {
-  float v[Format<T>::VECTOR];
-
-  HW_FUNCTION explicit Values(const hw::Vec& piece) {
-    HW_UNROLL
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (Format<T>::TF32) {
-        v[w] = hw::as_float(piece.word[w]);
-      } else {
-        const hw::Pair pair = hw::unpack<T>(piece.word[w]);
-        v[2 * w] = pair.first, v[2 * w + 1] = pair.second;
-      }
-    }
-  }
-};
-
-// Stores `count` values of a piece: all at once (`vector`), or one by one.
-template <typename T>
-HW_FUNCTION void store_piece(char* to, const hw::Vec& piece, int count, bool vector) {
-  if (vector) {
-    if (count) *reinterpret_cast<hw::Vec*>(to) = piece;
-    return;
-  }
+HW_FUNCTION void unpack_piece(float (&values)[Format<T>::VECTOR], const hw::Vec& piece) {
   HW_UNROLL
-  for (int k = 0; k < Format<T>::VECTOR; ++k) {
-    if (k >= count) continue;
-    if constexpr (Format<T>::TF32)
-      reinterpret_cast<uint32_t*>(to)[k] = piece.word[k];
-    else
-      reinterpret_cast<uint16_t*>(to)[k] = static_cast<uint16_t>(piece.word[k / 2] >> 16 * (k % 2));
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (Format<T>::TF32) {
+      values[w] = hw::as_float(piece.word[w]);
+    } else {
+      const hw::Pair pair = hw::unpack<T>(piece.word[w]);
+      values[2 * w] = pair.first, values[2 * w + 1] = pair.second;
+    }
   }
 }
 
@@ -87,7 +65,7 @@ HW_FUNCTION void add_vector(float (&to)[4][2], const float* vector, int co, int 
 // Sums begin with bias and border, whose rows differ by pixel only where the block touches the border.
 template <typename TRAITS>
 HW_FUNCTION void begin(float (&acc)[TRAITS::M][4][4], const ConvArguments& p, const Place<TRAITS>& place) {
-  const int co = place.co + place.part * 32 + lane() % 4 * 2, plane = p.deep ? border_class(place.z, p.depth) * 9 : 0;
+  const int co = place.co + place.part * 32 + place.lane % 4 * 2, plane = p.deep ? border_class(place.z, p.depth) * 9 : 0;
   const bool within = place.y > 0 && place.y + TRAITS::OUT_ROWS < p.height && place.x > 0 &&
                       place.x + TRAITS::OUT_COLUMNS < p.width;
   float same[4][2] = {};
@@ -117,24 +95,25 @@ struct Pieces {
   int rows, columns, count;       // that are inside the map; values of a piece
 
   HW_FUNCTION Pieces(const ConvArguments& p, const Place<TRAITS>& place) {
-    const int y = place.row(0), x = place.x + ROW::pixel(0) * TRAITS::WARP_COLUMNS + place.parity;
-    const int co = place.co + place.part * 32 + ROW::piece() * ROW::VECTOR;
+    const int y = place.row(0), x = place.x + ROW::pixel(place.lane, 0) * TRAITS::WARP_COLUMNS + place.parity;
+    const int co = place.co + place.part * 32 + ROW::piece(place.lane) * ROW::VECTOR;
     const int64_t pixel_bytes = p.out_pixel_stride * static_cast<int64_t>(sizeof(T));
     row_bytes = p.width * pixel_bytes;
     step_bytes = ROW::APART * TRAITS::WARP_COLUMNS * pixel_bytes;
     first = p.out + (place.image * p.out_image_stride + co) * static_cast<int64_t>(sizeof(T)) +
             (static_cast<int64_t>(place.z) * p.height + y) * row_bytes + x * pixel_bytes;
     rows = p.height - y;
-    columns = p.width - x;
     count = clamp(p.channels - co, 0, ROW::VECTOR);
+    columns = count ? p.width - x : 0;
   }
   HW_FUNCTION bool inside(int m, int k) const { return m < rows && k * ROW::APART * TRAITS::WARP_COLUMNS < columns; }
   HW_FUNCTION char* at(int m, int k) const { return first + m * row_bytes + k * step_bytes; }
 };
 
-// Adds what the map holds.
+// Adds what the map holds, by way of two rows of shared memory in turn: one may still be read.
 template <typename TRAITS>
-HW_FUNCTION void add_map(float (&acc)[TRAITS::M][4][4], const Pieces<TRAITS>& pieces, bool vector, uint32_t memory) {
+HW_FUNCTION void add_map(float (&acc)[TRAITS::M][4][4], const Pieces<TRAITS>& pieces, bool vector, uint32_t memory,
+                         int lane) {
   using T = typename TRAITS::T;
   using ROW = WarpRow<T>;
   hw::Vec old[TRAITS::M][ROW::COUNT];
@@ -147,47 +126,53 @@ HW_FUNCTION void add_map(float (&acc)[TRAITS::M][4][4], const Pieces<TRAITS>& pi
   for (int m = 0; m < TRAITS::M; ++m) {
     const uint32_t row = memory + m % 2 * ROW::BYTES;
     HW_UNROLL
-    for (int k = 0; k < ROW::COUNT; ++k) hw::store_shared(row + ROW::at(k), old[m][k]);
+    for (int k = 0; k < ROW::COUNT; ++k) hw::store_shared(row + ROW::at(lane, k), old[m][k]);
     hw::warp_barrier();
     HW_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int half = k / 4, n = k % 4;
-      const hw::Pair pair = load_pair<T>(row + ROW::at_pair(half, n));
+      const hw::Pair pair = load_pair<T>(row + ROW::at_pair(lane, half, n));
       acc[m][n][half * 2] += pair.first, acc[m][n][half * 2 + 1] += pair.second;
     }
   }
-  hw::warp_barrier();  // the rows are written again
 }
 
-// Stores the values, through ReLU if RELU, and returns them as stored.
-template <typename TRAITS, bool RELU>
+// Stores the values, through ReLU if RELU, by 16 bytes or one by one, and returns them as stored.
+template <typename TRAITS, bool RELU, bool VECTOR>
 HW_FUNCTION void store_map(hw::Vec (&stored)[TRAITS::M][WarpRow<typename TRAITS::T>::COUNT],
-                           const float (&acc)[TRAITS::M][4][4], const Pieces<TRAITS>& pieces, bool vector,
-                           uint32_t memory) {
+                           const float (&acc)[TRAITS::M][4][4], const Pieces<TRAITS>& pieces, uint32_t memory, int lane) {
   using T = typename TRAITS::T;
   using ROW = WarpRow<T>;
   HW_UNROLL
   for (int m = 0; m < TRAITS::M; ++m) {
-    const uint32_t row = memory + m % 2 * ROW::BYTES;  // the other one may still be read
+    const uint32_t row = memory + m % 2 * ROW::BYTES;
     HW_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int half = k / 4, n = k % 4;
-      store_pair<T, RELU>(row + ROW::at_pair(half, n), acc[m][n][half * 2], acc[m][n][half * 2 + 1]);
+      store_pair<T, RELU>(row + ROW::at_pair(lane, half, n), acc[m][n][half * 2], acc[m][n][half * 2 + 1]);
     }
     hw::warp_barrier();
     HW_UNROLL
     for (int k = 0; k < ROW::COUNT; ++k) {
-      stored[m][k] = hw::load_shared<hw::Vec>(row + ROW::at(k));
-      store_piece<T>(pieces.at(m, k), stored[m][k], pieces.inside(m, k) ? pieces.count : 0, vector);
+      const uint32_t from = row + ROW::at(lane, k);
+      stored[m][k] = hw::load_shared<hw::Vec>(from);
+      char* to = pieces.at(m, k);
+      if constexpr (VECTOR) {
+        if (pieces.inside(m, k)) *reinterpret_cast<hw::Vec*>(to) = stored[m][k];
+      } else {
+        HW_NO_UNROLL
+        for (int v = 0; v < (pieces.inside(m, k) ? pieces.count : 0); ++v)
+          reinterpret_cast<Bits<T>*>(to)[v] = hw::load_shared<Bits<T>>(from + v * sizeof(T));
+      }
     }
   }
 }
 
-// Mean and sum of squared deviations from it, of `count` values; two of them together by Chan, Golub and LeVeque's formula.
+// Mean of values and sum of their squared deviations from it, put together by Chan, Golub and LeVeque's formula.
 struct Moments {
   float mean, squares;
 
-  // `share`: the other's part of the values.
+  // count: of the values so far; share: the others' part of all.
   HW_FUNCTION void add(const Moments& other, float count, float share) {
     const float apart = other.mean - mean;
     mean += apart * share;
@@ -205,33 +190,32 @@ HW_FUNCTION void store_statistics(const hw::Vec (&stored)[TRAITS::M][WarpRow<typ
                                   uint32_t memory) {
   using T = typename TRAITS::T;
   using ROW = WarpRow<T>;
-  constexpr int VECTOR = ROW::VECTOR;
+  constexpr int VECTOR = ROW::VECTOR, PIECES = TRAITS::M * ROW::COUNT;
+  const auto inside = [&](int i) { return pieces.inside(i / ROW::COUNT, i % ROW::COUNT); };
   Moments moments[VECTOR] = {};
-  float count = 0;
+  float values[PIECES][VECTOR], count = 0;
   HW_UNROLL
-  for (int i = 0; i < TRAITS::M * ROW::COUNT; ++i) {
-    if (!pieces.inside(i / ROW::COUNT, i % ROW::COUNT)) continue;
-    const Values<T> values(stored[i / ROW::COUNT][i % ROW::COUNT]);
+  for (int i = 0; i < PIECES; ++i) {
+    unpack_piece<T>(values[i], stored[i / ROW::COUNT][i % ROW::COUNT]);
     HW_UNROLL
-    for (int v = 0; v < VECTOR; ++v) moments[v].mean += values.v[v];
-    count += 1;
+    for (int v = 0; v < VECTOR; ++v) moments[v].mean = inside(i) ? moments[v].mean + values[i][v] : moments[v].mean;
+    count = inside(i) ? count + 1 : count;
   }
+  const float part = Moments::inverse(count);
   HW_UNROLL
-  for (int v = 0; v < VECTOR; ++v) moments[v].mean *= Moments::inverse(count);
+  for (int v = 0; v < VECTOR; ++v) moments[v].mean *= part;
   HW_UNROLL
-  for (int i = 0; i < TRAITS::M * ROW::COUNT; ++i) {
-    if (!pieces.inside(i / ROW::COUNT, i % ROW::COUNT)) continue;
-    const Values<T> values(stored[i / ROW::COUNT][i % ROW::COUNT]);
+  for (int i = 0; i < PIECES; ++i) {
     HW_UNROLL
     for (int v = 0; v < VECTOR; ++v) {
-      const float deviation = values.v[v] - moments[v].mean;
-      moments[v].squares += deviation * deviation;
+      const float apart = values[i][v] - moments[v].mean;
+      moments[v].squares = inside(i) ? moments[v].squares + apart * apart : moments[v].squares;
     }
   }
-  int channel = ROW::piece() * VECTOR;
+  int channel = ROW::piece(place.lane) * VECTOR;
   HW_UNROLL
   for (int half = VECTOR / 2, mask = ROW::PIXELS::PIECES; half; half /= 2, mask *= 2) {
-    const bool upper = lane() & mask;
+    const bool upper = place.lane & mask;
     const float other = hw::shuffle_xor(count, mask), share = Moments::share(count, other);
     HW_UNROLL
     for (int v = 0; v < half; ++v) {
@@ -242,22 +226,22 @@ HW_FUNCTION void store_statistics(const hw::Vec (&stored)[TRAITS::M][WarpRow<typ
     count += other;
     channel += upper ? half : 0;
   }
-  const int warp = hw::thread() / 32;
-  hw::store_shared(memory + (warp * 32 + channel) * 16,
+  hw::store_shared(memory + (place.warp * 32 + channel) * 16,
                    hw::Vec{{hw::as_bits(count), hw::as_bits(moments[0].mean), hw::as_bits(moments[0].squares), 0}});
   hw::barrier();
-  const int co = place.co + place.part * 32 + lane();
-  if (warp % TRAITS::PIXEL_WARPS || co >= p.channels) return;
+  const int co = place.co + place.part * 32 + place.lane;
+  if (place.warp % TRAITS::PIXEL_WARPS || co >= p.channels) return;
   Moments all = {};
   float total = 0;
   HW_UNROLL
   for (int k = 0; k < TRAITS::PIXEL_WARPS; ++k) {
-    const hw::Vec found = hw::load_shared<hw::Vec>(memory + ((warp + k) * 32 + lane()) * 16);
+    const hw::Vec found = hw::load_shared<hw::Vec>(memory + (place.warp * 32 + place.lane) * 16 + k * 32 * 16);
     const float other = hw::as_float(found.word[0]);
     all.add({hw::as_float(found.word[1]), hw::as_float(found.word[2])}, total, Moments::share(total, other));
     total += other;
   }
-  float* to = p.stats + static_cast<int64_t>(place.tile) * 3 * p.channels + co;
+  const int64_t row = int64_t{hw::block_z()} * p.tiles_y + hw::block_y();
+  float* to = p.stats + (row * p.tiles_x + place.x / TRAITS::OUT_COLUMNS) * 3 * p.channels + co;
   to[0] = total;
   to[p.channels] = all.mean;
   to[2 * p.channels] = all.squares;
@@ -267,10 +251,11 @@ template <typename TRAITS>
 HW_FUNCTION void finish(float (&acc)[TRAITS::M][4][4], const ConvArguments& p, const Place<TRAITS>& place) {
   using T = typename TRAITS::T;
   using ROW = WarpRow<T>;
+  using IF_HALF = std::bool_constant<!Format<T>::TF32>;
   constexpr int ROWS = TRAITS::WARPS * 2 * ROW::BYTES;
   static_assert(ROWS + TRAITS::WARPS * 32 * 16 <= TRAITS::SHARED, "rows of the warps, and their statistics");
   const Pieces<TRAITS> pieces(p, place);
-  const uint32_t memory = hw::thread() / 32 * 2 * ROW::BYTES;
+  const uint32_t memory = place.warp * 2 * ROW::BYTES;
   const bool relu = p.act && p.relu && !p.add && !Format<T>::TF32;
   hw::barrier();  // the stages are no longer used
   if (p.act && !relu) {
@@ -278,11 +263,14 @@ HW_FUNCTION void finish(float (&acc)[TRAITS::M][4][4], const ConvArguments& p, c
     for (int k = 0; k < TRAITS::M * 16; ++k)
       acc[k / 16][k / 4 % 4][k % 4] = activate(acc[k / 16][k / 4 % 4][k % 4], p.slope);
   }
-  if (p.add) add_map<TRAITS>(acc, pieces, p.vector_out, memory);
+  if (p.add) add_map<TRAITS>(acc, pieces, p.vector_out, memory, place.lane);
   hw::Vec stored[TRAITS::M][ROW::COUNT];
-  if (relu)
-    store_map<TRAITS, !Format<T>::TF32>(stored, acc, pieces, p.vector_out, memory);
-  else
-    store_map<TRAITS, false>(stored, acc, pieces, p.vector_out, memory);
+  const auto store = [&](auto through_relu) {
+    if (p.vector_out)
+      store_map<TRAITS, through_relu, true>(stored, acc, pieces, memory, place.lane);
+    else
+      store_map<TRAITS, through_relu, false>(stored, acc, pieces, memory, place.lane);
+  };
+  relu ? store(IF_HALF{}) : store(std::false_type{});
   if (p.stats) store_statistics<TRAITS>(stored, p, place, pieces, ROWS);
 }

@@ -24,6 +24,11 @@ struct alignas(16) Vec {
 struct alignas(8) Pair {
   float first, second;
 };
+// Blocks along each axis; a GPU takes 2^31 - 1 along x, MOST_BLOCKS along the others.
+struct Grid {
+  int x, y = 1, z = 1;
+};
+constexpr int MOST_BLOCKS = 65535;
 
 // Faults that the emulation commits on request, to check that the tests notice them. On a GPU there are none.
 enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, phase, unwritten, reduction };
@@ -51,16 +56,32 @@ namespace hw {
 using Word = uint32_t;
 
 HW_FUNCTION int thread() { return threadIdx.x; }
-HW_FUNCTION int block() { return blockIdx.x; }
-HW_FUNCTION int block_row() { return blockIdx.y; }
+#define HW_BLOCK(AXIS)                                                  \
+  HW_FUNCTION int block_##AXIS() {                                      \
+    int index;                                                          \
+    asm volatile("mov.u32 %0, %%ctaid." #AXIS ";" : "=r"(index));       \
+    return index;                                                       \
+  }
+HW_BLOCK(x)
+HW_BLOCK(y)
+HW_BLOCK(z)
+#undef HW_BLOCK
 HW_FUNCTION void barrier() { __syncthreads(); }
 HW_FUNCTION void warp_barrier() { __syncwarp(); }
 HW_FUNCTION constexpr bool fault(Fault) { return false; }
 
-// The same value; the compiler computes it again instead of keeping it in a register until here.
-HW_FUNCTION int forgotten(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
+// thread(), from which the compiler computes anew what it would else keep in registers until here.
+HW_FUNCTION uint32_t thread_again() {
+  uint32_t index = threadIdx.x;
+  asm volatile("" : "+r"(index));
+  return index;
+}
+
+// from + count * bytes, in one instruction.
+HW_FUNCTION const char* advance(const char* from, int count, int bytes) {
+  const char* to;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(count), "r"(bytes), "l"(from));
+  return to;
 }
 
 HW_FUNCTION char* shared_memory() {
@@ -82,9 +103,9 @@ HW_FUNCTION void store_shared(uint32_t offset, V value) {
   *reinterpret_cast<V*>(shared_memory() + offset) = value;
 }
 
-// Copies `bytes` (0 to 16) to shared memory and fills with zeros up to 16; complete after wait_copies by the same thread.
-HW_FUNCTION void copy_async(uint32_t offset, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)), "l"(from), "r"(bytes)
+// Copies 16 bytes to shared memory, or zeros if not `given`; complete after wait_copies by the same thread.
+HW_FUNCTION void copy_async(uint32_t offset, const void* from, bool given) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)), "l"(from), "r"(given ? 16 : 0)
                : "memory");
 }
 
@@ -190,12 +211,12 @@ HW_FUNCTION uint32_t as_bits(float value) { return __float_as_uint(value); }
 
 // Returns nullptr, or an error message.
 template <auto KERNEL, typename Arguments>
-const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
+const char* launch(Grid grid, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
   const DeviceGuard guard(stream.device);  // this library has its own CUDA runtime
   cudaError_t error = guard.error();
   if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess)
-    KERNEL<<<dim3(blocks, rows), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);
+    KERNEL<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);
   const cudaError_t last = cudaGetLastError();  // always called, so that no later call reports this error
   if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

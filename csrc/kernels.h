@@ -6,7 +6,7 @@
 
 #include "stream.h"
 
-// A channels-last map of one precision; strides in values. `vector`: every pixel starts at a multiple of 16 bytes.
+// A channels-last map of one precision; strides in values.
 struct Map {
   const char* data = nullptr;
   int64_t image_stride = 0;
@@ -14,11 +14,25 @@ struct Map {
   const float* scale = nullptr;  // [1 or N, channels]; null: no affine
   const float* shift = nullptr;
   int affine_stride = 0;  // from image to image
-  bool vector = false;
+  // Set by the launch. Whether all pixels, and all eight values of scale and shift, are whole pieces of 16 bytes.
+  bool vector = false, vector_affine = false;
+  int pixel_bytes = 0, row_bytes = 0;
+  int64_t plane_bytes = 0, image_bytes = 0;
 
-  void set_vector(int value_bytes) {
-    vector = reinterpret_cast<uintptr_t>(data) % 16 == 0 && pixel_stride * value_bytes % 16 == 0 &&
-             image_stride * value_bytes % 16 == 0;
+  // Returns nullptr, or an error message.
+  const char* prepare(int value_bytes) {
+    const auto aligned = [](const void* data, int64_t bytes) {
+      return reinterpret_cast<uintptr_t>(data) % 16 == 0 && bytes % 16 == 0;
+    };
+    const int64_t row = int64_t{width} * pixel_stride * value_bytes;
+    if (row >= int64_t{1} << 31) return "a row of a map has 2^31 bytes or more";
+    pixel_bytes = pixel_stride * value_bytes;
+    row_bytes = static_cast<int>(row);
+    plane_bytes = row * height;
+    image_bytes = image_stride * value_bytes;
+    vector = aligned(data, pixel_bytes) && aligned(data, image_bytes) && channels * value_bytes % 16 == 0;
+    vector_affine = aligned(scale, affine_stride * int64_t{4}) && aligned(shift, 0);
+    return nullptr;
   }
 };
 
@@ -38,7 +52,7 @@ struct ConvArguments {
   bool act = false, add = false;
   // Set by the launch.
   int tiles_y = 0, tiles_x = 0, co_blocks = 0;
-  int planes_a = 1, planes_b = 1, stages_a = 0, stages = 0;
+  int stages_a = 0, stages = 0;
   bool vector_weights = false, vector_out = false, relu = false;  // relu: the slope is 0
 };
 
@@ -50,8 +64,8 @@ struct WgradArguments {
   bool phased = false, deep = false;
   float slope = 0;
   // Set by the launch.
-  int tiles = 0, tiles_x = 0, tiles_each = 0, co_blocks = 0;  // tiles: of a plane
-  int planes = 0, slabs = 0, taps = 0;
+  int tiles = 0, tiles_x = 0, tiles_each = 0, planes = 0, taps = 0;  // tiles: of a plane
+  bool relu = false;  // the slope is 0
 };
 
 // Each returns nullptr, or an error message. `precision`: 0 float16, 1 bfloat16, 2 float32 multiplied as TF32. `config`: the

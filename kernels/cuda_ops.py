@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 WIDEST = 64  # channels of the narrower side
+MOST_PLANES = 65535  # of a batch: blocks along the last axis of a grid
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -67,12 +68,12 @@ class ConvConfig:
 
 
 CONFIGS = (
-    ConvConfig(32, 16, 1, False, 67392),
-    ConvConfig(32, 8, 2, False, 91264),
-    ConvConfig(64, 8, 1, False, 74176),
-    ConvConfig(64, 8, 2, False, 148352),
-    ConvConfig(32, 8, 1, True, 81728),
-    ConvConfig(64, 4, 1, True, 92736),
+    ConvConfig(32, 16, 1, False, 57600),
+    ConvConfig(32, 8, 2, False, 80384),
+    ConvConfig(64, 8, 1, False, 72448),
+    ConvConfig(64, 8, 2, False, 144896),
+    ConvConfig(32, 8, 1, True, 71936),
+    ConvConfig(64, 4, 1, True, 87296),
 )
 TRITON = ConvConfig(0, 0, 0, False, 0)  # stands for the Triton kernels among the candidates
 
@@ -137,6 +138,8 @@ def can_run_conv(out: Tensor, a: Tensor, *, taps: int = 3, stride: int = 1, phas
     runs, reason = _can_run(a, out)
     if runs and (taps, stride, phased) not in ((3, 1, False), (3, 2, True), (4, 2, False)):
         return False, f"no CUDA kernel for {taps} taps at a stride of {stride}"
+    if runs and out.shape[0] * out.shape[1] > MOST_PLANES:
+        return False, f"the batch has more than {MOST_PLANES} planes"
     return runs, reason
 
 

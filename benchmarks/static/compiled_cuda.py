@@ -102,11 +102,12 @@ def conv(config: cuda_ops.ConvConfig, out: Tensor, a: Tensor, b: Tensor | None, 
 def wgrad(a: Tensor, dy: Tensor, affine: object, partial: Tensor, phased: bool) -> Launch:
     """The launch of a 2D call of the op `conv_wgrad` (`launch_wgrad`), without the sum of its parts."""
     given = _map("a", a, affine) | _map("dy", dy, None)
-    given |= {"partial": IMAGE, "result": IMAGE, "images": dy.shape[0], "parts": partial.shape[0], "phased": int(phased)}
+    given |= {"partial": IMAGE, "result": IMAGE, "images": dy.shape[0], "parts": partial.shape[0]}
+    given |= {"phased": int(phased), "relu": 1}
     tiles_y, tiles_x = -(-dy.shape[2] // 8), -(-dy.shape[3] // 32)
     splits, tiles = partial.shape[0] // (1 if phased else 2), tiles_y * tiles_x
     co_blocks = -(-dy.shape[4] // CHUNK)
-    given |= {"tiles_x": tiles_x, "tiles": tiles, "tiles_each": 2, "co_blocks": co_blocks, "planes": 1, "slabs": 1}
+    given |= {"tiles_x": tiles_x, "tiles": tiles, "tiles_each": 2, "planes": 1}
     given |= {"taps": 16 if phased else 9}
     blocks = splits * -(-a.shape[4] // CHUNK) * co_blocks
     return Launch(f"WgradTraits{TYPE}Lb{int(phased)}E", given, blocks, 8, -(-dy.shape[0] * tiles // splits))
@@ -116,12 +117,11 @@ def _map(name: str, x: Tensor, affine: object) -> dict[str, int]:
     given = {"data": IMAGE, "image_stride": x.stride(0), "pixel_stride": x.stride(3), "depth": x.shape[1]}
     given |= {"height": x.shape[2], "width": x.shape[3], "channels": x.shape[4]}
     given |= {"scale": IMAGE, "shift": IMAGE} if affine is not None else {}
-    given |= {"vector": int(x.stride(3) % 8 == 0 and x.stride(0) % 8 == 0)}
     return {f"{name}.{key}": value for key, value in given.items()}
 
 
 @cache
-def _builder():
+def builder():
     spec = importlib.util.spec_from_file_location("unetpp_fast_build", SOURCES / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -131,14 +131,14 @@ def _builder():
 @cache
 def kernels() -> dict[str, tuple[list[Instruction], int]]:
     """Instructions and registers of each bfloat16 kernel for sm_90, by mangled name; needs nvcc."""
-    builder = _builder()
-    if builder.find_nvcc() is None:
+    build = builder()
+    if build.find_nvcc() is None:
         raise SystemExit("the static model compiles the CUDA kernels, and found no nvcc")
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h"))) + (SOURCES / "bfloat16.cu").read_bytes()
     target = ROOT / "build" / "static" / f"{hashlib.sha256(text).hexdigest()[:16]}.cubin"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [builder.find_nvcc(), *builder.NVCC_FLAGS, "-cubin", "-arch=sm_90", SOURCES / "bfloat16.cu", "-o", target]
+        command = [build.find_nvcc(), *build.NVCC_FLAGS, "-cubin", "-arch=sm_90", SOURCES / "bfloat16.cu", "-o", target]
         subprocess.run(command, check=True, stdout=sys.stderr)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     listed, usage = (
@@ -162,7 +162,7 @@ def counts(launches: list[Launch]) -> dict[str, Counts]:
     distinct = list({launch.key: launch for launch in launches}.values())
     with tempfile.TemporaryDirectory() as folder:
         given = [_struct(launch, tiles) for launch in distinct for tiles in (2, 3)]
-        packed = packed_arguments(given, SOURCES, _builder().find_compiler(), Path(folder))
+        packed = packed_arguments(given, SOURCES, builder().find_compiler(), Path(folder))
     found = {}
     for launch, (short, long) in zip(distinct, zip(packed[::2], packed[1::2], strict=True), strict=True):
         (code,) = (code for name, (code, _) in kernels().items() if launch.kernel in name)
@@ -175,10 +175,10 @@ def counts(launches: list[Launch]) -> dict[str, Counts]:
     return found
 
 
-def _struct(launch: Launch, tiles: int) -> tuple[str, dict[str, int]]:
+def _struct(launch: Launch, tiles: int) -> tuple[str, dict[str, int], int]:
     if not launch.tiles:
-        return "ConvArguments", launch.arguments
-    return "WgradArguments", {**launch.arguments, "tiles_each": tiles}
+        return "ConvArguments", launch.arguments, 2
+    return "WgradArguments", {**launch.arguments, "tiles_each": tiles}, 2
 
 
 def _issued(code: list[Instruction], arguments: bytes, warps: int) -> Counter:

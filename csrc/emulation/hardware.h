@@ -82,14 +82,17 @@ class Word {
 };
 
 inline int thread() { return emulation::current().index; }
-inline int block() { return emulation::block_x; }
-inline int block_row() { return emulation::block_y; }
+inline uint32_t thread_again() { return thread(); }
+inline int block_x() { return emulation::block_x; }
+inline int block_y() { return emulation::block_y; }
+inline int block_z() { return emulation::block_z; }
 inline void barrier() { emulation::barrier(); }
 inline void warp_barrier() {
   emulation::collective("syncwarp", nullptr, [](emulation::Collective&) {});
 }
-inline int forgotten(int value) { return value; }
 inline bool fault(Fault which) { return emulation::fault == static_cast<int>(which); }
+
+inline const char* advance(const char* from, int count, int bytes) { return from + int64_t{count} * bytes; }
 
 template <typename V>
 V load_shared(uint32_t offset) {
@@ -104,11 +107,10 @@ void store_shared(uint32_t offset, V value) {
 }
 
 // On a GPU the bytes may arrive at any time before the wait; until then neither old nor new ones can be relied on.
-inline void copy_async(uint32_t offset, const void* from, int bytes) {
+inline void copy_async(uint32_t offset, const void* from, bool given) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("copies from %p, which is not aligned to 16 bytes", from);
-  if (bytes < 0 || bytes > 16) emulation::fail("copies %d bytes", bytes);
   memset(emulation::at(offset, 16), 0xff, 16);
-  emulation::current().copies.push_back({offset, from, bytes});
+  emulation::current().copies.push_back({offset, given ? from : nullptr});
 }
 
 inline void wait_copies() {
@@ -116,8 +118,10 @@ inline void wait_copies() {
   auto& copies = emulation::current().copies;
   for (const emulation::Copy& copy : copies) {
     char* to = emulation::at(copy.offset, 16);
-    memcpy(to, copy.from, copy.bytes);
-    memset(to + copy.bytes, 0, 16 - copy.bytes);
+    if (copy.from)
+      memcpy(to, copy.from, 16);
+    else
+      memset(to, 0, 16);
   }
   copies.clear();
 }
@@ -188,12 +192,13 @@ inline uint32_t tf32(float value) {
 }
 
 template <auto KERNEL, typename Arguments>
-const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream, const Arguments& arguments) {
-  for (emulation::block_y = 0; emulation::block_y < rows; ++emulation::block_y)
-    for (emulation::block_x = 0; emulation::block_x < blocks; ++emulation::block_x)
-      emulation::run_block(
-          threads, shared_bytes, [](const void* given) { KERNEL(*static_cast<const Arguments*>(given)); }, &arguments,
-          emulation::order);
+const char* launch(Grid grid, int threads, int shared_bytes, Stream, const Arguments& arguments) {
+  for (emulation::block_z = 0; emulation::block_z < grid.z; ++emulation::block_z)
+    for (emulation::block_y = 0; emulation::block_y < grid.y; ++emulation::block_y)
+      for (emulation::block_x = 0; emulation::block_x < grid.x; ++emulation::block_x)
+        emulation::run_block(
+            threads, shared_bytes, [](const void* given) { KERNEL(*static_cast<const Arguments*>(given)); }, &arguments,
+            emulation::order);
   return nullptr;
 }
 
