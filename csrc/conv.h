@@ -111,7 +111,7 @@ struct Place {
     y = hw::block_y() * TRAITS::OUT_ROWS;
     image = hw::block_z();
     if (p.deep) z = image % p.depth, image /= p.depth;
-    const uint32_t thread = hw::thread_again(), pixels = thread / 32 % TRAITS::PIXEL_WARPS;
+    const uint32_t thread = hw::again(hw::thread()), pixels = thread / 32 % TRAITS::PIXEL_WARPS;
     warp = thread / 32, lane = thread % 32;
     part = thread / 32 / TRAITS::PIXEL_WARPS;
     parity = pixels % TRAITS::WARP_COLUMNS;
@@ -133,7 +133,7 @@ HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int
   HW_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
     const uint32_t step_weights = weights + step * Format<T>::STEP * ROW;
-    HW_UNROLL
+    HW_NO_UNROLL  // unrolled, sm_80 spills
     for (int x = 0; x < KIND::COLUMNS; ++x) {
       hw::Word b[KIND::SLOTS][4][2];
       const int first = TILE::place(place.parity + x) + place.lane % 16;
@@ -190,11 +190,12 @@ struct Stages {
       using KIND = decltype(kind);
       using TILE = typename KIND::TILE;
       const Place<TRAITS> place(p);
+      const bool deep = hw::again(p.deep);
       const Window shown = window(kind, map, own, place);
       load_tile<TILE, TRAITS::THREADS>(memory(index), shown);
       load_weights<T, TRAITS::CO_TILE, KIND::TAPS, TRAITS::THREADS>(
           memory(index) + TILE::BYTES, weights, map.channels, p.channels, shown.k, place.co,
-          p.deep ? KIND::plane_tap(place.z, own % KIND::PLANES) : 0, p.deep ? KIND::GROUP : 4, p.vector_weights);
+          deep ? KIND::plane_tap(place.z, own % KIND::PLANES) : 0, deep ? KIND::GROUP : 4, p.vector_weights);
     });
   }
   HW_FUNCTION void transform(int index) const {
@@ -239,14 +240,7 @@ HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTAN
 template <typename TRAITS>
 const char* launch_conv(ConvArguments p, Stream stream) {
   using T = typename TRAITS::T;
-  const auto aligned = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  };
-  for (Map* map : {&p.a, &p.b})
-    if (const char* error = map->prepare(sizeof(T))) return error;
-  p.vector_weights = aligned(p.weights_a, p.channels) && aligned(p.weights_b, p.channels);
-  p.vector_out = aligned(p.out, p.out_pixel_stride) && aligned(p.out, p.out_image_stride) && aligned(nullptr, p.channels);
-  p.relu = p.slope == 0;
+  if (const char* error = p.prepare(sizeof(T))) return error;
   p.tiles_y = (p.height + TRAITS::OUT_ROWS - 1) / TRAITS::OUT_ROWS;
   p.tiles_x = (p.width + TRAITS::OUT_COLUMNS - 1) / TRAITS::OUT_COLUMNS;
   p.co_blocks = (p.channels + TRAITS::CO_TILE - 1) / TRAITS::CO_TILE;
@@ -275,8 +269,12 @@ const char* dispatch_conv(int config, const ConvArguments& p, Stream stream) {
     case 3:
       return launch_conv<ConvTraits<T, 64, 8, 2, false>>(p, stream);
     case 4:
-      return launch_conv<ConvTraits<T, 32, 16, 1, true>>(p, stream);
+      return launch_conv<ConvTraits<T, 32, 32, 1, true>>(p, stream);
     case 5:
+      return launch_conv<ConvTraits<T, 32, 16, 1, true>>(p, stream);
+    case 6:
+      return launch_conv<ConvTraits<T, 64, 16, 1, true>>(p, stream);
+    case 7:
       return launch_conv<ConvTraits<T, 64, 8, 1, true>>(p, stream);
   }
   return "no such configuration of conv";

@@ -91,23 +91,22 @@ struct Pieces {
   using T = typename TRAITS::T;
   using ROW = WarpRow<T>;
   char* first;
-  int64_t row_bytes, step_bytes;  // from row to row, and from a thread's pixel to its next
-  int rows, columns, count;       // that are inside the map; values of a piece
+  int row_bytes, step_bytes;  // from row to row, and from a thread's pixel to its next
+  int rows, columns, count;   // that are inside the map; values of a piece
 
   HW_FUNCTION Pieces(const ConvArguments& p, const Place<TRAITS>& place) {
     const int y = place.row(0), x = place.x + ROW::pixel(place.lane, 0) * TRAITS::WARP_COLUMNS + place.parity;
     const int co = place.co + place.part * 32 + ROW::piece(place.lane) * ROW::VECTOR;
-    const int64_t pixel_bytes = p.out_pixel_stride * static_cast<int64_t>(sizeof(T));
-    row_bytes = p.width * pixel_bytes;
-    step_bytes = ROW::APART * TRAITS::WARP_COLUMNS * pixel_bytes;
-    first = p.out + (place.image * p.out_image_stride + co) * static_cast<int64_t>(sizeof(T)) +
-            (static_cast<int64_t>(place.z) * p.height + y) * row_bytes + x * pixel_bytes;
+    char* plane = p.out + place.image * p.out_image_bytes + place.z * p.out_plane_bytes + co * sizeof(T);
+    row_bytes = p.out_row_bytes;
+    step_bytes = ROW::APART * TRAITS::WARP_COLUMNS * p.out_pixel_bytes;
+    first = hw::advance(hw::advance(plane, x, p.out_pixel_bytes), y, row_bytes);
     rows = p.height - y;
     count = clamp(p.channels - co, 0, ROW::VECTOR);
     columns = count ? p.width - x : 0;
   }
   HW_FUNCTION bool inside(int m, int k) const { return m < rows && k * ROW::APART * TRAITS::WARP_COLUMNS < columns; }
-  HW_FUNCTION char* at(int m, int k) const { return first + m * row_bytes + k * step_bytes; }
+  HW_FUNCTION char* at(int m, int k) const { return hw::advance(hw::advance(first, m, row_bytes), k, step_bytes); }
 };
 
 // Adds what the map holds, by way of two rows of shared memory in turn: one may still be read.

@@ -8,7 +8,7 @@
 // thread, 64 for phases) and sums over one column parity: one product sums over 16 pixels of a row. Rows of dy stay in
 // registers while the rows of `a` that use them are read: 3 ldmatrix of pixels and one of dy for 18 mma.
 //
-// Bytes per stage: tile 10 x 34 x 64 = 21,760 (phases: 6 x 18 x 64 = 6,912) and dy 8 x 32 x 64 = 16,384; two stages.
+// Bytes per stage: tile 10 x 34 x 64 = 21,760 (phases: 6 x 18 x 64 = 6,912) and dy 8 x 34 x 64 = 17,408; two stages.
 //
 // Every block and parity writes its own sums, and a second kernel adds them in a fixed order: no atomics, the same bits
 // every time.
@@ -80,7 +80,7 @@ struct WgradPlace {
     co = hw::block_z();
     if (p.deep) slab = co % TRAITS::KIND::PLANES, co /= TRAITS::KIND::PLANES;
     co *= CHUNK;
-    const uint32_t thread = hw::thread_again(), warp = thread / 32;
+    const uint32_t thread = hw::again(hw::thread()), warp = thread / 32;
     k_part = warp % SIDE;
     co_part = warp / SIDE % SIDE;
     parity = warp / (SIDE * SIDE) % 2;
@@ -270,9 +270,7 @@ template <typename TRAITS>
 const char* launch_wgrad(WgradArguments p, Stream stream) {
   using T = typename TRAITS::T;
   constexpr int CHUNK = Format<T>::CHUNK;
-  for (Map* map : {&p.a, &p.dy})
-    if (const char* error = map->prepare(sizeof(T))) return error;
-  p.relu = p.slope == 0;
+  if (const char* error = p.prepare(sizeof(T))) return error;
   if (p.parts % TRAITS::PARTS) return "the partial sums are not a whole number of blocks";
   const int splits = p.parts / TRAITS::PARTS;
   p.tiles_x = (p.dy.width + TRAITS::GRADIENT::COLUMNS - 1) / TRAITS::GRADIENT::COLUMNS;
@@ -284,8 +282,8 @@ const char* launch_wgrad(WgradArguments p, Stream stream) {
   p.taps = p.deep ? TRAITS::KIND::ALL_TAPS : TRAITS::KIND::TAPS;
   const auto chunks = [](const Map& map) { return (map.channels + CHUNK - 1) / CHUNK; };
   const hw::Grid blocks{splits, chunks(p.a), chunks(p.dy) * (p.deep ? TRAITS::KIND::PLANES : 1)};
-  const char* error = hw::launch<conv_wgrad_kernel<TRAITS>>(blocks, TRAITS::THREADS, TRAITS::SHARED, stream, p);
-  if (error) return error;
+  if (const char* error = hw::launch<conv_wgrad_kernel<TRAITS>>(blocks, TRAITS::THREADS, TRAITS::SHARED, stream, p))
+    return error;
   constexpr int THREADS = 256;
   const int64_t size = int64_t{1} * p.taps * p.a.channels * p.dy.channels;
   const hw::Grid grid{static_cast<int>((size + THREADS - 1) / THREADS)};

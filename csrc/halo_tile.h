@@ -4,7 +4,8 @@
 // pixels, which ldmatrix reads at once, lies in all banks, and so do two pixels that eight lanes copy. Rows begin at
 // multiples of 128 bytes: a row is a constant added to the address. If a warp's pixels are two columns apart (one phase of
 // an up-sampled map, or a stride of two), the tile stores the even columns first and the odd ones after them (SPLIT), which
-// makes the pixels adjacent again. Weights are rows (tap, channel) of CO values, permuted alike.
+// makes the pixels adjacent again; they begin at an odd place, so that neighbours still lie in different banks. Weights are
+// rows (tap, channel) of CO values, permuted alike.
 //
 // A thread copies the same pieces of every tile: one column's every few rows, so that its next piece is a constant further
 // in shared memory and a product away in the map. Padding is written by the copy (zero fill) and stays zero: norm and
@@ -45,12 +46,11 @@ template <typename T, int ROWS_, int COLUMNS_, bool SPLIT>
 struct Tile {
   using Type = T;
   using PIXELS = Rows<T, Format<T>::CHUNK>;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, PITCH = COLUMNS * PIXEL_BYTES, BYTES = ROWS * PITCH;
-  static_assert(PITCH % 128 == 0 && (!SPLIT || COLUMNS % 2 == 0));
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, ODD = COLUMNS / 2 | 1;  // ODD: where the odd columns begin
+  static constexpr int PITCH = (SPLIT ? 2 * ODD : COLUMNS) * PIXEL_BYTES, BYTES = ROWS * PITCH;
+  static_assert(PITCH % 128 == 0 && COLUMNS % 2 == 0);
 
-  HW_FUNCTION static constexpr int place(int column) {
-    return SPLIT ? column % 2 * (COLUMNS / 2) + column / 2 : column;
-  }
+  HW_FUNCTION static constexpr int place(int column) { return SPLIT ? column % 2 * ODD + column / 2 : column; }
 };
 
 HW_FUNCTION int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
@@ -113,8 +113,8 @@ struct Window {
 };
 
 // The thread's pieces of a tile: every STEP-th row of a column, and of the columns that are left because all of them do not
-// divide the threads, single ones. Calls of_column(column, row, STEP) for the first piece in each column, and what it returns,
-// with the offset, for that piece and each next one.
+// divide the threads, single ones. Calls of_column(column, row, STEP) for the first piece in each column, and what that
+// returns, with the offset, for this piece and each next one.
 template <typename TILE, int THREADS, typename OfColumn>
 HW_FUNCTION void for_pieces(uint32_t thread, OfColumn of_column) {
   constexpr int COLUMNS = TILE::COLUMNS / 16 * 16, LEFT = TILE::COLUMNS - COLUMNS, STEP = THREADS / 4 / COLUMNS;
@@ -140,7 +140,7 @@ template <typename TILE, int THREADS>
 HW_FUNCTION void load_tile(uint32_t offset, const Window& window) {
   using T = typename TILE::Type;
   const Map& map = window.map;
-  const uint32_t thread = hw::thread_again();
+  const uint32_t thread = hw::again(hw::thread());
   const int first = window.k + thread % 4 * Format<T>::VECTOR, left = map.channels - first + hw::fault(hw::Fault::tail);
   const int count = clamp(left, 0, Format<T>::VECTOR), pixel_bytes = map.pixel_bytes, row_bytes = map.row_bytes;
   const char* plane = map.data + window.image * map.image_bytes + window.plane * map.plane_bytes;
@@ -186,7 +186,7 @@ HW_FUNCTION void transform_tile(uint32_t offset, const Window& window, float slo
   using T = typename TILE::Type;
   constexpr int VECTOR = Format<T>::VECTOR;
   const Map& map = window.map;
-  const uint32_t thread = hw::thread_again();
+  const uint32_t thread = hw::again(hw::thread());
   const int height = map.height, width = map.width;
   const auto change = [&](auto changed) {
     for_pieces<TILE, THREADS>(thread, [&](int x, int y, int step) {
@@ -227,7 +227,7 @@ HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels
   using W = Rows<T, CO_TILE>;
   constexpr int CHUNK = Format<T>::CHUNK, AT_ONCE = THREADS / W::PIECES;  // rows
   static_assert(THREADS % W::PIECES == 0 && (AT_ONCE % CHUNK == 0 || CHUNK % AT_ONCE == 0));
-  const uint32_t thread = hw::thread_again();
+  const uint32_t thread = hw::again(hw::thread());
   const int piece = thread % W::PIECES, row = thread / W::PIECES, tap = row / CHUNK;
   const int channel = k + row % CHUNK, column = co + piece * Format<T>::VECTOR;
   const int count = clamp(columns - column, 0, Format<T>::VECTOR), row_bytes = columns * static_cast<int>(sizeof(T));

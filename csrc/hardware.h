@@ -70,18 +70,18 @@ HW_FUNCTION void barrier() { __syncthreads(); }
 HW_FUNCTION void warp_barrier() { __syncwarp(); }
 HW_FUNCTION constexpr bool fault(Fault) { return false; }
 
-// thread(), from which the compiler computes anew what it would else keep in registers until here.
-HW_FUNCTION uint32_t thread_again() {
-  uint32_t index = threadIdx.x;
-  asm volatile("" : "+r"(index));
-  return index;
+// The same value, from which the compiler computes anew what it would else keep in registers until here.
+HW_FUNCTION uint32_t again(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
-// from + count * bytes, in one instruction.
-HW_FUNCTION const char* advance(const char* from, int count, int bytes) {
-  const char* to;
-  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(count), "r"(bytes), "l"(from));
-  return to;
+// from + count * bytes, by a product of 32 bits each.
+template <typename Byte>
+HW_FUNCTION Byte* advance(Byte* from, int count, int bytes) {
+  int64_t offset;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(offset) : "r"(count), "r"(bytes));
+  return from + offset;
 }
 
 HW_FUNCTION char* shared_memory() {

@@ -8,6 +8,7 @@ Their library registers `torch.ops.unetpp_fast_cuda`; `execution/fused/libraries
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -72,7 +73,9 @@ CONFIGS = (
     ConvConfig(32, 8, 2, False, 80384),
     ConvConfig(64, 8, 1, False, 72448),
     ConvConfig(64, 8, 2, False, 144896),
+    ConvConfig(32, 16, 1, True, 106752),
     ConvConfig(32, 8, 1, True, 71936),
+    ConvConfig(64, 8, 1, True, 104704),
     ConvConfig(64, 4, 1, True, 87296),
 )
 TRITON = ConvConfig(0, 0, 0, False, 0)  # stands for the Triton kernels among the candidates
@@ -129,8 +132,14 @@ class WgradCall:
 
 
 def configs(co: int, gathered: bool) -> list[ConvConfig]:
-    """The instances worth timing; the first is the default, which fits every GPU since compute capability 8.0."""
+    """The instances worth timing, best first by the static model; some fit every GPU since compute capability 8.0."""
     return [config for config in CONFIGS if config.gathered == gathered and (config.block_co == 64) == (co > 32)]
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may take."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def can_run_conv(out: Tensor, a: Tensor, *, taps: int = 3, stride: int = 1, phased: bool = False) -> tuple[bool, str]:
@@ -194,11 +203,12 @@ def conv(
 
 
 def _chosen_config(call: ConvCall) -> ConvConfig:
-    """The candidate measured to be the fastest for such a call; the first of `configs` if nothing was measured."""
+    """The candidate measured to be the fastest for such a call; if nothing was measured the first of `configs` that fits."""
     out, a, b = call.out, call.a, call.b
     candidates = configs(out.shape[-1], call.gathered)
     if not out.is_cuda or not out.numel():
         return candidates[0]
+    candidates = [config for config in candidates if config.shared <= _shared_memory(out.device)]
     flags = f"{'phased ' * call.phased}{'affine ' * (call.affine_a is not None)}{'stats' * call.stats}"
     channels = a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1]
     sizes = out.shape[0], *unit_grid(out, call.axes, call.phased)

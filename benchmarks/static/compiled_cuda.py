@@ -86,14 +86,12 @@ def conv(config: cuda_ops.ConvConfig, out: Tensor, a: Tensor, b: Tensor | None, 
     given |= {"out_image_stride": out.stride(0), "out_pixel_stride": out.stride(3), "images": out.shape[0]}
     given |= {"height": out.shape[2], "width": out.shape[3], "channels": out.shape[4]}
     given |= {name: IMAGE for name in ("bias", "border") if options.get(name) is not None}
+    given |= {"slope": int(options.get("slope", 0.0) != 0)}
     given |= {"stats": IMAGE * stats, "act": int(options.get("act", False)), "add": int(options.get("add", False))}
     tiles_y, tiles_x = -(-out.shape[2] // config.rows), -(-out.shape[3] // config.columns)
     co_blocks, stages_a = -(-out.shape[4] // config.block_co), -(-a.shape[4] // CHUNK)
     stages = stages_a + (0 if b is None else -(-b.shape[4] // CHUNK))
     given |= {"tiles_y": tiles_y, "tiles_x": tiles_x, "co_blocks": co_blocks, "stages_a": stages_a, "stages": stages}
-    given["relu"] = int(options.get("slope", 0.0) == 0)
-    aligned = int(out.shape[4] % 8 == 0 and out.stride(3) % 8 == 0)
-    given |= {"vector_weights": int(out.shape[4] % 8 == 0), "vector_out": aligned}
     rows = config.rows * (2 if config.gathered else 1)  # the traits count those that are read
     kernel = f"ConvTraits{TYPE}Li{config.block_co}ELi{rows}ELi{config.stages}ELb{int(config.gathered)}E"
     return Launch(kernel, given, out.shape[0] * tiles_y * tiles_x * co_blocks, config.rows // 2 * config.block_co // 32)
@@ -103,7 +101,7 @@ def wgrad(a: Tensor, dy: Tensor, affine: object, partial: Tensor, phased: bool) 
     """The launch of a 2D call of the op `conv_wgrad` (`launch_wgrad`), without the sum of its parts."""
     given = _map("a", a, affine) | _map("dy", dy, None)
     given |= {"partial": IMAGE, "result": IMAGE, "images": dy.shape[0], "parts": partial.shape[0]}
-    given |= {"phased": int(phased), "relu": 1}
+    given |= {"phased": int(phased)}
     tiles_y, tiles_x = -(-dy.shape[2] // 8), -(-dy.shape[3] // 32)
     splits, tiles = partial.shape[0] // (1 if phased else 2), tiles_y * tiles_x
     co_blocks = -(-dy.shape[4] // CHUNK)

@@ -82,7 +82,7 @@ class Word {
 };
 
 inline int thread() { return emulation::current().index; }
-inline uint32_t thread_again() { return thread(); }
+inline uint32_t again(uint32_t value) { return value; }
 inline int block_x() { return emulation::block_x; }
 inline int block_y() { return emulation::block_y; }
 inline int block_z() { return emulation::block_z; }
@@ -92,7 +92,10 @@ inline void warp_barrier() {
 }
 inline bool fault(Fault which) { return emulation::fault == static_cast<int>(which); }
 
-inline const char* advance(const char* from, int count, int bytes) { return from + int64_t{count} * bytes; }
+template <typename Byte>
+Byte* advance(Byte* from, int count, int bytes) {
+  return from + int64_t{count} * bytes;
+}
 
 template <typename V>
 V load_shared(uint32_t offset) {

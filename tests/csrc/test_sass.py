@@ -34,9 +34,9 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024
 REGISTERS = 64 * 1024
 PRECISIONS = {"N2hw4HalfE": "float16", "N2hw8BFloat16E": "bfloat16", "f": "tf32"}
 BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
-# Candidates that are only taken after a measurement, so a GPU that cannot run them may skip them.
-UNMEASURED = [cuda_ops.configs(co, gathered)[0] for co in (32, 64) for gathered in (False, True)]
-ONLY_WHERE_IT_FITS = {config.shared for config in cuda_ops.CONFIGS if config not in UNMEASURED}
+# Each call has a configuration that fits every GPU; the others are taken where they fit.
+LEAST = {min(config.shared for config in cuda_ops.configs(co, gathered)) for co in (32, 64) for gathered in (False, True)}
+ONLY_WHERE_IT_FITS = {config.shared for config in cuda_ops.CONFIGS} - LEAST
 INSTANCES = len(PRECISIONS) * (len(cuda_ops.CONFIGS) + 2) + 1
 
 
@@ -88,7 +88,7 @@ def instance(name: str) -> tuple[str, int, int]:
         return "add_parts", 256, 0
     if traits := re.search(r"WgradTraitsI(.+?)Lb([01])E", name):
         phased = traits[2] == "1"
-        return f"conv_wgrad {PRECISIONS[traits[1]]}{' phased' * phased}", 256, 46592 if phased else 76288
+        return f"conv_wgrad {PRECISIONS[traits[1]]}{' phased' * phased}", 256, 48640 if phased else 78336
     kind, co, rows, stages, gathered = re.search(r"ConvTraitsI(.+?)Li(\d+)ELi(\d+)ELi(\d)ELb([01])E", name).groups()
     rows = int(rows) // 2 if gathered == "1" else int(rows)
     config = next(

@@ -19,8 +19,7 @@ def packed_arguments(given: list[tuple[str, dict, int]], sources: Path, compiler
     for struct, members, size in given:
         lines += ["  {", f"    {struct} p;"]
         lines += [f"    p.{name} = (decltype(p.{name})){value}ll;" for name, value in members.items()]
-        lines += [f"    p.{name}.prepare({size});" for name in ("a", "b", "dy") if f"{name}.data" in members]
-        lines += ["    const long long size = sizeof(p);", "    fwrite(&size, 8, 1, stdout);"]
+        lines += [f"    p.prepare({size});", "    const long long size = sizeof(p);", "    fwrite(&size, 8, 1, stdout);"]
         lines += ["    fwrite(&p, sizeof(p), 1, stdout);", "  }"]
     (folder / "pack.cpp").write_text("\n".join([*lines, "}", ""]))
     subprocess.run([compiler, "-std=c++17", f"-I{sources}", folder / "pack.cpp", "-o", folder / "pack"], check=True)

@@ -25,15 +25,24 @@ class Tile(NamedTuple):
     split: bool
 
     @property
+    def odd(self) -> int:
+        """Where the odd columns of a row begin."""
+        return self.columns // 2 | 1
+
+    @property
+    def pitch(self) -> int:
+        return (2 * self.odd if self.split else self.columns) * PIXEL
+
+    @property
     def bytes(self) -> int:
-        return self.rows * self.columns * PIXEL
+        return self.rows * self.pitch
 
     def place(self, x: int) -> int:
-        return x % 2 * (self.columns // 2) + x // 2 if self.split else x
+        return x % 2 * self.odd + x // 2 if self.split else x
 
     def at(self, row: int, place: int, piece: int) -> int:
         """Where 16 bytes of a pixel begin, `place` in its row."""
-        return (row * self.columns + place) * PIXEL + (piece ^ place // 2 % 4) * 16
+        return row * self.pitch + place * PIXEL + (piece ^ place // 2 % 4) * 16
 
 
 class Conv(NamedTuple):
@@ -57,7 +66,7 @@ class Conv(NamedTuple):
             given |= {"weights_b": IMAGE}
         size = SIZE // 2 if self.gathered else SIZE
         given |= {"weights_a": IMAGE, "out": IMAGE, "out_image_stride": 1 << 20, "out_pixel_stride": 64, "images": 1}
-        given |= {"height": size, "width": size, "channels": self.co_tile, "vector_weights": 1, "vector_out": 1}
+        given |= {"height": size, "width": size, "channels": self.co_tile}
         given |= {"tiles_y": 4, "tiles_x": 2, "co_blocks": 1, "stages_a": 2, "stages": 2 if self.gathered else 4}
         return given
 
