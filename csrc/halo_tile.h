@@ -123,7 +123,7 @@ HW_FUNCTION void for_pieces(uint32_t thread, OfColumn of_column) {
   const int piece = thread % 4, pixel = thread / 4, x = pixel % COLUMNS, y = pixel / COLUMNS;
   const uint32_t first = PIXELS::at(TILE::place(x), piece) + y * TILE::PITCH;
   auto each = of_column(x, y, STEP);
-  HW_UNROLL
+  HW_UNROLL_3  // all at once, sm_120 spills
   for (int row = 0; row < TILE::ROWS; row += STEP)
     if (row + STEP <= TILE::ROWS || y < TILE::ROWS - row) each(first + row * TILE::PITCH);
   if constexpr (LEFT) {

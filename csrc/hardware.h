@@ -48,6 +48,7 @@ enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, 
 #define HW_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define HW_CONSTANT const __grid_constant__
 #define HW_UNROLL _Pragma("unroll")
+#define HW_UNROLL_3 _Pragma("unroll 3")
 #define HW_NO_UNROLL _Pragma("unroll 1")
 
 namespace hw {

@@ -10,6 +10,7 @@
 #define HW_BOUNDS(threads, blocks)
 #define HW_CONSTANT const
 #define HW_UNROLL
+#define HW_UNROLL_3
 #define HW_NO_UNROLL
 
 namespace emulation {
