@@ -10,8 +10,8 @@ struct TileSize {
   int rows, columns;
   bool gathered;
 };
-constexpr TileSize TILE_SIZES[] = {{16, 32, false}, {8, 32, false}, {8, 32, false},
-                                   {8, 32, false},  {8, 16, true},  {4, 16, true}};
+constexpr TileSize TILE_SIZES[] = {{16, 32, false}, {8, 32, false}, {8, 32, false}, {8, 32, false},
+                                   {16, 16, true},  {8, 16, true},  {8, 16, true},  {4, 16, true}};
 constexpr int CONFIGURATIONS = sizeof(TILE_SIZES) / sizeof(TILE_SIZES[0]);
 
 inline int precision_of(const Tensor& x, const char* name) {

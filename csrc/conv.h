@@ -9,8 +9,8 @@
 // from shared memory for 16 Ki multiplications. Pixels of one phase are two apart in a row, so a warp of one column parity
 // can read both sources.
 //
-// Bytes per stage, 16-bit: ROWS = 16, CO_TILE = 32: tile 18 x 34 x 80 = 48,960 and weights 9 x 32 x 64 = 18,432; ROWS = 8:
-// 27,200; CO_TILE = 64: 36,864. The low source: 10 x 18 x 80 (6 x 18 x 80) and 16 x 32 x 64 (128). 32 bits: the same.
+// Bytes per stage, 16-bit: ROWS = 16, CO_TILE = 32: tile 18 x 34 x 64 = 39,168 and weights 9 x 32 x 64 = 18,432; ROWS = 8:
+// 21,760; CO_TILE = 64: 36,864. The low source: 10 x 18 x 64 (6 x 18 x 64) and 16 x 32 x 64 (128). 32 bits: the same.
 //
 // The data gradient of the prefix is the same kernel on dy with flipped weights. That of the low source gathers 4 x 4 taps
 // at a stride of two (GATHERED): low pixel u reads dy at 2u - 1 + q; a warp computes 2 rows of 16 low pixels.
@@ -78,7 +78,7 @@ struct ConvTraits {
   static constexpr int OUT_ROWS = GATHERED ? ROWS_ / 2 : ROWS_, OUT_COLUMNS = 16 * WARP_COLUMNS;
   static constexpr int PIXEL_WARPS = OUT_ROWS / M * WARP_COLUMNS, WARPS = PIXEL_WARPS * (CO_TILE / 32);
   static constexpr int THREADS = WARPS * 32;
-  static constexpr int WEIGHT_ROW = Weights<T, CO_TILE>::ROW;
+  static constexpr int WEIGHT_ROW = Rows<T, CO_TILE>::BYTES;
 
   template <typename KIND>
   static constexpr int bytes() {
@@ -92,7 +92,6 @@ struct ConvTraits {
 
   static_assert(CO_TILE % 32 == 0 && OUT_ROWS % M == 0 && (STAGES == 1 || STAGES == 2));
   static_assert(STAGE % 16 == 0 && SHARED <= 163 * 1024, "sm_80 has no more");
-  static_assert(2 * WARPS * 32 * static_cast<int>(sizeof(float)) <= SHARED, "statistics are added up there");
 };
 
 // ---- Kernel ----
@@ -100,28 +99,26 @@ struct ConvTraits {
 // The position of a block and its warps. Rows and columns are of output pixels.
 template <typename TRAITS>
 struct Place {
-  int image, tile, z, y, x, co;       // of the block
-  int warp_row, parity, part, group;  // of the warp: row of pixels, column parity, 32 channels; and lane / 4
+  int image, z = 0, y, x, co;  // of the block
+  int warp_row, parity, part;  // of the warp: row of pixels, column parity, 32 channels
+  int warp, lane;
 
-  HW_FUNCTION Place(const ConvArguments& p, int block, int thread) {
-    co = block % p.co_blocks * TRAITS::CO_TILE;
-    tile = block / p.co_blocks;
-    const int tiles = p.tiles_y * p.tiles_x;
-    image = tile / tiles / p.depth;
-    z = tile / tiles % p.depth;
-    y = tile % tiles / p.tiles_x * TRAITS::OUT_ROWS;
-    x = tile % p.tiles_x * TRAITS::OUT_COLUMNS;
-    const int warp = thread / 32, pixels = warp % TRAITS::PIXEL_WARPS;
-    part = warp / TRAITS::PIXEL_WARPS;
+  HW_FUNCTION explicit Place(const ConvArguments& p) {
+    int column = hw::block_x();
+    co = 0;
+    if (p.co_blocks > 1) co = column % p.co_blocks * TRAITS::CO_TILE, column /= p.co_blocks;
+    x = column * TRAITS::OUT_COLUMNS;
+    y = hw::block_y() * TRAITS::OUT_ROWS;
+    image = hw::block_z();
+    if (p.deep) z = image % p.depth, image /= p.depth;
+    const uint32_t thread = hw::again(hw::thread()), pixels = thread / 32 % TRAITS::PIXEL_WARPS;
+    warp = thread / 32, lane = thread % 32;
+    part = thread / 32 / TRAITS::PIXEL_WARPS;
     parity = pixels % TRAITS::WARP_COLUMNS;
     warp_row = pixels / TRAITS::WARP_COLUMNS;
-    group = thread % 32 / 4;
   }
   HW_FUNCTION int row(int m) const { return y + warp_row * TRAITS::M + m; }
-  HW_FUNCTION int column(int half) const { return x + (group + 8 * half) * TRAITS::WARP_COLUMNS + parity; }
-  HW_FUNCTION bool inside(const ConvArguments& p, int m, int half) const {
-    return row(m) < p.height && column(half) < p.width;
-  }
+  HW_FUNCTION int column(int half) const { return x + (lane / 4 + 8 * half) * TRAITS::WARP_COLUMNS + parity; }
 };
 
 // Adds the products of one stage: `steps` times 32 bytes of channels.
@@ -130,24 +127,25 @@ HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int
   using T = typename TRAITS::T;
   using TILE = typename KIND::TILE;
   constexpr int CHUNK = Format<T>::CHUNK, ROW = TRAITS::WEIGHT_ROW;
-  const uint32_t pixels = stage + TILE::at(place.warp_row * KIND::WARP_ROWS, 0);
+  const uint32_t pixels = stage + place.warp_row * KIND::WARP_ROWS * TILE::PITCH;
   const int parity = hw::fault(hw::Fault::phase) ? 0 : place.parity;
   const uint32_t weights = stage + TILE::BYTES + parity * KIND::PHASE_TAPS * CHUNK * ROW;
   HW_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
     const uint32_t step_weights = weights + step * Format<T>::STEP * ROW;
-    HW_NO_UNROLL
+    HW_NO_UNROLL  // unrolled, sm_80 spills
     for (int x = 0; x < KIND::COLUMNS; ++x) {
       hw::Word b[KIND::SLOTS][4][2];
-      const uint32_t column = pixels + TILE::column(place.parity + x) * PITCH + step * 32;
+      const int first = TILE::place(place.parity + x) + place.lane % 16;
+      const uint32_t column = pixels + TILE::PIXELS::at(first, step * 2 + place.lane / 16);
       HW_UNROLL
       for (int r = 0; r < KIND::FRAMES; ++r) {
         HW_UNROLL
         for (int slot = 0; slot < KIND::SLOTS; ++slot)
           if (KIND::begin(slot) == r && (slot || !hw::fault(hw::Fault::unwritten)))
-            load_columns<T, TRAITS::CO_TILE>(b[slot], step_weights, KIND::tap(x, slot) * CHUNK, place.part);
+            load_columns<T, TRAITS::CO_TILE>(b[slot], step_weights, KIND::tap(x, slot) * CHUNK, place.part, place.lane);
         hw::Word a[4];
-        load_pixels<T>(a, column + TILE::at(r, 0));
+        hw::load_matrices(a, column + r * TILE::PITCH);
         HW_UNROLL
         for (int m = 0; m < TRAITS::M; ++m) {
           const int slot = KIND::use(m, r);
@@ -160,74 +158,57 @@ HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int
   }
 }
 
-// Contents of stage `index` of an operand: channels of a plane from k on, and the taps from `tap` on.
-struct Part {
-  int k, plane, tap;
-
-  template <typename KIND>
-  HW_FUNCTION static Part of(int index, const ConvArguments& p, int z, int chunk) {
-    if (!p.deep) return {index * chunk, 0, 0};
-    const int t = index % KIND::PLANES;
-    return {index / KIND::PLANES * chunk, KIND::plane(z, t) + hw::fault(hw::Fault::plane), KIND::plane_tap(z, t)};
-  }
-};
-
-template <typename TRAITS, typename KIND>
-HW_FUNCTION void load_stage(uint32_t stage, const Map& map, const char* weights, int index, const ConvArguments& p,
-                            const Place<TRAITS>& place) {
-  using TILE = typename KIND::TILE;
-  const Part part = Part::of<KIND>(index, p, place.z, Format<typename TRAITS::T>::CHUNK);
-  load_tile<TILE, TRAITS::THREADS>(stage, map, place.image, part.plane, KIND::origin(place.y), KIND::origin(place.x),
-                                   part.k);
-  load_weights<typename TRAITS::T, TRAITS::CO_TILE, KIND::TAPS, TRAITS::THREADS>(
-      stage + TILE::BYTES, weights, map.channels, p.channels, part.k, place.co, part.tap, p.deep ? KIND::GROUP : 4,
-      p.vector_weights);
-}
-
-template <typename TRAITS, typename KIND>
-HW_FUNCTION void transform_stage(uint32_t stage, const Map& map, int index, const ConvArguments& p,
-                                 const Place<TRAITS>& place) {
-  const Part part = Part::of<KIND>(index, p, place.z, Format<typename TRAITS::T>::CHUNK);
-  transform_tile<typename KIND::TILE, TRAITS::THREADS>(stage, map, place.image, part.plane, KIND::origin(place.y),
-                                                       KIND::origin(place.x), part.k, p.slope);
-}
-
 // The stages in order: those of `a`, then those of `b`.
 template <typename TRAITS>
 struct Stages {
-  static constexpr int CHUNK = Format<typename TRAITS::T>::CHUNK;
+  using T = typename TRAITS::T;
+  static constexpr int CHUNK = Format<T>::CHUNK;
   const ConvArguments& p;
 
-  // Computed again for each use, to leave the registers to the accumulators.
-  HW_FUNCTION Place<TRAITS> place() const { return {p, hw::forgotten(hw::block()), hw::forgotten(hw::thread())}; }
   HW_FUNCTION static uint32_t memory(int index) { return index % TRAITS::STAGES * TRAITS::STAGE; }
-  HW_FUNCTION bool of_low(int index) const { return !TRAITS::GATHERED && index >= p.stages_a && p.phased; }
+
+  // Runs `with` by how the stage is sampled: its KIND, its map, its weights and its number among the map's stages.
+  template <typename With>
+  HW_FUNCTION void visit(int index, With with) const {
+    const bool first = index < p.stages_a;
+    const Map& map = first ? p.a : p.b;
+    const char* weights = first ? p.weights_a : p.weights_b;
+    const int own = first ? index : index - p.stages_a;
+    if constexpr (!TRAITS::GATHERED)
+      if (!first && p.phased) return with(typename TRAITS::Low{}, map, weights, own);
+    with(typename TRAITS::First{}, map, weights, own);
+  }
+  template <typename KIND>
+  HW_FUNCTION Window window(KIND, const Map& map, int own, const Place<TRAITS>& place) const {
+    const int k = p.deep ? own / KIND::PLANES : own;
+    const int plane = p.deep ? KIND::plane(place.z, own % KIND::PLANES) + hw::fault(hw::Fault::plane) : 0;
+    return {map, place.image, plane, KIND::origin(place.y), KIND::origin(place.x), k * CHUNK};
+  }
 
   HW_FUNCTION void load(int index) const {
-    using First = typename TRAITS::First;
-    if (index < p.stages_a)
-      load_stage<TRAITS, First>(memory(index), p.a, p.weights_a, index, p, place());
-    else if (of_low(index))
-      load_stage<TRAITS, typename TRAITS::Low>(memory(index), p.b, p.weights_b, index - p.stages_a, p, place());
-    else
-      load_stage<TRAITS, First>(memory(index), p.b, p.weights_b, index - p.stages_a, p, place());
+    visit(index, [&](auto kind, const Map& map, const char* weights, int own) {
+      using KIND = decltype(kind);
+      using TILE = typename KIND::TILE;
+      const Place<TRAITS> place(p);
+      const bool deep = hw::again(p.deep);
+      const Window shown = window(kind, map, own, place);
+      load_tile<TILE, TRAITS::THREADS>(memory(index), shown);
+      load_weights<T, TRAITS::CO_TILE, KIND::TAPS, TRAITS::THREADS>(
+          memory(index) + TILE::BYTES, weights, map.channels, p.channels, shown.k, place.co,
+          deep ? KIND::plane_tap(place.z, own % KIND::PLANES) : 0, deep ? KIND::GROUP : 4, p.vector_weights);
+    });
   }
   HW_FUNCTION void transform(int index) const {
-    using First = typename TRAITS::First;
-    const int mine = index < p.stages_a ? index : index - p.stages_a;
-    if (of_low(index))
-      transform_stage<TRAITS, typename TRAITS::Low>(memory(index), p.b, mine, p, place());
-    else
-      transform_stage<TRAITS, First>(memory(index), index < p.stages_a ? p.a : p.b, mine, p, place());
+    visit(index, [&](auto kind, const Map& map, const char*, int own) {
+      using TILE = typename decltype(kind)::TILE;
+      transform_tile<TILE, TRAITS::THREADS>(memory(index), window(kind, map, own, Place<TRAITS>(p)), p.slope, p.relu);
+    });
   }
   HW_FUNCTION void multiply(int index, float (&acc)[TRAITS::M][4][4]) const {
-    constexpr int STEP = Format<typename TRAITS::T>::STEP;
-    const int k = (index < p.stages_a ? index / p.planes_a : (index - p.stages_a) / p.planes_b) * CHUNK;
-    const int left = (index < p.stages_a ? p.a.channels : p.b.channels) - k;
-    const int steps = left > STEP ? 2 : 1;
-    if constexpr (!TRAITS::GATHERED)
-      if (of_low(index)) return add_products<TRAITS, typename TRAITS::Low>(acc, memory(index), steps, place());
-    add_products<TRAITS, typename TRAITS::First>(acc, memory(index), steps, place());
+    visit(index, [&](auto kind, const Map& map, const char*, int own) {
+      const int left = map.channels - (p.deep ? own / decltype(kind)::PLANES : own) * CHUNK;
+      add_products<TRAITS, decltype(kind)>(acc, memory(index), left > Format<T>::STEP ? 2 : 1, Place<TRAITS>(p));
+    });
   }
 };
 
@@ -236,8 +217,9 @@ struct Stages {
 template <typename TRAITS>
 HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTANT ConvArguments p) {
   const Stages<TRAITS> stages{p};
-  float acc[TRAITS::M][4][4] = {};
+  float acc[TRAITS::M][4][4];
   if (TRAITS::STAGES == 2) stages.load(0);
+  begin(acc, p, Place<TRAITS>(p));
   HW_NO_UNROLL
   for (int index = 0; index < p.stages; ++index) {
     if (TRAITS::STAGES == 1) {
@@ -250,7 +232,7 @@ HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTAN
     if (TRAITS::STAGES == 2 && index + 1 < p.stages) stages.load(index + 1);
     stages.multiply(index, acc);
   }
-  finish(acc, p, stages.place());
+  finish(acc, p, Place<TRAITS>(p));
 }
 
 // ---- Launch ----
@@ -258,24 +240,19 @@ HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTAN
 template <typename TRAITS>
 const char* launch_conv(ConvArguments p, Stream stream) {
   using T = typename TRAITS::T;
-  const auto aligned = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  };
-  for (Map* map : {&p.a, &p.b}) map->set_vector(sizeof(T));
-  p.vector_weights = aligned(p.weights_a, p.channels) && aligned(p.weights_b, p.channels);
-  p.vector_out = aligned(p.out, p.out_pixel_stride) && aligned(p.out, p.out_image_stride) && aligned(nullptr, p.channels);
+  if (const char* error = p.prepare(sizeof(T))) return error;
   p.tiles_y = (p.height + TRAITS::OUT_ROWS - 1) / TRAITS::OUT_ROWS;
   p.tiles_x = (p.width + TRAITS::OUT_COLUMNS - 1) / TRAITS::OUT_COLUMNS;
   p.co_blocks = (p.channels + TRAITS::CO_TILE - 1) / TRAITS::CO_TILE;
-  if (p.deep) p.planes_a = TRAITS::First::PLANES, p.planes_b = p.phased ? TRAITS::Low::PLANES : TRAITS::First::PLANES;
-  const auto stages = [](const Map& map, int planes) {
-    return (map.channels + Format<T>::CHUNK - 1) / Format<T>::CHUNK * planes;
+  const auto stages = [&](const Map& map, int planes) {
+    return (map.channels + Format<T>::CHUNK - 1) / Format<T>::CHUNK * (p.deep ? planes : 1);
   };
-  p.stages_a = stages(p.a, p.planes_a);
-  p.stages = p.stages_a + (p.b.data ? stages(p.b, p.planes_b) : 0);
-  const int64_t blocks = int64_t{1} * p.images * p.depth * p.tiles_y * p.tiles_x * p.co_blocks;
-  if (blocks >= int64_t{1} << 31) return "more than 2^31 tiles";
-  return hw::launch<conv_kernel<TRAITS>>(static_cast<int>(blocks), 1, TRAITS::THREADS, TRAITS::SHARED, stream, p);
+  p.stages_a = stages(p.a, TRAITS::First::PLANES);
+  p.stages = p.stages_a + (p.b.data ? stages(p.b, p.phased ? TRAITS::Low::PLANES : TRAITS::First::PLANES) : 0);
+  const int64_t columns = int64_t{1} * p.tiles_x * p.co_blocks, planes = int64_t{1} * p.images * p.depth;
+  if (columns >= int64_t{1} << 31 || p.tiles_y > hw::MOST_BLOCKS || planes > hw::MOST_BLOCKS) return "too many tiles";
+  const hw::Grid grid{static_cast<int>(columns), p.tiles_y, static_cast<int>(planes)};
+  return hw::launch<conv_kernel<TRAITS>>(grid, TRAITS::THREADS, TRAITS::SHARED, stream, p);
 }
 
 // ---- Dispatch: the configurations of kernels/cuda_ops.py by number ----
@@ -292,8 +269,12 @@ const char* dispatch_conv(int config, const ConvArguments& p, Stream stream) {
     case 3:
       return launch_conv<ConvTraits<T, 64, 8, 2, false>>(p, stream);
     case 4:
-      return launch_conv<ConvTraits<T, 32, 16, 1, true>>(p, stream);
+      return launch_conv<ConvTraits<T, 32, 32, 1, true>>(p, stream);
     case 5:
+      return launch_conv<ConvTraits<T, 32, 16, 1, true>>(p, stream);
+    case 6:
+      return launch_conv<ConvTraits<T, 64, 16, 1, true>>(p, stream);
+    case 7:
       return launch_conv<ConvTraits<T, 64, 8, 1, true>>(p, stream);
   }
   return "no such configuration of conv";

@@ -8,7 +8,7 @@
 // thread, 64 for phases) and sums over one column parity: one product sums over 16 pixels of a row. Rows of dy stay in
 // registers while the rows of `a` that use them are read: 3 ldmatrix of pixels and one of dy for 18 mma.
 //
-// Bytes per stage: tile 10 x 34 x 80 = 27,200 (phases: 6 x 18 x 80 = 8,640) and dy 8 x 32 x 80 = 20,480; two stages.
+// Bytes per stage: tile 10 x 34 x 64 = 21,760 (phases: 6 x 18 x 64 = 6,912) and dy 8 x 34 x 64 = 17,408; two stages.
 //
 // Every block and parity writes its own sums, and a second kernel adds them in a fixed order: no atomics, the same bits
 // every time.
@@ -72,47 +72,76 @@ struct WgradTraits {
 // The channels of a block, and the channels and pixels of a warp.
 template <typename TRAITS>
 struct WgradPlace {
-  int slab, k, co, k_part, co_part, parity, band;
+  int slab = 0, k, co, k_part, co_part, parity, band, lane;
 
-  HW_FUNCTION WgradPlace(const WgradArguments& p, int block_row, int thread) {
+  HW_FUNCTION explicit WgradPlace(const WgradArguments& p) {
     constexpr int CHUNK = Format<typename TRAITS::T>::CHUNK, SIDE = TRAITS::SIDE;
-    slab = block_row % p.slabs;
-    k = block_row / p.slabs / p.co_blocks * CHUNK;
-    co = block_row / p.slabs % p.co_blocks * CHUNK;
-    const int warp = thread / 32;
+    k = hw::block_y() * CHUNK;
+    co = hw::block_z();
+    if (p.deep) slab = co % TRAITS::KIND::PLANES, co /= TRAITS::KIND::PLANES;
+    co *= CHUNK;
+    const uint32_t thread = hw::again(hw::thread()), warp = thread / 32;
     k_part = warp % SIDE;
     co_part = warp / SIDE % SIDE;
     parity = warp / (SIDE * SIDE) % 2;
     band = warp / (SIDE * SIDE * 2);
+    lane = thread % 32;
   }
 };
 
-// 16 adjacent pixels from `offset` on by 16 channels, transposed, as the first factor.
-template <typename T, int STEPS>
-HW_FUNCTION void load_rows(hw::Word (&a)[STEPS][4], uint32_t offset) {
-  if constexpr (Format<T>::TF32) {
+// A tile of dy, in the order in which a block takes them.
+template <typename TRAITS>
+struct WgradTile {
+  int image, plane, y, x;
+
+  HW_FUNCTION WgradTile(const WgradArguments& p, int number) {
+    x = number % p.tiles_x * TRAITS::GRADIENT::COLUMNS;
+    y = number % p.tiles / p.tiles_x * TRAITS::GRADIENT::ROWS;
+    plane = number / p.tiles % p.planes;
+    image = number / p.tiles / p.planes;
+  }
+  HW_FUNCTION void advance(const WgradArguments& p) {
+    if ((x += TRAITS::GRADIENT::COLUMNS) < p.dy.width) return;
+    x = 0;
+    if ((y += TRAITS::GRADIENT::ROWS) < p.dy.height) return;
+    y = 0;
+    if (++plane < p.planes) return;
+    plane = 0;
+    ++image;
+  }
+};
+
+// 16 adjacent pixels of a row from place `first` on by 16 channels from piece `piece` on, transposed, as the first factor.
+template <typename TILE, int STEPS>
+HW_FUNCTION void load_rows(hw::Word (&a)[STEPS][4], uint32_t row, int first, int piece, int lane) {
+  using PIXELS = typename TILE::PIXELS;
+  if constexpr (STEPS == 2) {
     HW_UNROLL
     for (int k = 0; k < STEPS * 4; ++k) {
-      const int pixel = k / 4 * 8 + k / 2 % 2 * 4 + lane() % 4;
-      a[k / 4][k % 4] = hw::load_shared<uint32_t>(offset + pixel * PITCH + (lane() / 4 + k % 2 * 8) * 4);
+      const int pixel = first + k / 4 * 8 + k / 2 % 2 * 4 + lane % 4;
+      const uint32_t at = PIXELS::at(pixel, piece + k % 2 * 2 + lane / 16) + lane / 4 % 4 * 4;
+      a[k / 4][k % 4] = hw::load_shared<uint32_t>(row + at);
     }
   } else {
-    hw::load_matrices_transposed(a[0], offset + (lane() % 8 + lane() / 16 * 8) * PITCH + lane() / 8 % 2 * 16);
+    const uint32_t at = PIXELS::at(first + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2);
+    hw::load_matrices_transposed(a[0], row + at);
   }
 }
 
 // The same as the second factor, two times eight columns.
-template <typename T, int STEPS>
-HW_FUNCTION void load_gradient(hw::Word (&b)[STEPS][2][2], uint32_t offset) {
-  if constexpr (Format<T>::TF32) {
+template <typename TILE, int STEPS>
+HW_FUNCTION void load_gradient(hw::Word (&b)[STEPS][2][2], uint32_t row, int first, int piece, int lane) {
+  using PIXELS = typename TILE::PIXELS;
+  if constexpr (STEPS == 2) {
     HW_UNROLL
     for (int k = 0; k < STEPS * 4; ++k) {
-      const int pixel = k / 4 * 8 + k % 2 * 4 + lane() % 4;
-      b[k / 4][k / 2 % 2][k % 2] = hw::load_shared<uint32_t>(offset + pixel * PITCH + (k / 2 % 2 * 8 + lane() / 4) * 4);
+      const int pixel = first + k / 4 * 8 + k % 2 * 4 + lane % 4;
+      const uint32_t at = PIXELS::at(pixel, piece + k / 2 % 2 * 2 + lane / 16) + lane / 4 % 4 * 4;
+      b[k / 4][k / 2 % 2][k % 2] = hw::load_shared<uint32_t>(row + at);
     }
   } else {
     hw::Word r[4];
-    hw::load_matrices_transposed(r, offset + lane() % 16 * PITCH + lane() / 16 * 16);
+    hw::load_matrices_transposed(r, row + PIXELS::at(first + lane % 16, piece + lane / 16));
     HW_UNROLL
     for (int k = 0; k < 4; ++k) b[0][k / 2][k % 2] = r[k];
   }
@@ -125,8 +154,9 @@ HW_FUNCTION void add_gradients(float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::C
   using KIND = typename TRAITS::KIND;
   using TILE = typename KIND::TILE;
   using GRADIENT = typename TRAITS::GRADIENT;
-  const uint32_t pixels = stage + TILE::at(place.band * TRAITS::ROWS / KIND::UNIT, 0) + place.k_part * 32;
-  const uint32_t gradient = stage + TILE::BYTES + GRADIENT::at(place.band * TRAITS::ROWS, place.parity) + place.co_part * 32;
+  constexpr int PIECES = 16 / Format<T>::VECTOR;  // of a warp's channels
+  const uint32_t pixels = stage + place.band * TRAITS::ROWS / KIND::UNIT * TILE::PITCH;
+  const uint32_t gradient = stage + TILE::BYTES + place.band * TRAITS::ROWS * GRADIENT::PITCH;
   hw::Word b[KIND::SLOTS][TRAITS::STEPS][2][2] = {};  // ptxas drops copies of registers that nobody wrote
   HW_NO_UNROLL
   for (int r = 0; r < TRAITS::FRAMES; ++r) {
@@ -137,13 +167,15 @@ HW_FUNCTION void add_gradients(float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::C
         HW_UNROLL
         for (int k = 0; k < TRAITS::STEPS * 4; ++k) b[slot][k / 4][k / 2 % 2][k % 2] = b[slot - 1][k / 4][k / 2 % 2][k % 2];
       } else if (y >= 0 && y < TRAITS::ROWS) {
-        load_gradient<T, TRAITS::STEPS>(b[slot], gradient + y * (GRADIENT::COLUMNS * PITCH));
+        load_gradient<GRADIENT, TRAITS::STEPS>(b[slot], gradient + y * GRADIENT::PITCH, GRADIENT::place(place.parity),
+                                               place.co_part * PIECES, place.lane);
       }
     }
     hw::Word a[KIND::COLUMNS][TRAITS::STEPS][4];
     HW_UNROLL
     for (int x = 0; x < KIND::COLUMNS; ++x)
-      load_rows<T, TRAITS::STEPS>(a[x], pixels + r * (TILE::COLUMNS * PITCH) + TILE::column(place.parity + x) * PITCH);
+      load_rows<TILE, TRAITS::STEPS>(a[x], pixels + r * TILE::PITCH, TILE::place(place.parity + x), place.k_part * PIECES,
+                                        place.lane);
     HW_UNROLL
     for (int slot = 0; slot < KIND::SLOTS; ++slot) {
       const int y = KIND::row(r, slot);
@@ -160,11 +192,12 @@ template <typename TRAITS>
 HW_FUNCTION void store_gradients(const float (&acc)[TRAITS::KIND::SLOTS][TRAITS::KIND::COLUMNS][2][4],
                                  const WgradArguments& p, const WgradPlace<TRAITS>& place) {
   using KIND = typename TRAITS::KIND;
-  const int part = hw::block() * TRAITS::PARTS + (TRAITS::PHASED ? 0 : place.parity * TRAITS::BANDS) + place.band;
+  const int part = hw::block_x() * TRAITS::PARTS + (TRAITS::PHASED ? 0 : place.parity * TRAITS::BANDS) + place.band;
   const int phase = TRAITS::PHASED && !hw::fault(hw::Fault::phase) ? place.parity * 4 : 0;
   const int64_t taps = static_cast<int64_t>(part) * (p.deep ? KIND::ALL_TAPS : KIND::TAPS);
   const int first_tap = p.deep ? KIND::plane_tap(place.slab) : 0, group = p.deep ? KIND::GROUP : 4;
-  const int first_k = place.k + place.k_part * 16 + lane() / 4, first_co = place.co + place.co_part * 16 + lane() % 4 * 2;
+  const int first_k = place.k + place.k_part * 16 + place.lane / 4;
+  const int first_co = place.co + place.co_part * 16 + place.lane % 4 * 2;
   HW_UNROLL
   for (int slot = 0; slot < KIND::SLOTS; ++slot)
     HW_UNROLL
@@ -185,46 +218,46 @@ HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_wgrad_kernel(HW_C
   using KIND = typename TRAITS::KIND;
   using TILE = typename KIND::TILE;
   using GRADIENT = typename TRAITS::GRADIENT;
-  const WgradPlace<TRAITS> place(p, hw::block_row(), hw::thread());
-  const auto row = [&](int tile) { return tile % p.tiles / p.tiles_x * GRADIENT::ROWS; };
-  const auto column = [&](int tile) { return tile % p.tiles_x * GRADIENT::COLUMNS; };
-  const auto plane = [&](int tile) {
-    return p.deep ? KIND::plane(tile / p.tiles % p.planes, place.slab) + hw::fault(hw::Fault::plane) : 0;
+  const auto of_a = [&](const WgradTile<TRAITS>& tile, const WgradPlace<TRAITS>& place) -> Window {
+    const int plane = p.deep ? KIND::plane(tile.plane, place.slab) + hw::fault(hw::Fault::plane) : 0;
+    return {p.a, tile.image, plane, KIND::origin(tile.y), KIND::origin(tile.x), place.k};
   };
-  const auto plane_of_dy = [&](int tile) {
-    return p.deep ? KIND::gradient_plane(tile / p.tiles % p.planes, place.slab) : 0;
+  const auto of_dy = [&](const WgradTile<TRAITS>& tile, const WgradPlace<TRAITS>& place) -> Window {
+    return {p.dy, tile.image, p.deep ? KIND::gradient_plane(tile.plane, place.slab) : 0, tile.y, tile.x, place.co};
   };
-  const auto load = [&](int tile, uint32_t stage) {
-    const int y = row(tile), x = column(tile), image = tile / p.tiles / p.planes;
-    load_tile<TILE, TRAITS::THREADS>(stage, p.a, image, plane(tile), KIND::origin(y), KIND::origin(x), place.k);
-    load_tile<GRADIENT, TRAITS::THREADS>(stage + TILE::BYTES, p.dy, image, plane_of_dy(tile), y, x, place.co);
+  const auto load = [&](const WgradTile<TRAITS>& tile, uint32_t stage) {
+    const WgradPlace<TRAITS> place(p);
+    load_tile<TILE, TRAITS::THREADS>(stage, of_a(tile, place));
+    load_tile<GRADIENT, TRAITS::THREADS>(stage + TILE::BYTES, of_dy(tile, place));
   };
-  const auto transform = [&](int tile, uint32_t stage) {
-    const int y = row(tile), x = column(tile), image = tile / p.tiles / p.planes;
-    transform_tile<TILE, TRAITS::THREADS>(stage, p.a, image, plane(tile), KIND::origin(y), KIND::origin(x), place.k,
-                                          p.slope);
-    transform_tile<GRADIENT, TRAITS::THREADS>(stage + TILE::BYTES, p.dy, image, plane_of_dy(tile), y, x, place.co,
-                                              p.slope);
+  const auto transform = [&](const WgradTile<TRAITS>& tile, uint32_t stage) {
+    const WgradPlace<TRAITS> place(p);
+    transform_tile<TILE, TRAITS::THREADS>(stage, of_a(tile, place), p.slope, p.relu);
+    if constexpr (Format<typename TRAITS::T>::TF32)
+      transform_tile<GRADIENT, TRAITS::THREADS>(stage + TILE::BYTES, of_dy(tile, place), p.slope, p.relu);
   };
   float acc[KIND::SLOTS][KIND::COLUMNS][2][4] = {};
-  int tile = hw::block() * p.tiles_each, left = clamp(p.images * p.planes * p.tiles - tile, 0, p.tiles_each);
+  const int first = hw::block_x() * p.tiles_each;
+  int left = clamp(p.images * p.planes * p.tiles - first, 0, p.tiles_each);
+  WgradTile<TRAITS> tile(p, first);
   uint32_t stage = 0;
   if (left) load(tile, stage);
   HW_NO_UNROLL
-  for (; left; --left, ++tile, stage = TRAITS::STAGE - stage) {
+  for (; left; --left, stage = TRAITS::STAGE - stage) {
     hw::wait_copies();
     transform(tile, stage);
     if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // every thread has written this stage and read the previous one
-    if (left > 1) load(tile + 1, TRAITS::STAGE - stage);
-    add_gradients<TRAITS>(acc, stage, place);
+    tile.advance(p);
+    if (left > 1) load(tile, TRAITS::STAGE - stage);
+    add_gradients<TRAITS>(acc, stage, WgradPlace<TRAITS>(p));
   }
-  store_gradients<TRAITS>(acc, p, WgradPlace<TRAITS>(p, hw::forgotten(hw::block_row()), hw::forgotten(hw::thread())));
+  store_gradients<TRAITS>(acc, p, WgradPlace<TRAITS>(p));
 }
 
 template <int THREADS>
 HW_KERNEL void HW_BOUNDS(THREADS, 1) add_parts_kernel(HW_CONSTANT WgradArguments p) {
   const int64_t size = int64_t{1} * p.taps * p.a.channels * p.dy.channels;
-  const int64_t place = int64_t{1} * hw::block() * THREADS + hw::thread();
+  const int64_t place = int64_t{1} * hw::block_x() * THREADS + hw::thread();
   if (place >= size) return;
   float sum = 0;
   for (int part = 0; part < p.parts - hw::fault(hw::Fault::reduction); ++part) sum += p.partial[part * size + place];
@@ -237,24 +270,24 @@ template <typename TRAITS>
 const char* launch_wgrad(WgradArguments p, Stream stream) {
   using T = typename TRAITS::T;
   constexpr int CHUNK = Format<T>::CHUNK;
-  for (Map* map : {&p.a, &p.dy}) map->set_vector(sizeof(T));
+  if (const char* error = p.prepare(sizeof(T))) return error;
   if (p.parts % TRAITS::PARTS) return "the partial sums are not a whole number of blocks";
   const int splits = p.parts / TRAITS::PARTS;
   p.tiles_x = (p.dy.width + TRAITS::GRADIENT::COLUMNS - 1) / TRAITS::GRADIENT::COLUMNS;
   p.tiles = (p.dy.height + TRAITS::GRADIENT::ROWS - 1) / TRAITS::GRADIENT::ROWS * p.tiles_x;
   p.planes = p.a.depth;
-  p.slabs = p.deep ? TRAITS::KIND::PLANES : 1;
   const int64_t tiles = int64_t{1} * p.images * p.planes * p.tiles;
   if (tiles >= int64_t{1} << 31) return "more than 2^31 tiles";
   p.tiles_each = static_cast<int>((tiles + splits - 1) / splits);
-  p.co_blocks = (p.dy.channels + CHUNK - 1) / CHUNK;
-  const int rows = (p.a.channels + CHUNK - 1) / CHUNK * p.co_blocks * p.slabs;
   p.taps = p.deep ? TRAITS::KIND::ALL_TAPS : TRAITS::KIND::TAPS;
-  const char* error = hw::launch<conv_wgrad_kernel<TRAITS>>(splits, rows, TRAITS::THREADS, TRAITS::SHARED, stream, p);
-  if (error) return error;
+  const auto chunks = [](const Map& map) { return (map.channels + CHUNK - 1) / CHUNK; };
+  const hw::Grid blocks{splits, chunks(p.a), chunks(p.dy) * (p.deep ? TRAITS::KIND::PLANES : 1)};
+  if (const char* error = hw::launch<conv_wgrad_kernel<TRAITS>>(blocks, TRAITS::THREADS, TRAITS::SHARED, stream, p))
+    return error;
   constexpr int THREADS = 256;
   const int64_t size = int64_t{1} * p.taps * p.a.channels * p.dy.channels;
-  return hw::launch<add_parts_kernel<THREADS>>(static_cast<int>((size + THREADS - 1) / THREADS), 1, THREADS, 0, stream, p);
+  const hw::Grid grid{static_cast<int>((size + THREADS - 1) / THREADS)};
+  return hw::launch<add_parts_kernel<THREADS>>(grid, THREADS, 0, stream, p);
 }
 
 // ---- Dispatch ----

@@ -1,19 +1,21 @@
 // Tiles of channels-last maps in shared memory: 64 bytes of channels (32 of 16 bits, 16 of 32) for each pixel and its halo.
 //
-// Bytes and banks: a pixel takes 80 bytes, 16 of them unused, so that the 16-byte rows of eight adjacent pixels, which
-// ldmatrix reads at once, lie in eight different groups of banks, and a tap is a constant added to the address. If a
-// warp's pixels are two columns apart (one phase of an up-sampled map, or a stride of two), the tile stores the even
-// columns first and the odd ones after them (SPLIT), which makes the pixels adjacent again.
-// Weights are rows (tap, channel) of CO values without padding; their 16-byte pieces are permuted by the row instead,
-// which costs nothing, as every lane reads rows of the same residue.
+// Banks: the four 16-byte pieces of a pixel are permuted by its place in its row, so that the same piece of eight adjacent
+// pixels, which ldmatrix reads at once, lies in all banks, and so do two pixels that eight lanes copy. Rows begin at
+// multiples of 128 bytes: a row is a constant added to the address. If a warp's pixels are two columns apart (one phase of
+// an up-sampled map, or a stride of two), the tile stores the even columns first and the odd ones after them (SPLIT), which
+// makes the pixels adjacent again; they begin at an odd place, so that neighbours still lie in different banks. Weights are
+// rows (tap, channel) of CO values, permuted alike.
 //
-// Padding is written by the copy (zero fill) and stays zero: norm and activation touch only pixels inside the map.
+// A thread copies the same pieces of every tile: one column's every few rows, so that its next piece is a constant further
+// in shared memory and a product away in the map. Padding is written by the copy (zero fill) and stays zero: norm and
+// activation touch only pixels inside the map.
 #pragma once
 
 #include "hardware.h"
 #include "kernels.h"
 
-constexpr int PIXEL_BYTES = 64, PITCH = 80;
+constexpr int PIXEL_BYTES = 64;
 
 template <typename T>
 struct Format {
@@ -24,163 +26,247 @@ struct Format {
   static constexpr bool TF32 = sizeof(T) == 4;
 };
 
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+
+// Rows of WIDTH values in shared memory. Their 16-byte pieces are permuted by the number of the row: the same piece of eight
+// rows lies in all banks, and so do the single words that lanes read of 32-bit weights.
+template <typename T, int WIDTH>
+struct Rows {
+  static constexpr int BYTES = WIDTH * sizeof(T), PIECES = BYTES / 16;
+  static_assert(PIECES == 4 || PIECES == 8 || PIECES == 16);
+
+  HW_FUNCTION static constexpr int permuted(int row, int piece) {
+    return piece ^ (PIECES == 4 ? row / 2 % 4 : sizeof(T) == 4 ? row % 4 * 2 : row % 8);
+  }
+  HW_FUNCTION static constexpr uint32_t at(int row, int piece) { return row * BYTES + permuted(row, piece) * 16; }
+};
+
 template <typename T, int ROWS_, int COLUMNS_, bool SPLIT>
 struct Tile {
   using Type = T;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, BYTES = ROWS * COLUMNS * PITCH;
-  static_assert(!SPLIT || COLUMNS % 2 == 0);
+  using PIXELS = Rows<T, Format<T>::CHUNK>;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, ODD = COLUMNS / 2 | 1;  // ODD: where the odd columns begin
+  static constexpr int PITCH = (SPLIT ? 2 * ODD : COLUMNS) * PIXEL_BYTES, BYTES = ROWS * PITCH;
+  static_assert(PITCH % 128 == 0 && COLUMNS % 2 == 0);
 
-  HW_FUNCTION static constexpr int column(int x) { return SPLIT ? x % 2 * (COLUMNS / 2) + x / 2 : x; }
-  HW_FUNCTION static constexpr uint32_t at(int row, int x) { return (row * COLUMNS + column(x)) * PITCH; }
+  HW_FUNCTION static constexpr int place(int column) { return SPLIT ? column % 2 * ODD + column / 2 : column; }
 };
 
-// Up to VECTOR values from memory that is aligned to one value only; zeros after them.
-template <typename T>
-HW_FUNCTION hw::Vec load_values(const char* from, int count) {
-  hw::Vec vec{};
-  HW_UNROLL
-  for (int k = 0; k < Format<T>::VECTOR; ++k) {
-    if (k >= count) continue;
-    if constexpr (sizeof(T) == 2)
-      vec.word[k / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(from)[k]} << 16 * (k % 2);
-    else
-      vec.word[k] = reinterpret_cast<const uint32_t*>(from)[k];
-  }
-  return vec;
-}
-
 HW_FUNCTION int clamp(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
+HW_FUNCTION bool within(int place, int size) { return static_cast<unsigned>(place) < static_cast<unsigned>(size); }
 
 // ReLU for a slope of 0, of minus infinity too: its product with 0 would be NaN.
 HW_FUNCTION float activate(float x, float slope) { return x < 0 ? (slope == 0 ? 0.0f : x * slope) : x; }
 
-// Starts to copy 64 bytes of channels from k on, of the pixels of a plane from (row, column) on, to `offset`.
-template <typename TILE, int THREADS>
-HW_FUNCTION void load_tile(uint32_t offset, const Map& map, int image, int plane, int row, int column, int k) {
-  using T = typename TILE::Type;
-  static_assert(THREADS % 4 == 0, "a thread keeps its channels");
-  const int first = k + hw::thread() % 4 * Format<T>::VECTOR;
-  const bool exists = plane >= 0 && plane < map.depth;
-  const int count = exists ? clamp(map.channels - first + hw::fault(hw::Fault::tail), 0, Format<T>::VECTOR) : 0;
-  const int64_t start = static_cast<int64_t>(plane) * map.height * map.width * map.pixel_stride + first;
-  const char* from = map.data + (image * map.image_stride + start) * static_cast<int64_t>(sizeof(T));
-  HW_NO_UNROLL
-  for (int item = hw::thread() / 4; item < TILE::ROWS * TILE::COLUMNS; item += THREADS / 4) {
-    const int tile_y = item / TILE::COLUMNS, tile_x = item % TILE::COLUMNS;
-    const int y = row + tile_y, x = column + tile_x + hw::fault(hw::Fault::halo);
-    const int height = map.height + hw::fault(hw::Fault::bounds);
-    const bool inside = y >= 0 && y < height && x >= 0 && x < map.width && count > 0;
-    const uint32_t to = offset + TILE::at(tile_y, tile_x) + hw::thread() % 4 * 16;
-    const int64_t pixel = (static_cast<int64_t>(y) * map.width + x) * map.pixel_stride * static_cast<int64_t>(sizeof(T));
-    if (map.vector)
-      hw::copy_async(to, inside ? from + pixel : map.data, inside ? count * sizeof(T) : 0);
-    else
-      hw::store_shared(to, inside ? load_values<T>(from + pixel, count) : hw::Vec{});
-  }
-}
-
-// Norm and activation of what this thread copied, after its copies have arrived; rounds float32 to TF32.
-template <typename TILE, int THREADS>
-HW_FUNCTION void transform_tile(uint32_t offset, const Map& map, int image, int plane, int row, int column, int k,
-                                float slope) {
-  using T = typename TILE::Type;
-  constexpr int VECTOR = Format<T>::VECTOR;
-  if ((!map.scale && !Format<T>::TF32) || plane < 0 || plane >= map.depth) return;
-  const int first = k + hw::thread() % 4 * VECTOR;
-  float scale[VECTOR], shift[VECTOR];
+// Up to VECTOR values from memory, with zeros after them: all or none at once (`vector`), or one by one.
+template <typename T>
+HW_FUNCTION hw::Vec load_piece(const char* from, int count, bool vector) {
+  hw::Vec vec{};
+  if (vector) return count ? *reinterpret_cast<const hw::Vec*>(from) : vec;
   HW_UNROLL
-  for (int v = 0; v < VECTOR; ++v) {
-    const bool used = map.scale && first + v < map.channels;
-    scale[v] = used ? map.scale[image * map.affine_stride + first + v] : 0.0f;
-    shift[v] = used ? map.shift[image * map.affine_stride + first + v] : 0.0f;
+  for (int k = 0; k < Format<T>::VECTOR; ++k) {
+    if (k >= count) continue;
+    if constexpr (Format<T>::TF32)
+      vec.word[k] = reinterpret_cast<const uint32_t*>(from)[k];
+    else
+      vec.word[k / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(from)[k]} << 16 * (k % 2);
   }
-  HW_NO_UNROLL
-  for (int item = hw::thread() / 4; item < TILE::ROWS * TILE::COLUMNS; item += THREADS / 4) {
-    const int tile_y = item / TILE::COLUMNS, tile_x = item % TILE::COLUMNS;
-    const int y = row + tile_y, x = column + tile_x;
-    const bool inside = y >= 0 && y < map.height && x >= 0 && x < map.width;
-    if (!inside && !hw::fault(hw::Fault::mask)) continue;
-    const uint32_t at = offset + TILE::at(tile_y, tile_x) + hw::thread() % 4 * 16;
-    hw::Vec vec = hw::load_shared<hw::Vec>(at);
-    HW_UNROLL
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (Format<T>::TF32) {
-        const float value = hw::as_float(vec.word[w]);
-        vec.word[w] = hw::tf32(map.scale ? activate(value * scale[w] + shift[w], slope) : value);
-      } else {
-        const hw::Pair pair = hw::unpack<T>(vec.word[w]);
-        vec.word[w] = hw::pack<T>(activate(pair.first * scale[2 * w] + shift[2 * w], slope),
-                                  activate(pair.second * scale[2 * w + 1] + shift[2 * w + 1], slope));
-      }
-    }
-    hw::store_shared(at, vec);
+  return vec;
+}
+
+// The same into shared memory, zeros if not `given`; with VECTOR they arrive by hw::wait_copies.
+template <typename T, bool VECTOR>
+HW_FUNCTION void copy_piece(uint32_t to, const char* from, bool given, int count) {
+  if constexpr (VECTOR) {
+    hw::copy_async(to, from, given);
+  } else {
+    hw::store_shared(to, hw::Vec{});
+    HW_NO_UNROLL
+    for (int k = 0; k < (given ? count : 0); ++k)
+      hw::store_shared(to + k * sizeof(T), reinterpret_cast<const Bits<T>*>(from)[k]);
   }
 }
 
-// Weights [taps, K, CO] as rows of CO_TILE values: row tap * CHUNK + channel.
-template <typename T, int CO_TILE>
-struct Weights {
-  static constexpr int ROW = CO_TILE * sizeof(T), PIECES = ROW / 16;
-  static_assert(PIECES == 4 || PIECES == 8 || PIECES == 16);
-
-  // ldmatrix reads eight rows of 16 bits at a piece, which then lie in all banks; of 32 bits, lanes read single words.
-  HW_FUNCTION static constexpr int permuted(int row, int piece) {
-    return piece ^ (sizeof(T) == 4 ? row % 4 * 2 : PIECES == 4 ? row / 2 % 4 : row % 8);
+// COUNT values from `first` on of a row that ends at `end`, with zeros after it.
+template <int COUNT>
+HW_FUNCTION void load_floats(float (&to)[COUNT], const float* row, int first, int end, bool vector) {
+  if (vector && first + COUNT <= end) {
+    HW_UNROLL
+    for (int k = 0; k < COUNT; k += 4) {
+      const hw::Vec vec = *reinterpret_cast<const hw::Vec*>(row + first + k);
+      HW_UNROLL
+      for (int w = 0; w < 4; ++w) to[k + w] = hw::as_float(vec.word[w]);
+    }
+    return;
   }
-  HW_FUNCTION static constexpr uint32_t at(int row, int piece) { return row * ROW + permuted(row, piece) * 16; }
+  HW_UNROLL
+  for (int k = 0; k < COUNT; ++k) to[k] = first + k < end ? row[first + k] : 0.0f;
+}
+
+// What a tile shows of a map: 64 bytes of channels, from k on, of the pixels of a plane from (row, column) on.
+struct Window {
+  const Map& map;
+  int image, plane, row, column, k;
+
+  HW_FUNCTION bool exists() const { return within(plane, map.depth); }
 };
 
+// The thread's pieces of a tile: every STEP-th row of a column, and of the columns that are left because all of them do not
+// divide the threads, single ones. Calls of_column(column, row, STEP) for the first piece in each column, and what that
+// returns, with the offset, for this piece and each next one.
+template <typename TILE, int THREADS, typename OfColumn>
+HW_FUNCTION void for_pieces(uint32_t thread, OfColumn of_column) {
+  constexpr int COLUMNS = TILE::COLUMNS / 16 * 16, LEFT = TILE::COLUMNS - COLUMNS, STEP = THREADS / 4 / COLUMNS;
+  static_assert(THREADS % (4 * COLUMNS) == 0 && STEP <= TILE::ROWS);
+  using PIXELS = typename TILE::PIXELS;
+  const int piece = thread % 4, pixel = thread / 4, x = pixel % COLUMNS, y = pixel / COLUMNS;
+  const uint32_t first = PIXELS::at(TILE::place(x), piece) + y * TILE::PITCH;
+  auto each = of_column(x, y, STEP);
+  HW_UNROLL_3  // all at once, sm_120 spills
+  for (int row = 0; row < TILE::ROWS; row += STEP)
+    if (row + STEP <= TILE::ROWS || y < TILE::ROWS - row) each(first + row * TILE::PITCH);
+  if constexpr (LEFT) {
+    HW_UNROLL
+    for (int start = 0; start < TILE::ROWS * LEFT; start += THREADS / 4) {
+      const int row = (start + pixel) / LEFT, column = COLUMNS + (start + pixel) % LEFT;
+      if (row < TILE::ROWS) of_column(column, row, 0)(PIXELS::at(TILE::place(column), piece) + row * TILE::PITCH);
+    }
+  }
+}
+
+// Starts to copy a window to `offset`.
+template <typename TILE, int THREADS>
+HW_FUNCTION void load_tile(uint32_t offset, const Window& window) {
+  using T = typename TILE::Type;
+  const Map& map = window.map;
+  const uint32_t thread = hw::again(hw::thread());
+  const int first = window.k + thread % 4 * Format<T>::VECTOR, left = map.channels - first + hw::fault(hw::Fault::tail);
+  const int count = clamp(left, 0, Format<T>::VECTOR), pixel_bytes = map.pixel_bytes, row_bytes = map.row_bytes;
+  const char* plane = map.data + window.image * map.image_bytes + window.plane * map.plane_bytes;
+  const int height = window.exists() && count > 0 ? map.height + hw::fault(hw::Fault::bounds) : 0, width = map.width;
+  const auto copy = [&](auto vector) {
+    for_pieces<TILE, THREADS>(thread, [&](int x, int y, int step) {
+      x += window.column + hw::fault(hw::Fault::halo), y += window.row;
+      const bool inside = within(x, width);
+      const char* from = hw::advance(hw::advance(plane + first * sizeof(T), x, pixel_bytes), y, row_bytes);
+      const int64_t step_bytes = int64_t{step} * row_bytes;
+      return [=](uint32_t at) mutable {
+        copy_piece<T, vector>(offset + at, from, inside & within(y, height), count);
+        y += step, from += step_bytes;
+      };
+    });
+  };
+  if (map.vector)
+    copy(std::true_type{});
+  else
+    copy(std::false_type{});
+}
+
+// The values of a piece after norm and activation, which is ReLU if RELU; floats are rounded to TF32.
+template <typename T, bool RELU>
+HW_FUNCTION hw::Vec transformed(hw::Vec vec, const float* scale, const float* shift, float slope) {
+  HW_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (Format<T>::TF32) {
+      vec.word[w] = hw::tf32(activate(hw::as_float(vec.word[w]) * scale[w] + shift[w], slope));
+    } else {
+      const hw::Pair pair = hw::unpack<T>(vec.word[w]);
+      const float first = pair.first * scale[2 * w] + shift[2 * w];
+      const float second = pair.second * scale[2 * w + 1] + shift[2 * w + 1];
+      vec.word[w] = RELU ? hw::pack_relu<T>(first, second) : hw::pack<T>(activate(first, slope), activate(second, slope));
+    }
+  }
+  return vec;
+}
+
+// Norm and activation of what this thread copied, after its copies have arrived. `relu`: the slope is 0.
+template <typename TILE, int THREADS>
+HW_FUNCTION void transform_tile(uint32_t offset, const Window& window, float slope, bool relu) {
+  using T = typename TILE::Type;
+  constexpr int VECTOR = Format<T>::VECTOR;
+  const Map& map = window.map;
+  const uint32_t thread = hw::again(hw::thread());
+  const int height = map.height, width = map.width;
+  const auto change = [&](auto changed) {
+    for_pieces<TILE, THREADS>(thread, [&](int x, int y, int step) {
+      const bool inside = within(window.column + x, width);
+      y += window.row;
+      return [=](uint32_t at) mutable {
+        const hw::Vec vec = changed(hw::load_shared<hw::Vec>(offset + at));
+        if (inside & within(y, height) || hw::fault(hw::Fault::mask)) hw::store_shared(offset + at, vec);
+        y += step;
+      };
+    });
+  };
+  if (!window.exists()) return;
+  if (map.scale) {
+    const int64_t row = int64_t{window.image} * map.affine_stride;
+    const int first = window.k + thread % 4 * VECTOR;
+    float scale[VECTOR], shift[VECTOR];
+    load_floats(scale, map.scale + row, first, map.channels, map.vector_affine);
+    load_floats(shift, map.shift + row, first, map.channels, map.vector_affine);
+    if (relu && !Format<T>::TF32)
+      change([&](hw::Vec vec) { return transformed<T, !Format<T>::TF32>(vec, scale, shift, slope); });
+    else
+      change([&](hw::Vec vec) { return transformed<T, false>(vec, scale, shift, slope); });
+  } else if (Format<T>::TF32) {
+    change([](hw::Vec vec) {
+      HW_UNROLL
+      for (int w = 0; w < 4; ++w) vec.word[w] = hw::tf32(hw::as_float(vec.word[w]));
+      return vec;
+    });
+  }
+}
+
 // Starts to copy channels k.. and columns co.. of TAPS taps from first_tap on, each next four `group` later (4 if they are
-// contiguous); zeros past K and CO. `vector`: rows start at multiples of 16 bytes.
+// contiguous), as rows tap * CHUNK + channel; zeros past K and CO. `vector`: rows start at multiples of 16 bytes.
 template <typename T, int CO_TILE, int TAPS, int THREADS>
 HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels, int columns, int k, int co, int first_tap,
                               int group, bool vector) {
-  using W = Weights<T, CO_TILE>;
-  constexpr int CHUNK = Format<T>::CHUNK, VECTOR = Format<T>::VECTOR;
-  static_assert(THREADS % W::PIECES == 0);
-  const int piece = hw::thread() % W::PIECES, first = co + piece * VECTOR;
-  HW_NO_UNROLL
-  for (int row = hw::thread() / W::PIECES; row < TAPS * CHUNK; row += THREADS / W::PIECES) {
-    const int tap = first_tap + row / CHUNK / 4 * group + row / CHUNK % 4, channel = k + row % CHUNK;
-    const int count = channel < channels ? clamp(columns - first, 0, VECTOR) : 0;
-    const int64_t place = (static_cast<int64_t>(tap) * channels + channel) * columns + first;
-    const char* from = count ? weights + place * static_cast<int64_t>(sizeof(T)) : weights;
-    const uint32_t to = offset + W::at(row, piece);
-    if (vector)
-      hw::copy_async(to, from, count * sizeof(T));
-    else
-      hw::store_shared(to, load_values<T>(from, count));
-  }
-}
-
-HW_FUNCTION int lane() { return hw::thread() % 32; }
-
-// 16 adjacent pixels and one step of channels, as the first factor of a product.
-template <typename T>
-HW_FUNCTION void load_pixels(hw::Word (&a)[4], uint32_t offset) {
-  hw::load_matrices(a, offset + lane() % 16 * PITCH + lane() / 16 * 16);
+  using W = Rows<T, CO_TILE>;
+  constexpr int CHUNK = Format<T>::CHUNK, AT_ONCE = THREADS / W::PIECES;  // rows
+  static_assert(THREADS % W::PIECES == 0 && (AT_ONCE % CHUNK == 0 || CHUNK % AT_ONCE == 0));
+  const uint32_t thread = hw::again(hw::thread());
+  const int piece = thread % W::PIECES, row = thread / W::PIECES, tap = row / CHUNK;
+  const int channel = k + row % CHUNK, column = co + piece * Format<T>::VECTOR;
+  const int count = clamp(columns - column, 0, Format<T>::VECTOR), row_bytes = columns * static_cast<int>(sizeof(T));
+  const char* first = hw::advance(weights + column * sizeof(T), (first_tap + tap) * channels + channel, row_bytes);
+  const uint32_t to = offset + W::at(row, piece);
+  const auto copy = [&](auto vectors) {
+    HW_UNROLL
+    for (int start = 0; start < TAPS * CHUNK; start += AT_ONCE) {
+      const int t = start / CHUNK, c = start % CHUNK;
+      if (start + AT_ONCE > TAPS * CHUNK && t + tap >= TAPS) continue;
+      const char* from = hw::advance(first, (t / 4 * group + t % 4) * channels + c, row_bytes);
+      copy_piece<T, vectors>(to + start * W::BYTES, from, count > 0 && channel + c < channels, count);
+    }
+  };
+  if (vector)
+    copy(std::true_type{});
+  else
+    copy(std::false_type{});
 }
 
 // One step of channels (rows from `row` on) and 32 columns (from piece 4, of 32 bits 8, times `part` on) as second factors.
 template <typename T, int CO_TILE>
-HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int part) {
-  using W = Weights<T, CO_TILE>;
+HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int part, int lane) {
+  using W = Rows<T, CO_TILE>;
   if constexpr (Format<T>::TF32) {
-    const int group = lane() / 4, quad = lane() % 4;
+    const int group = lane / 4, quad = lane % 4;
     HW_UNROLL
     for (int n = 0; n < 4; ++n)
       HW_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int r = quad + 4 * half;
-        const uint32_t at = row * W::ROW + W::at(r, part * 8 + n * 2 + group / 4) + group % 4 * 4;
-        b[n][half] = hw::tf32(hw::load_shared<float>(offset + at));
+        const uint32_t at = W::at(quad + 4 * half, part * 8 + n * 2 + group / 4) + group % 4 * 4;
+        b[n][half] = hw::tf32(hw::load_shared<float>(offset + row * W::BYTES + at));
       }
   } else {
     HW_UNROLL
     for (int pair = 0; pair < 2; ++pair) {
       hw::Word r[4];
-      const int piece = part * 4 + pair * 2 + lane() / 16;
-      hw::load_matrices_transposed(r, offset + row * W::ROW + W::at(lane() % 16, piece));
+      const uint32_t at = W::at(lane % 16, part * 4 + pair * 2 + lane / 16);
+      hw::load_matrices_transposed(r, offset + row * W::BYTES + at);
       b[2 * pair][0] = r[0], b[2 * pair][1] = r[1];
       b[2 * pair + 1][0] = r[2], b[2 * pair + 1][1] = r[3];
     }

@@ -24,6 +24,11 @@ struct alignas(16) Vec {
 struct alignas(8) Pair {
   float first, second;
 };
+// Blocks along each axis; a GPU takes 2^31 - 1 along x, MOST_BLOCKS along the others.
+struct Grid {
+  int x, y = 1, z = 1;
+};
+constexpr int MOST_BLOCKS = 65535;
 
 // Faults that the emulation commits on request, to check that the tests notice them. On a GPU there are none.
 enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, phase, unwritten, reduction };
@@ -43,6 +48,7 @@ enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, 
 #define HW_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define HW_CONSTANT const __grid_constant__
 #define HW_UNROLL _Pragma("unroll")
+#define HW_UNROLL_3 _Pragma("unroll 3")
 #define HW_NO_UNROLL _Pragma("unroll 1")
 
 namespace hw {
@@ -51,15 +57,32 @@ namespace hw {
 using Word = uint32_t;
 
 HW_FUNCTION int thread() { return threadIdx.x; }
-HW_FUNCTION int block() { return blockIdx.x; }
-HW_FUNCTION int block_row() { return blockIdx.y; }
+#define HW_BLOCK(AXIS)                                                  \
+  HW_FUNCTION int block_##AXIS() {                                      \
+    int index;                                                          \
+    asm volatile("mov.u32 %0, %%ctaid." #AXIS ";" : "=r"(index));       \
+    return index;                                                       \
+  }
+HW_BLOCK(x)
+HW_BLOCK(y)
+HW_BLOCK(z)
+#undef HW_BLOCK
 HW_FUNCTION void barrier() { __syncthreads(); }
+HW_FUNCTION void warp_barrier() { __syncwarp(); }
 HW_FUNCTION constexpr bool fault(Fault) { return false; }
 
-// The same value; the compiler computes it again instead of keeping it in a register until here.
-HW_FUNCTION int forgotten(int value) {
+// The same value, from which the compiler computes anew what it would else keep in registers until here.
+HW_FUNCTION uint32_t again(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+// from + count * bytes, by a product of 32 bits each.
+template <typename Byte>
+HW_FUNCTION Byte* advance(Byte* from, int count, int bytes) {
+  int64_t offset;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(offset) : "r"(count), "r"(bytes));
+  return from + offset;
 }
 
 HW_FUNCTION char* shared_memory() {
@@ -81,9 +104,9 @@ HW_FUNCTION void store_shared(uint32_t offset, V value) {
   *reinterpret_cast<V*>(shared_memory() + offset) = value;
 }
 
-// Copies `bytes` (0 to 16) to shared memory and fills with zeros up to 16; complete after wait_copies by the same thread.
-HW_FUNCTION void copy_async(uint32_t offset, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)), "l"(from), "r"(bytes)
+// Copies 16 bytes to shared memory, or zeros if not `given`; complete after wait_copies by the same thread.
+HW_FUNCTION void copy_async(uint32_t offset, const void* from, bool given) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)), "l"(from), "r"(given ? 16 : 0)
                : "memory");
 }
 
@@ -139,6 +162,22 @@ HW_FUNCTION uint32_t pack<BFloat16>(float first, float second) {
   return word;
 }
 
+// The same of what is left of two values by ReLU: NaN, and no other value below zero.
+template <typename T>
+HW_FUNCTION uint32_t pack_relu(float first, float second);
+template <>
+HW_FUNCTION uint32_t pack_relu<Half>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+template <>
+HW_FUNCTION uint32_t pack_relu<BFloat16>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
 template <typename T>
 HW_FUNCTION Pair unpack(uint32_t word);
 template <>
@@ -161,17 +200,24 @@ HW_FUNCTION uint32_t tf32(float value) {
   return bits;
 }
 
+// 1 / value, to the last bit but one.
+HW_FUNCTION float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 HW_FUNCTION float as_float(uint32_t bits) { return __uint_as_float(bits); }
 HW_FUNCTION uint32_t as_bits(float value) { return __float_as_uint(value); }
 
 // Returns nullptr, or an error message.
 template <auto KERNEL, typename Arguments>
-const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
+const char* launch(Grid grid, int threads, int shared_bytes, Stream stream, const Arguments& arguments) {
   const DeviceGuard guard(stream.device);  // this library has its own CUDA runtime
   cudaError_t error = guard.error();
   if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess)
-    KERNEL<<<dim3(blocks, rows), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);
+    KERNEL<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments);
   const cudaError_t last = cudaGetLastError();  // always called, so that no later call reports this error
   if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

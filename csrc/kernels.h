@@ -3,10 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "stream.h"
 
-// A channels-last map of one precision; strides in values. `vector`: every pixel starts at a multiple of 16 bytes.
+// Whether what begins any number of steps of bytes after `first` is aligned to 16 bytes.
+inline bool is_aligned(const void* first, int64_t step) {
+  return reinterpret_cast<uintptr_t>(first) % 16 == 0 && step % 16 == 0;
+}
+
+// A channels-last map of one precision; strides in values.
 struct Map {
   const char* data = nullptr;
   int64_t image_stride = 0;
@@ -14,11 +20,22 @@ struct Map {
   const float* scale = nullptr;  // [1 or N, channels]; null: no affine
   const float* shift = nullptr;
   int affine_stride = 0;  // from image to image
-  bool vector = false;
+  // Set by the launch. Whether all pixels, and all eight values of scale and shift, are whole pieces of 16 bytes.
+  bool vector = false, vector_affine = false;
+  int pixel_bytes = 0, row_bytes = 0;
+  int64_t plane_bytes = 0, image_bytes = 0;
 
-  void set_vector(int value_bytes) {
-    vector = reinterpret_cast<uintptr_t>(data) % 16 == 0 && pixel_stride * value_bytes % 16 == 0 &&
-             image_stride * value_bytes % 16 == 0;
+  // Returns nullptr, or an error message.
+  const char* prepare(int value_bytes) {
+    const int64_t row = int64_t{width} * pixel_stride * value_bytes;
+    if (row >= int64_t{1} << 31) return "a row of a map has 2^31 bytes or more";
+    pixel_bytes = pixel_stride * value_bytes;
+    row_bytes = static_cast<int>(row);
+    plane_bytes = row * height;
+    image_bytes = image_stride * value_bytes;
+    vector = is_aligned(data, pixel_bytes) && is_aligned(data, image_bytes) && channels * value_bytes % 16 == 0;
+    vector_affine = is_aligned(scale, affine_stride * int64_t{4}) && is_aligned(shift, 0);
+    return nullptr;
   }
 };
 
@@ -37,9 +54,25 @@ struct ConvArguments {
   bool deep = false;  // 3D
   bool act = false, add = false;
   // Set by the launch.
-  int tiles_y = 0, tiles_x = 0, co_blocks = 0;
-  int planes_a = 1, planes_b = 1, stages_a = 0, stages = 0;
-  bool vector_weights = false, vector_out = false;
+  int tiles_y = 0, tiles_x = 0, co_blocks = 0, stages_a = 0, stages = 0;
+  bool vector_weights = false, vector_out = false, relu = false;  // relu: the slope is 0
+  int out_pixel_bytes = 0, out_row_bytes = 0;
+  int64_t out_plane_bytes = 0, out_image_bytes = 0;
+
+  // What does not depend on a configuration. Returns nullptr, or an error message.
+  const char* prepare(int value_bytes) {
+    Map map;  // `out` as one
+    map.data = out, map.image_stride = out_image_stride, map.pixel_stride = out_pixel_stride;
+    map.height = height, map.width = width, map.channels = channels;
+    for (Map* each : {&a, &b, &map})
+      if (const char* error = each->prepare(value_bytes)) return error;
+    out_pixel_bytes = map.pixel_bytes, out_row_bytes = map.row_bytes;
+    out_plane_bytes = map.plane_bytes, out_image_bytes = map.image_bytes;
+    vector_out = map.vector;
+    vector_weights = is_aligned(weights_a, channels * value_bytes) && is_aligned(weights_b, channels * value_bytes);
+    relu = slope == 0;
+    return nullptr;
+  }
 };
 
 struct WgradArguments {
@@ -50,8 +83,15 @@ struct WgradArguments {
   bool phased = false, deep = false;
   float slope = 0;
   // Set by the launch.
-  int tiles = 0, tiles_x = 0, tiles_each = 0, co_blocks = 0;  // tiles: of a plane
-  int planes = 0, slabs = 0, taps = 0;
+  int tiles = 0, tiles_x = 0, tiles_each = 0, planes = 0, taps = 0;  // tiles: of a plane
+  bool relu = false;  // the slope is 0
+
+  // As ConvArguments::prepare.
+  const char* prepare(int value_bytes) {
+    relu = slope == 0;
+    const char* error = a.prepare(value_bytes);
+    return error ? error : dy.prepare(value_bytes);
+  }
 };
 
 // Each returns nullptr, or an error message. `precision`: 0 float16, 1 bfloat16, 2 float32 multiplied as TF32. `config`: the

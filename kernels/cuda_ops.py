@@ -8,6 +8,7 @@ Their library registers `torch.ops.unetpp_fast_cuda`; `execution/fused/libraries
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 WIDEST = 64  # channels of the narrower side
+MOST_PLANES = 65535  # of a batch: blocks along the last axis of a grid
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -67,12 +69,14 @@ class ConvConfig:
 
 
 CONFIGS = (
-    ConvConfig(32, 16, 1, False, 67392),
-    ConvConfig(32, 8, 2, False, 91264),
-    ConvConfig(64, 8, 1, False, 74176),
-    ConvConfig(64, 8, 2, False, 148352),
-    ConvConfig(32, 8, 1, True, 81728),
-    ConvConfig(64, 4, 1, True, 92736),
+    ConvConfig(32, 16, 1, False, 57600),
+    ConvConfig(32, 8, 2, False, 80384),
+    ConvConfig(64, 8, 1, False, 72448),
+    ConvConfig(64, 8, 2, False, 144896),
+    ConvConfig(32, 16, 1, True, 106752),
+    ConvConfig(32, 8, 1, True, 71936),
+    ConvConfig(64, 8, 1, True, 104704),
+    ConvConfig(64, 4, 1, True, 87296),
 )
 TRITON = ConvConfig(0, 0, 0, False, 0)  # stands for the Triton kernels among the candidates
 
@@ -130,8 +134,14 @@ class WgradCall:
 
 
 def configs(co: int, gathered: bool) -> list[ConvConfig]:
-    """The instances worth timing; the first is the default, which fits every GPU since compute capability 8.0."""
+    """The instances worth timing, best first by the static model; some fit every GPU since compute capability 8.0."""
     return [config for config in CONFIGS if config.gathered == gathered and (config.block_co == 64) == (co > 32)]
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may take."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def can_run_conv(
@@ -141,6 +151,8 @@ def can_run_conv(
     runs, reason = _can_run(a, out, plain)
     if runs and (taps, stride, phased) not in ((3, 1, False), (3, 2, True), (4, 2, False)):
         return False, f"no CUDA kernel for {taps} taps at a stride of {stride}"
+    if runs and out.shape[0] * out.shape[1] > MOST_PLANES:
+        return False, f"the batch has more than {MOST_PLANES} planes"
     return runs, reason
 
 
@@ -200,11 +212,12 @@ def conv(
 
 
 def _chosen_config(call: ConvCall) -> ConvConfig:
-    """The candidate measured to be the fastest for such a call; the first of `configs` if nothing was measured."""
+    """The candidate measured to be the fastest for such a call; if nothing was measured the first of `configs` that fits."""
     out, a, b = call.out, call.a, call.b
     candidates = configs(out.shape[-1], call.gathered)
     if not out.is_cuda or not out.numel():
         return candidates[0]
+    candidates = [config for config in candidates if config.shared <= _shared_memory(out.device)]
     flags = f"{'phased ' * call.phased}{'affine ' * (call.affine_a is not None)}{'stats' * call.stats}"
     channels = a.shape[-1], 0 if b is None else b.shape[-1], out.shape[-1]
     sizes = out.shape[0], *unit_grid(out, call.axes, call.phased)

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the interpreter of 
 import torch
 from bounds import Work
 from compiled_cuda import PHASES, Counts, Launch, conv, counts, kernels, work
+from kept import keep
 from recording import DTYPE, Recorded, eager_pass, fused_pass, of_conv, recorded
 
 from unetpp_fast.kernels import cuda_ops, triton_ops
@@ -107,7 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=512, help="of the image, a multiple of 16 (%(default)s)")
     parser.add_argument("--images", type=int, default=16, help="of a batch (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="write the counts of instructions that a test compares")
     given = parser.parse_args()
+    if given.keep:
+        keep()
+        return
     with torch.device("meta"):
         network = UNetPlusPlus(1, 1, features=PAPER_FEATURES["unet++"], norm=None, deep_supervision=True)
         x = torch.empty(given.images, 1, given.size, given.size)

@@ -17,6 +17,7 @@ import triton
 from bounds import CLOCK, MMA_SYNC, MULTIPROCESSORS, SHARED, Work
 from support.sass.check import packed_arguments
 from support.sass.listing import Instruction, decode, functions
+from support.sass.registers import after
 from support.sass.thread import Thread
 from torch import Tensor
 
@@ -85,13 +86,12 @@ def conv(config: cuda_ops.ConvConfig, out: Tensor, a: Tensor, b: Tensor | None, 
     given |= {"out_image_stride": out.stride(0), "out_pixel_stride": out.stride(3), "images": out.shape[0]}
     given |= {"height": out.shape[2], "width": out.shape[3], "channels": out.shape[4]}
     given |= {name: IMAGE for name in ("bias", "border") if options.get(name) is not None}
+    given |= {"slope": int(options.get("slope", 0.0) != 0)}
     given |= {"stats": IMAGE * stats, "act": int(options.get("act", False)), "add": int(options.get("add", False))}
     tiles_y, tiles_x = -(-out.shape[2] // config.rows), -(-out.shape[3] // config.columns)
     co_blocks, stages_a = -(-out.shape[4] // config.block_co), -(-a.shape[4] // CHUNK)
     stages = stages_a + (0 if b is None else -(-b.shape[4] // CHUNK))
     given |= {"tiles_y": tiles_y, "tiles_x": tiles_x, "co_blocks": co_blocks, "stages_a": stages_a, "stages": stages}
-    aligned = int(out.shape[4] % 8 == 0 and out.stride(3) % 8 == 0)
-    given |= {"vector_weights": int(out.shape[4] % 8 == 0), "vector_out": aligned}
     rows = config.rows * (2 if config.gathered else 1)  # the traits count those that are read
     kernel = f"ConvTraits{TYPE}Li{config.block_co}ELi{rows}ELi{config.stages}ELb{int(config.gathered)}E"
     return Launch(kernel, given, out.shape[0] * tiles_y * tiles_x * co_blocks, config.rows // 2 * config.block_co // 32)
@@ -100,11 +100,12 @@ def conv(config: cuda_ops.ConvConfig, out: Tensor, a: Tensor, b: Tensor | None, 
 def wgrad(a: Tensor, dy: Tensor, affine: object, partial: Tensor, phased: bool) -> Launch:
     """The launch of a 2D call of the op `conv_wgrad` (`launch_wgrad`), without the sum of its parts."""
     given = _map("a", a, affine) | _map("dy", dy, None)
-    given |= {"partial": IMAGE, "result": IMAGE, "images": dy.shape[0], "parts": partial.shape[0], "phased": int(phased)}
+    given |= {"partial": IMAGE, "result": IMAGE, "images": dy.shape[0], "parts": partial.shape[0]}
+    given |= {"phased": int(phased)}
     tiles_y, tiles_x = -(-dy.shape[2] // 8), -(-dy.shape[3] // 32)
     splits, tiles = partial.shape[0] // (1 if phased else 2), tiles_y * tiles_x
     co_blocks = -(-dy.shape[4] // CHUNK)
-    given |= {"tiles_x": tiles_x, "tiles": tiles, "tiles_each": 2, "co_blocks": co_blocks, "planes": 1, "slabs": 1}
+    given |= {"tiles_x": tiles_x, "tiles": tiles, "tiles_each": 2, "planes": 1}
     given |= {"taps": 16 if phased else 9}
     blocks = splits * -(-a.shape[4] // CHUNK) * co_blocks
     return Launch(f"WgradTraits{TYPE}Lb{int(phased)}E", given, blocks, 8, -(-dy.shape[0] * tiles // splits))
@@ -114,12 +115,11 @@ def _map(name: str, x: Tensor, affine: object) -> dict[str, int]:
     given = {"data": IMAGE, "image_stride": x.stride(0), "pixel_stride": x.stride(3), "depth": x.shape[1]}
     given |= {"height": x.shape[2], "width": x.shape[3], "channels": x.shape[4]}
     given |= {"scale": IMAGE, "shift": IMAGE} if affine is not None else {}
-    given |= {"vector": int(x.stride(3) % 8 == 0 and x.stride(0) % 8 == 0)}
     return {f"{name}.{key}": value for key, value in given.items()}
 
 
 @cache
-def _builder():
+def builder():
     spec = importlib.util.spec_from_file_location("unetpp_fast_build", SOURCES / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -129,14 +129,14 @@ def _builder():
 @cache
 def kernels() -> dict[str, tuple[list[Instruction], int]]:
     """Instructions and registers of each bfloat16 kernel for sm_90, by mangled name; needs nvcc."""
-    builder = _builder()
-    if builder.find_nvcc() is None:
+    build = builder()
+    if build.find_nvcc() is None:
         raise SystemExit("the static model compiles the CUDA kernels, and found no nvcc")
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h"))) + (SOURCES / "bfloat16.cu").read_bytes()
     target = ROOT / "build" / "static" / f"{hashlib.sha256(text).hexdigest()[:16]}.cubin"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [builder.find_nvcc(), *builder.NVCC_FLAGS, "-cubin", "-arch=sm_90", SOURCES / "bfloat16.cu", "-o", target]
+        command = [build.find_nvcc(), *build.NVCC_FLAGS, "-cubin", "-arch=sm_90", SOURCES / "bfloat16.cu", "-o", target]
         subprocess.run(command, check=True, stdout=sys.stderr)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     listed, usage = (
@@ -147,13 +147,12 @@ def kernels() -> dict[str, tuple[list[Instruction], int]]:
     return {name: (decode(code), int(registers[name])) for _, name, code in functions(f"arch = sm_90\n{listed}")}
 
 
-class _Floats(Thread):
-    """Takes the usual way where floats decide: a division that needs no care, values inside."""
+class _Counted(Thread):
+    """A thread whose products are counted and not followed: sums may begin with values of global memory."""
 
-    def forget(self, instruction: Instruction) -> None:
-        super().forget(instruction)
-        if instruction.name == "FCHK":
-            self.set(instruction.operands[0], False)
+    def do_hmma(self, kinds, target, *factors) -> None:
+        for k in range(4):
+            self.set(after(target, k), None)
 
 
 def counts(launches: list[Launch]) -> dict[str, Counts]:
@@ -161,7 +160,7 @@ def counts(launches: list[Launch]) -> dict[str, Counts]:
     distinct = list({launch.key: launch for launch in launches}.values())
     with tempfile.TemporaryDirectory() as folder:
         given = [_struct(launch, tiles) for launch in distinct for tiles in (2, 3)]
-        packed = packed_arguments(given, SOURCES, _builder().find_compiler(), Path(folder))
+        packed = packed_arguments(given, SOURCES, builder().find_compiler(), Path(folder))
     found = {}
     for launch, (short, long) in zip(distinct, zip(packed[::2], packed[1::2], strict=True), strict=True):
         (code,) = (code for name, (code, _) in kernels().items() if launch.kernel in name)
@@ -174,16 +173,16 @@ def counts(launches: list[Launch]) -> dict[str, Counts]:
     return found
 
 
-def _struct(launch: Launch, tiles: int) -> tuple[str, dict[str, int]]:
+def _struct(launch: Launch, tiles: int) -> tuple[str, dict[str, int], int]:
     if not launch.tiles:
-        return "ConvArguments", launch.arguments
-    return "WgradArguments", {**launch.arguments, "tiles_each": tiles}
+        return "ConvArguments", launch.arguments, 2
+    return "WgradArguments", {**launch.arguments, "tiles_each": tiles}, 2
 
 
 def _issued(code: list[Instruction], arguments: bytes, warps: int) -> Counter:
     total: Counter = Counter()
     for thread in (0, 32 * (warps - 1)):
-        total.update(by_phase(_Floats(code, 90, arguments, thread).run().issued))
+        total.update(by_phase(_Counted(code, 90, arguments, thread).run().issued))
     return Counter({key: count / 2 for key, count in total.items()})
 
 

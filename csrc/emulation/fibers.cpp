@@ -18,7 +18,7 @@
 
 namespace emulation {
 
-int block_x, block_y;
+int block_x, block_y, block_z;
 char* shared;
 uint32_t shared_bytes, order;
 Seen seen;
@@ -161,7 +161,7 @@ bool run_some(uint32_t order, std::minstd_rand& random) {
 }  // namespace
 
 void fail(const char* format, ...) {
-  fprintf(stderr, "emulation: block (%d, %d) thread %d: ", block_x, block_y, running ? running->index : -1);
+  fprintf(stderr, "emulation: block (%d, %d, %d) thread %d: ", block_x, block_y, block_z, running ? running->index : -1);
   va_list list;
   va_start(list, format);
   vfprintf(stderr, format, list);

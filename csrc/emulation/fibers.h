@@ -14,8 +14,7 @@ constexpr int WARP = 32;
 
 struct Copy {
   uint32_t offset;
-  const void* from;
-  int bytes;
+  const void* from;  // null: zeros
 };
 
 struct Thread {
@@ -33,7 +32,7 @@ struct Collective {
 
 // The running thread, and the position of its block in the grid.
 Thread& current();
-extern int block_x, block_y;
+extern int block_x, block_y, block_z;
 extern char* shared;
 extern uint32_t shared_bytes;
 

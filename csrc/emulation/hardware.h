@@ -10,6 +10,7 @@
 #define HW_BOUNDS(threads, blocks)
 #define HW_CONSTANT const
 #define HW_UNROLL
+#define HW_UNROLL_3
 #define HW_NO_UNROLL
 
 namespace emulation {
@@ -82,11 +83,20 @@ class Word {
 };
 
 inline int thread() { return emulation::current().index; }
-inline int block() { return emulation::block_x; }
-inline int block_row() { return emulation::block_y; }
+inline uint32_t again(uint32_t value) { return value; }
+inline int block_x() { return emulation::block_x; }
+inline int block_y() { return emulation::block_y; }
+inline int block_z() { return emulation::block_z; }
 inline void barrier() { emulation::barrier(); }
-inline int forgotten(int value) { return value; }
+inline void warp_barrier() {
+  emulation::collective("syncwarp", nullptr, [](emulation::Collective&) {});
+}
 inline bool fault(Fault which) { return emulation::fault == static_cast<int>(which); }
+
+template <typename Byte>
+Byte* advance(Byte* from, int count, int bytes) {
+  return from + int64_t{count} * bytes;
+}
 
 template <typename V>
 V load_shared(uint32_t offset) {
@@ -101,11 +111,10 @@ void store_shared(uint32_t offset, V value) {
 }
 
 // On a GPU the bytes may arrive at any time before the wait; until then neither old nor new ones can be relied on.
-inline void copy_async(uint32_t offset, const void* from, int bytes) {
+inline void copy_async(uint32_t offset, const void* from, bool given) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("copies from %p, which is not aligned to 16 bytes", from);
-  if (bytes < 0 || bytes > 16) emulation::fail("copies %d bytes", bytes);
   memset(emulation::at(offset, 16), 0xff, 16);
-  emulation::current().copies.push_back({offset, from, bytes});
+  emulation::current().copies.push_back({offset, given ? from : nullptr});
 }
 
 inline void wait_copies() {
@@ -113,8 +122,10 @@ inline void wait_copies() {
   auto& copies = emulation::current().copies;
   for (const emulation::Copy& copy : copies) {
     char* to = emulation::at(copy.offset, 16);
-    memcpy(to, copy.from, copy.bytes);
-    memset(to + copy.bytes, 0, 16 - copy.bytes);
+    if (copy.from)
+      memcpy(to, copy.from, 16);
+    else
+      memset(to, 0, 16);
   }
   copies.clear();
 }
@@ -159,6 +170,11 @@ inline uint32_t pack<BFloat16>(float first, float second) {
 }
 
 template <typename T>
+uint32_t pack_relu(float first, float second) {
+  return pack<T>(first <= 0 ? 0.0f : first, second <= 0 ? 0.0f : second);
+}
+
+template <typename T>
 Pair unpack(uint32_t word);
 template <>
 inline Pair unpack<Half>(uint32_t word) {
@@ -169,6 +185,8 @@ inline Pair unpack<BFloat16>(uint32_t word) {
   return {emulation::from_bfloat16(word & 0xffff), emulation::from_bfloat16(word >> 16)};
 }
 
+inline float reciprocal(float value) { return 1 / value; }
+
 inline float as_float(uint32_t bits) { return emulation::bits_as<float>(bits); }
 inline uint32_t as_bits(float value) { return emulation::bits_as<uint32_t>(value); }
 
@@ -178,12 +196,13 @@ inline uint32_t tf32(float value) {
 }
 
 template <auto KERNEL, typename Arguments>
-const char* launch(int blocks, int rows, int threads, int shared_bytes, Stream, const Arguments& arguments) {
-  for (emulation::block_y = 0; emulation::block_y < rows; ++emulation::block_y)
-    for (emulation::block_x = 0; emulation::block_x < blocks; ++emulation::block_x)
-      emulation::run_block(
-          threads, shared_bytes, [](const void* given) { KERNEL(*static_cast<const Arguments*>(given)); }, &arguments,
-          emulation::order);
+const char* launch(Grid grid, int threads, int shared_bytes, Stream, const Arguments& arguments) {
+  for (emulation::block_z = 0; emulation::block_z < grid.z; ++emulation::block_z)
+    for (emulation::block_y = 0; emulation::block_y < grid.y; ++emulation::block_y)
+      for (emulation::block_x = 0; emulation::block_x < grid.x; ++emulation::block_x)
+        emulation::run_block(
+            threads, shared_bytes, [](const void* given) { KERNEL(*static_cast<const Arguments*>(given)); }, &arguments,
+            emulation::order);
   return nullptr;
 }
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "static"))
 import bounds
 import compiled_cuda
+import kept
 import recording
 
 from unetpp_fast.kernels import cuda_ops
@@ -104,3 +105,15 @@ def test_a_cuda_weight_gradient_multiplies_as_often_as_its_tiles_ask(phased):
     counts = both[launch.key]
     assert both[longer.key].of("HMMA") == 2 * counts.of("HMMA")
     assert counts.of("HMMA") * launch.warps * 4096 == 2 * 32 * 32 * (4 if phased else 9) * 16 * 256
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="the CUDA kernels need nvcc")
+def test_no_cuda_kernel_issues_more_than_it_did():
+    """Within two hundredths of `kept.json`; a change that is meant is kept by `python benchmarks/static --keep`."""
+    compiler, before = kept.kept()
+    if compiler != kept.compiler():
+        pytest.skip(f"the counts were kept for {compiler}")
+    now = kept.issued()
+    assert now.keys() == before.keys()
+    more = {name: (before[name], count) for name, count in now.items() if count > 1.02 * before[name]}
+    assert not more, f"instructions of a warp, before and now: {more}"

@@ -166,8 +166,8 @@ def test_emulation_batches(n: int):
 def test_emulation_says_what_the_kernels_do_not_take():
     """Wide maps, double precision, float32 without TF32 and other geometries are left to Triton."""
 
-    def reason(channels: int, dtype: torch.dtype = torch.float32, **geometry) -> str:
-        out, a = (torch.empty(1, 1, 2, 2, count, dtype=dtype) for count in (channels, 96))
+    def reason(channels: int, dtype: torch.dtype = torch.float32, images: int = 1, **geometry) -> str:
+        out, a = (torch.empty(images, 3, 2, 2, count, dtype=dtype, device="meta") for count in (channels, 96))
         runs, why = cuda_ops.can_run_conv(out, a, **geometry)
         assert runs == (not why)
         return why
@@ -179,6 +179,7 @@ def test_emulation_says_what_the_kernels_do_not_take():
     nothing, out = (torch.empty(1, 1, 2, 2, count, dtype=torch.float16) for count in (0, 8))
     assert "a low source alone" in cuda_ops.can_run_conv(out, nothing)[1]
     assert "not torch.float64" in reason(64, torch.float64)
+    assert not reason(64, images=21845) and "more than 65535 planes" in reason(64, images=21846)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:
         assert "where TF32 is allowed" in reason(64)

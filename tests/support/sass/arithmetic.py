@@ -101,7 +101,9 @@ class Arithmetic(Registers):
     def do_lop3(self, kinds, target, *operands) -> None:
         flag, sources = (target, operands[1:]) if is_predicate(target) else (None, operands)
         target = operands[0] if flag else target
-        values, table = self.integers(*sources[:3]), int(sources[3], 16)
+        # ptxas keeps predicates as bits of a register that nobody wrote as a whole.
+        written = ["RZ" if self.is_unwritten(source) else source for source in sources[:3]]
+        values, table = self.integers(*written), int(sources[3], 16)
         result = None if values is None else _looked_up(values, table, MASK)
         self.set(target, result)
         if flag:

@@ -12,13 +12,14 @@ from support.sass.registers import Element, SassError
 from support.sass.thread import Thread
 
 
-def packed_arguments(given: list[tuple[str, dict]], sources: Path, compiler: str, folder: Path) -> list[bytes]:
-    """Arguments, each a struct of `csrc/kernels.h` and its members, as the bytes that a kernel takes; written by C++."""
+def packed_arguments(given: list[tuple[str, dict, int]], sources: Path, compiler: str, folder: Path) -> list[bytes]:
+    """Arguments, each a struct of `csrc/kernels.h`, its members and the bytes of a value, as the bytes that a kernel takes;
+    written by C++."""
     lines = ['#include "kernels.h"', "#include <cstdio>", "int main() {"]
-    for struct, members in given:
+    for struct, members, size in given:
         lines += ["  {", f"    {struct} p;"]
         lines += [f"    p.{name} = (decltype(p.{name})){value}ll;" for name, value in members.items()]
-        lines += ["    const long long size = sizeof(p);", "    fwrite(&size, 8, 1, stdout);"]
+        lines += [f"    p.prepare({size});", "    const long long size = sizeof(p);", "    fwrite(&size, 8, 1, stdout);"]
         lines += ["    fwrite(&p, sizeof(p), 1, stdout);", "  }"]
     (folder / "pack.cpp").write_text("\n".join([*lines, "}", ""]))
     subprocess.run([compiler, "-std=c++17", f"-I{sources}", folder / "pack.cpp", "-o", folder / "pack"], check=True)
@@ -39,7 +40,8 @@ def wrong(instance: Conv | Wgrad, code: list[Instruction], architecture: int, ar
         return str(error)
     pixel, piece = divmod(thread, 4)
     tile = instance.first
-    start = done.copies[0] - tile.at(pixel // tile.columns, pixel % tile.columns) - piece * 16  # of shared memory
+    row, column = divmod(pixel, tile.columns // 16 * 16)
+    start = done.copies[0] - tile.at(row, tile.place(column), piece)  # of shared memory
     found = {ended: tuple(sorted(_moved(ended.products(), start))) for ended in done.sums}
     expected = instance.expected(thread)
     if isinstance(instance, Conv):

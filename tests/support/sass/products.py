@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from support.sass.registers import Loaded
 
-PITCH = 80  # bytes of a pixel
+PIXEL = 64  # bytes
 IMAGE, SIZE = 1 << 40, 64  # where a map begins in global memory, and its height and width
 PARTIAL = 1 << 41
 
@@ -25,11 +25,24 @@ class Tile(NamedTuple):
     split: bool
 
     @property
-    def bytes(self) -> int:
-        return self.rows * self.columns * PITCH
+    def odd(self) -> int:
+        """Where the odd columns of a row begin."""
+        return self.columns // 2 | 1
 
-    def at(self, row: int, x: int) -> int:
-        return (row * self.columns + (x % 2 * (self.columns // 2) + x // 2 if self.split else x)) * PITCH
+    @property
+    def pitch(self) -> int:
+        return (2 * self.odd if self.split else self.columns) * PIXEL
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.pitch
+
+    def place(self, x: int) -> int:
+        return x % 2 * self.odd + x // 2 if self.split else x
+
+    def at(self, row: int, place: int, piece: int) -> int:
+        """Where 16 bytes of a pixel begin, `place` in its row."""
+        return row * self.pitch + place * PIXEL + (piece ^ place // 2 % 4) * 16
 
 
 class Conv(NamedTuple):
@@ -49,11 +62,11 @@ class Conv(NamedTuple):
         given = {f"a.{name}": value for name, value in map_a.items()} | {"a.channels": 3 * step, "a.vector": 1}
         if not self.gathered:
             given |= {f"b.{name}": value for name, value in map_a.items()}
-            given |= {"b.height": SIZE // 2, "b.width": SIZE // 2, "b.channels": 3 * step, "b.vector": 1, "phased": 1}
+            given |= {"b.height": SIZE // 2, "b.width": SIZE // 2, "b.channels": 3 * step, "phased": 1}
             given |= {"weights_b": IMAGE}
         size = SIZE // 2 if self.gathered else SIZE
         given |= {"weights_a": IMAGE, "out": IMAGE, "out_image_stride": 1 << 20, "out_pixel_stride": 64, "images": 1}
-        given |= {"height": size, "width": size, "channels": self.co_tile, "vector_weights": 1, "vector_out": 1}
+        given |= {"height": size, "width": size, "channels": self.co_tile}
         given |= {"tiles_y": 4, "tiles_x": 2, "co_blocks": 1, "stages_a": 2, "stages": 2 if self.gathered else 4}
         return given
 
@@ -88,7 +101,7 @@ class Conv(NamedTuple):
                     tile = self.low if low else self.first
                     for tap, row, x in self.taps(m, warp_row, parity, low):
                         for step in range(2 if index % 2 == 0 else 1):
-                            pixel = start + tile.at(row, x) + step * 32 + lane % 16 * PITCH + lane // 16 * 16
+                            pixel = start + tile.at(row, tile.place(x) + lane % 16, step * 2 + lane // 16)
                             a = tuple(Loaded("M", pixel, k) for k in range(4))
                             weights = start + tile.bytes + (tap * 64 + step * 32) * self.co_tile
                             products.append((a, self.weights(weights, part, n, lane)))
@@ -142,12 +155,12 @@ class Wgrad(NamedTuple):
     def arguments(self) -> dict[str, object]:
         """Two tiles for the block."""
         unit = 2 if self.phased else 1
-        shared = {"data": IMAGE, "image_stride": 1 << 20, "pixel_stride": 64, "channels": self.chunk, "vector": 1}
+        shared = {"data": IMAGE, "image_stride": 1 << 20, "pixel_stride": 64, "channels": self.chunk}
         given = {f"{name}.{key}": value for name in ("a", "dy") for key, value in shared.items()}
         given |= {"a.height": 16 // unit, "a.width": 32 // unit, "dy.height": 16, "dy.width": 32}
         given |= {"partial": PARTIAL, "result": IMAGE, "images": 1, "parts": self.bands * (1 if self.phased else 2)}
-        given |= {"phased": int(self.phased), "tiles": 2, "tiles_x": 1, "tiles_each": 2, "co_blocks": 1}
-        return given | {"planes": 1, "slabs": 1, "taps": 16 if self.phased else 9}
+        given |= {"phased": int(self.phased), "tiles": 2, "tiles_x": 1, "tiles_each": 2}
+        return given | {"planes": 1, "taps": 16 if self.phased else 9}
 
     def expected(self, thread: int) -> dict[int, tuple]:
         """By address of the partial sums: the sorted products of a value, and its place in the accumulator."""
@@ -169,9 +182,9 @@ class Wgrad(NamedTuple):
                 products = []
                 for stage in (0, tile.bytes + gradient.bytes):
                     for y in range(band * rows + py, (band + 1) * rows, unit):
-                        a = stage + tile.at(y // unit + py + ty, parity + tx) + k_part * 32
-                        b = stage + tile.bytes + gradient.at(y, parity) + co_part * 32
-                        products += self.products(a, b, half, lane)
+                        first = (stage, tile, y // unit + py + ty, tile.place(parity + tx), k_part)
+                        second = (stage + tile.bytes, gradient, y, gradient.place(parity), co_part)
+                        products += self.products(first, second, half, lane)
                 for e in range(4):
                     k = k_part * 16 + lane // 4 + e // 2 * 8
                     co = co_part * 16 + half * 8 + lane % 4 * 2 + e % 2
@@ -179,18 +192,21 @@ class Wgrad(NamedTuple):
                     found[PARTIAL + 4 * place] = tuple(sorted(products)), e
         return found
 
-    def products(self, a: int, b: int, half: int, lane: int) -> list[tuple]:
-        """Of 16 pixels of a row: in one step, in TF32 in two."""
+    def products(self, first: tuple, second: tuple, half: int, lane: int) -> list[tuple]:
+        """Of 16 pixels of a row, in one step, in TF32 in two; each side by its stage, tile, row, place and 16 channels."""
+
+        def at(side: tuple, pixel: int, byte: int) -> int:
+            stage, tile, row, place, part = side
+            return stage + tile.at(row, place + pixel, part * self.size + byte // 16) + byte % 16
+
         if self.size == 2:
-            first = a + (lane % 8 + lane // 16 * 8) * PITCH + lane // 8 % 2 * 16
-            second = b + lane % 16 * PITCH + lane // 16 * 16
-            factors = tuple(Loaded("MT", first, k) for k in range(4))
-            return [(factors, tuple(Loaded("MT", second, half * 2 + k) for k in range(2)))]
+            a = at(first, lane % 8 + lane // 16 * 8, lane // 8 % 2 * 16)
+            b = at(second, lane % 16, lane // 16 * 16)
+            return [(tuple(Loaded("MT", a, k) for k in range(4)), tuple(Loaded("MT", b, half * 2 + k) for k in range(2)))]
         found = []
         for step in range(2):
             pixels = [step * 8 + lane % 4, step * 8 + lane % 4 + 4]
-            first = [a + pixels[k // 2] * PITCH + (lane // 4 + k % 2 * 8) * 4 for k in range(4)]
-            second = [b + pixels[k] * PITCH + (half * 8 + lane // 4) * 4 for k in range(2)]
-            words = (tuple(Loaded("word", place, 0) for place in places) for places in (first, second))
-            found.append(tuple(words))
+            a = [at(first, pixels[k // 2], (lane // 4 + k % 2 * 8) * 4) for k in range(4)]
+            b = [at(second, pixels[k], (half * 8 + lane // 4) * 4) for k in range(2)]
+            found.append(tuple(tuple(Loaded("word", place, 0) for place in places) for places in (a, b)))
         return found

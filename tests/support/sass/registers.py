@@ -82,6 +82,10 @@ class Registers:
             return None
         return -value & MASK if sign == "-" else ~value & MASK
 
+    def is_unwritten(self, text: str) -> bool:
+        _, kind, content = operand_of(text)
+        return kind == "register" and content not in self.values
+
     def constant(self, place: tuple[str, int], size: int) -> int | None:
         start = self.value(place[0])
         if not isinstance(start, int):

@@ -30,7 +30,7 @@ class Thread(Arithmetic):
     def __init__(self, code: list[Instruction], architecture: int, arguments: bytes, thread: int) -> None:
         self.code, self.index = code, {instruction.address: k for k, instruction in enumerate(code)}
         super().__init__(bytes(ARGUMENTS[architecture]) + arguments + bytes(64))
-        self.special = {"SR_TID.X": thread, "SR_CTAID.X": 0, "SR_CTAID.Y": 0, "SR_CgaCtaId": 0}
+        self.special = {"SR_TID.X": thread, "SR_CTAID.X": 0, "SR_CTAID.Y": 0, "SR_CTAID.Z": 0, "SR_CgaCtaId": 0}
         self.all_sums: list[Sum] = []
         self.copies: list[int] = []
         self.stored: dict[int, object] = {}
