@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
+from .jit import kernel
 from .maps import (
     Tile,
     affine_arguments,
@@ -43,7 +44,7 @@ def _dot(a, b, acc, SUMMANDS: tl.constexpr):
     return acc
 
 
-@triton.jit
+@kernel(aligned=("pixels",))
 def _head_few_kernel(
     out_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr,
@@ -66,7 +67,7 @@ def _head_few_kernel(
         tl.store(where, value.to(out_ptr.dtype.element_ty), mask=p < pixels - first)
 
 
-@triton.jit
+@kernel(aligned=("pixels",))
 def _head_kernel(
     out_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, SUMMANDS: tl.constexpr,
@@ -94,7 +95,7 @@ def _head_kernel(
     tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (m < CLASSES)[None, :])
 
 
-@triton.jit
+@kernel(aligned=("pixels",))
 def _head_backward_kernel(
     gx_ptr, gx_stride_n, gx_stride_p, dy_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr,
     scale_ptr, scale_stride, shift_ptr, shift_stride, sums_ptr, pixels, chunks, K,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .jit import kernel
 from .maps import device_of
 
 BLOCK = 32  # of channels, on each side of a tile
@@ -97,7 +98,7 @@ def _border_rows(parameters_ptr, borders_ptr, job_ptr, weight, KS, C, co, CO, AX
     tl.store(borders_ptr + border + (row * CO + co), total, mask=(row < TAPS) & (co < CO))
 
 
-@triton.jit
+@kernel
 def _arrange_kernel(
     parameters_ptr, operands_ptr, flipped_ptr, borders_ptr, jobs_ptr,
     AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,7 +124,7 @@ def _arrange_kernel(
             tl.store(flipped_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
 
 
-@triton.jit
+@kernel
 def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """From gradients `[3^AXES, K, CO]` to those of parameters; jobs as in `_arrange_kernel`."""
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
@@ -136,7 +137,7 @@ def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, C
         tl.store(out_ptr + parameter + ((co * KS + k) * TAPS + tap), value, mask=mask)
 
 
-@triton.jit
+@kernel
 def _phases_kernel(
     parameters_ptr, operands_ptr, flipped_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -188,7 +189,7 @@ def _taps_of_border(gradients_ptr, border, tap, co, CO, AXES: tl.constexpr):
     return total
 
 
-@triton.jit
+@kernel
 def _phases_weight_kernel(
     parameters_ptr, gradients_ptr, out_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -223,7 +224,7 @@ def _phases_weight_kernel(
     tl.store(out_ptr + weight + (co * KS + c) * TAPS + tap, acc, mask=mask)
 
 
-@triton.jit
+@kernel
 def _phases_up_kernel(
     parameters_ptr, gradients_ptr, out_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

@@ -124,7 +124,7 @@ def source_of(kernel, args: tuple, kwargs: dict):
 
     types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
     kwargs = dict(kwargs)
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")} | kernel.run.keywords
     kwargs |= zip(kernel.arg_names, args, strict=False)
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -139,7 +139,8 @@ def source_of(kernel, args: tuple, kwargs: dict):
             continue
         tensor = isinstance(value, torch.Tensor)
         signature[name] = types[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
-        if (value.storage_offset() * value.element_size() if tensor else value) % 16 == 0:
+        is_aligned = (value.storage_offset() * value.element_size() if tensor else value) % 16 == 0
+        if is_aligned and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 

@@ -116,11 +116,13 @@ def launch(module: str, name: str, constants: dict, types: dict, map_type: str, 
     assert set(constants) <= set(kernel.arg_names), f"{name} has no {set(constants) - set(kernel.arg_names)}"
     # Pointers, strides and channel counts are multiples of 16 where it matters.
     attributes = {
-        (k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")
+        (k,): [["tt.divisibility", 16]]
+        for k, parameter in enumerate(kernel.params)
+        if signature[parameter.name] not in ("constexpr", "fp32") and not parameter.do_not_specialize_on_alignment
     }
     group = " ".join([name, map_type, *branches, *["ones"] * ones])
     source = ASTSource(kernel, signature, constants, attributes)
-    return Launch(group, f"{shape} {types}", source, {"num_warps": warps}, multiplies)
+    return Launch(group, f"{shape} {types}", source, {"num_warps": warps, **kernel.run.keywords}, multiplies)
 
 
 def launches(capability: int) -> Iterator[Launch]:
