@@ -76,6 +76,9 @@ class StandIn:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def launcher_cls(self, source: ASTSource, metadata: object) -> object:
+        """What launches a kernel: nothing here."""
+
 
 @contextmanager
 def recorded(target: GPUTarget = TARGET) -> Iterator[dict[Variant, None]]:
