@@ -57,6 +57,15 @@ def test_a_pass_over_meta_tensors_compiles_what_a_real_one_does():
     assert found["only real"] == found["only meta"] == [] and found["both"] > 30
 
 
+def test_every_part_of_the_check_is_listed():
+    """The five cases, a row with the default kernels, and one that tunes: also those by the tensor memory accelerator."""
+    found = run("installed", "parts")
+    counts = {name: found[name][0] for name in ("cases", "inference", "small")}
+    assert counts["cases"] > 100 and counts["inference"] > 15 and counts["small"] > 100
+    assert found["small"][1] > 0 and found["inference"][1] == 0
+    assert found["missing"] == [sum(counts.values())]  # nothing is compiled ahead in an empty folder
+
+
 def put(folder: Path) -> dict:
     """Compiles three variants, moves to an empty cache, and launches one there."""
     import compiled_ahead
@@ -133,5 +142,19 @@ def passes() -> dict:
     }
 
 
+def parts() -> dict:
+    """By part, how many variants it has and how many of them take descriptors; and how many an empty folder lacks."""
+    import gpu_check
+    import gpu_prepare
+    from kernel_variants import TARGET
+
+    every = {part.name: part for part in gpu_check.parts(Path("out"), dry_run=False)}
+    gpu_check.parts = lambda out, dry_run: [every[name] for name in ("cases", "inference", "small")]
+    listed = list(gpu_prepare.variants(TARGET))
+    gpu_prepare.variants = lambda target: listed
+    found = {name: (len(new), sum("tensordesc" in variant.text() for variant in new)) for name, new in listed}
+    return found | {"missing": [gpu_prepare.check(Path("nowhere"), TARGET)]}
+
+
 if __name__ == "__main__":
-    print(json.dumps(put(Path(sys.argv[2])) if sys.argv[1] == "put" else passes()))
+    print(json.dumps(put(Path(sys.argv[2])) if sys.argv[1] == "put" else {"passes": passes, "parts": parts}[sys.argv[1]]()))
