@@ -2,7 +2,7 @@
 
 Both are bound by memory. Few classes are summed without tensor cores, whose tiles would be padded to 16 classes. With
 tensor cores, half-precision maps are used unchanged, and single-precision weights are split into two float16 or three
-bfloat16 summands, so that only the result is rounded to half; float32 maps take three TF32 products.
+bfloat16 summands, so that only the result is rounded to half; float32 maps are multiplied by `PRODUCTS`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import scratch
 from .jit import kernel
 from .maps import (
+    PRODUCTS,
     Tile,
     affine_arguments,
     ceil_div,
@@ -40,7 +41,7 @@ def _dot(a, b, acc, SUMMANDS: tl.constexpr):
             acc = tl.dot(a, part, acc)
             b -= part.to(tl.float32)
     else:
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="tf32x3")
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRODUCTS)
     return acc
 
 

@@ -3,7 +3,7 @@
 A training step needs each weight taps first, once as it is and once for the data gradient, and composed with its
 up-sampling (`execution/plan/weight_composition.py`, which tests hold these kernels against). Node by node that is several
 hundred small operators. Here all parameters lie in one flat tensor, all operands in another, and a kernel's program takes a
-tile of one convolution, which it finds in a table of jobs. Products are in float32 (three TF32 products).
+tile of one convolution, which it finds in a table of jobs. Products are in float32 (`PRODUCTS`).
 
 Jobs are rows of int64: offsets into the flat tensors, sizes, and the tile's place.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .jit import kernel
-from .maps import device_of
+from .maps import PRODUCTS, device_of
 
 BLOCK = 32  # of channels, on each side of a tile
 INNER = tl.constexpr(16)  # channels that a step multiplies
@@ -168,7 +168,7 @@ def _phases_kernel(
                     u = tl.load(parameters_ptr + up + in_up, mask=(k < K) & (c < C)[None, :], other=0.0)
                     in_w = (co * KS + c[:, None]) * TAPS + tap
                     w = tl.load(parameters_ptr + weight + in_w, mask=(co < CO) & (c < C)[:, None], other=0.0)
-                    acc = tl.dot(u, w, acc, input_precision="tf32x3")
+                    acc = tl.dot(u, w, acc, input_precision=PRODUCTS)
     value = acc.to(operands_ptr.dtype.element_ty)
     phase, of_phase = 0, 0
     for axis in tl.static_range(AXES):
@@ -217,7 +217,7 @@ def _phases_weight_kernel(
                 in_up = (k[None, :] * C + c) * ELEMENTS + element if UP == "deconv" else c * K + k[None, :]
                 u = tl.load(parameters_ptr + up + in_up, mask=(c < C) & (k < K)[None, :], other=0.0)
                 g = tl.load(g_ptr + k[:, None] * CO + co, mask=(co < CO) & (k < K)[:, None], other=0.0)
-                acc = tl.dot(u, g, acc, input_precision="tf32x3")
+                acc = tl.dot(u, g, acc, input_precision=PRODUCTS)
     if UP != "none":
         bias = tl.load(parameters_ptr + tl.load(job_ptr + 11) + c, mask=c < C, other=0.0)
         acc += bias * _taps_of_border(gradients_ptr, tl.load(job_ptr + 12), tap, co, CO, AXES)
@@ -253,7 +253,7 @@ def _phases_up_kernel(
                 place = _at_place(tap, first_element + step, AXES)
                 in_g = (place * K + k) * CO + co[None, :]
                 g = tl.load(gradients_ptr + phases + in_g, mask=(k < K) & (co < CO)[None, :], other=0.0)
-                acc = tl.dot(g, w, acc, input_precision="tf32x3")
+                acc = tl.dot(g, w, acc, input_precision=PRODUCTS)
             if has_bias:
                 by_tap = _taps_of_border(gradients_ptr, border, tap, co[:, None], CO, AXES)
                 of_bias += tl.sum(by_tap * w, axis=0)[None, :]

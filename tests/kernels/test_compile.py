@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.compiled_kernels import ALL, Launch, assert_all_compile, compile_all, main
+from support.compiled_kernels import ALL, AMD, Launch, assert_all_compile, compile_all, main
 from support.triton_versions import VERSIONS
 
 HALF = (torch.float16, torch.bfloat16)
@@ -96,11 +96,13 @@ def cases(capability: int) -> Iterator[tuple]:
     """(name, launches), with boxes of the tensor memory accelerator on the GPU that has it.
 
     Unless ALL: one half precision per case (the two differ only in conversions), TF32 once, three axes at both ends of the
-    widths, and 512, whose blocks are those of 128, only in the largest kernels.
+    widths, and 512, whose blocks are those of 128, only in the largest kernels. For AMD one width of either kind.
     """
     forms = [(conv_case, form) for form in ("norm", "node", "dprefix", "dlow")]
     forms += [(wgrad_case, form) for form in ("plain", "image", "low")]
     for (case, form), axes, width in itertools.product(forms, (2, 3), WIDTHS):
+        if capability == AMD and not ALL and (axes, width) not in ((2, 64), (3, 32)):
+            continue
         for dtype in (*HALF, torch.float32):
             heavy = form in ("node", "low")
             if axes == 2:
@@ -157,6 +159,11 @@ def launches(capability: int) -> Iterator[Launch]:
 def test_compiles_without_spills(version: str):
     fewest = {80: 83, 90: 108} if version == "installed" else {}
     assert_all_compile(compile_all(version, __file__), groups=27, fewest=fewest)
+
+
+def test_compiles_for_amd():
+    """On its matrix cores, without spills, in the 64 KiB of a compute unit."""
+    assert_all_compile(compile_all("installed", __file__, (AMD,)), groups=10, fewest={}, targets=(AMD,))
 
 
 if __name__ == "__main__":
