@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -109,11 +109,8 @@ def recorded(target: GPUTarget = TARGET) -> Iterator[dict[Variant, None]]:
             triton.runtime.driver._active, triton.knobs.runtime.jit_cache_hook = before
 
 
-def run_pass(network: Network, x: Tensor, dtype: torch.dtype, ops: str, training: bool, heads: Sequence[int] = ()) -> None:
-    """A fused pass on meta tensors in a precision: with `training`, forwards and backwards.
-
-    heads: those that have a gradient; default: all.
-    """
+def run_pass(network: Network, x: Tensor, dtype: torch.dtype, ops: str, training: bool) -> None:
+    """A fused pass on meta tensors in a precision: with `training`, forwards and backwards, from all heads."""
     network = network.to("meta").train(training)
     structure = network.structure
     norms = ("1" if training else "0") * len(structure.norms)
