@@ -153,7 +153,7 @@ def parts() -> dict:
     from kernel_variants import TARGET
 
     every = {part.name: part for part in gpu_check.parts(Path("out"), dry_run=False)}
-    gpu_check.parts = lambda out, dry_run: [every[name] for name in ("cases", "inference", "small")]
+    gpu_check.parts = lambda out, dry_run: [every[name] for name in ("ahead", "cases", "inference", "small", "sanitizer")]
     listed = list(gpu_prepare.variants(TARGET))
     gpu_prepare.variants = lambda target: listed
     found = {name: (len(new), sum("tensordesc" in variant.text() for variant in new)) for name, new in listed}
