@@ -9,7 +9,7 @@ puts them into Triton's cache (`compiled_ahead.py`).
 
 --dry-run runs the same parts in the same order on a CPU, with tiny inputs and the reference in place of the kernels, and
 says when each would begin at the latest. Its last part looks up every kernel that the others would launch, as a GPU's
-driver would, and fails if one is not compiled. Its records say nothing about the kernels.
+driver would, and fails if one is not compiled. Its records say nothing about the kernels: they are kept in `dry-run/`.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for records and logs; a second call continues there")
     parser.add_argument("--dry-run", action="store_true", help="test this script on a CPU, with tiny inputs")
     options = parser.parse_args()
-    out = options.out.resolve()
+    out = options.out.resolve() / ("dry-run" if options.dry_run else "")
     if reason := obstacle(options.dry_run):
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 1

@@ -72,6 +72,7 @@ def test_a_dry_run_keeps_order_and_limits_and_ends_with_the_kernels(tmp_path, ca
     monkeypatch.setattr(gpu_check.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry-run", "--out", str(tmp_path)])
     assert gpu_check.main() == 1  # a part was out of time
+    assert [path.name for path in tmp_path.iterdir()] == ["dry-run"]  # marks of finished parts too: a real run does them
     printed = [line for line in capsys.readouterr().out.splitlines() if "begins after" in line]
     assert printed == [
         f"{name:<10} begins after {began:.0f} s at the latest and may take {limits[name]} s" for name, began in ran
