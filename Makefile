@@ -9,7 +9,11 @@ OLDEST_TRITON := 3.6.0
 # What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
 ARGS ?= --quick
 
-.PHONY: demo test bench figures static gpu-check lint format clean
+# The Triton that gpu-prepare and a dry run of gpu-check use, if it is not the installed one.
+GPU_TRITON ?=
+WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
+
+.PHONY: demo test bench figures static gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
@@ -28,8 +32,15 @@ static: .venv/test
 	$(BIN)/python benchmarks/static
 
 # On a machine with a GPU; with the Python that has its torch: make gpu-check OUT=folder PYTHON=python3
+# Without a GPU, with tiny inputs: make gpu-check OUT=folder ARGS=--dry-run
+gpu-check gpu-prepare: ARGS =
 gpu-check:
-	$(if $(wildcard .venv/base),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py --out "$(OUT)"
+	$(WITH_TRITON) $(if $(wildcard .venv/base),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py --out "$(OUT)" $(ARGS)
+
+# Before that, on any machine: compiles the kernels that gpu-check runs, into build/gpu-kernels, which is to be taken along.
+# It has to be done by the Triton of the machine with the GPU: make gpu-prepare GPU_TRITON=3.6.0
+gpu-prepare: .venv/test $(if $(GPU_TRITON),.venv/triton-$(GPU_TRITON))
+	$(WITH_TRITON) $(BIN)/python benchmarks/gpu_prepare.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -52,6 +63,6 @@ clean:
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
 	touch $@
 
-# The oldest supported Triton beside the newest, which pip picks: both compile the kernels.
-.venv/triton-$(OLDEST_TRITON): | .venv/base
-	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(OLDEST_TRITON)
+# Another Triton beside the newest, which pip picks: tests compile the kernels by the oldest supported one too.
+.venv/triton-%: | .venv/base
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*

@@ -4,8 +4,12 @@ Each part is a process with a time limit and a log in the folder. Finished parts
 continues where the first one stopped. Records are written to the folder's `results/` after each case. All limits
 together are under ten minutes. It needs torch, triton, numpy and pytest, and no network.
 
---dry-run runs the same parts on a CPU, with tiny inputs and the reference in place of the kernels. It tests this script;
-its records say nothing about the kernels.
+Most of that time would go into compiling kernels. `make gpu-prepare` does so beforehand on any machine, and the first part
+puts them into Triton's cache (`compiled_ahead.py`).
+
+--dry-run runs the same parts in the same order on a CPU, with tiny inputs and the reference in place of the kernels, and
+says when each would begin at the latest. Its last part looks up every kernel that the others would launch, as a GPU's
+driver would, and fails if one is not compiled. Its records say nothing about the kernels: they are kept in `dry-run/`.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "-eager or -fused"
+CPU_LIMIT = 900  # seconds of a part in a dry run, whose times mean nothing
 FIVE_CASES = "two_times_rule and bfloat16"  # of tests/execution/test_on_gpu.py: each norm, up-sampling and number of axes
 
 
@@ -34,6 +39,7 @@ class Part:
     limit: int
     command: tuple[str, ...]
     obstacle: str = ""  # why it cannot run here
+    always: bool = False  # in a second call too
 
 
 def parts(out: Path, dry_run: bool) -> list[Part]:
@@ -52,23 +58,26 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
     paper, pruned, deep = "unet++-L4-accurate", "inference-unet++-L", "unet++-3d-L4-accurate"
     large, small, volume = (f"{size}-bfloat16" for size in ("512x512-batch16", "96x96-batch1", "64x64x64-batch1"))
     both = f"(inference-{paper} or training-{paper})"
-    compiled = "(-eager or -fused or -compile) and not max"
+    compiled = OURS if dry_run else "(-eager or -fused or -compile) and not max"
     levels = " or ".join(f"{512 >> level}x{512 >> level}-batch16-bfloat16" for level in range(5))
     ops = ("benchmarks/test_kernels.py", "-k", levels, "--seconds", "0.2", "--tune")
-    return [
+    ahead = Part("ahead", 30, (sys.executable, "benchmarks/compiled_ahead.py"), always=True)
+    look_up = Part("ahead", 300, (sys.executable, "benchmarks/gpu_prepare.py", "--check"), always=True)
+    order = [
         Part("cases", 60, (*pytest, kernels, "-k", FIVE_CASES)),
         models("inference", 40, f"inference-{paper} and {large}"),
         models("training", 60, f"training-{paper} and {large}"),
-        models("main", 130, f"({both} or memory-{paper}) and {large}", "--tune", sides=compiled),
+        models("main", 110, f"({both} or memory-{paper}) and {large}", "--tune", sides=compiled),
         models("small", 40, f"{both} and {small}", "--tune"),
         Part("tests", 75, (*pytest, *proofs)),
         models("pruned", 40, f"{pruned} and fast and {large}", "--tune"),
         models("volume", 45, f"({' or '.join(f'{what}-{deep}' for what in ('inference', 'training', 'memory'))}) "
                f"and {volume}", "--tune"),
-        Part("kernels", 60, (*pytest, *ops, *records)),
+        Part("kernels", 50, (*pytest, *ops, *records)),
         Part("sanitizer", 40, (str(sanitizer), "--tool", "memcheck", "--error-exitcode", "9", *pytest, *proofs, "-k", few),
              "" if sanitizer else "compute-sanitizer is not on the path"),
     ]  # fmt: skip
+    return [*order, look_up] if dry_run else [ahead, *order]
 
 
 def run(part: Part, out: Path) -> str:
@@ -77,7 +86,7 @@ def run(part: Part, out: Path) -> str:
     What the part measures of the kernels is kept in the folder too, key by key, for later parts and calls.
     """
     mark, log = out / f"{part.name}.done", out / f"{part.name}.log"
-    if mark.exists():
+    if mark.exists() and not part.always:
         return "done before"
     if part.obstacle:
         return f"skipped: {part.obstacle}"
@@ -100,7 +109,7 @@ def run(part: Part, out: Path) -> str:
     if code:
         return f"failed ({code}): see {log}"
     mark.touch()
-    return "done"
+    return f"done: {log.read_text().splitlines()[-1]}" if part.always else "done"
 
 
 def install(out: Path) -> str:
@@ -135,7 +144,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for records and logs; a second call continues there")
     parser.add_argument("--dry-run", action="store_true", help="test this script on a CPU, with tiny inputs")
     options = parser.parse_args()
-    out = options.out.resolve()
+    out = options.out.resolve() / ("dry-run" if options.dry_run else "")
     if reason := obstacle(options.dry_run):
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 1
@@ -143,8 +152,12 @@ def main() -> int:
     if reason := install(out):
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 1
-    good = True
+    good, latest = True, 0
     for part in parts(out, options.dry_run):
+        latest, limit = latest + part.limit, part.limit
+        if options.dry_run:
+            print(f"{part.name:<10} begins after {latest - limit} s at the latest and may take {limit} s", flush=True)
+            part = replace(part, limit=CPU_LIMIT)
         began = time.perf_counter()
         result = run(part, out)
         good &= result.startswith(("done", "skipped"))

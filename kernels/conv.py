@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import scratch
 from .conv_configs import Config, block_of_channels, default_config, tile_counts
+from .jit import kernel
 from .maps import (
     activate,
     affine_stride,
@@ -131,7 +132,7 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+@kernel
 def _conv_kernel(
     a_desc, a_ptr, a_scale_ptr, a_shift_ptr, a_weight_ptr, a_stride_n, a_stride_p, a_affine_stride,
     b_desc, b_ptr, b_scale_ptr, b_shift_ptr, b_weight_ptr, b_stride_n, b_stride_p, b_affine_stride,

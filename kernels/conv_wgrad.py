@@ -24,6 +24,7 @@ from torch import Tensor
 from . import scratch
 from .conv import NARROW_OFFSETS
 from .conv_configs import block_of_outputs, block_of_pixels, interpreted_tile, tile_counts
+from .jit import kernel
 from .maps import (
     activate,
     affine_stride,
@@ -72,7 +73,7 @@ def _next_tile(x, y, z, n, depth, height, width, BLOCK_D: tl.constexpr, BLOCK_H:
     return x, y, tl.where(z >= depth, 0, z), n
 
 
-@triton.jit
+@kernel
 def _conv_wgrad_kernel(
     a_ptr, scale_ptr, shift_ptr, a_stride_n, a_stride_p, affine_stride, dy_ptr, dy_stride_n, dy_stride_p, partial_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x, images,

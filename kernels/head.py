@@ -2,7 +2,7 @@
 
 Both are bound by memory. Few classes are summed without tensor cores, whose tiles would be padded to 16 classes. With
 tensor cores, half-precision maps are used unchanged, and single-precision weights are split into two float16 or three
-bfloat16 summands, so that only the result is rounded to half; float32 maps take three TF32 products.
+bfloat16 summands, so that only the result is rounded to half; float32 maps are multiplied by `PRODUCTS`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
+from .jit import kernel
 from .maps import (
+    PRODUCTS,
     Tile,
     affine_arguments,
     ceil_div,
@@ -39,11 +41,11 @@ def _dot(a, b, acc, SUMMANDS: tl.constexpr):
             acc = tl.dot(a, part, acc)
             b -= part.to(tl.float32)
     else:
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="tf32x3")
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRODUCTS)
     return acc
 
 
-@triton.jit
+@kernel(aligned=("pixels",))
 def _head_few_kernel(
     out_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr,
@@ -66,7 +68,7 @@ def _head_few_kernel(
         tl.store(where, value.to(out_ptr.dtype.element_ty), mask=p < pixels - first)
 
 
-@triton.jit
+@kernel(aligned=("pixels",))
 def _head_kernel(
     out_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     pixels, tiles, K, CLASSES: tl.constexpr, AFFINE: tl.constexpr, SLOPE: tl.constexpr, SUMMANDS: tl.constexpr,
@@ -94,7 +96,7 @@ def _head_kernel(
     tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (m < CLASSES)[None, :])
 
 
-@triton.jit
+@kernel(aligned=("pixels",))
 def _head_backward_kernel(
     gx_ptr, gx_stride_n, gx_stride_p, dy_ptr, x_ptr, x_stride_n, x_stride_p, weight_ptr,
     scale_ptr, scale_stride, shift_ptr, shift_stride, sums_ptr, pixels, chunks, K,

@@ -15,6 +15,8 @@ from torch import Tensor
 from .naive import Affine, accumulator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of maps
+# How float32 matrices are multiplied: by three TF32 products, or on AMD, whose matrix cores take float32, by one.
+PRODUCTS = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 
 def power_of_two(size: int) -> int:

@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
+from .jit import kernel
 from .maps import Tile, ceil_div, check_same, device_of, load_row, map_arguments, power_of_two, row_arguments
 from .naive import Affine, Averages
 
 GROUP = 512  # parts of a statistic that one program combines, if there are more than twice as many
 
 
-@triton.jit
+@kernel
 def _norm_finalise_kernel(
     stats_ptr, weight_ptr, bias_ptr, out_ptr, out_stride, out_stride_row, moments_ptr, moments_stride, parts, eps, C,
     FINAL: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -132,7 +133,7 @@ def _through_norm(g, x, n, c, C, mean_ptr, mean_stride, inverse_ptr, inverse_str
     return h, z, scale
 
 
-@triton.jit
+@kernel
 def _norm_sums_kernel(
     g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
     scale_ptr, scale_stride, shift_ptr, shift_stride, sums_ptr, pixels, chunks, C,
@@ -163,7 +164,7 @@ def _norm_sums_kernel(
     tl.store(sums_ptr + C, tl.sum(sum_hz, axis=0), mask=c < C)
 
 
-@triton.jit
+@kernel
 def _norm_apply_kernel(
     g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p, mean_ptr, mean_stride, inverse_ptr, inverse_stride,
     scale_ptr, scale_stride, shift_ptr, shift_stride, averages_ptr, averages_stride, count, pixels, tiles, C,
@@ -234,7 +235,7 @@ def norm_backward(
     return total[1], total[0]
 
 
-@triton.jit
+@kernel
 def _act_backward_kernel(
     g_ptr, g_stride_n, g_stride_p, out_ptr, out_stride_n, out_stride_p, sums_ptr, pixels, chunks, C,
     SLOPE: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -275,7 +276,7 @@ def act_backward(g: Tensor, out: Tensor, slope: float, config: Tile | None = Non
         return sums.sum(dim=0)
 
 
-@triton.jit
+@kernel
 def _border_kernel(
     dy_ptr, dy_stride_n, dy_stride_p, sums_ptr, images, depth, height, width, groups, C,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .jit import kernel
 from .maps import Tile, affine_arguments, ceil_div, check_same, device_of, load_activated, load_row, map_arguments
 from .naive import Affine
 
@@ -25,7 +26,7 @@ def _pixel(q: tl.constexpr, height, width):
     return tl.cast((q // 4 * 2 * height + q // 2 % 2) * 2 * width + q % 2, tl.int64)
 
 
-@triton.jit
+@kernel
 def _pool_kernel(
     out_ptr, out_stride_n, out_stride_p, x_ptr, x_stride_n, x_stride_p, scale_ptr, scale_stride, shift_ptr, shift_stride,
     depth, height, width, C,
@@ -53,7 +54,7 @@ def _pool_kernel(
     tl.store(out_ptr, best.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _pool_backward_kernel(
     gx_ptr, gx_stride_n, gx_stride_p, g_ptr, g_stride_n, g_stride_p, x_ptr, x_stride_n, x_stride_p,
     scale_ptr, scale_stride, shift_ptr, shift_stride, depth, height, width, C,

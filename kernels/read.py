@@ -10,10 +10,10 @@ pays where the convolution itself, by cuDNN or without the transform in its loop
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .jit import kernel
 from .maps import (
     Tile,
     activate,
@@ -28,7 +28,7 @@ from .maps import (
 from .naive import Affine
 
 
-@triton.jit
+@kernel
 def _read_kernel(
     y_ptr, x_ptr, x_stride_n, x_stride_p, scale_ptr, scale_stride, shift_ptr, shift_stride, pixels, tiles, C,
     SLOPE: tl.constexpr, PLAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -64,7 +64,7 @@ def read(x: Tensor, affine: Affine | None, slope: float, plain: int = 0) -> Tens
     return y
 
 
-@triton.jit
+@kernel
 def _finish_kernel(
     out_ptr, out_stride_n, out_stride_p, first_ptr, second_ptr, bias_ptr, border_ptr, stats_ptr,
     depth, height, width, tiles, C,

@@ -158,10 +158,10 @@ def conv_wgrad_by(way: Way, a: Tensor, dy: Tensor, **options) -> Tensor:
 
 @lru_cache
 def _capability(device: torch.device) -> int:
-    """The major compute capability of a GPU, 0 for other devices; meta tensors stand for those on the current GPU."""
+    """The major compute capability of an NVIDIA GPU, 0 of other devices; meta tensors stand for those on the current GPU."""
     if device.type == "meta":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
 
 
 def fits_boxes(a: Tensor, **options) -> bool:

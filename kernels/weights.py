@@ -4,7 +4,7 @@ A pass needs each weight taps first, in training also flipped for the data gradi
 batch norm that is folded into it, and composed with its up-sampling (`execution/plan/weight_composition.py`, which tests
 hold these kernels against). Node by node that is several hundred small operators. Here all parameters lie in one flat
 tensor, all operands in another, and a kernel's program takes a tile of one convolution, which it finds in a table of jobs.
-Products are in float32 (three TF32 products).
+Products are in float32 (`PRODUCTS`).
 
 Jobs are rows of int64: offsets into the flat tensors, sizes, and the tile's place; the last column is the offset of the
 scales `[CO]` of the convolution's outputs.
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .maps import device_of
+from .jit import kernel
+from .maps import PRODUCTS, device_of
 
 BLOCK = 32  # of channels, on each side of a tile
 INNER = tl.constexpr(16)  # channels that a step multiplies
@@ -111,7 +112,7 @@ def _border_rows(
     tl.store(borders_ptr + border + (row * CO + co), total, mask=(row < TAPS) & (co < CO))
 
 
-@triton.jit
+@kernel
 def _arrange_kernel(
     parameters_ptr, operands_ptr, flipped_ptr, borders_ptr, scales_ptr, jobs_ptr,
     AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,7 +139,7 @@ def _arrange_kernel(
                 tl.store(flipped_ptr + flipped + (((TAPS - 1 - tap) * CO + co) * K + k), value, mask=mask)
 
 
-@triton.jit
+@kernel
 def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """From gradients `[3^AXES, K, CO]` to those of parameters; jobs as in `_arrange_kernel`."""
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
@@ -151,7 +152,7 @@ def _arrange_back_kernel(gradients_ptr, out_ptr, jobs_ptr, AXES: tl.constexpr, C
         tl.store(out_ptr + parameter + ((co * KS + k) * TAPS + tap), value, mask=mask)
 
 
-@triton.jit
+@kernel
 def _phases_kernel(
     parameters_ptr, operands_ptr, flipped_ptr, scales_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -183,7 +184,7 @@ def _phases_kernel(
                     u = tl.load(parameters_ptr + up + in_up, mask=(k < K) & (c < C)[None, :], other=0.0)
                     in_w = (co * KS + c[:, None]) * TAPS + tap
                     w = tl.load(parameters_ptr + weight + in_w, mask=(co < CO) & (c < C)[:, None], other=0.0)
-                    acc = tl.dot(u, w, acc, input_precision="tf32x3")
+                    acc = tl.dot(u, w, acc, input_precision=PRODUCTS)
     value = _scaled(acc, scales_ptr, job_ptr, co, CO, COLUMNS).to(operands_ptr.dtype.element_ty)
     phase, of_phase = 0, 0
     for axis in tl.static_range(AXES):
@@ -205,7 +206,7 @@ def _taps_of_border(gradients_ptr, border, tap, co, CO, AXES: tl.constexpr):
     return total
 
 
-@triton.jit
+@kernel
 def _phases_weight_kernel(
     parameters_ptr, gradients_ptr, out_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -233,14 +234,14 @@ def _phases_weight_kernel(
                 in_up = (k[None, :] * C + c) * ELEMENTS + element if UP == "deconv" else c * K + k[None, :]
                 u = tl.load(parameters_ptr + up + in_up, mask=(c < C) & (k < K)[None, :], other=0.0)
                 g = tl.load(g_ptr + k[:, None] * CO + co, mask=(co < CO) & (k < K)[:, None], other=0.0)
-                acc = tl.dot(u, g, acc, input_precision="tf32x3")
+                acc = tl.dot(u, g, acc, input_precision=PRODUCTS)
     if UP != "none":
         bias = tl.load(parameters_ptr + tl.load(job_ptr + 11) + c, mask=c < C, other=0.0)
         acc += bias * _taps_of_border(gradients_ptr, tl.load(job_ptr + 12), tap, co, CO, AXES)
     tl.store(out_ptr + weight + (co * KS + c) * TAPS + tap, acc, mask=mask)
 
 
-@triton.jit
+@kernel
 def _phases_up_kernel(
     parameters_ptr, gradients_ptr, out_ptr, jobs_ptr,
     UP: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -269,7 +270,7 @@ def _phases_up_kernel(
                 place = _at_place(tap, first_element + step, AXES)
                 in_g = (place * K + k) * CO + co[None, :]
                 g = tl.load(gradients_ptr + phases + in_g, mask=(k < K) & (co < CO)[None, :], other=0.0)
-                acc = tl.dot(g, w, acc, input_precision="tf32x3")
+                acc = tl.dot(g, w, acc, input_precision=PRODUCTS)
             if has_bias:
                 by_tap = _taps_of_border(gradients_ptr, border, tap, co[:, None], CO, AXES)
                 of_bias += tl.sum(by_tap * w, axis=0)[None, :]

@@ -78,9 +78,12 @@ def recorded() -> Iterator[list[Recorded]]:
     found: list[Recorded] = []
     run_conv = cuda_ops._run_conv
 
-    def launched(kernel, *args, grid, warmup, **kwargs):
-        kwargs |= zip(kernel.arg_names, args, strict=False)
-        found.append(of_triton(kernel.__name__, math.prod(grid), kwargs))
+    def launched(kernel, grid):
+        def launch(*args, **kwargs) -> None:
+            kwargs |= zip(kernel.arg_names, args, strict=False)
+            found.append(of_triton(kernel.__name__, math.prod(grid), kwargs))
+
+        return launch
 
     def run(call, config):
         if config == cuda_ops.TRITON:
@@ -101,7 +104,7 @@ def recorded() -> Iterator[list[Recorded]]:
 
     library = SimpleNamespace(conv_wgrad=run_wgrad)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton.runtime.jit.JITFunction, "run", launched))
+        stack.enter_context(mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launched))
         stack.enter_context(mock.patch.object(cuda_ops, "_run_conv", run))
         stack.enter_context(mock.patch.object(triton_ops, "interpreted", lambda x: False))  # though no GPU holds them
         stack.enter_context(mock.patch.dict(torch.ops.__dict__, unetpp_fast_cuda=library))

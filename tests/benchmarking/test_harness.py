@@ -339,51 +339,6 @@ def test_a_changed_row_fails_the_check(tmp_path):
     assert any("has no records" in line for line in figures.check(*where))
 
 
-SHOW_CACHE = "import os; print(os.environ['UNETPP_FAST_CACHE'])"
-
-
-def test_gpu_check_refuses_a_machine_without_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "no CUDA device" in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_check_continues_where_it_stopped(tmp_path):
-    import gpu_check
-
-    fine, bad, slow = (
-        gpu_check.Part(name, limit, (sys.executable, "-c", code))
-        for name, limit, code in (("fine", 30, "print('log')"), ("bad", 30, "raise SystemExit(3)"), ("slow", 1, "input()"))
-    )
-    slow = dataclasses.replace(slow, command=(sys.executable, "-c", "import time; time.sleep(60)"))
-    assert gpu_check.run(fine, tmp_path) == "done" and "log" in (tmp_path / "fine.log").read_text()
-    assert gpu_check.run(fine, tmp_path) == "done before"
-    assert gpu_check.run(bad, tmp_path).startswith("failed (3)") and not (tmp_path / "bad.done").exists()
-    assert gpu_check.run(slow, tmp_path) == "out of time after 1 s"
-    assert "skipped: why" in gpu_check.run(dataclasses.replace(fine, name="new", obstacle="why"), tmp_path)
-    told = dataclasses.replace(fine, name="told", command=(sys.executable, "-c", SHOW_CACHE))
-    assert gpu_check.run(told, tmp_path) == "done" and str(tmp_path / "tuning") in (tmp_path / "told.log").read_text()
-
-
-def test_gpu_check_begins_with_five_cases_then_a_row_of_each_kind(tmp_path):
-    import gpu_check
-
-    parts = gpu_check.parts(tmp_path, False)
-    assert sum(part.limit for part in parts) <= 590  # of 600 s, with ten to spare
-    assert [part.name for part in parts][:3] == ["cases", "inference", "training"]
-    five, *rows = (
-        subprocess.run([*part.command, "--collect-only"], cwd=ROOT, capture_output=True, text=True).stdout
-        for part in parts[:3]
-    )
-    assert five.count("two_times_rule[") == 5 and five.count("bfloat16") == 5
-    for listing, bench in zip(rows, ("inference", "training"), strict=True):
-        names = [line for line in listing.splitlines() if "::" in line]
-        assert names and all(f"[{bench}-unet++-L4-accurate-512x512-batch16-bfloat16-" in name for name in names)
-
-
 def test_a_module_of_a_peer_is_compared_by_its_outputs():
     case = dataclasses.replace(CASE, bench="training")
 

@@ -192,6 +192,7 @@ def test_the_package_runs_as_a_module(command, says):
 def test_info_prints_what_is_installed():
     facts = dict(line.split(maxsplit=1) for line in info.lines() if len(line.split(maxsplit=1)) == 2)
     assert facts["torch"] == torch.__version__ and facts["unetpp_fast"] == uf.__version__
+    assert facts["AMD"] == "GPUs                 the Triton kernels compile for gfx942; they have not run there"
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys, folder, tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.compiled_kernels import ALL, Launch, assert_all_compile, compile_all, main
+from support.compiled_kernels import ALL, AMD, Launch, assert_all_compile, compile_all, main
 from support.triton_versions import VERSIONS
 
 HALF = (torch.float16, torch.bfloat16)
@@ -96,11 +96,13 @@ def cases(capability: int) -> Iterator[tuple]:
     """(name, launches), with boxes of the tensor memory accelerator on the GPU that has it.
 
     Unless ALL: one half precision per case (the two differ only in conversions), TF32 once, three axes at both ends of the
-    widths, and 512, whose blocks are those of 128, only in the largest kernels.
+    widths, and 512, whose blocks are those of 128, only in the largest kernels. For AMD one width of either kind.
     """
     forms = [(conv_case, form) for form in ("norm", "node", "given", "dprefix", "dlow")]
     forms += [(wgrad_case, form) for form in ("plain", "image", "low")]
     for (case, form), axes, width in itertools.product(forms, (2, 3), WIDTHS):
+        if capability == AMD and not ALL and (axes, width) not in ((2, 64), (3, 32)):
+            continue
         for dtype in (*HALF, torch.float32):
             if form == "given" and not ALL and (axes, width, dtype) != (2, 64, torch.float16):
                 continue
@@ -126,7 +128,7 @@ def source_of(kernel, args: tuple, kwargs: dict):
 
     types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
     kwargs = dict(kwargs)
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")} | kernel.run.keywords
     kwargs |= zip(kernel.arg_names, args, strict=False)
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -141,7 +143,8 @@ def source_of(kernel, args: tuple, kwargs: dict):
             continue
         tensor = isinstance(value, torch.Tensor)
         signature[name] = types[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
-        if (value.storage_offset() * value.element_size() if tensor else value) % 16 == 0:
+        is_aligned = (value.storage_offset() * value.element_size() if tensor else value) % 16 == 0
+        if is_aligned and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
@@ -158,6 +161,11 @@ def launches(capability: int) -> Iterator[Launch]:
 def test_compiles_without_spills(version: str):
     fewest = {80: 83, 90: 108} if version == "installed" else {}
     assert_all_compile(compile_all(version, __file__), groups=28, fewest=fewest)
+
+
+def test_compiles_for_amd():
+    """On its matrix cores, without spills, in the 64 KiB of a compute unit."""
+    assert_all_compile(compile_all("installed", __file__, (AMD,)), groups=10, fewest={}, targets=(AMD,))
 
 
 if __name__ == "__main__":

@@ -119,3 +119,12 @@ def test_boxes_need_addresses_that_are_round(as_on_a_gpu):
     for inputs, expected in ((Aligned, True), (Inputs, False)):
         out, a, _, options = conv_case(torch.float16, 2, (6, 20), ka=16, co=16, inputs=inputs)
         assert any(way.config and way.config.descriptors for way in triton_ops.ways_of_conv(out, a, **options)) == expected
+
+
+def test_no_boxes_on_amd(monkeypatch):
+    """Its GPUs have compute capabilities too, and 9 among them, but no tensor memory accelerator."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert triton_ops._capability.__wrapped__(device) in triton_ops.BOX_CAPABILITIES
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton_ops._capability.__wrapped__(device) == 0

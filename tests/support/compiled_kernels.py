@@ -5,7 +5,7 @@ that file as a script in another process; the script calls `main` with its kerne
 
 Both Tritons compile the first kernel of each group for every GPU generation: of a convolution's configurations the one that
 runs without tuning, of the other kernels' block sizes the largest. The installed Triton also compiles the rest, for sm_90
-and for sm_80, whose instructions sm_120 runs too.
+and for sm_80, whose instructions sm_120 runs too. For AMD's gfx942 it compiles the first of each group, of fewer groups.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from support.triton_versions import start
 
 RECORDS = Path(__file__).parents[2] / "build" / "compiled"
 ALL = os.environ.get("UNETPP_FAST_COMPILE_ALL") == "1"  # every kernel by both Tritons; many more kernels
 TARGETS = (80, 90, 120)
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # sm_80 has 163 KiB, but sm_120 runs its kernels too
+AMD = 942  # of gfx942, an MI300
+# sm_80 has 163 KiB, but sm_120 runs its kernels too
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024, AMD: 64 * 1024}
 
 
 class Launch(NamedTuple):
@@ -44,27 +47,33 @@ class Launch(NamedTuple):
 Row = dict[str, Any]  # what the compiler made of a launch: keys of `figures`, capability, group, shape, multiplies
 
 
-def compile_all(version: str, script: str) -> list[Row]:
+def compile_all(version: str, script: str, targets: tuple[int, ...] = TARGETS) -> list[Row]:
     """The rows of a script that calls `main`, with that Triton; prints them as a table."""
     with tempfile.TemporaryDirectory() as folder:
-        process = start(version, script, version, TRITON_CACHE_DIR=folder)
+        process = start(version, script, version, *map(str, targets), TRITON_CACHE_DIR=folder)
         out, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     rows = json.loads(out)
     for row in rows:
         figures = f"{row['registers']:>4} registers {row['spilled']:>4} spilled {row['shared']:>6} B {row['tensor-core']:>4}"
-        print(f"sm_{row['capability']:<4} {row['group']:<50} {row['shape']:<30} {figures}{'  BROKEN' * bool(faults(row))}")
+        names = f"{name_of(row['capability']):<7} {row['group']:<50} {row['shape']:<30}"
+        print(f"{names} {figures}{'  BROKEN' * bool(faults(row))}")
     return rows
 
 
-def assert_all_compile(rows: list[Row], groups: int, fewest: dict[int, int]) -> None:
+def name_of(capability: int) -> str:
+    """As the compiler calls a GPU."""
+    return f"gfx{capability}" if capability == AMD else f"sm_{capability}"
+
+
+def assert_all_compile(rows: list[Row], groups: int, fewest: dict[int, int], targets: tuple[int, ...] = TARGETS) -> None:
     """No kernel has a fault; each target has so many groups at least, and so many kernels."""
-    broken = [f"sm_{row['capability']} {row['group']} {row['shape']} {faults(row)}" for row in rows if faults(row)]
+    broken = [f"{name_of(row['capability'])} {row['group']} {row['shape']} {faults(row)}" for row in rows if faults(row)]
     assert not broken, "\n".join(broken)
-    for target in TARGETS:
+    for target in targets:
         names = [row["group"] for row in rows if row["capability"] == target]
-        assert len(set(names)) >= groups, f"sm_{target}: {len(set(names))} groups"
-        assert len(names) >= fewest.get(target, groups), f"sm_{target}: {len(names)} kernels"
+        assert len(set(names)) >= groups, f"{name_of(target)}: {len(set(names))} groups"
+        assert len(names) >= fewest.get(target, groups), f"{name_of(target)}: {len(names)} kernels"
 
 
 def faults(row: Row) -> str:
@@ -82,17 +91,19 @@ def faults(row: Row) -> str:
 
 
 def main(launches: Callable[[int], Iterable[Launch]]) -> None:
-    """Compiles the launches with the Triton that the command line names, and prints the rows as JSON."""
+    """Compiles the launches with the Triton and for the targets that the command line names; prints the rows as JSON."""
     gc.disable()  # torch and Triton are many objects, and each compilation leaves few
-    oldest = sys.argv[1] == "oldest"
-    compiler = Compiler(Path(sys.argv[0]).stem)
+    oldest, targets = sys.argv[1] == "oldest", [int(target) for target in sys.argv[2:]]
+    if targets == [AMD]:
+        torch.version.hip = "6.4"  # the kernels' modules, imported later, choose by it how float32 is multiplied
+    compiler = Compiler(f"{Path(sys.argv[0]).stem}{'-amd' if targets == [AMD] else ''}")
     rows: list[Row] = []
-    for capability in TARGETS:
+    for capability in targets:
         groups: set[str] = set()
         for launch in launches(capability):
             first = launch.group not in groups
             groups.add(launch.group)
-            if first or ALL or (not oldest and capability != 120):
+            if first or ALL or (not oldest and capability in (80, 90)):
                 names = {"group": launch.group, "shape": launch.shape, "multiplies": launch.multiplies}
                 rows.append({"capability": capability, **names, **compiler.figures(launch, capability)})
     compiler.save()
@@ -111,10 +122,12 @@ class Compiler:
 
     def figures(self, launch: Launch, capability: int) -> dict[str, int]:
         """Registers, spilled bytes, shared memory and tensor-core instructions."""
-        text = f"{launch.source.hash()} {capability} {sorted(launch.options.items())} {inspect.getsource(compiled)}"
+        made = inspect.getsource(for_amd if capability == AMD else for_nvidia)
+        text = f"{launch.source.hash()} {capability} {sorted(launch.options.items())} {made}"
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.used:
-            self.used[key] = self.known.get(key) or compiled(launch, capability)
+            known = self.known.get(key)
+            self.used[key] = known or (for_amd(launch) if capability == AMD else for_nvidia(launch, capability))
         return self.used[key]
 
     def save(self) -> None:
@@ -124,7 +137,7 @@ class Compiler:
         os.replace(new, self.path)
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, int]:
+def for_nvidia(launch: Launch, capability: int) -> dict[str, int]:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -139,4 +152,17 @@ def compiled(launch: Launch, capability: int) -> dict[str, int]:
     return {
         "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"],
         "shared": result.metadata.shared, "tensor-core": tensor_cores,
+    }  # fmt: skip
+
+
+def for_amd(launch: Launch) -> dict[str, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    result = triton.compile(launch.source, target=GPUTarget("hip", f"gfx{AMD}", 64), options=launch.options)
+    text = result.asm["amdgcn"]
+    registers, spilled = (int(re.search(rf"\.vgpr_{name}:\s*(\d+)", text)[1]) for name in ("count", "spill_count"))
+    return {
+        "registers": registers, "spilled": spilled,
+        "shared": result.metadata.shared, "tensor-core": len(re.findall(r"\bv_s?mfma", text)),
     }  # fmt: skip

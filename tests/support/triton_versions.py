@@ -25,6 +25,7 @@ def start(version: str, script: str, *arguments: str, **environment: str) -> sub
         if not (OLDEST_FOLDER / "triton").is_dir():
             pytest.skip(f"there is no {OLDEST_FOLDER}: `make test` installs Triton {OLDEST} there")
         path.append(str(OLDEST_FOLDER))
+    path += filter(None, [os.environ.get("PYTHONPATH")])
     environment["PYTHONPATH"] = os.pathsep.join(path)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, script, *arguments], env=environment, **options)

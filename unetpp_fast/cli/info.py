@@ -47,6 +47,7 @@ def lines() -> list[str]:
         "CPU kernels": libraries.state("cpu"),
         "CUDA kernels": libraries.state("cuda"),
         "kernels proven on a GPU": _proven(),
+        "AMD GPUs": "the Triton kernels compile for gfx942; they have not run there",
         "sources": source_hash(),
         "records": _recorded(),
     }
