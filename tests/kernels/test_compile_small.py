@@ -104,7 +104,8 @@ def launch(module: str, name: str, constants: dict, types: dict, map_type: str, 
     multiplies = "SUMMANDS" in constants or constants.get("UP") in ("deconv", "project")
     shape = " ".join(f"{key}={value}" for key, value in constants.items())
     # What decides which lines of a kernel are compiled; the rest are sizes.
-    branches = [str(constants[key]) for key in BRANCHES if key in constants and not ones]
+    given = {key: constants[key] for key in BRANCHES if key in constants and not ones}
+    branches = [f"no {key}" if value is None else str(value) for key, value in given.items()]
     for parameter in kernel.arg_names:
         kind = types.get(parameter)
         if parameter in constants:
