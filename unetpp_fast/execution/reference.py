@@ -47,7 +47,8 @@ def node_maps(network: NetworkSpec, x: Inputs) -> dict[tuple[int, int], Tensor]:
 def _node(module: nn.Module, prefix: list[Tensor], low: Tensor | None, recompute: bool) -> Tensor:
     if not recompute:
         return module(prefix, low)
-    if prefix[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    source = low if low is not None else prefix[0]
+    if source.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("PyTorch reads random states back to recompute a node, which no CUDA graph can hold")
     return checkpoint(module, prefix, low, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
 
