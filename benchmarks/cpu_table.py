@@ -97,6 +97,8 @@ def parts() -> dict[str, tuple[str, Case]]:
             known[f"training-{name}-{size}x{batch}"] = ("compared", case)
             memory = dataclasses.replace(case, bench="memory", memory_of="training")
             known[f"memory-training-{name}-{size}x{batch}"] = ("compared", memory)
+            half = dataclasses.replace(case, dtype="bfloat16")
+            known[f"training-{name}-{size}x{batch}-bfloat16"] = ("compared", half)
         known[f"pruned-{name}"] = ("pruned", Case("inference", model, 4, "fast", SIZE, 1, "float32"))
     return known
 
