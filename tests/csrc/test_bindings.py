@@ -140,8 +140,8 @@ CONV = [
     ("border", lambda x: x[1:], "border must be contiguous with 216 values"),
     ("stats", lambda x: x.double(), "stats must be float32"),
     ("axes", lambda x: 1, "axes is 2 or 3"),
-    ("config", lambda x: 6, "config is 0 to 5"),
-    ("config", lambda x: -1, "config is 0 to 5"),
+    ("config", lambda x: 8, "config is 0 to 7"),
+    ("config", lambda x: -1, "config is 0 to 7"),
     ("config", lambda x: 4, "a is 1x18x34 where 1x36x68 is needed"),
 ]
 WGRAD = [
