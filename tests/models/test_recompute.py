@@ -120,7 +120,7 @@ def test_opcheck():
     tensors = [parameter.detach().requires_grad_() for parameter in model.parameters()] + list(model.buffers())
     training = "1" * sum(isinstance(module, structure.NORMS) for module in model.modules())
     x = make_input(2, 1, 4, 6).requires_grad_()
-    arguments = (x, tensors, True, model.structure.handle, training, torch.float32, "naive", "", True)
+    arguments = ([x], tensors, True, model.structure.handle, training, torch.float32, "naive", "", True)
     torch.library.opcheck(operators.forward_op, arguments)
 
 
