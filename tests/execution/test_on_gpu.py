@@ -86,7 +86,7 @@ def test_opcheck(norm):
     tensors = [*(parameter.detach().requires_grad_() for parameter in model.parameters()), *model.buffers()]
     x = make_input(2, 1, 8, 12).cuda().requires_grad_()
     torch.library.opcheck(
-        operators.forward_op, (x, tensors, True, model.structure.handle, "1" * norms, torch.float32, "triton", "", False)
+        operators.forward_op, ([x], tensors, True, model.structure.handle, "1" * norms, torch.float32, "triton", "", False)
     )
 
 
