@@ -44,8 +44,9 @@ def arguments(name: str) -> dict[str, object]:
     fit: dict[str, object] = {
         "axes": 2, "slope": 0.1, "act": True, "add": True, "phased": True, "way": 1, "linear": 0, "plain": 1, "taps": 3,
         "stride": 2, "frozen": False, "chunk": 16, "bias": ones(5), "border": ones(9, 5), "weight": ones(3, 5),
-        "mean": table(), "inverse": table(), "averages": ones(1, 2, 5), "ua": ones(36 * weights), "ub": ones(4 * 25 * weights),
-        "result": ones(4, 4, 5, 5), "scratch": ones(25 * 2 * lanes), "dy": large(), "b": small(),
+        "mean": table(), "inverse": table(), "averages": ones(1, 2, 5), "ua": ones(36 * weights),
+        "ub": ones(4 * 25 * weights), "result": ones(4, 4, 5, 5), "scratch": ones(25 * 2 * lanes), "dy": large(),
+        "b": small(),
         "out": small() if name == "pool" else large(), "a": small() if name == "conv_wgrad" else large(),
         "g": small() if name == "pool_backward" else large(), "x": large(), "gx": large(),
         **{key: table() for key in ("scale", "shift", "scale_a", "shift_a", "scale_b", "shift_b")},
