@@ -109,9 +109,10 @@ def cuda_commands(library: Path, folder: Path) -> tuple[list[Piece], list[str]]:
 
 
 def _takes(compiler: str, options: list[str]) -> bool:
-    """Whether a compiler knows these options."""
-    command = [compiler, *options, "-x", "c++", "-E", os.devnull, "-o", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    """Whether a compiler knows these options, and its assembler the instructions of matrix tiles."""
+    command = [compiler, *options, "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = 'void release() { __asm__("tilerelease"); }'
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tuple[list[Piece], list[str]]:

@@ -172,6 +172,7 @@ inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, O
   last.a = between;
   last.images = first.images = 1;
   take_weights(last, way_for(second), second, 1, 3, between.channels, last.ua, last.wa, last.ta, "second");
+  STD_TORCH_CHECK(!last.ta || o.element == Element::kBFloat16, "second: matrix tiles take bfloat16 maps");
   last.bias = values(second_bias, o.channels, "second_bias");
   first.slope = last.slope = static_cast<float>(slope);
   first.act = last.act = true;

@@ -22,10 +22,12 @@ struct TileUse {
       config[16 + 2 * tile] = 64;
       config[48 + tile] = 16;
     }
+    asm volatile("" : : "r"(config) : "memory");  // some compilers believe that only its first bytes are read
     _tile_storeconfig(before);
     _tile_loadconfig(config);
   }
   ~TileUse() {
+    asm volatile("" : : "r"(before) : "memory");
     if (before[0])
       _tile_loadconfig(before);
     else

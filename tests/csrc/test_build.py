@@ -126,3 +126,17 @@ def test_the_backend_says_why_it_is_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "can_run_triton", lambda call: (True, ""))
     if torch.version.cuda is None:
         assert dispatch.can_run_cuda(Call(model, x)) == (False, "the CUDA kernels are off: this torch has no CUDA")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_matrix_tiles_are_compiled_where_the_compiler_knows_them(known, builder, tmp_path: Path, monkeypatch):
+    compiler = tmp_path / "c++"
+    refusing = 'case "$*" in *-mamx*) exit 1;; esac\n'
+    compiler.write_text(f"#!/bin/sh\n{'' if known else refusing}exit 0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(builder.platform, "machine", lambda: "x86_64")
+    pieces, _ = builder.cpu_commands(tmp_path / "library.so", tmp_path)
+    commands = {source.name: command for source, _, command in pieces}
+    assert ("-mamx-bf16" in commands["avx512.cpp"]) == known
+    assert "-mavx512f" in commands["avx512.cpp"] and "-mamx-bf16" not in commands["avx2.cpp"]

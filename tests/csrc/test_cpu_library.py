@@ -185,6 +185,17 @@ def test_pairs_that_do_not_fit_are_named(changes, words):
         run(**{name: torch.ones(shape) for name, shape in {**fit, **changes}.items()}, **rest)
 
 
+@needs_library
+@pytest.mark.skipif(not cpu_kernels.has_library() or not cpu_ops.matrix_tiles(), reason="this CPU has no matrix tiles")
+def test_a_pair_of_float_maps_takes_no_weights_for_tiles():
+    out, mid, a = (torch.ones(shape) for shape in ((2, 1, 6, 10, 3), (1, 1, 17, 10, 4), (2, 1, 6, 10, 5)))
+    packed = torch.ones(9 * 32 * 2 * torch.ops.unetpp_fast_cpu.lanes()).bfloat16()
+    with pytest.raises(RuntimeError, match="second"):
+        torch.ops.unetpp_fast_cpu.conv_pair(
+            out, mid, a, torch.ones(1, 1, 1, 3, 3, 5, 4), None, None, None, None, packed, None, False, 0, 0.0
+        )
+
+
 def assert_raises(run: Callable[[], None], names: list[str], what: str) -> None:
     """A RuntimeError whose message has one of the names."""
     try:

@@ -183,6 +183,15 @@ def test_tune_measures_the_nest(monkeypatch, tmp_path):
             assert tuning.verdict(call) == found["training" if training else "inference"]
 
 
+def test_explain_leaves_the_statistics_of_an_encoder_as_they_are():
+    model = encoded().train()
+    before = copy.deepcopy(dict(model.named_buffers()))
+    assert any(name.startswith("encoder.") for name in before)
+    uf.explain(model, make_input(2, 3, 16, 24))
+    assert model.encoder.training
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=cpu_kernels.needs_library())])
 def test_explain_names_what_runs_each_node(backend, monkeypatch):
     monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)

@@ -64,6 +64,10 @@ def kernel_and_dtype(*kernels: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("kernel", "dtype"), cases, indirect=["kernel"], ids=str)
 
 
+def has_library() -> bool:
+    return libraries.load("cpu")[0]
+
+
 def needs_library() -> pytest.MarkDecorator:
     loaded, reason = libraries.load("cpu")
     return pytest.mark.skipif(not loaded, reason=f"the CPU kernels are off: {reason}")

@@ -374,6 +374,7 @@ def test_layers_that_change_at_every_step_are_not_captured():
         for number in range(6):
             step(*batch(number))
     assert loss.calls == 6 and not stubs.graphs
+    assert len({name for entry in stubs.log for name in entry if "side" in name}) == 1  # whose memory is used again
     assert step.reason.startswith("layers, their attributes or tensors change between steps")
 
 

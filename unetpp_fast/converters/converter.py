@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.options import TABLES, parse_option
+from ..architecture.precision import without_tf32
 from ..common.errors import first_line
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
@@ -192,15 +193,11 @@ def _compare(peer: Peer, module: nn.Module, network: Network | EncodedNetwork) -
     if weight.dtype.itemsize < 4:
         module, network = copy.deepcopy(module).float(), copy.deepcopy(network).float()
     image = image.to(next(network.parameters()).dtype)
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
-        with evaluating(module), evaluating(network):
+        with evaluating(module), evaluating(network), without_tf32():
             expected, actual = module(image), network(image)
     except (RuntimeError, TypeError, ValueError) as error:
         raise peer.fail(f"it does not run on an image of {size} pixels, for comparison: {first_line(error)}") from error
-    finally:
-        convolutions.fp32_precision = before
     if type(expected) is not type(actual) and not isinstance(expected, Tensor):
         raise peer.fail(f"its class returns a {type(expected).__name__}, expected a {type(actual).__name__}")
     pairs = [(expected, actual)] if isinstance(actual, Tensor) else list(zip(expected, actual, strict=True))

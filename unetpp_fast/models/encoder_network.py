@@ -216,9 +216,15 @@ class EncodedNetwork(nn.Module):
         return noise.to(weight)
 
     def engine_input(self, x: Tensor) -> tuple[Nest, list[Tensor]]:
-        """What the backends compute for an image `x`, which is checked: the nest over the encoder's maps."""
+        """What the backends compute for an image `x`, which is checked: the nest over the encoder's maps.
+
+        The encoder runs in eval mode, so that its statistics stay; its maps ask for gradients if it is trained.
+        """
         self.check(x)
-        return self.nest, self.maps(x)
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with evaluating(self.encoder):
+            maps = self.maps(x)
+        return self.nest, [one.detach().requires_grad_(trained) for one in maps]
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.

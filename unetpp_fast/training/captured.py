@@ -57,6 +57,7 @@ class StepGraphs:
         self._steps = self._changes = 0  # all steps; changes of the layers since the last replay
         self._obstacle = self._crowded = ""
         self._layers: LayerState | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # one a device: memory stays with its stream
         self._sizes: dict[tuple, _Size] = {}
         self.forget()
 
@@ -79,7 +80,7 @@ class StepGraphs:
         """Drops all graphs: the next steps are captured anew."""
         self._finish()
         self._sizes.clear()
-        self._layers, self._stream, self._crowded = None, None, ""
+        self._layers, self._crowded = None, ""
         self._lent: list[Tensor | None] = []  # the gradients, of a graph, that the last replay left in `.grad`
 
     def _finish(self) -> None:
@@ -135,9 +136,9 @@ class StepGraphs:
         return [x.to(self.device, non_blocking=True) for x in inputs]
 
     def _side_stream(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-        return self._stream
+        if self.device not in self._streams:
+            self._streams[self.device] = torch.cuda.Stream(self.device)
+        return self._streams[self.device]
 
     def _has_room(self, size: _Size) -> bool:
         """Whether a size has a graph or may have one; one that was not used for long is dropped for it."""
