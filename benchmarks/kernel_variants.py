@@ -116,11 +116,11 @@ def run_pass(network: Network, x: Tensor, dtype: torch.dtype, ops: str, training
     norms = ("1" if training else "0") * len(structure.norms)
     settings = (structure.handle, norms, dtype, ops, "", False)
     tensors = [*(parameter.detach() for parameter in network.parameters()), *network.buffers()]
-    results = operators.forward_op._init_fn(x, tensors, training, *settings)
+    results = operators.forward_op._init_fn([x], tensors, training, *settings)
     if not training:
         return
     parts = operators.Results.of(results, structure, structure.modes(norms, True))
     gradients = [torch.empty_like(logits) for logits in parts.logits]
     present = [True] * len(gradients)
     parameters = tensors[: len(structure.parameters)]
-    operators.backward_op._init_fn(x, parameters, parts.kept, gradients, present, x.requires_grad, *settings)
+    operators.backward_op._init_fn([x], parameters, parts.kept, gradients, present, x.requires_grad, *settings)

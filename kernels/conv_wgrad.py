@@ -119,8 +119,7 @@ def _conv_wgrad_kernel(
 
     SUM: tl.constexpr = partial_ptr.dtype.element_ty
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + k)
-        shift = tl.load(shift_ptr + k)
+        scale, shift = tl.load(scale_ptr + k), tl.load(shift_ptr + k)
     first = split * STEPS
     x = first % tiles_x * BLOCK_W
     y = first // tiles_x % tiles_y * BLOCK_H
@@ -139,8 +138,7 @@ def _conv_wgrad_kernel(
         value = tl.load(a_ptr + start + offsets_a, mask=inside, other=0.0)
         if scale_ptr is not None:
             if PER_IMAGE:
-                scale = tl.load(scale_ptr + n * affine_stride + k)
-                shift = tl.load(shift_ptr + n * affine_stride + k)
+                scale, shift = tl.load(scale_ptr + n * affine_stride + k), tl.load(shift_ptr + n * affine_stride + k)
             raw = value.to(SUM) * scale[:, None] + shift[:, None]
             seen = activate(raw, SLOPE)
             if PLAIN:
