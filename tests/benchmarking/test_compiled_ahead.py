@@ -52,7 +52,8 @@ def test_other_sources_have_another_folder(tmp_path):
 
 
 def test_a_pass_over_meta_tensors_compiles_what_a_real_one_does():
-    """With tensors that exist, the kernels stubbed, a training step and an optimized network launch the same variants."""
+    """With tensors that exist, the kernels stubbed, a training step and inference, optimized or not, launch
+    the same variants."""
     for only_real, only_meta, both in run("installed", "passes"):
         assert only_real == only_meta == [] and both > 10
 
@@ -134,6 +135,8 @@ def passes() -> list[tuple[list[str], list[str], int]]:
     call = Call(optimized.network, x, torch.bfloat16)
     with kernel_variants.recorded() as inference, torch.no_grad():
         optimized._by_engine("triton", call)(x, optimized.network.topology.heads)
+        operators.forward(Call(model.eval(), x, torch.bfloat16), "triton")  # composes its weights by kernels too
+    model.train()
     with kernel_variants.recorded() as training:
         outputs = operators.forward(Call(model, x, torch.bfloat16), "triton")
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
