@@ -174,7 +174,8 @@ def conv_wgrad(
     slope: float = 0.0,
     plain: int = 0,
 ) -> Tensor:
-    """See `naive.conv_wgrad`. Sums run in the transformed domain, in an order that does not depend on threads."""
+    """See `naive.conv_wgrad`. Sums run in the transformed domain, or in matrix tiles of bfloat16 maps; in both in an order
+    that does not depend on threads."""
     if not _supports(a, dy):
         return naive.conv_wgrad(a, dy, axes=axes, phased=phased, affine=affine, slope=slope, plain=plain)
     taps, k, co, phases = 2 if phased else 3, a.shape[-1], dy.shape[-1], 2**axes if phased else 1

@@ -286,6 +286,8 @@ def test_so_many_sizes_are_kept_until_one_is_idle(monkeypatch):
         assert len(stubs.graphs) == 3
     with pytest.raises(ValueError, match="kept must be at least 1, not 0"):
         uf.capture(model, uf.BCEDiceLoss(), kept=0)
+    with pytest.raises(TypeError, match="capture takes a module, not OrderedDict"):
+        uf.capture(model.state_dict().copy(), uf.BCEDiceLoss())
 
 
 class Settings(nn.Module):

@@ -282,8 +282,10 @@ def capture(
         kept: the number of sizes that are captured, at least 1; their memory stays taken.
 
     Raises:
-        ValueError: `kept` is less than 1.
+        TypeError: the model is no module. ValueError: `kept` is less than 1.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"capture takes a module, not {type(model).__name__}")
     if kept < 1:
         raise ValueError(f"kept must be at least 1, not {kept}")
     return CapturedStep(model, loss, scaler, kept)
