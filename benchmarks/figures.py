@@ -1,6 +1,6 @@
-"""The README's tables and the pictures, generated from the records: `make figures`.
+"""The tables of docs/performance.md and the pictures, generated from the records: `make figures`.
 
-    python benchmarks/figures.py            writes figures/*.png and the part of README.md between the markers
+    python benchmarks/figures.py            writes figures/*.png and the part of docs/performance.md between the markers
     python benchmarks/figures.py --check    fails if they are not up to date with the records
     python benchmarks/figures.py --train    first trains the demo's networks for the IoU of each level (minutes)
 
@@ -26,7 +26,7 @@ from unetpp_fast.common.extras import need
 from unetpp_fast.experiments import demo
 
 HERE = Path(__file__).parent
-README, PICTURES, TRAINED = HERE.parent / "README.md", HERE / "figures", HERE / "demo.json"
+PAGE, PICTURES, TRAINED = HERE.parent / "docs/performance.md", HERE / "figures", HERE / "demo.json"
 BEGIN, END = "<!-- measured: from here on written by `make figures` -->", "<!-- measured: up to here -->"
 NO_GPU = "**No GPU figure has been recorded yet.** `make gpu-check OUT=folder`, on a machine with a GPU, records them."
 KINDS: dict[str, tuple[Callable, str]] = {
@@ -45,7 +45,7 @@ def text(folder: Path = records.RESULTS, trained: Path = TRAINED) -> str:
     for machine, rows in machines.items():
         parts += [f"### {rows[0]['device']}", _origin(rows)]
         parts += [table for table in (models_table(rows), kernels_table(rows)) if table]
-        parts += [f"![{KINDS[name][1]}, {rows[0]['device']}](benchmarks/figures/{name}-{machine}.png)"
+        parts += [f"![{KINDS[name][1]}, {rows[0]['device']}](../benchmarks/figures/{name}-{machine}.png)"
                   for name in pictures_of(rows, iou_by_level(trained))]  # fmt: skip
     return "\n\n".join(parts)
 
@@ -151,8 +151,8 @@ def expected(folder: Path = records.RESULTS, trained: Path = TRAINED) -> dict[st
     return wanted
 
 
-def write(readme: Path = README, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED) -> None:
-    """Draws every picture whose data have changed, removes those without records, and writes the README."""
+def write(page: Path = PAGE, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED) -> None:
+    """Draws every picture whose data have changed, removes those without records, and writes the page."""
     wanted = expected(folder, trained)
     for path in Path(pictures).glob("*.png"):
         if path.name not in wanted:
@@ -160,18 +160,18 @@ def write(readme: Path = README, pictures: Path = PICTURES, folder: Path = recor
     for name, (kind, shown, title) in wanted.items():
         if drawn_from(pictures / name) != digest(shown):
             KINDS[kind][0](pictures / name, shown, title, digest(shown))
-    before, _, after = _split(readme)
+    before, _, after = _split(page)
     content = f"{before}{BEGIN}\n\n{text(folder, trained)}\n\n{END}{after}"
-    write_atomic(readme, lambda stream: stream.write(content.encode()))
+    write_atomic(page, lambda stream: stream.write(content.encode()))
 
 
 def check(
-    readme: Path = README, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED
+    page: Path = PAGE, pictures: Path = PICTURES, folder: Path = records.RESULTS, trained: Path = TRAINED
 ) -> list[str]:
     """What is not up to date with the records, one message per file."""
     messages = []
-    if _split(readme)[1].strip() != text(folder, trained):
-        messages.append(f"{readme.name} is not up to date with the records: run `make figures`")
+    if _split(page)[1].strip() != text(folder, trained):
+        messages.append(f"{page.name} is not up to date with the records: run `make figures`")
     wanted = expected(folder, trained)
     for name, (_, shown, _) in wanted.items():
         if drawn_from(pictures / name) != digest(shown):
@@ -180,12 +180,12 @@ def check(
     return messages
 
 
-def _split(readme: Path) -> tuple[str, str, str]:
+def _split(page: Path) -> tuple[str, str, str]:
     """The text before, between and after the markers."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = page.read_text().partition(BEGIN)
     between, end, after = rest.partition(END)
     if not begin or not end:
-        sys.exit(f"{readme} must have the lines {BEGIN} and {END}")
+        sys.exit(f"{page} must have the lines {BEGIN} and {END}")
     return before, between, after
 
 
@@ -207,12 +207,12 @@ def train(path: Path = TRAINED) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README or pictures are not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page or pictures are not up to date")
     parser.add_argument("--train", action="store_true", help="train the demo's networks first")
     options = parser.parse_args()
     if options.check:
         wrong = check()
-        print("\n".join(wrong) or "README and pictures are up to date with the records")
+        print("\n".join(wrong) or "page and pictures are up to date with the records")
         return int(bool(wrong))
     if options.train:
         train()

@@ -1,4 +1,4 @@
-"""The benchmark harness: wrong results get no row, one table has all implementations, README and pictures show the rows."""
+"""The benchmark harness: wrong results get no row, one table has all implementations, page and pictures show the rows."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_a_mistake_is_one_line(capsys, arguments, says):
     assert code == 2 and text.count("\n") == 1 and says in text
 
 
-def test_readme_and_pictures_are_up_to_date_with_the_records():
+def test_page_and_pictures_are_up_to_date_with_the_records():
     done = subprocess.run([sys.executable, "benchmarks/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.stat().st_size < 100_000 for path in (ROOT / "benchmarks/figures").glob("*.png"))
@@ -311,27 +311,27 @@ def test_readme_and_pictures_are_up_to_date_with_the_records():
 def test_a_changed_row_fails_the_check(tmp_path):
     import figures
 
-    folder, pictures, readme = tmp_path / "results", tmp_path / "figures", tmp_path / "README.md"
+    folder, pictures, page = tmp_path / "results", tmp_path / "figures", tmp_path / "performance.md"
     trained, path = tmp_path / "demo.json", folder / "gpu.json"
     pictures.mkdir()
-    readme.write_text(f"before\n{figures.BEGIN}\n{figures.END}\nafter\n")
+    page.write_text(f"before\n{figures.BEGIN}\n{figures.END}\nafter\n")
     trained.write_text(json.dumps([{"name": f"UNet++ L{level}", "iou": 0.8 + level / 100} for level in (1, 2, 3, 4)]))
     on_gpu = {"cuda": "13.0", "device": "A GPU"}
     kernel = {"bench": "kernel", "model": "conv", "level": 0, "mode": None, "gb_s": 3.0, "share_of_ceiling": 0.5}
     ceilings = {"ceiling_tflops": 700.0, "ceiling_gb_s": 3000.0, "flop": 100, "bytes": 4}
     rows = [row(**on_gpu, level=level, batch=batch) for level in (1, 2, 3, 4) for batch in (1, 4)]
     records.merge(folder / "cpu.json", [row()])
-    where = readme, pictures, folder, trained
+    where = page, pictures, folder, trained
     figures.write(*where)
-    assert figures.check(*where) == [] and figures.NO_GPU in readme.read_text()
+    assert figures.check(*where) == [] and figures.NO_GPU in page.read_text()
     records.merge(path, [*rows, row(**on_gpu, **kernel, **ceilings)])
-    assert any("README.md" in line for line in figures.check(*where))
+    assert any("performance.md" in line for line in figures.check(*where))
     figures.write(*where)
-    assert figures.check(*where) == [] and figures.NO_GPU not in readme.read_text()
+    assert figures.check(*where) == [] and figures.NO_GPU not in page.read_text()
     names = {name: (pictures / f"{name}-gpu.png").read_bytes() for name in figures.KINDS}
     records.merge(path, [row(**on_gpu, level=4, batch=1, median_ms=2.5, ratio_to={"eager": 1.2})])
     text = " ".join(figures.check(*where))
-    assert all(name in text for name in ("README.md", "speedup-gpu.png", "batch-gpu.png", "levels-gpu.png"))
+    assert all(name in text for name in ("performance.md", "speedup-gpu.png", "batch-gpu.png", "levels-gpu.png"))
     assert "roofline" not in text and "cpu.png" not in text
     figures.write(*where)
     assert figures.check(*where) == [] and (pictures / "roofline-gpu.png").read_bytes() == names["roofline"]
