@@ -27,7 +27,8 @@ def over(name: str, depth: int = 5, channels: int = 3, **options):
 
 
 @pytest.mark.parametrize(("name", "depth", "channels"), [
-    ("resnet18", 5, 1), ("resnet18", 3, 3), ("efficientnet_b0", 5, 4), ("densenet121", 3, 3), ("mobilenetv3_small_050", 4, 3),
+    ("resnet18", 5, 1), ("resnet18", 3, 3), ("efficientnet_b0", 5, 4), ("densenet121", 3, 3),
+    ("mobilenetv3_small_050", 4, 3),
 ])  # fmt: skip
 def test_pruned_to_the_stages_of_the_encoder(timm, name, depth, channels):
     """What is left of the encoder is as large as timm makes one with fewer maps, or smaller; its head keeps every bit."""
