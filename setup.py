@@ -28,6 +28,7 @@ NIFTI = ["nibabel>=5"]
 DICOM = ["pydicom>=2.4"]
 KERAS = ["h5py>=3.8"]
 TENSORBOARD = ["tensorboard>=2.14"]
+ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 TEST = [*DEMO, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *TENSORBOARD]
 TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
@@ -128,6 +129,7 @@ setup(
         "dicom": DICOM,
         "keras": KERAS,
         "tensorboard": TENSORBOARD,
+        "encoders": ENCODERS,
         "bench": BENCH,
         "onnx": EXPORT,
         "test": TEST,

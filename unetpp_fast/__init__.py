@@ -18,6 +18,7 @@ from .deployment.optimized import load_optimized, optimize
 from .execution.dispatch import tune
 from .execution.explanation import explain
 from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_count
+from .models.encoder_network import EncodedNetwork
 from .models.feature_pyramid import backbone
 from .models.network import Network
 from .models.tiled_prediction import predict_tiled
@@ -27,6 +28,7 @@ from .training.metrics import dice_score, iou_score
 
 __all__ = [
     "BCEDiceLoss",
+    "EncodedNetwork",
     "Network",
     "Node",
     "Topology",

@@ -43,6 +43,7 @@ def encoded(depth: int = 2, axes: int = 2, channels: int = 3, **options) -> Enco
         channels,
         widths,
         spatial_dims=axes,
+        all_heads=options.get("deep_supervision", False),
         up_width=lambda low_width, level: low_width,
         widths={position: width for position, width in OWN_WIDTHS.items() if sum(position) <= depth},
     )

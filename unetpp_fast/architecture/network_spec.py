@@ -18,6 +18,7 @@ class NetworkSpec(Protocol):
     structure: what the fused operators know of it (`execution.fused.structure.Structure`); None if they cannot run it.
     sync_group: the name of the process group over which batch norms take their statistics, "" for this process only.
     recompute: whether backward passes recompute the inside of nodes.
+    multiple: every spatial axis of the image is a multiple of it.
     """
 
     topology: Topology
@@ -27,6 +28,7 @@ class NetworkSpec(Protocol):
     structure: Any
     sync_group: str
     recompute: bool
+    multiple: int
     training: bool
     nodes: nn.ModuleDict
     heads: nn.ModuleDict

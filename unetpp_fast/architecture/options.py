@@ -128,6 +128,16 @@ def reduces_channels(upsample: Option) -> bool:
     return UPSAMPLES[name].reduces(keywords)
 
 
+def learned_upsample(upsample: Option) -> dict[str, bool]:
+    """Which convolutions an up-sampling has, as `Topology.gflop` takes it."""
+    name, keywords = parse_option(upsample, "upsample", UPSAMPLES)
+    return {
+        "deconv": name == "deconv",
+        "pixelshuffle": name == "pixelshuffle",
+        "project": bool(keywords.get("project")),
+    }
+
+
 def norm_name(norm: Option | None) -> str | None:
     """The name of a norm, None for no norm."""
     return norm if norm is None or isinstance(norm, str) else norm[0]

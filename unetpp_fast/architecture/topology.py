@@ -157,7 +157,7 @@ class Topology:
                 wanted |= {node.low} if node.low else {(node.level - 1, 0)} if node.level else set()
         kept = tuple(node for node in self.nodes if node.position in wanted)
         heads = tuple(head for head in self.heads if head <= level) if keep_heads else (level,)
-        return Topology(self.in_channels, self.spatial_dims, kept, heads)
+        return dataclasses.replace(self, nodes=kept, heads=heads)
 
     def convolutions(self, node: Node) -> tuple[tuple[int, int], tuple[int, int]]:
         """(in, out) channels of the two 3x3 convolutions of a node."""
@@ -171,16 +171,20 @@ class Topology:
         deconv: bool = False,
         project: bool = False,
         pixelshuffle: bool = False,
+        head_taps: int = 1,
     ) -> float:
         """10^9 floating-point operations (2 per multiply-add) of one image's forward pass, all heads included.
 
         Convolutions, transposed ones (`deconv`), 1x1 ones before an interpolation (`project`), 3x3 ones before a
-        `pixelshuffle` and heads are counted; norms, activations and interpolation are not.
+        `pixelshuffle` and heads (of `head_taps` along an axis) are counted; norms, activations and interpolation are not,
+        nor is what is given.
         """
         if len(size) != self.spatial_dims:
             raise ValueError(f"size {tuple(size)} does not have {self.spatial_dims} axes")
         taps, multiply_adds = 3**self.spatial_dims, 0
         for node in self.nodes:
+            if self.given and not node.column:
+                continue
             pixels = math.prod(axis // 2**node.level for axis in size)
             multiply_adds += pixels * sum(taps * cin * cout for cin, cout in self.convolutions(node))
             if node.column and (deconv or project or pixelshuffle):
@@ -188,19 +192,23 @@ class Topology:
                 below = math.prod(axis // 2 ** (node.level + 1) for axis in size)
                 places = pixels if deconv else taps * 2**self.spatial_dims * below if pixelshuffle else below
                 multiply_adds += places * self.low_width(node) * node.up_width
-        pixels = math.prod(size)
+        pixels = math.prod(size) * head_taps**self.spatial_dims
         multiply_adds += sum(pixels * self[0, head].width * out_channels for head in self.heads)
         return 2e-9 * multiply_adds
 
     def over_maps(self, last_width: int) -> Topology:
         """The nest of a network over an encoder whose maps begin at half the image's size.
 
-        This topology one level down, with its column 0 given, and a last node X(0,depth + 1) that brings X(1,depth) to the
-        image's size, reads nothing else, and has the head.
+        This topology one level down, with its column 0 given, and for each head at column j a last node X(0,j + 1) that
+        brings X(1,j) to the image's size, reads nothing else, and has the head.
         """
-        nest = [dataclasses.replace(node, level=node.level + 1) for node in self.nodes]
-        last = Node(0, self.depth + 1, last_width, (), self[0, self.depth].width)
-        return Topology(self.in_channels, self.spatial_dims, (*nest, last), (last.column,), given=True)
+        nodes = []
+        for node in self.nodes:
+            nodes.append(dataclasses.replace(node, level=node.level + 1))
+            if node.level == 0 and node.column in self.heads:
+                nodes.append(Node(0, node.column + 1, last_width, (), node.width))
+        heads = tuple(column + 1 for column in self.heads)
+        return Topology(self.in_channels, self.spatial_dims, tuple(nodes), heads, given=True)
 
     def to_dict(self) -> dict:
         """Plain lists and numbers, for checkpoints; the inverse of `from_dict`."""

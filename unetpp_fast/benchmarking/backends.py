@@ -43,7 +43,7 @@ def fused(network: Network, x: Tensor, case: Case, backend: str = "auto", recomp
     network = with_backend(network, backend).train(case.training)
     network.recompute = recompute
     with autocast(x.device, case.dtype), torch.set_grad_enabled(case.training):
-        name, reason = dispatch.choose(Call(network, x))
+        name, reason = dispatch.choose(Call(*network.engine_input(x)))
     if name == "triton" and x.device.type != "cuda":
         raise Unavailable("times in Triton's interpreter mean nothing")
     if not case.training and backend in ("auto", name):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..architecture.options import ENGINES, Entry
 from ..architecture.precision import TRAINED
 from ..common.errors import InputError
 from ..data.tasks import TASKS
 from ..models.architectures import UNet, UNetPlusPlus
+from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.tiled_prediction import parse_bytes
 
 Commands = argparse._SubParsersAction
 Run = Callable[[argparse.Namespace], int | None]
+ENCODER_OPTIONS = ("encoder", "encoder_weights", "encoder_depth", "decoder_channels")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -94,14 +97,15 @@ def _integers(text: str, separator: str, what: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
 
-def build_network(arch: str, options: argparse.Namespace, channels: int, classes: int, **extra) -> Network:
-    """The network that --features, --norm and --upsample describe; `extra`: further keywords of the network.
+def build_network(arch: str, options: argparse.Namespace, channels: int, classes: int, **extra) -> Network | EncodedNetwork:
+    """The network that --features or --encoder, --norm and --upsample describe; `extra`: further keywords of the network.
 
     Raises:
         InputError: a value is out of range.
     """
+    encoder = {} if getattr(options, "encoder", None) is None else encoder_options(options)
     keywords = {
-        "features": options.features,
+        **(encoder or {"features": options.features}),
         "norm": None if options.norm == "none" else options.norm,
         "upsample": options.upsample,
         **extra,
@@ -110,3 +114,9 @@ def build_network(arch: str, options: argparse.Namespace, channels: int, classes
         return (UNetPlusPlus if arch == "unet++" else UNet)(channels, classes, **keywords)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def encoder_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of a network over an encoder."""
+    found = {keyword: getattr(options, keyword) for keyword in ENCODER_OPTIONS}
+    return {keyword: value for keyword, value in found.items() if value is not None}

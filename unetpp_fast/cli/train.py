@@ -25,6 +25,7 @@ from ..training import captured, checkpoint, memory_budget, processes, run_folde
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from .arguments import (
+    ENCODER_OPTIONS,
     Commands,
     add_command,
     add_device,
@@ -45,6 +46,7 @@ def add_parser(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     _add_network(train)
+    _add_encoder(train)
     train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
     batch = train.add_mutually_exclusive_group()
     batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
@@ -84,12 +86,24 @@ def _add_network(train: argparse.ArgumentParser) -> None:
         "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,
         help="norm after each convolution (default: batch; with --task: none)",
     )  # fmt: skip
-    train.add_argument("--upsample", choices=engine_options(UPSAMPLES), default="deconv", help="up-sampling")
+    train.add_argument(
+        "--upsample", choices=engine_options(UPSAMPLES), default=argparse.SUPPRESS,
+        help="up-sampling (default: deconv; over an encoder nearest)",
+    )  # fmt: skip
     train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="probability (default: 0; with --task: 0.5)")
     train.add_argument(
         "--deep-supervision", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="a head at each depth of UNet++, needed to prune it (default: yes; with --task: no)",
     )  # fmt: skip
+
+
+def _add_encoder(train: argparse.ArgumentParser) -> None:
+    """Adds the options of a network over an encoder."""
+    train.add_argument("--encoder", help="a name of timm, such as resnet34, in place of --features: UNet++ over it")
+    train.add_argument("--encoder-weights", help="imagenet, or a file with its weights (default: none)")
+    train.add_argument("--encoder-depth", type=int, help="the number of its maps (default: 5)")
+    train.add_argument("--decoder-channels", type=width_list, help="widths, deepest first (default: 256,128,64,32,16)")
+    train.add_argument("--freeze-encoder", action="store_true", help="train everything but the encoder")
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
@@ -100,12 +114,13 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
         task = TASKS[options.task]
         defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
         defaults["deep_supervision"] = False
-    defaults["features"] = PAPER_FEATURES[options.arch]
+    defaults |= {"features": PAPER_FEATURES[options.arch], "upsample": "nearest" if options.encoder else "deconv"}
     return argparse.Namespace(**{**defaults, **vars(options)})
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains on a folder and prints where the result is; returns the exit code."""
+    _check_encoder(options)
     options = with_defaults(options)
     with processes.joined(options.device) as name:
         device = choose_device(name)
@@ -133,8 +148,12 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
+    if options.resume:
+        options.encoder_weights = None  # those of the run are loaded
     network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
     network.recompute = options.recompute
+    if options.freeze_encoder:
+        network.freeze_encoder()
     patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
     recipe = _with_batch_size(recipe, network, patches, options)
@@ -154,9 +173,10 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
     if options.capture and not recipe.capture and device.type == captured.DEVICE:
         _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
+    name = f"{options.arch} over {options.encoder}" if options.encoder else options.arch
     together = f", {processes.size()} processes" if processes.size() > 1 else ""
     _say(
-        f"{options.arch}: {parameter_count(network):,} parameters, {len(training)} images to train, "
+        f"{name}: {parameter_count(network):,} parameters, {len(training)} images to train, "
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
@@ -208,13 +228,25 @@ def _with_batch_size(recipe: Recipe, network: Network, patches: Patches, options
     return replace(recipe, batch_size=batch_size)
 
 
+def _check_encoder(options: argparse.Namespace) -> None:
+    """Raises InputError for options that do not go with --encoder, or without it."""
+    if options.encoder is None:
+        given = [name for name in (*ENCODER_OPTIONS, "freeze_encoder") if getattr(options, name)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} needs --encoder")
+    elif options.arch != "unet++" or hasattr(options, "features"):
+        what = "--features" if hasattr(options, "features") else f"--arch {options.arch}"
+        raise InputError(f"--encoder does not go with {what}: it makes a unet++ as wide as the encoder's maps")
+    elif options.reproducible:
+        raise InputError("--reproducible does not go with --encoder, whose layers are another library's")
+
+
 def _check_patches(network: Network, options: argparse.Namespace) -> None:
     """Raises InputError unless --patch and --patches-per-image suit the network."""
-    multiple = network.topology.multiple
+    multiple = network.multiple
     if options.patch < 1 or options.patch % multiple:
-        raise InputError(
-            f"--patch must be a positive multiple of {multiple} for {len(options.features)} levels, not {options.patch}"
-        )
+        levels = f"the encoder {options.encoder}" if options.encoder else f"{len(options.features)} levels"
+        raise InputError(f"--patch must be a positive multiple of {multiple} for {levels}, not {options.patch}")
     if options.patches_per_image < 1:
         raise InputError(f"--patches-per-image must be at least 1, not {options.patches_per_image}")
 

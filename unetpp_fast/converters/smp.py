@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ..architecture.options import Option
 from ..architecture.topology import Node, Topology
 from ..models.encoder_network import EncodedNetwork
+from ..models.encoder_parts import Encoder
 from .peer import Pair, Peer, act_option, fill, input_order, nest, norm_option, same
 
 GATES = {"squeeze": "cSE.1", "excite": "cSE.3", "pixel": "sSE.0"}
+KEPT = {"encoder": "encoder", "unused": "decoder.center", "heads": "segmentation_head.0"}
 FINALS = {nn.Identity: "plain", nn.Sigmoid: "sigmoid", nn.Softmax: "softmax"}
 
 
@@ -106,13 +108,15 @@ class Smp(Peer):
 
     def pairs(self, network: EncodedNetwork) -> Iterator[Pair]:
         topology = network.topology
+        if len(topology.heads) > 1:
+            raise ValueError(f"this model cannot be written as a {self.title}, which has one head: prune(level) it first")
         nodes = {f"nodes.{node.name}": node for node in topology.nodes}
         for ours in network.state_dict():
-            place = re.match(r"encoder\.|unused\.|head\.|last\.|nodes\.\w+\.", ours)[0].rstrip(".")
+            place = re.match(r"encoder\.|unused\.|(heads|lasts|nodes)\.\w+\.", ours)[0].rstrip(".")
             rest = ours[len(place) + 1 :]
-            if place in ("encoder", "unused", "head"):
-                theirs = {"encoder": "encoder", "unused": "decoder.center", "head": "segmentation_head.0"}[place]
-                yield Pair(ours, f"{theirs}.{rest}")
+            part = place.partition(".")[0]
+            if part in KEPT:
+                yield Pair(ours, f"{KEPT[part]}.{_in_encoder(network.encoder, rest) if part == 'encoder' else rest}")
                 continue
             node = nodes.get(place)
             block = _block_name(*node.position, topology.depth) if node else f"x_0_{topology.depth}"
@@ -129,6 +133,14 @@ class Smp(Peer):
         ):
             return None, 1
         return input_order(topology, node, self.order), 0 if inner == "excite" else 1
+
+
+def _in_encoder(encoder: nn.Module, ours: str) -> str:
+    """smp's name within its encoder; timm's encoders are those that smp calls "tu-" and their name."""
+    if not isinstance(encoder, Encoder):
+        return ours
+    inner = ours.removeprefix("body.")
+    return inner if encoder.name is None else f"model.{inner}"
 
 
 def _block_name(level: int, column: int, depth: int) -> str:

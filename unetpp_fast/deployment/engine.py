@@ -82,7 +82,7 @@ class Engine(nn.Module):
                 tensors = call.tensors()
                 return tensors, all_operands(structure.plan, tensors, modes, dtype)
 
-        tensors, composed = self._once(("engine", dtype, call.x.device), make)
+        tensors, composed = self._once(("engine", structure.handle, dtype, call.x.device), make)
 
         def run(x: Inputs, columns: Sequence[int]) -> list[Tensor]:
             if name == "cpu":

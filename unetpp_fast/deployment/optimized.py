@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
-from ..architecture.output_forms import FORMS, Outputs
+from ..architecture.output_forms import Outputs
 from ..architecture.precision import PRECISIONS
 from ..common.errors import InputError, first_line
 from ..converters.converter import convert
@@ -26,11 +26,9 @@ from ..models.network import Network
 from ..models.prediction import (
     MODES,
     check_image,
-    crop,
     evaluating,
     logits_of_any_size,
     mean_probabilities,
-    pad_to_multiple,
 )
 from .engine import Engine
 from .folding import folded, folded_encoder
@@ -133,28 +131,30 @@ class OptimizedModule(Engine):
     """What `optimize` returns for a network over an encoder. The encoder runs in PyTorch, channels-last and with its batch
     norms folded; the rest as in `Optimized`. Its `state_dict()` holds the weights, not the code of the encoder."""
 
-    def __init__(self, network: EncodedNetwork, dtype: torch.dtype | None):
+    def __init__(self, network: EncodedNetwork, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__(network, dtype)
+        self.pruned, self.mode = pruned, mode
         self.layout = torch.channels_last if network.topology.spatial_dims == 2 else torch.channels_last_3d
         network.encoder, self.norms = folded_encoder(network.encoder, network.sample())
         network.encoder = network.encoder.requires_grad_(False).to(memory_format=self.layout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the original model returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
+    def forward(self, x: Tensor) -> Outputs:
+        """What the original model, pruned, returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
 
         Raises:
             TypeError, ValueError: the network does not take `x`.
         """
         x = self._cast(x)
         self.network.check(x)
-        return FORMS[self.network.form]([self._logits(x)], False)
+        return self.network.shaped(self._logits(x, all_heads=self.network.deep_supervision and not self.pruned))
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
-        """Probabilities for any size; see `EncodedNetwork.predict`."""
+        """Probabilities for any size; see `Optimized.predict`."""
         x = self._cast(x)
         check_image(self.network, x, activation)
-        logits = self._logits(pad_to_multiple(x, self.network.multiple))
-        return mean_probabilities([crop(logits, x.shape[2:])], activation)
+        all_heads = self.mode == "accurate"
+        logits = logits_of_any_size(self.network, x, lambda padded: self._logits(padded, all_heads))
+        return mean_probabilities(logits, activation)
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> str:
@@ -162,25 +162,27 @@ class OptimizedModule(Engine):
         x = self._cast(x)
         self.network.check(x)
         with self._precision(x):
-            call = self._call(x)
+            call = self._call(self.network, x)
             text = describe(call, *dispatch.choose(call))
         encoder = f"PyTorch    encoder, channels-last: {self.norms}"
         print(encoder)
         return f"{text}\n{encoder}"
 
-    def _call(self, x: Tensor) -> Call:
-        return Call(self.network.nest, self.network.maps(x.to(memory_format=self.layout)))
+    def _call(self, network: EncodedNetwork, x: Tensor) -> Call:
+        return Call(network.nest, network.maps(x.to(memory_format=self.layout)))
 
     @torch.no_grad()
-    def _logits(self, x: Tensor) -> Tensor:
-        """`[N, classes, *S]` for a size that the network takes."""
+    def _logits(self, x: Tensor, all_heads: bool) -> list[Tensor]:
+        """`[N, classes, *S]` of every head, or only of the deepest, for a size that the network takes."""
+        network = self.network if all_heads else self.network.part(self.network.topology.heads[-1], keep_heads=False)
         with self._precision(x):
-            call = self._call(x)
+            call = self._call(network, x)
             name, _ = dispatch.choose(call)
             if name == "reference":
-                nest = self._once(("plain",), lambda: folded(self.network.nest))
-                return reference.forward(nest, call.inputs)[0]
-            return self._by_engine(name, call)(call.inputs, call.network.topology.heads)[0]
+                key = ("plain",) if network is self.network else ("plain", "deepest")
+                nest = self._once(key, lambda: folded(network.nest))
+                return reference.forward(nest, call.inputs)
+            return self._by_engine(name, call)(call.inputs, call.network.topology.heads)
 
 
 def optimize(
@@ -212,16 +214,11 @@ def optimize(
     if not isinstance(model, (Network, EncodedNetwork)):
         with evaluating(model):
             model = convert(model)
-    if isinstance(model, EncodedNetwork):
-        if level is not None:
-            raise ValueError("a network over an encoder has one head: leave level=None")
-        own = next(model.parameters()).dtype
-        return OptimizedModule(_own_copy(model, dtype), dtype or (own if own.itemsize < 4 else None))
     topology, pruned = model.topology, level is not None
     kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
     part = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
-    own = next(model.parameters()).dtype
-    return Optimized(_own_copy(part, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
+    own, kind = next(model.parameters()).dtype, OptimizedModule if isinstance(model, EncodedNetwork) else Optimized
+    return kind(_own_copy(part, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
 
 
 def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:

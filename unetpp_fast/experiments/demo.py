@@ -168,7 +168,7 @@ def milliseconds(models: Sequence[Network], sample: ArraySample, dtype: str = "f
         with autocast(device, dtype):
             model(x)
 
-    padded = [pad_to_multiple(image, model.topology.multiple) for model in models]
+    padded = [pad_to_multiple(image, model.multiple) for model in models]
     runs = {str(index): functools.partial(run, *pair) for index, pair in enumerate(zip(models, padded, strict=True))}
     with contextlib.ExitStack() as stack:
         for model in models:

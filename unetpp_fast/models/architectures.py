@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..architecture.options import Option, reduces_channels
 from ..architecture.topology import Topology, check_features
+from ..common.errors import InputError
+from .encoder_network import EncodedNetwork
+from .encoders import make_encoder
 from .network import Network
 
 PAPER_FEATURES = {
@@ -32,7 +37,12 @@ class UNetPlusPlus(Network):
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
         backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.
+        encoder: None, or what gives the first column of the grid: a name of timm (extra `encoders`) or a module that returns
+            a pyramid of maps. The result is then an `EncodedNetwork`; `over_encoder` says what further arguments it takes.
     """
+
+    def __new__(cls, *args: Any, encoder: str | nn.Module | None = None, **options: Any):
+        return super().__new__(cls) if encoder is None else over_encoder(encoder, *args, **options)
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class UNetPlusPlus(Network):
         dropout: float = 0.0,
         deep_supervision: bool = False,
         backend: str = "auto",
+        encoder: None = None,
     ):
         topology = Topology.nested(
             in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision,
@@ -56,6 +67,68 @@ class UNetPlusPlus(Network):
             topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout,
             deep_supervision=deep_supervision, backend=backend,
         )  # fmt: skip
+
+
+def over_encoder(
+    encoder: str | nn.Module,
+    in_channels: int = 3,
+    out_channels: int = 1,
+    *,
+    encoder_weights: str | os.PathLike | None = None,
+    encoder_depth: int = 5,
+    decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+    spatial_dims: int = 2,
+    norm: Option | None = "batch",
+    act: Option = "relu",
+    upsample: Option = "nearest",
+    dropout: float = 0.0,
+    attention: str | None = None,
+    deep_supervision: bool = False,
+    backend: str = "auto",
+) -> EncodedNetwork:
+    """UNet++ over an encoder, as `UNetPlusPlus(encoder=...)` makes it: layout, widths and defaults of smp's `UnetPlusPlus`.
+
+    Args:
+        encoder, encoder_weights, encoder_depth: `encoder`, `weights` and `depth` of `make_encoder`: a name of timm or a
+            module; "imagenet", a file or None; the number of its maps, 2 to 7.
+        decoder_channels: widths of X(i,depth - i), deepest first, then that of the last blocks at the image size; of more
+            than `encoder_depth` the last ones. All other nodes are as wide as the encoder's map of their level.
+        attention: None or "scse", gates on the input and output of each node.
+        norm, act, upsample, dropout, backend: as in `UNetPlusPlus`; convolutions before a norm have no bias.
+        deep_supervision: a last block and a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
+
+    Raises:
+        InputError: a ValueError; see `make_encoder`, or another argument does not fit.
+    """
+    if attention not in (None, "scse"):
+        raise InputError(f'attention must be None or "scse", not {attention!r}')
+    body, features = make_encoder(
+        encoder, in_channels=in_channels, spatial_dims=spatial_dims, depth=encoder_depth, weights=encoder_weights
+    )
+    if len(decoder_channels) < encoder_depth or not all(isinstance(width, int) and width > 0 for width in decoder_channels):
+        raise InputError(
+            f"decoder_channels must be {encoder_depth} positive integers, one per map of the encoder, not"
+            f" {decoder_channels!r}"
+        )
+    *widths, last_width = decoder_channels[-encoder_depth:]
+    depth = encoder_depth - 1
+    topology = Topology.nested(
+        in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision, up_width=_up_width(features, upsample),
+        widths={(depth - 1 - place, place + 1): width for place, width in enumerate(widths)},
+    )  # fmt: skip
+    return EncodedNetwork(
+        body, topology, last_width, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, bias=norm is None,
+        attention=attention is not None, deep_supervision=deep_supervision, backend=backend,
+    )  # fmt: skip
+
+
+def from_config(config: Mapping[str, Any], backend: str = "auto") -> Network | EncodedNetwork:
+    """The network that a `config` describes, with new weights.
+
+    Raises:
+        InputError: it is over an encoder that no config describes, or that is not installed.
+    """
+    return (EncodedNetwork if "encoder" in config else Network).from_config(config, backend)
 
 
 class UNet(Network):

@@ -1,23 +1,33 @@
 """UNet++ over any encoder: the first column of the grid is another library's module, the rest is ours.
 
 The layout is that of segmentation_models_pytorch (smp): the encoder returns maps at 1/2, 1/4, ... of the image size; the
-nest spans them; a last block without a skip connection brings X(0,depth) to the image size, and a 3x3 head follows.
-The encoder runs in PyTorch, the rest by any backend (`Nest`).
+nest spans them; a last block without a skip connection brings X(0,depth) to the image size, and a 3x3 head follows. With
+deep supervision each X(0,j) has a last block and a head of its own, so that the network pruned to level j is what smp builds
+over an encoder of j + 1 maps. The encoder runs in PyTorch, the rest by any backend (`Nest`).
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..architecture.input_checks import check_input
 from ..architecture.layers import NodeModule, initialise, make_conv
-from ..architecture.options import Option
-from ..architecture.output_forms import FORMS, check_form
+from ..architecture.options import Option, learned_upsample
+from ..architecture.output_forms import FORMS, Outputs, check_form
 from ..architecture.topology import Topology
+from ..common.errors import InputError
 from ..execution import dispatch
 from ..execution.fused.structure import structure_of
-from .prediction import check_image, crop, evaluating, mean_probabilities, pad_to_multiple
+from . import prediction
+from .encoder_parts import Encoder, truncated
+from .encoders import make_encoder
+from .prediction import evaluating
 
 
 class ChannelSpatialGate(nn.Module):
@@ -55,20 +65,20 @@ class Nest(nn.Module):
     whose input are the encoder's maps.
 
     Its levels are counted from the image's size, so node x0_1 of the `EncodedNetwork` is X(1,1) here, and its last block
-    X(0,depth + 1) (`Topology.over_maps`).
+    after X(0,j) is X(0,j + 1) (`Topology.over_maps`).
     """
 
     def __init__(self, whole: EncodedNetwork):
         super().__init__()
-        nodes, last_width = whole.topology.nodes, whole.last.conv2.out_channels
-        self.topology, self.out_channels = whole.topology.over_maps(last_width), whole.out_channels
-        attention = isinstance(whole.last, GatedNode)
+        nodes = whole.topology.nodes
+        self.topology, self.out_channels = whole.topology.over_maps(whole.last_width), whole.out_channels
         unused = {"odd_sizes": False, "downsample": "pool", "head_bias": True}
-        self.options = {**whole.options, **unused, "attention": attention, "head_taps": 3}
+        self.options = {**whole.options, **unused, "attention": whole.attention, "head_taps": 3}
         self.follow(whole)
-        last = self.topology.nodes[-1].name
+        names = {whole.topology[0, column].name: self.topology[0, column + 1].name for column in whole.topology.heads}
         inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
-        self.nodes, self.heads = nn.ModuleDict({**inner, last: whole.last}), nn.ModuleDict({last: whole.head})
+        self.nodes = nn.ModuleDict({**inner, **{mine: whole.lasts[name] for name, mine in names.items()}})
+        self.heads = nn.ModuleDict({mine: whole.heads[name] for name, mine in names.items()})
         self.refresh_handle()
 
     def refresh_handle(self) -> None:
@@ -83,21 +93,22 @@ class Nest(nn.Module):
 
     def is_of(self, whole: EncodedNetwork) -> bool:
         """Whether these are still the modules of `whole`."""
-        theirs = [*whole.nodes.values(), whole.last, whole.head]
+        theirs = [*whole.nodes.values(), *whole.lasts.values(), *whole.heads.values()]
         mine = [*self.nodes.values(), *self.heads.values()]
         return len(mine) == len(theirs) and all(one is other for one, other in zip(mine, theirs, strict=True))
 
 
 class EncodedNetwork(nn.Module):
-    """A nest over the maps of an encoder.
+    """A nest over the maps of an encoder: what `UNetPlusPlus(encoder=...)` and, for smp's networks, `convert` build.
 
     Args:
         encoder: maps `[N, C, *S]` to a list of `[N, C_k, *S / 2^k]`, k = 0, 1, ... `topology.depth` + 1. The first, at the
             image size, is not used.
         topology: the nest; its level i has the encoder's map at 1/2^(i+1), and its column 0 is the encoder's.
-        last_width: channels of the last block, at the image size.
+        last_width: channels of the last blocks, at the image size.
         out_channels: classes of the mask.
-        norm, act, upsample, bias: as in `Network`; `attention` adds gates to every node.
+        norm, act, upsample, dropout, bias: as in `Network`; `attention` adds gates to every node.
+        deep_supervision: return a list of logits, one per head of the topology.
         form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
         backend: of everything but the encoder, as in `Network`.
         unused: a module kept for its weights and never run.
@@ -115,35 +126,51 @@ class EncodedNetwork(nn.Module):
         norm: Option | None = "batch",
         act: Option = "relu",
         upsample: Option = "nearest",
+        dropout: float = 0.0,
         bias: bool = False,
         attention: bool = False,
+        deep_supervision: bool = False,
         form: str = "plain",
         backend: str = "auto",
         unused: nn.Module | None = None,
     ):
         super().__init__()
-        self.topology, self.out_channels, self.form = topology, out_channels, check_form(form)
-        self.options = {"norm": norm, "act": act, "upsample": upsample, "dropout": 0.0, "bias": bias}
+        self.topology, self.out_channels, self.last_width = topology, out_channels, last_width
+        self.form, self.deep_supervision, self.attention = check_form(form), deep_supervision, attention
+        self.options = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias}
         dims, kind = topology.spatial_dims, GatedNode if attention else NodeModule
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             if node.column:
                 up = (topology.low_width(node), node.up_width)
                 self.nodes[node.name] = kind(topology.convolutions(node), up, dims, **self.options)
-        width = topology[0, topology.depth].width
-        self.last = kind(((width, last_width), (last_width, last_width)), (width, width), dims, **self.options)
-        self.head = make_conv(last_width, out_channels, dims, 3)
+        self.lasts, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for node in (topology[0, column] for column in topology.heads):
+            convolutions = (node.width, last_width), (last_width, last_width)
+            self.lasts[node.name] = kind(convolutions, (node.width, node.width), dims, **self.options)
+            self.heads[node.name] = make_conv(last_width, out_channels, dims, 3)
         initialise(self, act)
-        self.encoder, self.unused = encoder, unused
+        self.encoder, self.unused, self.encoder_frozen = encoder, unused, False
         self.backend = dispatch.check(backend)
         self.refresh_handle()
 
+    @property
+    def last(self) -> nn.Module:
+        """The last block after the deepest node."""
+        return self.lasts[self.topology[0, self.topology.heads[-1]].name]
+
+    @property
+    def head(self) -> nn.Module:
+        """The deepest head."""
+        return self.heads[self.topology[0, self.topology.heads[-1]].name]
+
     def refresh_handle(self) -> None:
         """As `Network.refresh_handle`."""
+        self._parts: dict[tuple[int, bool], tuple[nn.Module, EncodedNetwork]] = {}
         self._nests = (Nest(self),)  # a tuple, or it would be a part
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_nests"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_nests", "_parts")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -151,7 +178,17 @@ class EncodedNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> EncodedNetwork:
         super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
         self.nest.follow(self)
+        return self
+
+    def freeze_encoder(self, frozen: bool = True) -> EncodedNetwork:
+        """Keeps the encoder as it is: no gradients, and its batch norms keep their statistics in training mode too, until
+        `freeze_encoder(False)`. Returns this network."""
+        self.encoder_frozen = frozen
+        self.encoder.requires_grad_(not frozen)
+        self.encoder.train(self.training and not frozen)
         return self
 
     @property
@@ -167,14 +204,18 @@ class EncodedNetwork(nn.Module):
         """Every spatial axis of the image must be a multiple of this."""
         return 2 * self.topology.multiple
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The map `[N, out_channels, *S]` for `[N, C, *S]`: logits, or their form (`form`).
+    def forward(self, x: Tensor) -> Outputs:
+        """Logits `[N, out_channels, *S]` for `[N, C, *S]`, with `deep_supervision` a list, X(0,1) first; or their form.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or a size that is not a multiple of `multiple`.
         """
         self.check(x)
-        return FORMS[self.form]([self.logits(x)], False)
+        return self.shaped(self.logits(x))
+
+    def shaped(self, logits: Sequence[Tensor]) -> Outputs:
+        """As `Network.shaped`."""
+        return FORMS[self.form](logits, self.deep_supervision)
 
     def check(self, x: Tensor) -> None:
         """Raises one clear error if the network does not take `x`."""
@@ -186,9 +227,9 @@ class EncodedNetwork(nn.Module):
                 " crops any size"
             )
 
-    def logits(self, x: Tensor) -> Tensor:
-        """`[N, out_channels, *S]` for an image size that is a multiple of `multiple`."""
-        return dispatch.forward(self.nest, self.maps(x))[0]
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """`[N, out_channels, *S]` of each head, X(0,1) first, for an image size that is a multiple of `multiple`."""
+        return dispatch.forward(self.nest, self.maps(x))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1.
@@ -226,11 +267,111 @@ class EncodedNetwork(nn.Module):
             maps = self.maps(x)
         return self.nest, [one.detach().requires_grad_(trained) for one in maps]
 
-    def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
-        """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
+    def prune(self, level: int) -> EncodedNetwork:
+        """The network of the nodes with i + j <= level, the stages of the encoder that they read and the head of X(0,level);
+        it shares parameters and modules, as `Network.prune`.
 
-        activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
+        Raises:
+            ValueError: there is no head at `level`.
+
+        Warns:
+            UserWarning: the stages of this encoder cannot be told apart (`truncated`): it runs as a whole.
         """
-        check_image(self, x, activation)
-        with evaluating(self):
-            return mean_probabilities([crop(self.logits(pad_to_multiple(x, self.multiple)), x.shape[2:])], activation)
+        return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
+
+    def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> EncodedNetwork:
+        """A network over some of this network's nodes and heads: the same modules, nothing allocated."""
+        part = EncodedNetwork.__new__(EncodedNetwork)
+        nn.Module.__init__(part)
+        part.topology, part.deep_supervision, part.form = topology, deep_supervision, form
+        part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes if node.column})
+        names = [topology[0, column].name for column in topology.heads]
+        part.lasts = nn.ModuleDict({name: self.lasts[name] for name in names})
+        part.heads = nn.ModuleDict({name: self.heads[name] for name in names})
+        part.encoder, part.unused = self.encoder, None
+        if topology.depth < self.topology.depth:
+            part.encoder = truncated(self.encoder, topology.depth + 1, self.sample())
+            if part.encoder.remark:
+                warnings.warn(part.encoder.remark, stacklevel=3)
+        for name in ("out_channels", "last_width", "attention", "encoder_frozen"):
+            setattr(part, name, getattr(self, name))
+        self._set_up(part)
+        part.refresh_handle()
+        return part
+
+    def _set_up(self, part: EncodedNetwork) -> None:
+        for name in ("backend", "training", "options", "sync_group", "recompute"):
+            setattr(part, name, getattr(self, name))
+
+    def part(self, level: int, keep_heads: bool) -> EncodedNetwork:
+        """As `Network.part`; the network itself if it has no more than that."""
+        topology = self.topology.pruned(level, keep_heads=keep_heads)
+        if topology == self.topology:
+            return self
+        nest = self.nest  # which is made again, and the parts are forgotten, if a node was replaced
+        encoder, part = self._parts.get((level, keep_heads), (None, None))
+        if part is None or encoder is not self.encoder or not nest.is_of(self):
+            part = self.subnetwork(topology, deep_supervision=True)
+            self._parts[level, keep_heads] = self.encoder, part
+        self._set_up(part)
+        return part
+
+    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
+        """Probabilities `[N, out_channels, *S]` for any size, as `Network.predict`."""
+        return prediction.predict(self, x, mode, level, activation)
+
+    def gflop(self, size: Sequence[int]) -> float:
+        """10^9 floating-point operations of one image's forward pass at `size`: PyTorch's count of the
+        encoder, and that of the nest (see `Topology.gflop`)."""
+        encoder = copy.deepcopy(self.encoder).to("meta").eval()
+        dtype = self.head.weight.dtype
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            encoder(torch.empty(1, self.topology.in_channels, *size, device="meta", dtype=dtype))
+        learned = learned_upsample(self.options["upsample"])
+        nest = self.topology.over_maps(self.last_width)
+        return 1e-9 * counter.get_total_flops() + nest.gflop(size, out_channels=self.out_channels, head_taps=3, **learned)
+
+    @property
+    def config(self) -> dict:
+        """Plain data from which `from_config` rebuilds this network, without weights; its "encoder" is the name of timm's
+        encoder, None for a module of another kind, which no data describes."""
+        return {
+            "encoder": self.encoder.name if isinstance(self.encoder, Encoder) else None,
+            "encoder_frozen": self.encoder_frozen,
+            "topology": self.topology.to_dict(),
+            "last_width": self.last_width,
+            "out_channels": self.out_channels,
+            "deep_supervision": self.deep_supervision,
+            "form": self.form,
+            "attention": self.attention,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in self.options.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping, backend: str = "auto", encoder: nn.Module | None = None) -> EncodedNetwork:
+        """The network that `config` describes, with new weights.
+
+        encoder: for a config that names none: a module as in `UNetPlusPlus`.
+
+        Raises:
+            InputError: the config names no encoder and none is given; or timm is missing.
+        """
+        rest = dict(config)
+        name, frozen, topology = rest.pop("encoder"), rest.pop("encoder_frozen"), Topology.from_dict(rest.pop("topology"))
+        if name is None and encoder is None:
+            raise InputError(
+                "this network's encoder is a module of its own, which no file describes: build the network with it, then"
+                ' network.load_state_dict(torch.load(path, weights_only=True)["model"])'
+            )
+        given, widths = make_encoder(
+            name or encoder, in_channels=topology.in_channels, spatial_dims=topology.spatial_dims, depth=topology.depth + 1
+        )
+        expected = tuple(topology[level, 0].width for level in range(topology.depth + 1))
+        if widths != expected:
+            raise InputError(f"the encoder has maps of {widths} channels, the network was made for {expected}")
+        network = cls(given, topology, **rest, backend=backend)
+        return network.freeze_encoder() if frozen else network
+
+    def extra_repr(self) -> str:
+        heads = ", ".join(f"X(0,{column})" for column in self.topology.heads)
+        return f"spatial_dims={self.topology.spatial_dims}, depth={self.topology.depth}, heads: {heads}"

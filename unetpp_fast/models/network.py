@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.layers import NodeModule, initialise, make_conv
-from ..architecture.options import DOWNSAMPLES, UPSAMPLES, Option, parse_option
+from ..architecture.options import DOWNSAMPLES, Option, learned_upsample
 from ..architecture.output_forms import FORMS, Outputs, check_form
 from ..architecture.topology import Topology
 from ..execution import dispatch
@@ -182,10 +182,13 @@ class Network(nn.Module):
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
-        name, keywords = parse_option(self.options["upsample"], "upsample", UPSAMPLES)
-        learned = {"deconv": name == "deconv", "pixelshuffle": name == "pixelshuffle"}
-        learned["project"] = bool(keywords.get("project"))
+        learned = learned_upsample(self.options["upsample"])
         return self.topology.gflop(size, out_channels=self.out_channels, **learned)
+
+    @property
+    def multiple(self) -> int:
+        """Every spatial axis of the image must be a multiple of this."""
+        return self.topology.multiple
 
     @property
     def spare_heads(self) -> list[int]:

@@ -49,7 +49,7 @@ def logits_of_any_size(network: NetworkSpec, x: Tensor, run: Callable[[Tensor], 
 
     run: replaces `network.logits`.
     """
-    multiple = network.topology.multiple
+    multiple = network.multiple
     padded = pad_to_multiple(x, multiple)
     if leaves_one_value(network, padded):  # instance norm has no statistics of one pixel: give it two
         padded = F.pad(padded, (0, multiple) + (0, 0) * (x.ndim - 3), mode="replicate")

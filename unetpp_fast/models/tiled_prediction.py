@@ -227,8 +227,7 @@ def parse_bytes(text: int | str) -> int:
 
 def multiple_of(model: nn.Module) -> int:
     """What every axis of the model's input is padded to a multiple of."""
-    network = network_of(model)
-    return network.multiple if hasattr(network, "multiple") else network.topology.multiple
+    return network_of(model).multiple
 
 
 def network_of(model: nn.Module) -> nn.Module:

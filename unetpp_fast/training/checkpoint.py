@@ -12,6 +12,8 @@ import torch
 
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError, first_line
+from ..models.architectures import from_config
+from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 
 CHECKPOINT_FORMAT = 1
@@ -52,16 +54,18 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     return content
 
 
-def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network, dict[str, Any]]:
+def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network | EncodedNetwork, dict[str, Any]]:
     """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`.
 
     Raises:
-        InputError: as `load_checkpoint`, or the weights do not fit the network.
+        InputError: as `load_checkpoint`, or the weights do not fit the network, or its encoder cannot be made.
     """
     content = load_checkpoint(path, device)
     try:
-        network = Network.from_config(content["config"])
+        network = from_config(content["config"])
         network.load_state_dict(content["model"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content

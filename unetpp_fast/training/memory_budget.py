@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..architecture.precision import autocast_dtype
 from ..common.errors import InputError
-from ..execution import reference
 from ..models.network import Network
 from ..models.tiled_prediction import HEAP
 from .losses import BCEDiceLoss
@@ -67,11 +66,12 @@ def step_bytes(
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     kind = {"device": "meta", "dtype": half or torch.float32}
     shapes = copy.deepcopy(network).to(**kind).train()
+    shapes.backend, shapes.sync_group = "reference", ""
     loss = copy.deepcopy(loss or BCEDiceLoss()).to("meta")
     with _Peak() as peak:
         x = torch.empty(images, network.topology.in_channels, *size, **kind)
         mask = torch.empty(images, network.out_channels, *size, device="meta")
-        loss(reference.forward(shapes, x), mask).backward()
+        loss(shapes.logits(x), mask).backward()
     # Weights and the two moments of Adam. The peak includes the gradients, but in half precision only half their bytes: then
     # the other half comes on top, and the weights in half precision.
     kept = parameters * (4 if half else 3)

@@ -20,12 +20,15 @@ from ..common.errors import InputError, first_line
 from ..execution.batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 from ..models.network import Network
 
+KNOWN_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, SyncedBatchNorm2d, SyncedBatchNorm3d)
+
 
 def sync_batch_norm(network: Network, group: dist.ProcessGroup | None = None) -> Network:
     """Makes the network's batch norms take their training statistics over all processes of a group, in place.
 
     Call it before wrapping the network in `DistributedDataParallel`; the processes then train as one process would on all
     their images. Weights, buffers and the names in `state_dict` do not change. Other norms have no statistics over images.
+    An encoder's that are of a subclass of PyTorch's, which may do more than normalise, keep those of their own process.
 
     Args:
         network: a model of this package.
@@ -42,7 +45,7 @@ def sync_batch_norm(network: Network, group: dist.ProcessGroup | None = None) ->
 
     name = (group or dist.group.WORLD).group_name
     for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+        if type(module) in KNOWN_NORMS:
             flat = isinstance(module, nn.BatchNorm2d)
             module.__class__ = SyncedBatchNorm2d if flat else SyncedBatchNorm3d
             module.group_name = name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..architecture.layers import NodeModule
 from ..architecture.precision import autocast
 from ..models.network import Network
 from . import processes, reproducible
@@ -183,5 +184,6 @@ def _biases_before_norms(network: Network) -> list[nn.Parameter]:
     Their gradients are rounding errors, which differ with the number of processes and threads; Adam would make whole steps
     of them.
     """
-    pairs = [pair for node in network.nodes.values() for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
+    nodes = [module for module in network.modules() if isinstance(module, NodeModule)]
+    pairs = [pair for node in nodes for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
     return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]
