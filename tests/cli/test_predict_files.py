@@ -215,11 +215,11 @@ def test_wrong_axes_and_channels_and_missing_extras_are_named(tmp_path, capsys, 
     save(tmp_path / "m.pt", 3)
     arguments = ("predict", "--checkpoint", tmp_path / "m.pt", "--out", tmp_path / "out", "--images")
     Image.fromarray(values(9, 8, dtype=np.uint8)).save(tmp_path / "x.png")
-    assert "has the axes CYX, the model takes volumes" in fails(capsys, *arguments, tmp_path / "x.png")
+    assert "has the axes YX, the model takes volumes" in fails(capsys, *arguments, tmp_path / "x.png")
     store(tmp_path / "x.nii", np.zeros((2, 3, 4, 5)))
     assert "has 2 channel(s), the model takes 1" in fails(capsys, *arguments, tmp_path / "x.nii")
     for module, name, extra in (("tifffile", "x.tif", "tiff"), ("nibabel", "x.nii", "nifti")):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"II*\0")
         monkeypatch.setitem(sys.modules, module, None)
         text = fails(capsys, *arguments, tmp_path / name)
         assert f"{module} is missing: pip install 'unetpp_fast[{extra}]'" in text

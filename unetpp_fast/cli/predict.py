@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> None:
             if options.probabilities:
                 source.write(options.out / "probabilities" / label, name, probabilities[index])
         if source.is_picture:
-            write_png(options.out / "overlays" / f"{name}.png", pictures.overlay(source.values, masks))
+            picture = source.stored.real(source.images()[0])
+            write_png(options.out / "overlays" / f"{name}.png", pictures.overlay(picture, masks))
     overlays = f", {options.out / 'overlays'}" if source.is_picture else ""
     print(f"{len(images)} image(s): {options.out / 'masks'}{overlays}")
 
@@ -119,7 +120,7 @@ def _predict_scaled(
     device = next(network.parameters()).device
     probabilities = np.zeros((network.out_channels, *source.shape), np.float32)
     for image, part in zip(source.images(), source.parts(probabilities), strict=True):
-        small = scaled(image.astype(np.float32), (side, side))
+        small = scaled(source.stored.real(image).astype(np.float32), (side, side))
         x = torch.from_numpy(standardise(small))[None].to(device)
         prediction = network.predict(x, mode=options.mode, level=options.level)[0]
         part[:] = scaled(prediction.cpu().numpy(), image.shape[1:])

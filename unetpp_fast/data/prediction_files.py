@@ -18,8 +18,9 @@ import numpy as np
 
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError, first_line
-from .file_formats import FileFormat, Stored, all_endings, ending_of, find_images, format_of
+from .file_formats import FileFormat, all_endings, ending_of, find_images, format_of
 from .images import check_finite, rescale
+from .stored import Stored
 
 CHUNK_BYTES = 2**22
 # By the number of axes of the model and of the array: the axes that an array without names may have; the first that fits.
@@ -100,7 +101,7 @@ class Prepared:
 
     def __init__(self, source: Source, values: np.ndarray, prepare: Mapping[str, Any]):
         self.values, self.shape, self.window = values, (1, *values.shape), prepare.get("window")
-        self.slope, self.offset = source.stored.slope, source.stored.offset
+        self.stored = source.stored
         axes, count = tuple(range(1, values.ndim)), values[0].size
         self.mean = sum(chunk.sum(axis=axes, keepdims=True) for chunk in self._chunks()) / count
         squares = sum(((chunk - self.mean) ** 2).sum(axis=axes, keepdims=True) for chunk in self._chunks())
@@ -113,7 +114,7 @@ class Prepared:
             yield self._real(self.values[:, first : first + rows])
 
     def _real(self, values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float64) * self.slope + self.offset
+        return self.stored.real(values, physical=bool(self.window))
 
     def __getitem__(self, where: tuple[int | slice, ...]) -> np.ndarray:
         """float32 `[C, *tile]` at (0, slice, ...)."""
