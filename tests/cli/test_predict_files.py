@@ -141,6 +141,24 @@ def test_a_folder_of_several_formats(tmp_path):
     assert names == ["one.nii.gz", "three.png", "two.npy"]
 
 
+def test_a_bad_file_does_not_end_the_others(tmp_path, capsys):
+    save(tmp_path / "m.pt", 2)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "c"):
+        store(tmp_path / f"in/{name}.npy", values(9, 8))
+    Image.fromarray(values(9, 8, 3, dtype=np.uint8)).save(tmp_path / "in/b.png")
+    (tmp_path / "in/d.png").write_bytes(b"no picture")
+    arguments = ("predict", "--checkpoint", tmp_path / "m.pt", "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert run(*arguments) == 2
+    said = capsys.readouterr()
+    assert "2 image(s): " in said.out and sorted(path.name for path in (tmp_path / "out/masks/a").iterdir()) == [
+        "a.npy",
+        "c.npy",
+    ]
+    lines = [line for line in said.err.splitlines() if "error: " in line]
+    assert len(lines) == 2 and "b.png has 3 channel(s)" in lines[0] and "d.png cannot be read" in lines[1]
+
+
 def test_values_are_prepared_as_in_training(tmp_path):
     """Hounsfield units are mapped by the window in the checkpoint, after the scaling in the header."""
     nibabel = pytest.importorskip("nibabel", reason="writes NIfTI")

@@ -49,6 +49,13 @@ def write_png(path: Path, values: np.ndarray) -> None:
     write_atomic(path, lambda stream: image.fromarray(values).save(stream, format="PNG"))
 
 
+def write_palette_png(path: Path, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> None:
+    """Writes uint8 `[H, W]` as indices of a palette of three bytes a colour, atomically."""
+    picture = need("PIL.Image", "commands").fromarray(np.ascontiguousarray(labels))
+    picture.putpalette([byte for colour in palette for byte in colour])
+    write_atomic(path, lambda stream: picture.save(stream, format="PNG"))
+
+
 def check_finite(values: np.ndarray, what: Any) -> np.ndarray:
     """Returns `values`, or raises InputError naming `what` if there is NaN or infinity among them."""
     if not np.isfinite(values).all():

@@ -19,7 +19,7 @@ import numpy as np
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError, first_line
 from .file_formats import FileFormat, all_endings, ending_of, find_images, format_of
-from .images import check_finite, rescale
+from .images import check_finite, rescale, write_palette_png
 from .stored import Stored
 
 CHUNK_BYTES = 2**22
@@ -84,6 +84,13 @@ class Source:
         if values.dtype == bool:
             values = values.view(np.uint8) if self.format.foreground == 1 else values * np.uint8(self.format.foreground)
         write_atomic(folder / f"{name}{ending}", lambda stream: self.format.write(stream, values, self.stored))
+
+    def write_labels(self, folder: Path, name: str, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> None:
+        """Writes a label map, uint8 `[*shape]`, as `<folder>/<name>`: pictures with the palette, other formats without."""
+        if self.is_picture:
+            write_palette_png(folder / f"{name}.png", labels, palette)
+            return
+        self.write(folder, name, labels)
 
 
 class Prepared:

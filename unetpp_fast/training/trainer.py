@@ -55,7 +55,8 @@ class Trainer:
         about: plain data that goes into every checkpoint; a run is resumed only if it is the same.
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
             returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
-            show its settings: a run is resumed only if it is the same.
+            show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
+            one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
 
     Raises:
         InputError: the network returns something other than logits, or cannot be trained reproducibly as the recipe asks.
@@ -82,6 +83,7 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
         self.best, self.stale = -1.0, 0
         self.history: list[dict[str, float]] = []
+        self.scores: dict[str, Any] = {}  # of the last validation
         self._stop, self._told = False, ""
 
     @property
@@ -216,10 +218,15 @@ class Trainer:
         self._check_weights()
         with self.train_step.evaluating():
             settings = {"dtype": self.recipe.dtype, "loss": self.loss}
-            scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
+            self.scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
-        values = (self.epoch, train_loss, train_iou, *(scores.get(key, float("nan")) for key in ("loss", "iou", "dice")))
+        values = (
+            self.epoch,
+            train_loss,
+            train_iou,
+            *(self.scores.get(key, float("nan")) for key in ("loss", "iou", "dice")),
+        )
         row = dict(zip(run_folder.COLUMNS, values, strict=True))
         self.history.append(row)
         if self.validation:
@@ -240,6 +247,7 @@ class Trainer:
             return
         content = {"config": self.network.config, "model": self.network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
+        content |= {"scores": self.scores} if "confusion" in self.scores else {}
         if resumable:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             content |= {
