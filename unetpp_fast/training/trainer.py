@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..common.errors import InputError
 from ..common.extras import need
-from ..data.patches import Patches, load_batches
+from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
 from . import captured, processes, run_folder
@@ -85,6 +85,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.scores: dict[str, Any] = {}  # of the last validation
         self._stop, self._told = False, ""
+        self._loader = BatchLoader(patches, recipe.workers, self.device.type == "cuda")
 
     @property
     def unfinished(self) -> bool:
@@ -109,7 +110,7 @@ class Trainer:
             processes.Lost: another process ended; `last.pt` holds the last saved state.
         """
         progress = progress and processes.is_first()
-        with self._signals(), processes.watching():
+        with closing(self._loader), self._signals(), processes.watching():
             while self.unfinished:
                 row = self._run_epoch(progress)
                 if after_epoch:
@@ -171,8 +172,7 @@ class Trainer:
             mine.append([batch[index] for indices in micro_batches for index in indices])
         # A loader cannot stack an empty batch: it gets one image, which is dropped again.
         read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]
-        loader = load_batches(self.patches, read, self.recipe.workers, self.device.type == "cuda")
-        for items, (image, mask) in zip(mine, loader, strict=True):
+        for items, (image, mask) in zip(mine, self._loader.load(read), strict=True):
             yield image[: len(items)], mask[: len(items)]
 
     def _check_losses(self, recent: list[Tensor]) -> None:
@@ -216,6 +216,8 @@ class Trainer:
     def _finish_epoch(self) -> dict[str, float]:
         train_loss, train_iou = self._means()
         self._check_weights()
+        if self.validation:
+            self._save("last.pt", resumable=True)  # validating whole images may run out of memory
         with self.train_step.evaluating():
             settings = {"dtype": self.recipe.dtype, "loss": self.loss}
             self.scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
