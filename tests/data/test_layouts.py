@@ -54,6 +54,23 @@ def test_layouts_are_recognised(layout, binary, tmp_path):
         assert image.shape == (1, 6, 8) and np.array_equal(mask, wanted)
 
 
+def test_nnunet(tmp_path):
+    write(tmp_path, *((f"imagesTr/{k}_0000.png", f"labelsTr/{k}.png") for k in "ab"))
+    (tmp_path / "dataset.json").write_text(
+        '{"labels": {"background": 0, "b": 2, "a": 1, "ignore": 3}, "file_ending": ".png"}'
+    )
+    folder = read_folder(tmp_path)
+    assert folder.found == "found 2 images with label maps of 3 classes (background, a, b), 3 is ignored"
+    assert not folder.samples[0].load()[1][:, LABELS == 3].any() and folder.samples[0].name == "a"
+    write_picture(tmp_path / "imagesTr/a_0001.png", GREY)
+    with pytest.raises(InputError, match=r"a_0001\.png: expected one file per image"):
+        read_folder(tmp_path)
+    for text in ('{"labels": {"a": [1, 2]}}', "{}", "["):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(InputError, match=r"dataset\.json has no labels"):
+            read_folder(tmp_path)
+
+
 def test_class_folders_stay_masks(tmp_path):
     folder = read_folder(write_nuclei(tmp_path, count=3, classes=("a", "b")))
     assert folder.found == "found 3 images with masks of 2 classes (a, b)" and not folder.exclusive

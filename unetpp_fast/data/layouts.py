@@ -5,6 +5,7 @@ images/<id>.jpg, masks/<id>.png           label maps, or masks of one class (`IM
 <id>.jpg, <id>_mask.png                   the same in one folder (`MARKS`)
 train/..., val/...                        each of these in a folder for training and one for validation
 images/train/..., masks/train/...         likewise
+imagesTr/<id>_0000.png, labelsTr/<id>.png, dataset.json   label maps as nnU-Net v2 keeps them
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ def read_folder(root: Path, names: Sequence[str] | None = None, ignore: int | No
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder")
+    if (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir():
+        pairs, known, ignored = _nnunet(root)
+        return _of_pairs(pairs, None, names or known, ignored)
     parts = _split_folders(root)
     if parts:
         training, validation = parts
@@ -85,6 +89,26 @@ def read_folder(root: Path, names: Sequence[str] | None = None, ignore: int | No
     if pairs is None:
         raise InputError(_unrecognised(root))
     return _of_pairs(pairs, None, names, ignore)
+
+
+def _nnunet(root: Path) -> tuple[Pairs, list[str], int | None]:
+    """Images, names of the classes and the ignored value of a data set of nnU-Net v2 with one channel file per image."""
+    path = root / "dataset.json"
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        values = {name: int(value) for name, value in labels.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} has no labels such as {{'background': 0, 'a': 1}} ({first_line(error)})") from error
+    ignored = values.pop("ignore", None)
+    names = sorted(values, key=values.__getitem__)
+    if [values[name] for name in names] != list(range(len(names))):
+        raise InputError(f"{path} has the labels {values}: expected 0, 1, 2, ... without a gap")
+    files = find_images(root / "imagesTr")
+    several = next((path for key, path in files.items() if not key.endswith("_0000")), None)
+    if several:
+        raise InputError(f"{several}: expected one file per image, <id>_0000; save several channels as one colour picture")
+    images = {key.removesuffix("_0000"): path for key, path in files.items()}
+    return Pairs(images, files_by_id(root / "labelsTr", image_endings()), root / "labelsTr"), names, ignored
 
 
 def read_names(path: Path) -> list[str]:
