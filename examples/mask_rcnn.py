@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import unetpp_fast as uf
-from unetpp_fast.data.images import read_image, read_labels
+from unetpp_fast.data.images import read_image
+from unetpp_fast.data.masks import read_labels
 from unetpp_fast.experiments.demo import example
 
 

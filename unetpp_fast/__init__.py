@@ -23,11 +23,13 @@ from .models.feature_pyramid import backbone
 from .models.network import Network
 from .models.tiled_prediction import predict_tiled
 from .training.captured import capture
+from .training.exclusive import CrossEntropyDiceLoss
 from .training.losses import BCEDiceLoss
 from .training.metrics import dice_score, iou_score
 
 __all__ = [
     "BCEDiceLoss",
+    "CrossEntropyDiceLoss",
     "EncodedNetwork",
     "Network",
     "Node",

@@ -141,6 +141,24 @@ def test_a_folder_of_several_formats(tmp_path):
     assert names == ["one.nii.gz", "three.png", "two.npy"]
 
 
+def test_a_bad_file_does_not_end_the_others(tmp_path, capsys):
+    save(tmp_path / "m.pt", 2)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "c"):
+        store(tmp_path / f"in/{name}.npy", values(9, 8))
+    Image.fromarray(values(9, 8, 3, dtype=np.uint8)).save(tmp_path / "in/b.png")
+    (tmp_path / "in/d.png").write_bytes(b"no picture")
+    arguments = ("predict", "--checkpoint", tmp_path / "m.pt", "--images", tmp_path / "in", "--out", tmp_path / "out")
+    assert run(*arguments) == 2
+    said = capsys.readouterr()
+    assert "2 image(s): " in said.out and sorted(path.name for path in (tmp_path / "out/masks/a").iterdir()) == [
+        "a.npy",
+        "c.npy",
+    ]
+    lines = [line for line in said.err.splitlines() if "error: " in line]
+    assert len(lines) == 2 and "b.png has 3 channel(s)" in lines[0] and "d.png cannot be read" in lines[1]
+
+
 def test_values_are_prepared_as_in_training(tmp_path):
     """Hounsfield units are mapped by the window in the checkpoint, after the scaling in the header."""
     nibabel = pytest.importorskip("nibabel", reason="writes NIfTI")
@@ -215,11 +233,11 @@ def test_wrong_axes_and_channels_and_missing_extras_are_named(tmp_path, capsys, 
     save(tmp_path / "m.pt", 3)
     arguments = ("predict", "--checkpoint", tmp_path / "m.pt", "--out", tmp_path / "out", "--images")
     Image.fromarray(values(9, 8, dtype=np.uint8)).save(tmp_path / "x.png")
-    assert "has the axes CYX, the model takes volumes" in fails(capsys, *arguments, tmp_path / "x.png")
+    assert "has the axes YX, the model takes volumes" in fails(capsys, *arguments, tmp_path / "x.png")
     store(tmp_path / "x.nii", np.zeros((2, 3, 4, 5)))
     assert "has 2 channel(s), the model takes 1" in fails(capsys, *arguments, tmp_path / "x.nii")
     for module, name, extra in (("tifffile", "x.tif", "tiff"), ("nibabel", "x.nii", "nifti")):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"II*\0")
         monkeypatch.setitem(sys.modules, module, None)
         text = fails(capsys, *arguments, tmp_path / name)
         assert f"{module} is missing: pip install 'unetpp_fast[{extra}]'" in text

@@ -8,8 +8,9 @@ from PIL import Image
 
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data import file_formats, prediction_files
-from unetpp_fast.data.file_formats import FORMATS, FileFormat, Stored, files_by_id, find_images, format_of, volume_endings
+from unetpp_fast.data.file_formats import FORMATS, FileFormat, files_by_id, find_images, format_of, volume_endings
 from unetpp_fast.data.readers.nodule_crops import crop_folders
+from unetpp_fast.data.stored import Stored
 
 
 def read_text(path) -> np.ndarray:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unetpp_fast.data.images import read_image, read_mask
+from unetpp_fast.data.images import read_image
+from unetpp_fast.data.masks import read_mask
 
 
 @pytest.mark.parametrize(

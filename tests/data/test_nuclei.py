@@ -34,7 +34,7 @@ def test_nuclei_are_read_from_folders_of_images_and_masks_too(tmp_path):
     assert len(samples) == 2 and classes == ["nuclei"] and channels == 1
 
 
-def test_a_16_bit_image_keeps_its_depth_and_a_float_mask_is_thresholded_at_half(tmp_path):
+def test_a_16_bit_image_keeps_its_depth_and_a_float_mask_of_two_values_is_read(tmp_path):
     write_stage1(tmp_path, count=2)
     for name in ("cell0", "cell1"):
         folder = tmp_path / "stage1_train" / name
@@ -42,7 +42,7 @@ def test_a_16_bit_image_keeps_its_depth_and_a_float_mask_is_thresholded_at_half(
         write_picture(folder / "images" / f"{name}.png", ramp)
         for path in (folder / "masks").iterdir():
             path.unlink()
-        write_picture(folder / "masks" / "0.tif", np.linspace(0, 0.8, 48 * 48, dtype=np.float32).reshape(48, 48))
+        write_picture(folder / "masks" / "0.tif", np.linspace(0, 1, 48 * 48, dtype=np.float32).round().reshape(48, 48))
     samples, _, channels = NUCLEI.read(tmp_path)
     image, mask = samples[0].load()
     assert channels == 1 and len(np.unique(image)) == 48 * 48

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from unetpp_fast.data.patches import Patches, load_batches
+from unetpp_fast.data.patches import BatchLoader, Patches
 from unetpp_fast.data.samples import ArraySample
 
 
@@ -79,8 +81,36 @@ def test_workers_do_not_change_the_batches_or_the_random_state(workers):
     patches = Patches([make_sample(20, 30)], 8, 6, seed=0)
     batches = patches.batches(0, 4)
     before = torch.get_rng_state()
-    loaded = list(load_batches(patches, batches, workers, pin=False))
+    loaded = list(BatchLoader(patches, workers, pin=False).load(batches))
     assert torch.equal(torch.get_rng_state(), before)
     for (image, mask), batch in zip(loaded, batches, strict=True):
         assert torch.equal(image, torch.stack([patches[item][0] for item in batch]))
         assert torch.equal(mask, torch.stack([patches[item][1] for item in batch]))
+
+
+class CountedSample(ArraySample):
+    """Notes in a file that it was read, by whichever process."""
+
+    def load(self):
+        with open(self.name, "a") as stream:
+            stream.write("read\n")
+        return super().load()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_read_once_over_all_epochs(workers, tmp_path):
+    ramp = make_sample(20, 30)
+    names = [str(tmp_path / name) for name in "ab"]
+    patches = Patches([CountedSample(name, ramp.image, ramp.mask) for name in names], 8, 2, seed=0)
+    loader = BatchLoader(patches, workers, pin=False)
+    for epoch in range(3):
+        batches = patches.batches(epoch, 2)
+        for (image, _), batch in zip(loader.load(batches), batches, strict=True):
+            assert torch.equal(image, torch.stack([Patches([ramp, ramp], 8, 2, seed=0)[item][0] for item in batch]))
+    assert [Path(name).read_text() for name in names] == ["read\n"] * 2
+    unfinished = loader.load(patches.batches(3, 2))
+    next(unfinished)
+    unfinished.close()  # an interrupted epoch leaves nothing to the next
+    batches = patches.batches(4, 2)
+    assert torch.equal(next(iter(loader.load(batches)))[0], torch.stack([patches[item][0] for item in batches[0]]))
+    loader.close()

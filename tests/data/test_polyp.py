@@ -40,7 +40,7 @@ def test_frames_of_one_video_are_one_group(tmp_path):
     ("damage", "says"),
     [
         (lambda root: (root / "Ground Truth/2.tif").unlink(), r"Original/2\.tif has no mask in .*Ground Truth"),
-        (lambda root: truncate(root / "Original/2.tif"), r"Original/2\.tif cannot be read as an image"),
+        (lambda root: truncate(root / "Original/2.tif"), r"Original/2\.tif cannot be read as TIFF"),
         (lambda root: write_picture(root / "Ground Truth/2.tif", disc(9, 9, (4, 4), 3)), r"2\.tif is 9x9 but .* 36x52"),
         (lambda root: write_picture(root / "Original/2.tif", np.ones((36, 52), np.uint8)), r"Original/2\.tif is grey"),
     ],

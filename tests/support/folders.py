@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unetpp_fast.data.images import read_labels
+from unetpp_fast.data.masks import read_labels
 from unetpp_fast.experiments.demo import example
 
 SIDE = 48

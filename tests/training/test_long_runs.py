@@ -21,7 +21,7 @@ import unetpp_fast as uf
 from unetpp_fast.cli import parser, train
 from unetpp_fast.common import atomic_files
 from unetpp_fast.common.errors import InputError
-from unetpp_fast.data.patches import Patches, load_batches
+from unetpp_fast.data.patches import BatchLoader, Patches
 from unetpp_fast.data.samples import ArraySample, find_samples
 from unetpp_fast.execution import reference
 from unetpp_fast.training import checkpoint, memory_budget, processes, run_folder
@@ -196,7 +196,7 @@ def test_a_worker_process_that_dies_is_one_line(folder):
     patches = Dies(samples, 32, per_image=1, seed=0)
     batches = [[(0, draw)] for draw in range(5)]
     with pytest.raises(InputError, match=r"^a process that reads images ahead died \(.*\): use fewer --workers") as caught:
-        list(load_batches(patches, batches, 1, pin=False))
+        list(BatchLoader(patches, 1, pin=False).load(batches))
     assert "\n" not in str(caught.value)
 
 
@@ -207,7 +207,7 @@ def test_an_image_that_cannot_be_read_is_one_line(tmp_path, workers):
     Image.new("L", (8, 8)).save(samples[1].masks[0])
     patches = Patches(samples, 32, per_image=1, seed=0)
     with pytest.raises(InputError, match=r"^mask .*cell1\.png is 8x8 but its image .* have the same size$"):
-        list(load_batches(patches, [[(0, 0)], [(0, 1)]], workers, pin=False))
+        list(BatchLoader(patches, workers, pin=False).load([[(0, 0)], [(0, 1)]]))
 
 
 def test_a_step_s_memory_is_counted_from_its_tensors():

@@ -163,6 +163,24 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(folder, tmp_path, monkeyp
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_run_that_fails_in_its_first_validation_resumes_exactly(folder, tmp_path, monkeypatch):
+    make_trainer(folder, tmp_path / "whole").fit(progress=False)
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("validating whole images")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(trainer_module, "evaluate", fails)
+        make_trainer(folder, tmp_path / "broken").fit(progress=False)
+    content = load_checkpoint(tmp_path / "broken/last.pt")
+    assert content["epoch"] == 0 and content["progress"]["step"] == 4
+    resumed = make_trainer(folder, tmp_path / "broken")
+    torch.manual_seed(99)
+    resumed.resume()
+    resumed.fit(progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def arguments(folder: Path, out: Path) -> list[str]:
     """A training long enough to be killed in its first epochs."""
     settings = ["--epochs", str(EPOCHS), "--patches-per-image", "6", "--patience", str(EPOCHS)]

@@ -82,6 +82,15 @@ def width_list(text: str) -> tuple[int, ...]:
     return _integers(text, ",", "a list of widths such as 32,64,128,256,512")
 
 
+def label(text: str) -> int | None:
+    """`255` as 255, `none` as None."""
+    if text == "none":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a value of a label map such as 255, or none")
+    return int(text)
+
+
 def byte_count(text: str) -> int:
     """`512M` as 512 * 2^20."""
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,12 @@ from ..models.network import Network
 from ..training import checkpoint
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
+FAILED = 2
+
 
 def add_parser(commands: Commands) -> None:
     """Adds `predict` to the commands."""
-    predict = add_command(commands, "predict", run, "Write a mask per class and image, in the image's format.")
+    predict = add_command(commands, "predict", run, "Write masks or a label map of each image, in its format.")
     add_device(predict)
     predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a training")
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
@@ -40,34 +44,93 @@ def add_parser(commands: Commands) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Writes `masks/<class>/<id>` and, if asked for, probabilities in the format of each file; overlays of pictures."""
+@dataclass(frozen=True)
+class Job:
+    """What all files share. palette: of exclusive classes, which are written as label maps; otherwise None."""
+
+    network: Network
+    options: argparse.Namespace
+    classes: list[str]
+    prepare: dict[str, Any]
+    palette: list[list[int]] | None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes `masks/<class>/<id>` (label maps: `masks/<id>`) and, if asked for, probabilities in the format of each file;
+    overlays of pictures. A file that cannot be used is reported at the end; the exit code is then not 0."""
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
     network, content = checkpoint.load_model(options.checkpoint, device)
-    classes = class_names(network, content)
-    prepare = (content.get("about") or {}).get("prepare", {})
+    about = content.get("about") or {}
+    job = Job(network, options, class_names(network, content), about.get("prepare", {}), _palette(network, about))
     images = prediction_files.find(options.images)
+    refused: list[InputError] = []
+    drawn = False
     for name, path in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
-        source = prediction_files.read(path, network.topology.spatial_dims, network.topology.in_channels)
         try:
             with autocast(device, dtype):
-                if "size" in prepare:
-                    masks, probabilities = _predict_scaled(network, source, options, prepare["size"])
-                else:
-                    masks, probabilities = _predict_file(network, source, options, prepare)
-        except ValueError as error:
+                drawn |= _predict_one(job, name, path)
+        except InputError as error:
+            if len(images) == 1 or isinstance(error, OSError):  # nothing can be written
+                raise
+            refused.append(error)
+        except ValueError as error:  # an option does not fit
             raise InputError(str(error)) from error
-        for index, label in enumerate(classes):
-            source.write(options.out / "masks" / label, name, masks[index])
-            if options.probabilities:
-                source.write(options.out / "probabilities" / label, name, probabilities[index])
-        if source.is_picture:
-            write_png(options.out / "overlays" / f"{name}.png", pictures.overlay(source.values, masks))
-    overlays = f", {options.out / 'overlays'}" if source.is_picture else ""
-    print(f"{len(images)} image(s): {options.out / 'masks'}{overlays}")
+    overlays = f", {options.out / 'overlays'}" if drawn else ""
+    print(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
+    for error in refused:
+        print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
+    return FAILED if refused else 0
+
+
+def _predict_one(job: Job, name: str, path: Path) -> bool:
+    """Predicts and writes a file; returns whether it has an overlay."""
+    options, out = job.options, job.options.out
+    source = prediction_files.read(path, job.network.topology.spatial_dims, job.network.topology.in_channels)
+    if "size" in job.prepare:
+        masks, probabilities = _predict_scaled(job.network, source, options, job.prepare["size"])
+    else:
+        masks, probabilities = _predict_file(job, source)
+    if job.palette:
+        source.write_labels(out / "masks", name, masks[0], job.palette)
+    for index, label in enumerate(job.classes):
+        if not job.palette:
+            source.write(out / "masks" / label, name, masks[index])
+        if options.probabilities:
+            source.write(out / "probabilities" / label, name, probabilities[index])
+    if source.is_picture:
+        shown, colours = masks, pictures.COLOURS
+        if job.palette:
+            colours = np.array(job.palette[1:], np.float32)
+            shown = masks[0] == np.arange(1, len(job.classes)).reshape(-1, 1, 1)
+        picture = pictures.overlay(source.stored.real(source.images()[0]), shown, colours)
+        write_png(out / "overlays" / f"{name}.png", picture)
+    return source.is_picture
+
+
+def _palette(network: Network, about: dict) -> list[list[int]] | None:
+    """The colours of exclusive classes in a checkpoint.
+
+    Raises:
+        InputError: they are not three bytes for each class.
+    """
+    if not about.get("exclusive"):
+        return None
+    colours = about.get("palette")
+    known = isinstance(colours, list) and len(colours) == network.out_channels
+    if not known or any(bytes_of(colour) is None for colour in colours):
+        raise InputError(f"the checkpoint's palette is {colours!r}: expected {network.out_channels} colours of three bytes")
+    return colours
+
+
+def bytes_of(colour: Any) -> bytes | None:
+    """Three bytes, or None."""
+    try:
+        return bytes(colour) if len(colour) == 3 else None
+    except (TypeError, ValueError):
+        return None
 
 
 def class_names(network: Network, content: dict) -> list[str]:
@@ -86,27 +149,29 @@ def class_names(network: Network, content: dict) -> list[str]:
     return classes
 
 
-def _predict_file(
-    network: Network, source: prediction_files.Source, options: argparse.Namespace, prepare: dict
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Masks, bool, and probabilities, float32 or None, `[classes, *S]`, of a file; both are memory-mapped."""
-    chosen = {"mode": options.mode, "level": options.level}
+def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray, np.ndarray | None]:
+    """Masks, bool `[classes, *S]`, or labels, uint8 `[1, *S]`, of a file, and probabilities, float32
+    `[classes, *S]`, or None; memory-mapped."""
+    network, options, exclusive = job.network, job.options, job.palette is not None
+    chosen = {"mode": options.mode, "level": options.level, "activation": "softmax" if exclusive else "sigmoid"}
     images = source.images()
     size, tile = images[0].shape[1:], options.tile
     if tile is None and options.max_memory is not None:
         tile = tiled_prediction.choose_tile(network, size, options.max_memory, chosen)
     grid = tiled_prediction.make_grid(network, size, tile[0] if tile and len(tile) == 1 else tile, options.overlap)
     network.topology.pruned(network.topology.heads[-1] if options.level is None else options.level)
-    prepared = [prediction_files.Prepared(source, image, prepare) for image in images]
+    prepared = [prediction_files.Prepared(source, image, job.prepare) for image in images]
     shape = (network.out_channels, *source.shape)
-    masks = prediction_files.spool(shape, np.bool_, options.out)
+    masks = prediction_files.spool(
+        (1, *source.shape) if exclusive else shape, np.uint8 if exclusive else np.bool_, options.out
+    )
     probabilities = prediction_files.spool(shape, np.float32, options.out) if options.probabilities else None
     kept = source.parts(probabilities) if options.probabilities else [None] * len(images)
     bar = sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
     for image, mask, values in zip(prepared, source.parts(masks), kept, strict=True):
         for _, first, band in tiled_prediction.bands(network, image, grid, progress=bar, **chosen):
             rows = slice(first, first + band.shape[1])
-            mask[:, rows] = (band > options.threshold).numpy()
+            mask[:, rows] = (band.argmax(dim=0, keepdim=True) if exclusive else band > options.threshold).numpy()
             if values is not None:
                 values[:, rows] = band.numpy()
     return masks, probabilities
@@ -119,7 +184,7 @@ def _predict_scaled(
     device = next(network.parameters()).device
     probabilities = np.zeros((network.out_channels, *source.shape), np.float32)
     for image, part in zip(source.images(), source.parts(probabilities), strict=True):
-        small = scaled(image.astype(np.float32), (side, side))
+        small = scaled(source.stored.real(image).astype(np.float32), (side, side))
         x = torch.from_numpy(standardise(small))[None].to(device)
         prediction = network.predict(x, mode=options.mode, level=options.level)[0]
         part[:] = scaled(prediction.cpu().numpy(), image.shape[1:])

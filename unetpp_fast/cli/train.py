@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.options import NORMS, UPSAMPLES
@@ -16,12 +17,14 @@ from ..common import atomic_files
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
+from ..data.layouts import Folder, read_folder, read_names
 from ..data.patches import Patches
-from ..data.samples import groups, split
-from ..data.tasks import FOLDER, TASKS
+from ..data.samples import check_samples, groups, split
+from ..data.tasks import TASKS
 from ..models.architectures import PAPER_FEATURES, parameter_count
 from ..models.network import Network
 from ..training import captured, checkpoint, memory_budget, processes, run_folder
+from ..training.loss_table import LOSSES, choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from .arguments import (
@@ -33,16 +36,20 @@ from .arguments import (
     build_network,
     byte_count,
     engine_options,
+    label,
     width_list,
 )
 
 
 def add_parser(commands: Commands) -> None:
     """Adds `train` to the commands."""
-    train = add_command(commands, "train", run, "Train on a folder with images/<id>.png and masks/<class>/<id>.png.")
+    train = add_command(commands, "train", run, "Train on a folder of images with masks or label maps.")
     add_device(train)
-    train.add_argument("--data", type=Path, required=True, help="the folder with images/ and masks/, or the data of --task")
+    train.add_argument(
+        "--data", type=Path, required=True, help="a folder with images/ and masks/ (docs/data.md), or the data of --task"
+    )
     add_task(train)
+    _add_classes(train)
     train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     _add_network(train)
@@ -73,6 +80,13 @@ def add_parser(commands: Commands) -> None:
     train.add_argument("--seed", type=int, default=0, help="of the weights, the patches and the validation images")
     train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
     train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+
+
+def _add_classes(train: argparse.ArgumentParser) -> None:
+    """Adds the options of the loss and of label maps."""
+    train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
+    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
+    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
 
 
 def _add_network(train: argparse.ArgumentParser) -> None:
@@ -139,11 +153,14 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
     )  # fmt: skip
-    task = TASKS[options.task] if options.task else FOLDER
-    samples, classes, channels = task.read(options.data)
-    training, validation = split(samples, options.val_fraction, options.seed)
+    folder, channels = _read_data(options)
+    training, validation = folder.samples, folder.validation
+    if validation is None:
+        training, validation = split(folder.samples, options.val_fraction, options.seed)
+    classes, task = folder.classes, TASKS.get(options.task)
+    loss = choose_loss(options.loss, folder.exclusive)
     torch.manual_seed(options.seed)
-    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims}
+    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims if task else 2}
     if options.arch == "unet++":
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
@@ -156,7 +173,7 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         network.freeze_encoder()
     patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
-    recipe = _with_batch_size(recipe, network, patches, options)
+    recipe = _with_batch_size(recipe, network, patches, options, loss)
     _check_batches(network, patches, recipe)
     atomic_files.check_folder(options.out)
     about = {
@@ -165,9 +182,11 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         "patches_per_image": options.patches_per_image,
         "training": groups(training),
         "validation": groups(validation),
-        "prepare": task.prepare,
+        "prepare": task.prepare if task else {},
     }
-    trainer = Trainer(network, patches, validation, recipe, options.out, about)
+    if folder.exclusive:
+        about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
@@ -180,6 +199,19 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
+
+
+def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
+    """The samples that the options name, and the number of channels of the images; says what was found."""
+    if options.task:
+        if options.classes:
+            raise InputError("--classes names the values of label maps: leave it out with --task")
+        samples, classes, channels = TASKS[options.task].read(options.data)
+        return Folder(samples, classes, ""), channels
+    names = read_names(options.classes) if options.classes else None
+    folder = read_folder(options.data, names, options.ignore_index)
+    _say(folder.found)
+    return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
 
 def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
@@ -202,7 +234,18 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
         if report:
             report.close()
     _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
+        _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
+
+
+def _per_class(content: dict) -> str:
+    """The scores of the best epoch, a line per class; a class that occurs nowhere has none."""
+    rows = zip(content["about"]["classes"], content["scores"]["class_iou"], content["scores"]["class_dice"], strict=True)
+    return "\n".join(
+        f"  {name}: " + (f"IoU {iou:.4f}, Dice {dice:.4f}" if iou == iou else "not in the validation images")
+        for name, iou, dice in rows
+    )
 
 
 def _say(text: str) -> None:
@@ -210,7 +253,9 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _with_batch_size(recipe: Recipe, network: Network, patches: Patches, options: argparse.Namespace) -> Recipe:
+def _with_batch_size(
+    recipe: Recipe, network: Network, patches: Patches, options: argparse.Namespace, loss: nn.Module
+) -> Recipe:
     """The recipe with the largest batch that --max-memory, per process, allows; a resumed run keeps its batch size."""
     if options.max_memory is None:
         return recipe
@@ -222,7 +267,7 @@ def _with_batch_size(recipe: Recipe, network: Network, patches: Patches, options
     size = (options.patch,) * network.topology.spatial_dims
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
-    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most)
+    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most, loss)
     batch_size = min(fitting * times, len(patches))
     _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
     return replace(recipe, batch_size=batch_size)

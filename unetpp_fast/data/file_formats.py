@@ -11,31 +11,16 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from ..common.errors import InputError, first_line
 from ..common.extras import need
 from . import nifti
-from .images import check_finite, read_image
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The array in a file.
-
-    values: as stored, mapped into memory if the format allows it; they stand for slope * value + offset.
-    axes: one letter per axis: C channels, Z planes, Y rows, X columns; None if the file does not name its axes.
-    header: what the format needs to write such a file again.
-    """
-
-    path: Path
-    values: np.ndarray
-    axes: str | None = None
-    header: Any = None
-    slope: float = 1.0
-    offset: float = 0.0
+from .decoding import read_picture
+from .images import check_finite
+from .stored import Stored
 
 
 @dataclass(frozen=True)
@@ -50,7 +35,7 @@ class FileFormat:
         written_as: ending of the files written; "" for that of the file read.
         foreground: value of the foreground in a mask.
         is_picture: whether the files are meant to be looked at; `predict` adds an overlay.
-        images: whether Pillow reads the files, so that training takes them as images and masks.
+        images: whether training takes the files as images and masks.
         read_volume: for training: a file as float32 `[z, y, x]`, all of it checked. None: training takes no such volumes.
         check_grid: raises InputError unless a volume and its mask, two paths, have the same grid.
     """
@@ -67,32 +52,10 @@ class FileFormat:
     check_grid: Callable[[Path, Path], None] = lambda image, mask: None
 
 
-def _read_picture(path: Path) -> Stored:
-    return Stored(path, read_image(path), "CYX")
-
-
 def _write_picture(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
     if values.dtype != np.uint8:
         values = np.rint(values * 65535).astype(np.uint16)
     need("PIL.Image", "commands").fromarray(values).save(stream, format="PNG")
-
-
-def _read_tiff(path: Path) -> Stored:
-    tifffile = need("tifffile", "tiff")
-    with tifffile.TiffFile(path) as tiff:
-        if len(tiff.series) != 1:
-            raise InputError(f"{path} holds {len(tiff.series)} images of different kinds: save each as a separate file")
-        series = tiff.series[0]
-        if tiff.pages[0].compression not in (1, 8, 32946):  # tifffile itself decodes none and deflate
-            need("imagecodecs", "tiff")
-        mapped = series.dataoffset is not None  # otherwise its pages are decoded one by one into a temporary file
-        values = tifffile.memmap(path, mode="r", series=0) if mapped else series.asarray(out="memmap", maxworkers=1)
-        axes = "".join({"S": "C", "Y": "Y", "X": "X", "C": "C"}.get(axis, "Z") for axis in series.axes)
-        if len(set(axes)) != len(axes):
-            raise InputError(f"{path} has the axes {series.axes}: save each volume as a separate file")
-        alpha = len(tiff.pages[0].extrasamples) if series.axes.endswith("S") else 0
-        values = values[..., : values.shape[-1] - alpha]
-        return Stored(path, values, axes, header=series.axes.replace("S", "").replace("C", ""))
 
 
 def _write_tiff(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
@@ -156,14 +119,14 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat(
         "an image",
         (".png", ".jpg", ".jpeg", ".bmp"),
-        _read_picture,
+        read_picture,
         _write_picture,
         written_as=".png",
         foreground=255,
         is_picture=True,
         images=True,
     ),
-    FileFormat("TIFF", (".tif", ".tiff"), _read_tiff, _write_tiff, foreground=255, images=True),
+    FileFormat("TIFF", (".tif", ".tiff"), read_picture, _write_tiff, foreground=255, images=True),
     FileFormat("an array", (".npy",), _read_npy, _write_npy, read_volume=_read_npy_volume),
     FileFormat("an archive of arrays", (".npz",), _read_npz, _write_npz),
     FileFormat(

@@ -1,4 +1,4 @@
-"""Reading and writing images and masks, and preparing their values."""
+"""Reading and writing images, and preparing their values."""
 
 from __future__ import annotations
 
@@ -13,69 +13,47 @@ from torch.nn import functional as F
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError
 from ..common.extras import need
+from .decoding import read_picture
+from .stored import path_of
 
 
 def read_image(path: Path | BinaryIO) -> np.ndarray:
-    """Reads an image file, or an open one, as float32 `[C, H, W]`, C = 1 (grey) or 3 (colour; alpha is dropped).
+    """Reads an image file, or an open one, as float32 `[C, H, W]`, upright; transparency is dropped.
 
-    8-bit values are divided by 255 and 16-bit values by 65535; floating-point values stay unchanged.
-
-    Raises:
-        InputError: the file is missing, is not an image, or holds NaN or infinity.
-    """
-    picture = _open(path)
-    if picture.mode in ("1", "L", "LA"):
-        values = np.asarray(picture.convert("L"), np.float32)[None] / 255
-    elif picture.mode.startswith("I"):
-        values = np.asarray(picture, np.float32)[None] / 65535
-    elif picture.mode == "F":
-        values = np.asarray(picture, np.float32)[None]
-    else:
-        values = np.asarray(picture.convert("RGB"), np.float32).transpose(2, 0, 1) / 255
-    return np.ascontiguousarray(check_finite(values, path))
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """The values of a mask or label file, `[H, W]`; for a colour file the maximum over its channels.
-
-    A palette image is read by its colours: the order of the palette depends on the program that wrote it.
-    """
-    picture = _open(path)
-    if picture.mode in ("1", "L", "F") or picture.mode.startswith("I"):
-        return np.asarray(picture)
-    return np.asarray(picture.convert("RGB")).max(axis=-1)
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """A mask file as bool `[H, W]`: values above half of the file's maximum, so that 0/1 and 0/255 both work.
+    8-bit values are divided by 255 and unsigned 16-bit values by 65535; others stay as they are (`decoding.py`).
 
     Raises:
-        InputError: as `read_image`.
+        InputError: the file is missing, is not an image, holds a stack, or holds NaN or infinity.
     """
-    values = check_finite(read_labels(path), f"mask {path}")
-    return values > values.max(initial=0) / 2
+    return _read(path).astype(np.float32)
 
 
-def _open(path: Path | BinaryIO) -> Any:
-    """The Pillow image of a file with one page, decoded."""
-    image = need("PIL.Image", "commands")
-    try:
-        with image.open(path) as picture:
-            pages = getattr(picture, "n_frames", 1)
-            picture.load()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
-    if pages > 1:
-        raise InputError(f"{path} holds {pages} pages: save each page as a separate file")
-    return picture
+def read_standardised(path: Path) -> np.ndarray:
+    """`standardise` of an image file, computed before values are rounded to float32; errors as `read_image`."""
+    return standardise(_read(path))
+
+
+def _read(path: Path | BinaryIO) -> np.ndarray:
+    """As `read_image`, float64."""
+    stored = read_picture(path)
+    if "Z" in stored.axes:
+        pages = stored.values.shape[stored.axes.index("Z")]
+        raise InputError(f"{path_of(path)} holds {pages} pages: save each page as a separate file")
+    values = stored.values[None] if "C" not in stored.axes else np.moveaxis(stored.values, stored.axes.index("C"), 0)
+    return np.ascontiguousarray(check_finite(stored.real(values), path_of(path)))
 
 
 def write_png(path: Path, values: np.ndarray) -> None:
     """Writes uint8 `[H, W]` (grey) or `[H, W, 3]` (colour), atomically."""
     image = need("PIL.Image", "commands")
     write_atomic(path, lambda stream: image.fromarray(values).save(stream, format="PNG"))
+
+
+def write_palette_png(path: Path, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> None:
+    """Writes uint8 `[H, W]` as indices of a palette of three bytes a colour, atomically."""
+    picture = need("PIL.Image", "commands").fromarray(np.ascontiguousarray(labels))
+    picture.putpalette([byte for colour in palette for byte in colour])
+    write_atomic(path, lambda stream: picture.save(stream, format="PNG"))
 
 
 def check_finite(values: np.ndarray, what: Any) -> np.ndarray:
@@ -89,7 +67,9 @@ def check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.nd
     """Raises InputError unless the mask `[*S]` has the size of the image `[C, *S]`."""
     if mask.shape != image.shape[1:]:
         have, want = _size(mask.shape), _size(image.shape[1:])
-        raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: they must have the same size")
+        turned = mask.shape == image.shape[1:][::-1]
+        hint = "draw it on the upright image, turned by its orientation tag" if turned else "they must have the same size"
+        raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: {hint}")
 
 
 def _size(shape: Sequence[int]) -> str:

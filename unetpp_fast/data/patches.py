@@ -79,33 +79,60 @@ class Patches(torch.utils.data.Dataset):
         return [[(epoch, draw) for draw in batch] for batch in batches[start:]]
 
 
-def load_batches(patches: Patches, batches: list, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches as tensors `[N, C, *S]` and `[N, classes, *S]`, read ahead by `workers` processes.
+class BatchLoader:
+    """Reads batches of patches, ahead by worker processes, which stay with their cached images from epoch to epoch.
 
     Args:
         patches: what the batches are drawn from.
-        batches: from `patches.batches`.
         workers: number of processes; 0 reads in this one.
         pin: whether the tensors are in page-locked memory.
-
-    Raises:
-        InputError: an image cannot be used, or a worker process died.
     """
-    generator = torch.Generator()  # otherwise the loader would draw from the global generator, which dropout uses
-    loader = torch.utils.data.DataLoader(
-        patches, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=generator
-    )
-    try:
+
+    def __init__(self, patches: Patches, workers: int, pin: bool):
+        self.patches, self.workers, self.pin = patches, workers, pin
+        self._batches: list = []
+        self._loader: torch.utils.data.DataLoader | None = None
+
+    def __iter__(self) -> Iterator[list]:
+        """The batches of the running epoch, for the loader."""
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def load(self, batches: list) -> Iterator[tuple[Tensor, Tensor]]:
+        """These batches, from `patches.batches`, as tensors `[N, C, *S]` and `[N, classes, *S]`.
+
+        Raises:
+            InputError: an image cannot be used, or a worker process died.
+        """
+        self._batches = batches
+        if self._loader is None:
+            generator = torch.Generator()  # otherwise the loader would draw from the global generator, which dropout uses
+            self._loader = torch.utils.data.DataLoader(
+                self.patches, batch_sampler=self, num_workers=self.workers, pin_memory=self.pin, generator=generator,
+                persistent_workers=self.workers > 0,
+            )  # fmt: skip
+        finished = False
         try:
-            yield from loader
-        except (ConnectionError, EOFError):  # sockets of a dying process close before the loader notices its death
-            time.sleep(SECONDS_TO_NOTICE)  # the loader's signal handler raises RuntimeError during the sleep
-            raise
-    except InputError as error:  # a worker process puts its traceback before the message
-        raise InputError(str(error).strip().split("InputError: ")[-1]) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(
-            f"a process that reads images ahead died ({first_line(error)}): use fewer --workers, or 0"
-        ) from error
+            try:
+                yield from self._loader
+                finished = True
+            except (ConnectionError, EOFError):  # sockets of a dying process close before the loader notices its death
+                time.sleep(SECONDS_TO_NOTICE)  # the loader's signal handler raises RuntimeError during the sleep
+                raise
+        except InputError as error:  # a worker process puts its traceback before the message
+            raise InputError(str(error).strip().split("InputError: ")[-1]) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a process that reads images ahead died ({first_line(error)}): use fewer --workers, or 0"
+            ) from error
+        finally:
+            if not finished:  # what the workers still hold belongs to no later epoch
+                self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._loader = None

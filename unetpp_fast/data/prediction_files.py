@@ -18,8 +18,9 @@ import numpy as np
 
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError, first_line
-from .file_formats import FileFormat, Stored, all_endings, ending_of, find_images, format_of
-from .images import check_finite, rescale
+from .file_formats import FileFormat, all_endings, ending_of, find_images, format_of
+from .images import check_finite, rescale, write_palette_png
+from .stored import Stored
 
 CHUNK_BYTES = 2**22
 # By the number of axes of the model and of the array: the axes that an array without names may have; the first that fits.
@@ -84,6 +85,13 @@ class Source:
             values = values.view(np.uint8) if self.format.foreground == 1 else values * np.uint8(self.format.foreground)
         write_atomic(folder / f"{name}{ending}", lambda stream: self.format.write(stream, values, self.stored))
 
+    def write_labels(self, folder: Path, name: str, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> None:
+        """Writes a label map, uint8 `[*shape]`, as `<folder>/<name>`: pictures with the palette, other formats without."""
+        if self.is_picture:
+            write_palette_png(folder / f"{name}.png", labels, palette)
+            return
+        self.write(folder, name, labels)
+
 
 class Prepared:
     """An image of a source, `[1, C, *S]`, prepared as in training; slicing it computes the slice.
@@ -100,7 +108,7 @@ class Prepared:
 
     def __init__(self, source: Source, values: np.ndarray, prepare: Mapping[str, Any]):
         self.values, self.shape, self.window = values, (1, *values.shape), prepare.get("window")
-        self.slope, self.offset = source.stored.slope, source.stored.offset
+        self.stored = source.stored
         axes, count = tuple(range(1, values.ndim)), values[0].size
         self.mean = sum(chunk.sum(axis=axes, keepdims=True) for chunk in self._chunks()) / count
         squares = sum(((chunk - self.mean) ** 2).sum(axis=axes, keepdims=True) for chunk in self._chunks())
@@ -113,7 +121,7 @@ class Prepared:
             yield self._real(self.values[:, first : first + rows])
 
     def _real(self, values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float64) * self.slope + self.offset
+        return self.stored.real(values, physical=bool(self.window))
 
     def __getitem__(self, where: tuple[int | slice, ...]) -> np.ndarray:
         """float32 `[C, *tile]` at (0, slice, ...)."""

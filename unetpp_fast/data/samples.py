@@ -17,7 +17,8 @@ import numpy as np
 from ..common.errors import InputError
 from ..common.extras import need
 from .file_formats import find_images
-from .images import check_size, read_image, read_mask, standardise
+from .images import check_size, read_standardised, standardise
+from .masks import read_mask
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Sample:
         Raises:
             InputError: a file cannot be read, or the sizes differ.
         """
-        image = read_image(self.image)
+        image = read_standardised(self.image)
         masks = []
         for path in self.masks:
             mask = read_mask(path)
             check_size(path, mask, self.image, image)
             masks.append(mask)
-        return standardise(image), np.stack(masks)
+        return image, np.stack(masks)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from ..common.atomic_files import check_folder
 from ..common.errors import InputError
 from ..common.extras import need
 from ..common.timing import interleaved_times
-from ..data.images import read_image, read_labels
+from ..data.images import read_image
+from ..data.masks import read_labels
 from ..data.patches import Patches
 from ..data.samples import ArraySample
 from ..models.architectures import UNet, UNetPlusPlus, parameter_count

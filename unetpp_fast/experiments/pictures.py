@@ -22,11 +22,11 @@ def stretch(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(scaled.astype(np.uint8).transpose(1, 2, 0), (*image.shape[1:], 3))
 
 
-def overlay(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
+def overlay(image: np.ndarray, masks: np.ndarray, colours: np.ndarray = COLOURS) -> np.ndarray:
     """uint8 `[H, W, 3]`: the image `[C, H, W]` with the masks `[classes, H, W]` tinted and outlined."""
     picture = stretch(image).astype(np.float32)
     for index, mask in enumerate(masks.astype(bool)):
-        colour = COLOURS[index % len(COLOURS)]
+        colour = colours[index % len(colours)]
         picture[mask] = 0.7 * picture[mask] + 0.3 * colour
         picture[mask & ~_eroded(mask)] = colour
     return picture.astype(np.uint8)

@@ -15,6 +15,8 @@ from ..architecture.precision import autocast
 from ..models.network import Network
 from . import processes, reproducible
 from .captured import StepGraphs
+from .exclusive import exclusive_iou
+from .loss_table import is_exclusive
 from .metrics import iou_score
 from .recipe import Recipe
 
@@ -75,7 +77,8 @@ class Step(ABC):
         if not len(image):
             return torch.zeros(3, device=self.device)
         with torch.no_grad():
-            iou = iou_score(heads[-1] > 0, mask)
+            last = heads[-1]
+            iou = exclusive_iou(last, mask) if is_exclusive(self.loss) else iou_score(last > 0, mask)
             return torch.stack([loss.detach().to(iou.dtype), iou, torch.ones_like(iou)]) * len(image)
 
     @abstractmethod

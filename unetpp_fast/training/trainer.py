@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..common.errors import InputError
 from ..common.extras import need
-from ..data.patches import Patches, load_batches
+from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
 from . import captured, processes, run_folder
@@ -55,7 +55,8 @@ class Trainer:
         about: plain data that goes into every checkpoint; a run is resumed only if it is the same.
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
             returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
-            show its settings: a run is resumed only if it is the same.
+            show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
+            one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
 
     Raises:
         InputError: the network returns something other than logits, or cannot be trained reproducibly as the recipe asks.
@@ -82,7 +83,9 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
         self.best, self.stale = -1.0, 0
         self.history: list[dict[str, float]] = []
+        self.scores: dict[str, Any] = {}  # of the last validation
         self._stop, self._told = False, ""
+        self._loader = BatchLoader(patches, recipe.workers, self.device.type == "cuda")
 
     @property
     def unfinished(self) -> bool:
@@ -107,7 +110,7 @@ class Trainer:
             processes.Lost: another process ended; `last.pt` holds the last saved state.
         """
         progress = progress and processes.is_first()
-        with self._signals(), processes.watching():
+        with closing(self._loader), self._signals(), processes.watching():
             while self.unfinished:
                 row = self._run_epoch(progress)
                 if after_epoch:
@@ -169,8 +172,7 @@ class Trainer:
             mine.append([batch[index] for indices in micro_batches for index in indices])
         # A loader cannot stack an empty batch: it gets one image, which is dropped again.
         read = [items or batch[:1] for items, batch in zip(mine, batches, strict=True)]
-        loader = load_batches(self.patches, read, self.recipe.workers, self.device.type == "cuda")
-        for items, (image, mask) in zip(mine, loader, strict=True):
+        for items, (image, mask) in zip(mine, self._loader.load(read), strict=True):
             yield image[: len(items)], mask[: len(items)]
 
     def _check_losses(self, recent: list[Tensor]) -> None:
@@ -214,12 +216,19 @@ class Trainer:
     def _finish_epoch(self) -> dict[str, float]:
         train_loss, train_iou = self._means()
         self._check_weights()
+        if self.validation:
+            self._save("last.pt", resumable=True)  # validating whole images may run out of memory
         with self.train_step.evaluating():
             settings = {"dtype": self.recipe.dtype, "loss": self.loss}
-            scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
+            self.scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
-        values = (self.epoch, train_loss, train_iou, *(scores.get(key, float("nan")) for key in ("loss", "iou", "dice")))
+        values = (
+            self.epoch,
+            train_loss,
+            train_iou,
+            *(self.scores.get(key, float("nan")) for key in ("loss", "iou", "dice")),
+        )
         row = dict(zip(run_folder.COLUMNS, values, strict=True))
         self.history.append(row)
         if self.validation:
@@ -240,6 +249,7 @@ class Trainer:
             return
         content = {"config": self.network.config, "model": self.network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
+        content |= {"scores": self.scores} if "confusion" in self.scores else {}
         if resumable:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             content |= {

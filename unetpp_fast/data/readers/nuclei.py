@@ -9,7 +9,8 @@ import numpy as np
 
 from ...common.errors import InputError
 from ..file_formats import find_images
-from ..images import check_size, read_image, read_mask, standardise
+from ..images import check_size, read_standardised
+from ..masks import read_mask
 from ..samples import Dataset, Sample, find_samples
 
 STAGES = ("", "stage1_train")
@@ -21,13 +22,13 @@ class InstanceSample(Sample):
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Standardised image, float32 `[C, H, W]`, and mask, bool `[1, H, W]`; errors as `Sample.load`."""
-        image = read_image(self.image)
+        image = read_standardised(self.image)
         union = np.zeros(image.shape[1:], bool)
         for path in self.masks:
             mask = read_mask(path)
             check_size(path, mask, self.image, image)
             union |= mask
-        return standardise(image), union[None]
+        return image, union[None]
 
 
 def nuclei_folders(root: Path) -> Dataset | None:

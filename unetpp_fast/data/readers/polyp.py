@@ -10,7 +10,8 @@ import numpy as np
 
 from ...common.errors import InputError
 from ..file_formats import find_images
-from ..images import check_size, read_image, read_mask, scaled, standardise
+from ..images import check_size, read_image, scaled, standardise
+from ..masks import read_mask
 from ..samples import Dataset, Sample
 
 # The names that collections of colonoscopy frames give to the folders of frames and masks.

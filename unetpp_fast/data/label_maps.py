@@ -1,0 +1,117 @@
+"""Images with label maps: one file per image, whose pixels hold the number of their class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..common.errors import InputError
+from ..common.progress import progress_bar
+from .images import check_size, read_standardised
+from .masks import read_label_map, read_labels
+
+IGNORED = 255  # as in VOC and Cityscapes
+MOST = 254
+
+
+@dataclass(frozen=True)
+class LabelSample:
+    """An image and its label map; read when needed."""
+
+    name: str
+    image: Path
+    labels: Path
+    classes: int
+    ignore: int | None
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Standardised image, float32 `[C, H, W]`, and one-hot labels, bool `[classes, H, W]`; ignored pixels have no class.
+
+        Raises:
+            InputError: a file cannot be read, the sizes differ, or a label is none of the classes.
+        """
+        image, labels = read_standardised(self.image), read_labels(self.labels)
+        check_size(self.labels, labels, self.image, image)
+        one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, 1, 1)
+        stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
+        if stray.size:
+            raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
+        return image, one_hot
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the label maps of a folder hold.
+
+    values: all values, sorted. palette: of the first file that has one, `[entries, 3]`. pairs: whether some file holds 1 and
+    255 together.
+    """
+
+    values: tuple[int, ...]
+    palette: np.ndarray | None
+    together: bool
+
+
+def survey(files: Sequence[Path]) -> Seen:
+    """Reads all label maps once. Errors as `read_label_map`."""
+    values: dict[int, Path] = {}
+    palette, together = None, False
+    for path in progress_bar(files, desc="reading labels", unit="file", disable=None):
+        labels, colours = read_label_map(path)
+        found = np.flatnonzero(np.bincount(labels.ravel(), minlength=1)).tolist()
+        palette = colours if palette is None else palette
+        together = together or {1, IGNORED} <= set(found)
+        values |= {value: values.get(value, path) for value in found}
+    return Seen(tuple(sorted(values)), palette, together)
+
+
+def is_binary(seen: Seen) -> bool:
+    """Whether the files are masks of one class: 0 and 1, or 0 and 255, and no palette."""
+    binary = set(seen.values) <= {0, 1} or set(seen.values) <= {0, IGNORED}
+    return binary and seen.palette is None
+
+
+def label_classes(seen: Seen, folder: Path, names: Sequence[str] | None, ignore: int | None) -> list[str]:
+    """The names of the classes: those given, or background, 1, 2, ... up to the largest value.
+
+    Args:
+        seen: of the folder.
+        folder: for messages.
+        names: of all classes, that of 0 first; None to count them.
+        ignore: the value of pixels that are left out.
+
+    Raises:
+        InputError: values are missing or left over; the message lists them.
+    """
+    values = [value for value in seen.values if value != ignore]
+    shown = ", ".join(map(str, values[:12])) + (", ..." if len(values) > 12 else "")
+    if names is None and ignore == IGNORED and set(seen.values) == {0, 1, IGNORED} and not seen.together:
+        raise InputError(f"{folder} mixes masks of 0 and 1 with masks of 0 and 255: save all in one way")
+    count = len(names) if names else len(values)
+    if count < 2 or count > MOST:
+        raise InputError(f"{folder} holds label maps with the values {shown}: expected 2 to {MOST} classes")
+    strays = [value for value in values if value >= count]
+    if strays or (names is None and values != list(range(count))):
+        wanted = f"0 to {count - 1}" if names else "0, 1, 2, ... without a gap"
+        hint = "name all of them with --classes, or --ignore-index a value that is none"
+        raise InputError(f"{folder} holds label maps with the values {shown}, expected {wanted}: {hint}")
+    return list(names) if names else ["background", *map(str, range(1, count))]
+
+
+def voc_palette(count: int) -> np.ndarray:
+    """The colours of PASCAL VOC, uint8 `[count, 3]`: black, then the bits of the number spread over the channels."""
+    numbers = np.arange(count)
+    channels = [sum(((numbers >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+    return np.stack(channels, axis=1).astype(np.uint8)
+
+
+def palette_of(seen: Seen, count: int) -> list[list[int]]:
+    """The colours of `count` classes: of the files' palette as far as it goes, else of `voc_palette`."""
+    colours = voc_palette(count)
+    if seen.palette is not None:
+        known = min(count, len(seen.palette))
+        colours[:known] = seen.palette[:known]
+    return colours.tolist()
