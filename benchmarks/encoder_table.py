@@ -1,7 +1,7 @@
 """smp's (segmentation_models_pytorch's) `UnetPlusPlus` on a CPU: `optimize` against smp's own module, compiled and exported.
 
 `python benchmarks/encoder_table.py` measures every part, records the rows and prints the table. To measure some parts only,
-name them: `python benchmarks/encoder_table.py resnet34-256 kept-resnet34-256`. `--print` measures nothing and prints what was
+name them: `python benchmarks/encoder_table.py resnet34-256 kept-resnet34-256`. `--print` measures nothing and prints what is
 recorded. smp has to be installed; weights are random, nothing is downloaded.
 """
 
