@@ -63,6 +63,7 @@ def test_every_layer_gives_what_the_encoder_does(inplace, inference):
         "same", "last", "one", "seen",
     }  # fmt: skip
     assert {layer.rectified for layer in layers if layer.conv is changed.same} == {True}
+    assert all(layer._weight is None for layer in layers)  # nothing is packed before it is used
     assert not layers_of(mine) and changed.state_dict().keys() == mine.state_dict().keys()
     exact = copy.deepcopy(mine).double()(x.double())[1].detach()
     for kernels in (range(4), (0, 2), ()):

@@ -144,6 +144,8 @@ def with_layers(encoder: nn.Module, x: Tensor) -> nn.Module:
                     relu.forward = Rectify(relu)
             with running(Pass(range(len(convs)))):
                 same = are_close(encoder(x), result(x))
+        for layer in layers_of(result):
+            layer.forget()
     except Exception:  # whatever another library's module does, it runs as it is
         return encoder
     return result if same else encoder
