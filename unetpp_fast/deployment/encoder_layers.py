@@ -51,8 +51,8 @@ _pass: ContextVar[Pass | None] = ContextVar("pass of an encoder", default=None)
 
 
 @contextmanager
-def running(one: Pass) -> Iterator[None]:
-    """Inside, layers are computed as this pass says."""
+def running(one: Pass | None) -> Iterator[None]:
+    """Inside, layers are computed as this pass says; without one, by PyTorch."""
     token = _pass.set(one)
     try:
         yield

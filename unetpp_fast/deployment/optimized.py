@@ -174,7 +174,8 @@ class OptimizedModule(Engine):
 
     def _call(self, x: Tensor) -> Call:
         x = x.to(memory_format=self.layout)
-        with encoder_layers.running(encoder_layers.Pass(self._layers(x))):
+        layers = self._layers(x)
+        with encoder_layers.running(encoder_layers.Pass(layers) if layers else None):
             return Call(self.network.nest, self.network.maps(x))
 
     def _layers(self, x: Tensor) -> tuple[int, ...]:
