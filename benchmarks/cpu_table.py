@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import cpu_checks
 import torch
@@ -115,15 +116,21 @@ def cells(row: Mapping, ours: Mapping | None) -> str:
 
 
 def table(rows: Sequence[Mapping], found: Mapping[str, Mapping]) -> str:
-    """Markdown: a row for each part that was recorded, a column for each implementation; then the checks."""
-    columns = (OURS, RECOMPUTE, *ALTERNATIVES)
+    """The table of these parts and checks."""
+    mine = {name: check for name, check in found.items() if name in checks()}
+    cases = [case for kind, case in parts().values() if kind == "compared"]
+    return markdown(rows, mine, cases, (OURS, RECOMPUTE, *ALTERNATIVES))
+
+
+def markdown(rows: Sequence[Mapping], found: Mapping[str, Mapping], cases: Sequence[Case], columns: Sequence[str]) -> str:
+    """A row for each case that was recorded, a column for each implementation, the first of them ours; then the checks."""
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
-    for kind, case in parts().values():
-        mine = {row["impl"]: row for row in rows if kind == "compared" and of_case(row, case)}
+    for case in cases:
+        mine = {row["impl"]: row for row in rows if of_case(row, case)}
         if mine:
             size = "x".join(map(str, case.size))
             what = f"{'memory, ' if case.memory_of else ''}{case.memory_of or case.bench}"
-            shown = [cells(mine[name], mine.get(OURS)) if name in mine else "" for name in columns]
+            shown = [cells(mine[name], mine.get(columns[0])) if name in mine else "" for name in columns]
             lines.append(f"| {what}, {case.model} {size}, batch {case.batch}, {case.dtype} | {' | '.join(shown)} |")
     lines += ["", "Times: how many times as fast ours is, and the relative error against float64. Memory: ours, of theirs. "
               "† is of older sources."]  # fmt: skip
@@ -142,10 +149,25 @@ def of_case(row: Mapping, case: Case) -> bool:
     return all(row.get(key) == value for key, value in what.items())
 
 
-def main() -> None:
-    known, others = parts(), checks()
+def rows_of(kind: str, case: Case, rounds: int) -> list[dict]:
+    """The rows of an entry of `parts`."""
+    return compared(case, rounds) if kind == "compared" else pruned(case.model, rounds)
+
+
+def command(
+    about: str,
+    known: Mapping[str, Callable[[int], list[dict]]],
+    others: Mapping[str, Callable[[int, int], dict[str, float]]],
+    show: Callable[[Sequence[Mapping], Mapping[str, Mapping]], str],
+) -> None:
+    """The command line of a table: measures parts, records them and prints what is recorded.
+
+    Args:
+        about: the module's docstring. known: what gives rows, by name, for a number of rounds. others: as `checks`.
+        show: the table of rows and checks.
+    """
     names = [*known, *others]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(names)} (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each part (default: 9)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every implementation")
@@ -162,11 +184,10 @@ def main() -> None:
         if name in others:
             found[name] = {"values": others[name](options.rounds, options.threads), **records.facts(CPU)}
             write_atomic(checked, lambda stream: stream.write(json.dumps(found, indent=1).encode() + b"\n"))
-            continue
-        kind, case = known[name]
-        records.merge(path, compared(case, options.rounds) if kind == "compared" else pruned(case.model, options.rounds))
-    print(f"{records.facts(CPU)['device']}\n\n{table(records.read(path), found)}")
+        else:
+            records.merge(path, known[name](options.rounds))
+    print(f"{records.facts(CPU)['device']}\n\n{show(records.read(path), found)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, {name: partial(rows_of, *part) for name, part in parts().items()}, checks(), table)

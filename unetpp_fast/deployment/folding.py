@@ -52,7 +52,7 @@ def folded_encoder(encoder: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             for conv, norm in pairs:
                 fold(conv, norm)
                 _replace(result, norm, nn.Identity())
-            same = _are_close(encoder, result, x)
+            same = _same_maps(encoder, result, x)
     except Exception as error:  # whatever another library's module does, it runs as it is
         return encoder, f"its {every} batch norms are not folded: {type(error).__name__}: {error}"
     if not same:
@@ -60,29 +60,52 @@ def folded_encoder(encoder: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return result, f"{len(pairs)} of its {every} batch norms are folded"
 
 
+class Recorded:
+    """The graph that autograd records of a pass of an encoder, from its maps back to the image `x`.
+
+    Attributes:
+        nodes: every node, once. readers, runs: how often a node's result is read, and how often a module runs.
+    """
+
+    def __init__(self, encoder: nn.Module, x: Tensor):
+        self._owners = {
+            parameter: module
+            for module in encoder.modules()
+            for parameter in module._parameters.values()
+            if parameter is not None
+        }
+        encoder.requires_grad_(True)
+        with torch.enable_grad():
+            maps = encoder(x)
+        encoder.requires_grad_(False)
+        roots = [one.grad_fn for one in maps if one.grad_fn is not None]
+        self.nodes = list(_nodes(roots))
+        self.readers = Counter([*roots, *(before for node in self.nodes for before, _ in node.next_functions)])
+        self.runs = Counter(self.owner(node) for node in self.nodes)
+
+    def owner(self, node: object) -> nn.Module | None:
+        """The module whose weight a node of a convolution or norm takes."""
+        functions = getattr(node, "next_functions", ())
+        return self._owners.get(getattr(functions[1][0], "variable", None)) if len(functions) > 1 else None
+
+    def convolution_before(self, node: object) -> nn.Module | None:
+        """The convolution whose result a node takes first, if it runs once and nothing else reads that."""
+        before = node.next_functions[0][0] if node.next_functions else None
+        conv = self.owner(before)
+        single = isinstance(conv, CONVOLUTIONS) and self.readers[before] == self.runs[conv] == 1
+        return conv if single else None
+
+
 def _pairs(encoder: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Each convolution whose result only one batch norm reads, and that norm; each of them runs once."""
-    owners = {
-        parameter: module
-        for module in encoder.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    }
-    encoder.requires_grad_(True)
-    with torch.enable_grad():
-        maps = encoder(x)
-    roots = [one.grad_fn for one in maps if one.grad_fn is not None]
-    graph = list(_nodes(roots))
-    readers = Counter([*roots, *(before for node in graph for before, _ in node.next_functions)])
-    runs = Counter(_owner(node, owners) for node in graph)
-    for node in graph:
-        norm = _owner(node, owners)
-        before = node.next_functions[0][0] if type(norm) in NORMS else None
-        conv = _owner(before, owners)
-        is_single = isinstance(conv, CONVOLUTIONS) and readers[before] == runs[conv] == runs[norm] == 1
-        if is_single and norm.track_running_stats and not norm._forward_hooks:
+    recorded = Recorded(encoder, x)
+    for node in recorded.nodes:
+        norm = recorded.owner(node)
+        if type(norm) not in NORMS or recorded.runs[norm] != 1:
+            continue
+        conv = recorded.convolution_before(node)
+        if conv is not None and norm.track_running_stats and not norm._forward_hooks:
             yield conv, norm
-    encoder.requires_grad_(False)
 
 
 def _nodes(roots: Iterable) -> Iterator:
@@ -96,12 +119,6 @@ def _nodes(roots: Iterable) -> Iterator:
             yield node
 
 
-def _owner(node: object, owners: dict[Tensor, nn.Module]) -> nn.Module | None:
-    """The module whose weight a node of a convolution or norm takes."""
-    functions = getattr(node, "next_functions", ())
-    return owners.get(getattr(functions[1][0], "variable", None)) if len(functions) > 1 else None
-
-
 def _replace(whole: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in whole.modules():
         for name, child in parent.named_children():
@@ -110,8 +127,12 @@ def _replace(whole: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _are_close(encoder: nn.Module, other: nn.Module, x: Tensor) -> bool:
+def _same_maps(encoder: nn.Module, other: nn.Module, x: Tensor) -> bool:
     """Compared without TF32, whose rounding would look like a difference."""
     with without_tf32():
-        pairs = list(zip(encoder(x), other(x), strict=True))
-    return all((a - b).abs().max() <= CLOSE * a.abs().max() for a, b in pairs)
+        return are_close(encoder(x), other(x))
+
+
+def are_close(maps: Iterable[Tensor], others: Iterable[Tensor], bound: float = CLOSE) -> bool:
+    """Whether the maps of two passes differ by at most `bound` of the largest value of each."""
+    return all((a - b).abs().max() <= bound * a.abs().max() for a, b in zip(maps, others, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.output_forms import Outputs
-from ..architecture.precision import PRECISIONS
+from ..architecture.precision import PRECISIONS, compute_dtype
 from ..common.errors import InputError, first_line
 from ..converters.converter import convert
 from ..execution import dispatch, reference
@@ -30,6 +30,7 @@ from ..models.prediction import (
     logits_of_any_size,
     mean_probabilities,
 )
+from . import encoder_layers
 from .engine import Engine
 from .folding import folded, folded_encoder
 
@@ -129,7 +130,8 @@ class Optimized(Engine):
 
 class OptimizedModule(Engine):
     """What `optimize` returns for a network over an encoder. The encoder runs in PyTorch, channels-last and with its batch
-    norms folded; the rest as in `Optimized`. Its `state_dict()` holds the weights, not the code of the encoder."""
+    norms folded, on a CPU with those convolutions by the kernels that were measured to be faster so; the rest as in
+    `Optimized`. Its `state_dict()` holds the weights, not the code of the encoder."""
 
     def __init__(self, network: EncodedNetwork, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__(network, dtype)
@@ -137,6 +139,8 @@ class OptimizedModule(Engine):
         self.layout = torch.channels_last if network.topology.spatial_dims == 2 else torch.channels_last_3d
         network.encoder, self.norms = folded_encoder(network.encoder, network.sample())
         network.encoder = network.encoder.requires_grad_(False).to(memory_format=self.layout)
+        if dispatch.CPU_KERNELS[0] and network.sample().device.type == "cpu":
+            network.encoder = encoder_layers.with_layers(network.encoder, network.sample())
 
     def forward(self, x: Tensor) -> Outputs:
         """What the original model, pruned, returns for `x` `[N, C, *S]` in eval mode, in this module's precision.
@@ -164,12 +168,27 @@ class OptimizedModule(Engine):
         with self._precision(x):
             call = self._call(self.network, x)
             text = describe(call, *dispatch.choose(call))
-        encoder = f"PyTorch    encoder, channels-last: {self.norms}"
+        encoder = f"PyTorch    encoder, channels-last: {self.norms}{self._layers_in_words(x)}"
         print(encoder)
         return f"{text}\n{encoder}"
 
     def _call(self, network: EncodedNetwork, x: Tensor) -> Call:
-        return Call(network.nest, network.maps(x.to(memory_format=self.layout)))
+        x = x.to(memory_format=self.layout)
+        layers = self._layers(x)
+        with encoder_layers.running(encoder_layers.Pass(layers) if layers else None):
+            return Call(network.nest, network.maps(x))
+
+    def _layers(self, x: Tensor) -> tuple[int, ...]:
+        """The places of the encoder's layers that the CPU kernels compute."""
+        if torch.compiler.is_compiling():
+            return ()
+        key = ("encoder", x.shape, x.device, compute_dtype(x), torch.get_num_threads())
+        return self._once(key, lambda: encoder_layers.fastest(self.network.encoder, x, self.network.multiple))
+
+    def _layers_in_words(self, x: Tensor) -> str:
+        if not (layers := encoder_layers.layers_of(self.network.encoder)):
+            return ""
+        return f"; {len(self._layers(x))} of {len(layers)} convolutions of 1 or 3 taps by the CPU kernels (measured)"
 
     @torch.no_grad()
     def _logits(self, x: Tensor, all_heads: bool) -> list[Tensor]:

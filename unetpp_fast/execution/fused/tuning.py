@@ -125,8 +125,19 @@ def verdict(call: Call) -> dict | None:
     """
     if torch.compiler.is_compiling():
         return _latest.get(f"{call.x.device} {pass_key(call)}")
-    load(call.x.device)
-    return _verdicts.get(f"{setting(call.x.device)}|{_key(call)}")
+    return recall(call.x.device, _key(call))
+
+
+def recall(device: torch.device, key: str) -> dict | None:
+    """What was measured on a device under a key, by this process or one before it."""
+    load(device)
+    return _verdicts.get(f"{setting(device)}|{key}")
+
+
+def remember(device: torch.device, key: str, verdict: dict) -> None:
+    """Keeps what was measured, on disk too if that is possible. key: its last word is the size."""
+    _keep(device, key, verdict)
+    _save_if_possible(device)
 
 
 def pass_key(call: Call) -> str:
@@ -138,8 +149,12 @@ def pass_key(call: Call) -> str:
 
 def _key(call: Call) -> str:
     """With the size, and whether float32 is multiplied as TF32, which a graph that is being compiled cannot ask for."""
-    sizes = "x".join(str(kernel_tuning.bucket(size)) for size in (call.x.shape[0], *call.x.shape[2:]))
-    return f"{pass_key(call)} {'tf32-' if dot_precision(call.dtype) == 'tf32' else ''}{sizes}"
+    return f"{pass_key(call)} {'tf32-' if dot_precision(call.dtype) == 'tf32' else ''}{sizes_of(call.x)}"
+
+
+def sizes_of(x: Tensor) -> str:
+    """Images and pixels of `[N, C, *S]`, one word for sizes that are measured once."""
+    return "x".join(str(kernel_tuning.bucket(size)) for size in (x.shape[0], *x.shape[2:]))
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
@@ -206,8 +221,7 @@ def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
             _failures[place] = _failures.get(place, 0) + 1
             if _failures[place] < JUDGEMENTS:
                 return verdict
-    _keep(x.device, _key(call), verdict)
-    _save_if_possible(x.device)
+    remember(x.device, _key(call), verdict)
     return verdict
 
 
@@ -215,10 +229,15 @@ def _copy(call: Call, training: bool) -> Call:
     """The same pass of a copy of the network that exchanges nothing with other processes; on a CPU of part of the images."""
     inputs = [x.detach() for x in call.inputs]
     if call.x.device.type == "cpu":
-        inputs = _part(inputs, MEASURED_PIXELS, call.network.topology.multiple)
-        images = max(1, 2 * MEASURED_PIXELS // inputs[0].shape[2:].numel())
-        inputs = [x[:images] for x in inputs]
+        inputs = measured_part(inputs, call.network.topology.multiple)
     return Call(copy_alone(call.network).train(training), inputs, call.dtype)
+
+
+def measured_part(inputs: list[Tensor], multiple: int) -> list[Tensor]:
+    """What is measured on a CPU in place of these images, or maps of an encoder, if they are large."""
+    inputs = _part(inputs, MEASURED_PIXELS, multiple)
+    images = max(1, 2 * MEASURED_PIXELS // inputs[0].shape[2:].numel())
+    return [x[:images] for x in inputs]
 
 
 def _part(inputs: list[Tensor], pixels: int, multiple: int) -> list[Tensor]:
