@@ -207,7 +207,9 @@ def train(path: Path = TRAINED) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page or pictures are not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if the page or pictures are not up to date"
+    )
     parser.add_argument("--train", action="store_true", help="train the demo's networks first")
     options = parser.parse_args()
     if options.check:
