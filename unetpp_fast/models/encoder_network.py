@@ -7,16 +7,21 @@ The encoder runs in PyTorch, the rest by any backend (`Nest`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.layers import NodeModule, initialise, make_conv
 from ..architecture.options import Option
-from ..architecture.output_forms import FORMS, check_form
+from ..architecture.output_forms import FORMS, Outputs, check_form
 from ..architecture.topology import Topology
 from ..execution import dispatch
+from ..execution.built import Built, built
 from ..execution.fused.structure import structure_of
+from .own_forward import logits_of_call, own_forward
 from .prediction import check_image, crop, evaluating, mean_probabilities, pad_to_multiple
 
 
@@ -69,6 +74,7 @@ class Nest(nn.Module):
         last = self.topology.nodes[-1].name
         inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
         self.nodes, self.heads = nn.ModuleDict({**inner, last: whole.last}), nn.ModuleDict({last: whole.head})
+        self.built = whole.built or built(self)
         self.refresh_handle()
 
     def refresh_handle(self) -> None:
@@ -136,7 +142,9 @@ class EncodedNetwork(nn.Module):
         initialise(self, act)
         self.encoder, self.unused = encoder, unused
         self.backend = dispatch.check(backend)
+        self.built: Built = {}  # of the nest
         self.refresh_handle()
+        self.built = self._nests[0].built
 
     def refresh_handle(self) -> None:
         """As `Network.refresh_handle`."""
@@ -147,6 +155,7 @@ class EncodedNetwork(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.built = state.get("built", {})
         self.refresh_handle()
 
     def train(self, mode: bool = True) -> EncodedNetwork:
@@ -174,7 +183,7 @@ class EncodedNetwork(nn.Module):
             TypeError, ValueError: x has the wrong type, rank or channels, or a size that is not a multiple of `multiple`.
         """
         self.check(x)
-        return FORMS[self.form]([self.logits(x)], False)
+        return self.shaped([self.logits(x)])
 
     def check(self, x: Tensor) -> None:
         """Raises one clear error if the network does not take `x`."""
@@ -189,6 +198,8 @@ class EncodedNetwork(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """`[N, out_channels, *S]` for an image size that is a multiple of `multiple`."""
         return dispatch.forward(self.nest, self.maps(x))[0]
+
+    package_methods: ClassVar[dict[str, Callable]] = {"forward": forward, "logits": logits}
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1.
@@ -233,4 +244,10 @@ class EncodedNetwork(nn.Module):
         """
         check_image(self, x, activation)
         with evaluating(self):
-            return mean_probabilities([crop(self.logits(pad_to_multiple(x, self.multiple)), x.shape[2:])], activation)
+            padded = pad_to_multiple(x, self.multiple)
+            logits = logits_of_call(self, padded)[0] if own_forward(self) else self.logits(padded)
+            return mean_probabilities([crop(logits, x.shape[2:])], activation)
+
+    def shaped(self, logits: Sequence[Tensor]) -> Outputs:
+        """What `forward` returns for these logits."""
+        return FORMS[self.form](logits, False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..architecture.precision import autocast
+from ..execution.built import changed
 from ..models.network import Network
 from . import processes, reproducible
 from .captured import StepGraphs
@@ -183,5 +184,7 @@ def _biases_before_norms(network: Network) -> list[nn.Parameter]:
     Their gradients are rounding errors, which differ with the number of processes and threads; Adam would make whole steps
     of them.
     """
+    if changed(network):  # then nobody knows
+        return []
     pairs = [pair for node in network.nodes.values() for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
     return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]
