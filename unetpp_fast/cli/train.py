@@ -44,6 +44,7 @@ def add_parser(commands: Commands) -> None:
     add_task(train)
     train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
+    train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     _add_network(train)
     train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
     batch = train.add_mutually_exclusive_group()
@@ -133,7 +134,10 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
-    network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
+    if options.init_from:
+        network = checkpoint.initial_network(options.init_from, channels, len(classes), task.spatial_dims).to(device)
+    else:
+        network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
     network.recompute = options.recompute
     patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
