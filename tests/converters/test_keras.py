@@ -91,8 +91,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "w.h5", tmp_path / "absent.h5"):
         with pytest.raises(InputError, match="cannot be read as HDF5"):
             uf.convert(path)
-    with pytest.raises(ValueError, match=r"is not an HDF5 file of Keras: load it first, torch\.load"):
-        uf.convert(tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"is not an HDF5 file of Keras, nor a checkpoint \(\.pt, "):
+        uf.convert(tmp_path / "model.onnx")
 
 
 def test_names_without_the_ending_are_accepted() -> None:

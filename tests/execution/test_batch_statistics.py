@@ -11,7 +11,7 @@ from support.helpers import FLOAT32, FLOAT64, assert_close_relative, assert_grad
 from support.processes import run_processes
 
 import unetpp_fast as uf
-from unetpp_fast.execution import reference
+from unetpp_fast.execution import built, reference
 from unetpp_fast.execution.batch_statistics import SyncedBatchNorm
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.fused import operators, ops
@@ -65,7 +65,7 @@ def names_and_modes() -> dict:
     equal = all(torch.equal(a, b) for a, b in zip(model.eval()(x), synced.eval()(x), strict=True))
     return {
         "equal": equal, "names": list(synced.state_dict()) == list(model.state_dict()),
-        "engine": synced.structure.fits(synced, list(synced.modules())),
+        "engine": not built.changed(synced),
         "pruned": synced.prune(1).sync_group == synced.sync_group,
         "count": sum(isinstance(module, SyncedBatchNorm) for module in synced.modules()),
     }  # fmt: skip

@@ -7,9 +7,9 @@ import torch
 from support.helpers import make_input
 
 import unetpp_fast as uf
-from unetpp_fast.execution import dispatch
+from unetpp_fast.execution import built, dispatch
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.fused import structure, tuning
+from unetpp_fast.execution.fused import tuning
 
 
 def small() -> tuple[uf.Network, torch.Tensor]:
@@ -22,7 +22,7 @@ def test_a_slower_kernel_is_known_without_a_look_at_the_layers(monkeypatch):
     call = Call(model.eval(), x)
     slower = {"backend": "cpu", "right": True, "ratio": 0.5, "fused_ms": 2.0, "reference_ms": 1.0}
     monkeypatch.setattr(tuning, "verdict", lambda call: slower)
-    monkeypatch.setattr(structure, "_layers", None)  # what `Structure.fits` calls
+    monkeypatch.setattr(built, "facts", None)  # what `built.changed` calls of each layer
     assert dispatch.choose(call) == ("reference", "measured: the kernels take 2.00 of the reference's time")
     model.backend = "triton"
     with pytest.raises(TypeError, match="not callable"):

@@ -20,7 +20,7 @@ LAYERS = (
     "converters", "training", "deployment", "experiments", "benchmarking", "cli", "",
 )  # fmt: skip
 # What the parts of `execution` stand on, although it lies beside them.
-GROUND = {"execution." + name for name in ("acceptance", "batch_statistics", "call", "reference", "source_hash")}
+GROUND = {"execution." + name for name in ("acceptance", "batch_statistics", "built", "call", "reference", "source_hash")}
 ALLOWED_AT_THE_TOP = {"__init__", "__main__", "info"}
 
 

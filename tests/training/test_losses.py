@@ -145,3 +145,14 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="list of outputs is empty"):
         loss([], torch.zeros(1, 1, 4, 4))
     assert repr(uf.BCEDiceLoss(0.5)) == "BCEDiceLoss(smooth=0.5)"
+
+
+@pytest.mark.parametrize("values", [(0.0, 255.0), (-1.0, 1.0), (0, 2)], ids=str)
+def test_targets_that_are_no_shares_are_refused(values: tuple[float, float]) -> None:
+    target = torch.tensor(values).repeat(8).view(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"the target has values from .* not in \[0, 1\]: a mask of 0 and 255"):
+        uf.BCEDiceLoss()(torch.zeros(1, 1, 4, 4), target)
+    compiled = torch.compile(uf.BCEDiceLoss(), fullgraph=True, backend="aot_eager")
+    logits = torch.zeros(1, 1, 4, 4)
+    assert compiled(logits, target.float()).isnan()  # no graph can raise
+    assert_close_relative(compiled(logits, (target > 0).float()), uf.BCEDiceLoss()(logits, (target > 0).float()), FLOAT32)

@@ -45,7 +45,8 @@ def test_sets(shape: tuple[int, ...], layout: str, score, of_sets) -> None:
     probabilities = make_input(*shape, layout=layout).sigmoid()
     target = (make_input(*shape, seed=1) > 0).float()
     for level in (-1.0, 0.0, 0.3, 1.0):
-        shifted = probabilities + level * torch.linspace(0, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        shift = level * torch.linspace(0, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        shifted = (probabilities + shift).clamp(0, 1)
         value = score(shifted, target)
         assert value.ndim == 0 and value.dtype == torch.float32
         assert_close_relative(value, brute_force(of_sets, shifted, target), FLOAT32)
@@ -107,3 +108,12 @@ def test_wrong_arguments(score, of_sets) -> None:
     for shape in ((0, 1, 4, 4), (1, 1, 4, 0), (4,)):
         with pytest.raises(ValueError, match="hold no image"):
             score(torch.zeros(shape), torch.zeros(shape))
+
+
+@both_scores
+def test_logits_and_masks_of_other_values_are_refused(score, of_sets) -> None:
+    mask = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"the first argument has values from -3 to 2, .*logits\.sigmoid\(\)"):
+        score(torch.tensor([-3.0, 2.0]).repeat(8).view(1, 1, 4, 4), mask)
+    with pytest.raises(ValueError, match=r"the target has values from 0 to 255, .*mask > 0"):
+        score(mask, torch.tensor([0, 255], dtype=torch.uint8).repeat(8).view(1, 1, 4, 4))

@@ -16,6 +16,7 @@ class NetworkSpec(Protocol):
     options: the options that all nodes share, by the names of `Network`'s arguments.
     backend: "auto" or a name in `execution.dispatch.BACKENDS`.
     structure: what the fused operators know of it (`execution.fused.structure.Structure`); None if they cannot run it.
+    built: what each layer computed when the network was built (`execution.built.built`).
     sync_group: the name of the process group over which batch norms take their statistics, "" for this process only.
     recompute: whether backward passes recompute the inside of nodes.
     multiple: every spatial axis of the image is a multiple of it.
@@ -26,6 +27,7 @@ class NetworkSpec(Protocol):
     options: Mapping[str, Any]
     backend: str
     structure: Any
+    built: Mapping[str, Any]
     sync_group: str
     recompute: bool
     multiple: int

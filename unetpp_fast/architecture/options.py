@@ -147,10 +147,7 @@ TABLES = {"downsample": DOWNSAMPLES, "upsample": UPSAMPLES, "norm": NORMS, "act"
 
 
 def unsupported(options: Mapping[str, Any], backend: str) -> str:
-    """Why a backend cannot compute a network with these options (`Network.options`); "" if it can.
-
-    Training has further conditions: `training_unsupported`.
-    """
+    """Why a backend cannot compute a network with these options (`Network.options`); "" if it can."""
     for what, table in TABLES.items():
         if options.get(what) is not None:
             name, keywords = parse_option(options[what], what, table)
@@ -164,8 +161,3 @@ def unsupported(options: Mapping[str, Any], backend: str) -> str:
     if options.get("norm") is None and ACTIVATIONS[act].slope(keywords) < 0:
         return "without a norm, the engine needs a slope >= 0: an output that tells the sign of its input"
     return ""
-
-
-def training_unsupported(options: Mapping[str, Any]) -> str:
-    """Why a backend other than the reference cannot train a network with these options; "" if it can."""
-    return "dropout in training runs on the reference" if options["dropout"] > 0 else ""

@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
     """Adds `predict` to the commands."""
     predict = add_command(commands, "predict", run, "Write masks or a label map of each image, in its format.")
     add_device(predict)
-    predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt or last.pt of a training")
+    predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")

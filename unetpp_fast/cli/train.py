@@ -52,6 +52,7 @@ def add_parser(commands: Commands) -> None:
     _add_classes(train)
     train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
+    train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     _add_network(train)
     _add_encoder(train)
     train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
@@ -165,9 +166,12 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
-    if options.resume:
-        options.encoder_weights = None  # those of the run are loaded
-    network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
+    if options.init_from:
+        network = checkpoint.initial_network(options.init_from, channels, len(classes), task.spatial_dims).to(device)
+    else:
+        if options.resume:
+            options.encoder_weights = None  # those of the run are loaded
+        network = build_network(options.arch, options, channels, len(classes), **extra).to(device)
     network.recompute = options.recompute
     if options.freeze_encoder:
         network.freeze_encoder()

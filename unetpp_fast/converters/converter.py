@@ -20,15 +20,19 @@ from torch import Tensor, nn
 
 from ..architecture.options import TABLES, parse_option
 from ..architecture.precision import without_tf32
+from ..architecture.wrappers import hint, unwrapped
+from ..common import torch_files
 from ..common.errors import first_line
+from ..execution.built import changed
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
-from ..models.prediction import evaluating
+from ..models.prediction import evaluating, small_image
 from .peer import Peer
 from .registry import PEERS
+from .wrapped_weights import find, own_names
 
 AGREEMENT = 1e-2  # bound on max|a - b| / max|a|: far above rounding, far below the error of a different graph
-PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
+TORCH_FILES = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".model")
 
 
 def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options: Any) -> Network | EncodedNetwork:
@@ -41,9 +45,9 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
     uses the logits. Weights are copied, with their precision and device; frozen parameters stay frozen.
 
     Args:
-        source: the peer's module, which is not changed; or its state_dict; or, for Keras, an HDF5 file or the arrays by
-            `layer/kernel:0`. A prefix by nn.DataParallel or torch.compile before all names is dropped. A model of this
-            package is returned unchanged.
+        source: the peer's module, which is not changed; or its state_dict; or a checkpoint, as a dictionary or a file, that
+            holds one at any place and behind any prefix (Lightning, MONAI, nnU-Net, nn.DataParallel, torch.compile); or, for
+            Keras, an HDF5 file or the arrays by `layer/kernel:0`. A model of this package is returned unchanged.
         options: for a state_dict, what its names and shapes leave open; by default as the peer's. `act` and `norm` as in
             `UNetPlusPlus` (MONAI, nnU-Net++), `upsample` (the `NestedUNet`s), `dropout` (MONAI, Keras) and
             `deep_supervision` (MONAI: False, nnU-Net++: True). A MONAI or nnU-Net++ state_dict with norm weights but no
@@ -59,7 +63,7 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
         TypeError: the source is none of the above.
     """
     if isinstance(source, nn.Module):
-        source = _unwrapped(source)
+        source = unwrapped(source)
     if isinstance(source, (Network, EncodedNetwork)):
         return source
     if isinstance(source, (str, os.PathLike)):
@@ -70,7 +74,9 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
         return _convert_module(source)
     if not isinstance(source, Mapping):
         raise TypeError(f"convert takes a module, a state_dict or {_file_kinds()}, not {type(source).__name__}")
-    state = _tensors(source)
+    state = _weights(source)
+    if isinstance(state, Network):
+        return state
     peer = _recognise(state, "state_dict")
     if peer.needs_module:
         raise peer.fail(peer.needs_module)
@@ -83,8 +89,11 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     peer = next((peer for peer in PEERS.values() if path.suffix in peer.file_endings), None)
+    if peer is None and path.suffix in TORCH_FILES:
+        content = torch_files.read(path, "checkpoint")
+        return content if isinstance(content, Mapping) else {}
     if peer is None:
-        raise ValueError(f"{path} is not {_file_kinds()}: load it first, torch.load({str(path)!r}, weights_only=True)")
+        raise ValueError(f"{path} is not {_file_kinds()}, nor a checkpoint ({', '.join(TORCH_FILES)})")
     return peer.read_file(path)
 
 
@@ -107,9 +116,11 @@ def to_state_dict(model: Network | EncodedNetwork, peer: str) -> dict[str, Tenso
     """
     if peer not in PEERS:
         raise ValueError(f"peer={peer!r} is not known: use one of {sorted(PEERS)}")
-    target = PEERS[peer]
+    target, model = PEERS[peer], unwrapped(model)
     if not isinstance(model, target.model):
         raise ValueError(f"this {type(model).__name__} cannot be written as a {target.title}")
+    if why := changed(getattr(model, "nest", model)):
+        raise ValueError(f"this model cannot be written as a {target.title}: {why}")
     own = model.state_dict()
     try:
         state = {pair.theirs: pair.to_theirs(own[pair.ours]) for pair in target.pairs(model)}
@@ -156,7 +167,7 @@ def _structure(network: Network) -> dict[str, Any]:
 
 
 def _convert_module(module: nn.Module) -> Network | EncodedNetwork:
-    peer = _recognise(module.state_dict(), type(module).__name__)
+    peer = _recognise(module.state_dict(), type(module).__name__, hint(module))
     try:
         network = peer.convert(module)
     except (AttributeError, IndexError, KeyError) as error:
@@ -185,18 +196,14 @@ def _compare(peer: Peer, module: nn.Module, network: Network | EncodedNetwork) -
     weight = next(network.parameters())
     if weight.device.type == "meta":
         return
-    topology = network.topology
-    multiple = network.multiple if isinstance(network, EncodedNetwork) else topology.multiple
-    size = [multiple] * (topology.spatial_dims - 1) + [2 * multiple]  # two pixels at the lowest level
-    image = torch.linspace(-1, 1, topology.in_channels * multiple**topology.spatial_dims * 2, dtype=torch.float64)
-    image = (37 * image).sin().reshape(1, topology.in_channels, *size).to(weight.device)
     if weight.dtype.itemsize < 4:
         module, network = copy.deepcopy(module).float(), copy.deepcopy(network).float()
-    image = image.to(next(network.parameters()).dtype)
+    image = small_image(network, network.multiple if isinstance(network, EncodedNetwork) else network.topology.multiple)
     try:
         with evaluating(module), evaluating(network), without_tf32():
             expected, actual = module(image), network(image)
     except (RuntimeError, TypeError, ValueError) as error:
+        size = list(image.shape[2:])
         raise peer.fail(f"it does not run on an image of {size} pixels, for comparison: {first_line(error)}") from error
     if type(expected) is not type(actual) and not isinstance(expected, Tensor):
         raise peer.fail(f"its class returns a {type(expected).__name__}, expected a {type(actual).__name__}")
@@ -206,42 +213,48 @@ def _compare(peer: Peer, module: nn.Module, network: Network | EncodedNetwork) -
             raise peer.fail("its class computes something else from these weights: its forward pass was changed")
 
 
-def _recognise(state: Mapping[str, Tensor], what: str) -> Peer:
+def _recognise(state: Mapping[str, Tensor], what: str, inside: str = "") -> Peer:
     """The peer whose names most of the weights have."""
     peer = max(PEERS.values(), key=lambda candidate: candidate.claims(state))
     if not peer.claims(state):
         names, known = ", ".join(list(state)[:3]) or "none", ", ".join(peer.title for peer in PEERS.values())
-        raise ValueError(f"this {what} is not of a known UNet++ (its weights: {names}): convert takes {known}")
+        raise ValueError(f"this {what} is not of a known UNet++ (its weights: {names}){inside}: convert takes {known}")
     if peer.model is Network and any(value.ndim == 3 for value in state.values()):
         raise peer.fail("its convolutions have 1 spatial axis; unetpp_fast has 2 and 3")
     return peer
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
-        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
-    return module
-
-
-def _tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by the peers' plain names, from a state_dict with or without the prefix of a wrapper, or from arrays.
+def _weights(source: Mapping[str, Any]) -> Network | dict[str, Tensor]:
+    """Tensors by the peers' plain names, from a checkpoint, a state_dict or arrays; of a checkpoint of this package the
+    network.
 
     Raises:
-        ValueError: there is a value of another type; for common kinds of checkpoint the message says where the weights
-            are.
+        ValueError: there are none; for common kinds of checkpoint the message says where the weights are.
     """
+    if isinstance(source.get("config"), Mapping) and isinstance(source.get("model"), Mapping):
+        network = Network.from_config(source["config"])
+        network.load_state_dict(source["model"])
+        return network
+    found = find(
+        source, lambda state: max(own_names(state), *(peer.claims(peer.plain_names(state)) for peer in PEERS.values()))
+    )
+    if found and own_names(found.state) == found.count:
+        extra = "; uf.load_optimized reads those of an optimized module" if "_extra_state" in source else ""
+        raise ValueError(
+            "these are weights of this package's network, without its settings: build the network as it was and call its"
+            f" load_state_dict, or give a checkpoint of `unetpp-fast train`{extra}"
+        )
     bad = next((name for name, value in source.items() if not isinstance(value, (Tensor, np.ndarray))), None)
-    if bad is not None:
+    if bad is not None and (found is None or not found.place):
         inside = [
             name for name in ("state_dict", "model_state_dict", "model", "net") if isinstance(source.get(name), Mapping)
         ]
         hint = f"give its [{inside[0]!r}]" if inside else "give only the weights"
         raise ValueError(f"this is not a state_dict: {bad!r} is a {type(source[bad]).__name__}; {hint}")
     state = {
-        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value)) for name, value in source.items()
+        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        for name, value in (found.state if found else source).items()
     }
-    while prefix := next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), ""):
-        state = {name[len(prefix) :]: value for name, value in state.items()}
     for peer in PEERS.values():
         state = peer.plain_names(state)
     return state

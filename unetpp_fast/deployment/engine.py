@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..architecture.output_forms import Outputs
+from ..architecture.precision import without_tf32
+from ..converters.converter import AGREEMENT
+from ..execution import dispatch
 from ..execution.call import Call, Inputs
 from ..execution.cpu import inference
 from ..execution.fused.forward import Forward
 from ..execution.fused.ops import load_ops
 from ..execution.plan.operands import all_operands
+from ..models.own_forward import own_forward
+from ..models.prediction import evaluating
 from .cuda_graphs import Graphs
 
 Run = Callable[[Inputs, Sequence[int]], list[Tensor]]
@@ -21,11 +29,17 @@ Run = Callable[[Inputs, Sequence[int]], list[Tensor]]
 
 class Engine(nn.Module):
     """A network in eval mode, without gradients. Its weights are composed at the first call with a precision and device, and
-    again after `load_state_dict` and `to`. Several threads may call it at once."""
+    again after `load_state_dict` and `to`. Several threads may call it at once.
+
+    as_is: why the network is called as it is, with its hooks and its own `forward`; "" if its passes run here.
+    """
+
+    as_is = ""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None):
         super().__init__()
         self.network, self.dtype = network.requires_grad_(False).eval(), dtype
+        self.as_is = own_forward(network)
         if network.backend == "reference":
             network.backend = "auto"
         self._forget()
@@ -65,10 +79,53 @@ class Engine(nn.Module):
         """Autocast to this module's precision; the caller's if it has none."""
         return _autocast(x.device.type, self.dtype)
 
+    def _called(self, run: Callable[..., Any], x: Tensor, **options: Any) -> Any:
+        """`run(x)`, the network itself or its `predict`, in this module's precision."""
+        with self._precision(x), torch.no_grad():
+            return run(x, **options)
+
+    def _why_as_is(self) -> str:
+        """A line for `explain`, printed too; "" if there is nothing to tell."""
+        if not self.as_is:
+            return ""
+        print(line := f"the model is called as it is: {self.as_is}")
+        return f"\n{line}"
+
+    @torch.no_grad()
+    def compare(self, original: nn.Module, image: Tensor) -> None:
+        """Runs beside the original in plain PyTorch, in eval mode, on a small image: where they differ, the network is
+        called as it is.
+
+        The kernels take part on a CPU; on a GPU they are compared when they are measured (`tuning`).
+        """
+        if image.device.type == "meta":
+            return
+        if next(original.parameters()).dtype.itemsize < 4:
+            original = copy.deepcopy(original).float()
+        backend, original.backend = original.backend, "reference"
+        with evaluating(original), torch.autocast(image.device.type, enabled=False), without_tf32():
+            try:
+                expected = original(image.to(next(original.parameters())))
+            except (RuntimeError, TypeError, ValueError):  # as it would on an image of the user's: nothing to compare
+                return
+            finally:
+                original.backend = backend
+            if not _are_close(expected, self._beside(image)):
+                self.as_is = "what was fused gave another result than the original on a small image"
+        self._forget()
+
+    def _beside(self, image: Tensor) -> Outputs:
+        """What this module returns for an image in the precision of its weights; nothing is measured or captured."""
+        raise NotImplementedError
+
+    def _name_beside(self, call: Call) -> str:
+        asked = self.network.backend in ("auto", "cpu") and call.x.device.type == "cpu"
+        return "cpu" if asked and dispatch.can_run_cpu(call)[0] else "reference"
+
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         with self._lock:
             if key not in self._composed:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), _not_traced():
                     self._composed[key] = make()
             return self._composed[key]
 
@@ -92,6 +149,26 @@ class Engine(nn.Module):
                 return forward.run(x, keep=False, columns=columns)[0]
 
         return run
+
+
+@contextmanager
+def _not_traced() -> Iterator[None]:
+    """Inside, `torch.jit.trace` records nothing: what is made once is a constant of the graph."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def _are_close(some: Outputs, others: Outputs) -> bool:
+    """Whether two results have the same form and nearly the same values."""
+    if isinstance(some, Tensor) or isinstance(others, Tensor):
+        if not (isinstance(some, Tensor) and isinstance(others, Tensor)) or some.shape != others.shape:
+            return False
+        return some.numel() == 0 or not bool((some - others).abs().max() > AGREEMENT * some.abs().max())
+    return type(some) is type(others) and len(some) == len(others) and all(map(_are_close, some, others))
 
 
 def _autocast(kind: str, dtype: torch.dtype | None) -> torch.autocast:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.options import norm_name
 from ..architecture.precision import without_tf32
+from ..execution.built import changed
 from ..execution.plan import weight_composition
 
 CONVOLUTIONS, NORMS = (nn.Conv2d, nn.Conv3d), (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -28,8 +29,9 @@ def fold(conv: nn.Module, norm: nn.Module) -> None:
 
 
 def folded(network: NetworkSpec) -> NetworkSpec:
-    """A copy of the network with its batch norms folded, for the reference; the network itself if it has none."""
-    if norm_name(network.options["norm"]) != "batch":
+    """A copy of the network with its batch norms folded, for the reference; the network itself if it has none, or if its
+    layers were changed."""
+    if norm_name(network.options["norm"]) != "batch" or changed(network):
         return network
     result = copy.deepcopy(network).requires_grad_(False).eval()
     for node in result.nodes.values():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from ..architecture.input_checks import check_input
 from ..architecture.output_forms import Outputs
 from ..architecture.precision import PRECISIONS, compute_dtype
+from ..architecture.wrappers import unwrapped
+from ..common import torch_files
 from ..common.errors import InputError, first_line
 from ..converters.converter import convert
 from ..execution import dispatch, reference
@@ -29,6 +30,7 @@ from ..models.prediction import (
     evaluating,
     logits_of_any_size,
     mean_probabilities,
+    small_image,
 )
 from . import encoder_layers
 from .engine import Engine
@@ -69,6 +71,8 @@ class Optimized(Engine):
         x = self._cast(x)
         odd = network.options["odd_sizes"]
         check_input(network, x, any_size=odd)
+        if self.as_is:
+            return self._called(network, x)
         heads = network.topology.heads
         columns = heads if network.deep_supervision and not self.pruned else heads[-1:]
         return network.shaped(self._logits(x, columns))
@@ -84,6 +88,8 @@ class Optimized(Engine):
         """
         x = self._cast(x)
         check_image(self.network, x, activation)
+        if self.as_is:
+            return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         heads = self.network.topology.heads
         columns = heads if self.mode == "accurate" else heads[-1:]
         logits = logits_of_any_size(self.network, x, lambda padded: self._logits(padded, columns))
@@ -96,6 +102,7 @@ class Optimized(Engine):
             check_input(self.network, x, any_size=self.network.options["odd_sizes"])
             call = Call(self.network, x)
             text = describe(call, *dispatch.choose(call))
+        text += self._why_as_is()
         if x.is_cuda and self._graphs.reason:
             print(self._graphs.reason)
             text = f"{text}\n{self._graphs.reason}"
@@ -117,6 +124,11 @@ class Optimized(Engine):
                 runs = {one: self._by(one, call, columns) for one in ("reference", kernels)}
                 name = self._graphs.fastest(runs, x, key) or name
             return self._graphs.run(self._by(name, call, columns), x, (name, *key))
+
+    def _beside(self, image: Tensor) -> Outputs:
+        call, heads = Call(self.network, image, image.dtype), self.network.topology.heads
+        columns = heads if self.network.deep_supervision and not self.pruned else heads[-1:]
+        return self.network.shaped(self._by(self._name_beside(call), call, columns)(image))
 
     def _by(self, name: str, call: Call, columns: Sequence[int]) -> Callable[[Tensor], list[Tensor]]:
         run = self._plain if name == "reference" else self._by_engine(name, call)
@@ -150,12 +162,16 @@ class OptimizedModule(Engine):
         """
         x = self._cast(x)
         self.network.check(x)
+        if self.as_is:
+            return self._called(self.network, x)
         return self.network.shaped(self._logits(x, all_heads=self.network.deep_supervision and not self.pruned))
 
     def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
         """Probabilities for any size; see `Optimized.predict`."""
         x = self._cast(x)
         check_image(self.network, x, activation)
+        if self.as_is:
+            return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         all_heads = self.mode == "accurate"
         logits = logits_of_any_size(self.network, x, lambda padded: self._logits(padded, all_heads))
         return mean_probabilities(logits, activation)
@@ -170,7 +186,7 @@ class OptimizedModule(Engine):
             text = describe(call, *dispatch.choose(call))
         encoder = f"PyTorch    encoder, channels-last: {self.norms}{self._layers_in_words(x)}"
         print(encoder)
-        return f"{text}\n{encoder}"
+        return f"{text}\n{encoder}{self._why_as_is()}"
 
     def _call(self, network: EncodedNetwork, x: Tensor) -> Call:
         x = x.to(memory_format=self.layout)
@@ -196,12 +212,18 @@ class OptimizedModule(Engine):
         network = self.network if all_heads else self.network.part(self.network.topology.heads[-1], keep_heads=False)
         with self._precision(x):
             call = self._call(network, x)
-            name, _ = dispatch.choose(call)
-            if name == "reference":
-                key = ("plain",) if network is self.network else ("plain", "deepest")
-                nest = self._once(key, lambda: folded(network.nest))
-                return reference.forward(nest, call.inputs)
-            return self._by_engine(name, call)(call.inputs, call.network.topology.heads)
+            return self._by(dispatch.choose(call)[0], call)
+
+    def _beside(self, image: Tensor) -> Outputs:
+        call = Call(self.network.nest, self.network.maps(image))
+        return self.network.shaped(self._by(self._name_beside(call), call))
+
+    def _by(self, name: str, call: Call) -> list[Tensor]:
+        heads = call.network.topology.heads
+        if name == "reference":
+            nest = self._once(("plain", heads), lambda: folded(call.network))
+            return reference.forward(nest, call.inputs)
+        return self._by_engine(name, call)(call.inputs, heads)
 
 
 def optimize(
@@ -211,7 +233,8 @@ def optimize(
 
     Batch norms are folded into weights and up-sampling into convolutions, at least in float32 and with the exact eps; memory
     is kept between calls; on a GPU each size is captured as a CUDA graph. What cannot be fused runs unchanged, and
-    `explain(x)` says why. The model is copied: training it further does not change the result.
+    `explain(x)` says why: layers that were replaced, patched or hooked after building, hooks on the model, a subclass's
+    `forward`. The result is run beside the model once. The model is copied: training it further does not change the result.
 
     Args:
         model: a model of this package, or one that `unetpp_fast.convert` knows.
@@ -230,14 +253,20 @@ def optimize(
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(known) for known in DTYPES]}, not {dtype!r}")
+    model = unwrapped(model)
     if not isinstance(model, (Network, EncodedNetwork)):
         with evaluating(model):
             model = convert(model)
-    topology, pruned = model.topology, level is not None
-    kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
-    part = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
-    own, kind = next(model.parameters()).dtype, OptimizedModule if isinstance(model, EncodedNetwork) else Optimized
-    return kind(_own_copy(part, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
+    topology, pruned, over_encoder = model.topology, level is not None, isinstance(model, EncodedNetwork)
+    if "forward" not in model.__dict__:
+        kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
+        model = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
+    elif pruned:
+        model.prune(level)  # raises: it cannot be
+    own, kind = next(model.parameters()).dtype, OptimizedModule if over_encoder else Optimized
+    fast = kind(_own_copy(model, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
+    fast.compare(model, model.sample() if over_encoder else small_image(fast.network, fast.network.multiple))
+    return fast
 
 
 def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -257,16 +286,15 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
     """
     state = source
     if not isinstance(source, Mapping):
-        if not Path(source).is_file():
-            raise InputError(f"{source} does not exist")
-        try:
-            state = torch.load(source, map_location=device, weights_only=True)
-        except Exception as error:  # a damaged file can make the reader fail in any way
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"{source} cannot be read as a state_dict: {what}") from error
+        state = torch_files.read(source, "state_dict", device)
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None
     if not isinstance(extra, Mapping) or extra.get("unetpp_fast_optimized") != FORMAT:
         raise InputError(f"this is not a state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
+    if isinstance(extra.get("config"), Mapping) and extra["config"].get("changed"):
+        raise InputError(
+            f"this is a state_dict of a network that was changed after it was built ({extra['config']['changed']}), which no"
+            " file describes: make the model as you did, then optimize(model).load_state_dict(state_dict)"
+        )
     try:
         pruned, dtype, mode = _settings(extra)
         own = next(value.dtype for name, value in state.items() if name.endswith("conv1.weight"))

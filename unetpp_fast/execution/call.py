@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.precision import compute_dtype
+from .built import layers_of
 
 Inputs = Tensor | Sequence[Tensor]  # of a pass: the image, or the maps of an encoder, largest first
 
@@ -37,9 +38,9 @@ class Call:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The network and all its layers, as `modules()` gives them when they are first asked for."""
+        """The layers of its nodes and heads, as they are when they are first asked for."""
         if self._modules is None:  # not a `cached_property`, whose lock no graph can hold
-            self._modules = list(self.network.modules())
+            self._modules = layers_of(self.network)
         return self._modules
 
     @property
@@ -50,7 +51,7 @@ class Call:
     @property
     def buffers(self) -> list[Tensor]:
         """As `parameters`."""
-        return [value for module in self.modules for value in module._buffers.values()]
+        return [value for module in self.modules for value in module._buffers.values() if value is not None]
 
     @property
     def in_training(self) -> bool:
@@ -60,6 +61,11 @@ class Call:
         if structure is not None and not structure.norms:
             return False
         return any(module.training for module in self.modules if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)))
+
+    @property
+    def drops(self) -> bool:
+        """Whether any dropout is at work: also one in training mode in a network that is not."""
+        return any(module.training and module.p > 0 for module in self.modules if isinstance(module, nn.Dropout))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers, detached, by their names in the network; the network must have a structure."""

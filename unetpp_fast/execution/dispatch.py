@@ -11,12 +11,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..architecture.network_spec import NetworkSpec
-from ..architecture.options import ENGINES, training_unsupported
+from ..architecture.options import ENGINES
 from ..architecture.precision import unsupported_dtype
+from ..architecture.wrappers import network_of
 from ..kernels.naive import MOST_CLASSES
 from . import agreement, reference
+from .built import changed
 from .call import Call, Inputs
 from .cpu import inference, kept_operands
 from .fused import libraries, operators, ops, tuning
@@ -161,7 +164,7 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
     Raises:
         RuntimeError: the kernels cannot run `network(x)` here; the message says why.
     """
-    call = Call(*network.engine_input(x))
+    call = Call(*network_of(network, "tune").engine_input(x))
     runs, reason = (can_run_cpu if _is_for_cpu(call.x) else can_run_triton)(call)
     if not runs:
         raise RuntimeError(f"nothing to tune: {reason}")
@@ -218,8 +221,6 @@ def can_run_cpu(call: Call) -> tuple[bool, str]:
         return False, reason
     if x.device.type != "cpu":
         return False, f"the CPU backend needs its input on a CPU, it is on {x.device}"
-    if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack()):
-        return False, "tracing and torch.func need plain PyTorch operators"
     runs, reason = can_run_fused(call, "cpu")
     if not runs:
         return runs, reason
@@ -243,19 +244,23 @@ def never_runs(network: NetworkSpec, backend: str) -> str:
 
 def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
     """Whether a backend can compute `call` in some precision and on some device; if not, why."""
-    network, x, structure = call.network, call.x, call.network.structure
+    network, x = call.network, call.x
     if reason := never_runs(network, backend):
         return False, reason
-    if not structure.fits(network, call.modules):
-        return False, "a layer was replaced, changed or given hooks, or this is a replica of nn.DataParallel"
+    if reason := changed(network, call.modules):
+        return False, reason
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False, "an export needs plain PyTorch operators"
     if network.options["odd_sizes"] and network.sync_group and network.training:
         return False, "processes that share statistics must not differ in their backend, which odd sizes may make them"
     if network.options["odd_sizes"] and any(size % network.topology.multiple for size in x.shape[2:]):
         return False, f"sizes that are not a multiple of {network.topology.multiple} run on the reference"
-    if network.training and (reason := training_unsupported(network.options)):
-        return False, reason
+    if call.drops:
+        return False, "dropout in training runs on the reference"
+    if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack()):
+        return False, "tracing and torch.func need plain PyTorch operators"
+    if forward_ad._current_level >= 0:
+        return False, "forward-mode differentiation needs plain PyTorch operators"
     weight = next(network.parameters())
     if not torch.is_autocast_enabled(x.device.type) and weight.dtype != x.dtype:
         return False, f"the input is {x.dtype} and the weights are {weight.dtype}"

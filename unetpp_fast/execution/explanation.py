@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.topology import Node
+from ..architecture.wrappers import network_of
 from . import dispatch
 from .call import Call
 from .fused.forward import Forward
@@ -27,7 +28,7 @@ def explain(network: NetworkSpec, x: Tensor) -> str:
     Raises:
         TypeError, ValueError: the network does not take `x`.
     """
-    call = Call(*network.engine_input(x))
+    call = Call(*network_of(network, "explain").engine_input(x))
     return describe(call, *dispatch.outlook(call))
 
 

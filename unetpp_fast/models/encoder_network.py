@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from ..architecture.output_forms import FORMS, Outputs, check_form
 from ..architecture.topology import Topology
 from ..common.errors import InputError
 from ..execution import dispatch
+from ..execution.built import Built, built, changed
 from ..execution.fused.structure import structure_of
 from . import prediction
 from .encoder_parts import Encoder, truncated
 from .encoders import make_encoder
+from .own_forward import own_forward, sharing
 from .prediction import evaluating
 
 
@@ -79,6 +82,9 @@ class Nest(nn.Module):
         inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
         self.nodes = nn.ModuleDict({**inner, **{mine: whole.lasts[name] for name, mine in names.items()}})
         self.heads = nn.ModuleDict({mine: whole.heads[name] for name, mine in names.items()})
+        kept = {"nodes", "heads", *(f"nodes.{name}" for name in self.nodes), *(f"heads.{name}" for name in self.heads)}
+        recorded = {name: facts for name, facts in whole.built.items() if ".".join(name.split(".")[:2]) in kept}
+        self.built = recorded or built(self)
         self.refresh_handle()
 
     def refresh_handle(self) -> None:
@@ -152,7 +158,9 @@ class EncodedNetwork(nn.Module):
         initialise(self, act)
         self.encoder, self.unused, self.encoder_frozen = encoder, unused, False
         self.backend = dispatch.check(backend)
+        self.built: Built = {}  # of the nest
         self.refresh_handle()
+        self.built = self._nests[0].built
 
     @property
     def last(self) -> nn.Module:
@@ -174,6 +182,7 @@ class EncodedNetwork(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.built = state.get("built", {})
         self.refresh_handle()
 
     def train(self, mode: bool = True) -> EncodedNetwork:
@@ -231,6 +240,8 @@ class EncodedNetwork(nn.Module):
         """`[N, out_channels, *S]` of each head, X(0,1) first, for an image size that is a multiple of `multiple`."""
         return dispatch.forward(self.nest, self.maps(x))
 
+    package_methods: ClassVar[dict[str, Callable]] = {"forward": forward, "logits": logits}
+
     def maps(self, x: Tensor) -> list[Tensor]:
         """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1.
 
@@ -277,31 +288,25 @@ class EncodedNetwork(nn.Module):
         Warns:
             UserWarning: the stages of this encoder cannot be told apart (`truncated`): it runs as a whole.
         """
+        if "forward" in self.__dict__:
+            raise ValueError("forward was replaced on this instance, for all of its heads: make it a method of a subclass")
         return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
 
     def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> EncodedNetwork:
-        """A network over some of this network's nodes and heads: the same modules, nothing allocated."""
-        part = EncodedNetwork.__new__(EncodedNetwork)
-        nn.Module.__init__(part)
+        """A network over some of this network's nodes and heads: the same modules and attributes, nothing allocated."""
+        part = sharing(self)
         part.topology, part.deep_supervision, part.form = topology, deep_supervision, form
         part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes if node.column})
         names = [topology[0, column].name for column in topology.heads]
         part.lasts = nn.ModuleDict({name: self.lasts[name] for name in names})
         part.heads = nn.ModuleDict({name: self.heads[name] for name in names})
-        part.encoder, part.unused = self.encoder, None
+        part.unused = None
         if topology.depth < self.topology.depth:
             part.encoder = truncated(self.encoder, topology.depth + 1, self.sample())
             if part.encoder.remark:
                 warnings.warn(part.encoder.remark, stacklevel=3)
-        for name in ("out_channels", "last_width", "attention", "encoder_frozen"):
-            setattr(part, name, getattr(self, name))
-        self._set_up(part)
         part.refresh_handle()
         return part
-
-    def _set_up(self, part: EncodedNetwork) -> None:
-        for name in ("backend", "training", "options", "sync_group", "recompute"):
-            setattr(part, name, getattr(self, name))
 
     def part(self, level: int, keep_heads: bool) -> EncodedNetwork:
         """As `Network.part`; the network itself if it has no more than that."""
@@ -311,9 +316,10 @@ class EncodedNetwork(nn.Module):
         nest = self.nest  # which is made again, and the parts are forgotten, if a node was replaced
         encoder, part = self._parts.get((level, keep_heads), (None, None))
         if part is None or encoder is not self.encoder or not nest.is_of(self):
-            part = self.subnetwork(topology, deep_supervision=True)
+            part = self.subnetwork(topology, self.deep_supervision, self.form)
             self._parts[level, keep_heads] = self.encoder, part
-        self._set_up(part)
+        mine = ("_modules", "_parts", "_nests", "topology")
+        part.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in mine)
         return part
 
     def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
@@ -334,8 +340,10 @@ class EncodedNetwork(nn.Module):
     @property
     def config(self) -> dict:
         """Plain data from which `from_config` rebuilds this network, without weights; its "encoder" is the name of timm's
-        encoder, None for a module of another kind, which no data describes."""
+        encoder, None for a module of another kind, which no data describes; "changed" as in `Network.config`."""
+        why = own_forward(self) or changed(self.nest)
         return {
+            **({"changed": why} if why else {}),
             "encoder": self.encoder.name if isinstance(self.encoder, Encoder) else None,
             "encoder_frozen": self.encoder_frozen,
             "topology": self.topology.to_dict(),

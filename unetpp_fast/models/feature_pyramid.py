@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.layers import make_conv
+from ..architecture.wrappers import network_of
 from ..execution import reference
 from .network import Network
+from .own_forward import own_forward
 
 OUT_CHANNELS = 256  # as torchvision's feature pyramid networks
 
@@ -29,11 +31,17 @@ class Backbone(nn.Module):
         out_channels: as above; torchvision reads it.
 
     Raises:
-        ValueError: a node of the diagonal is missing, as in some converted models.
+        ValueError: a node of the diagonal is missing, as in some converted models; or the model has hooks or a `forward` of
+            its own, which would not run.
     """
 
     def __init__(self, model: Network, out_channels: int | None = None):
         super().__init__()
+        model = network_of(model, "backbone")
+        if not isinstance(model, Network):
+            raise TypeError(f"a pyramid is of a network without an encoder, not of {type(model).__name__}")
+        if why := own_forward(model):
+            raise ValueError(f"{why}, which a pyramid would leave out: put it before the backbone")
         topology = model.topology
         positions = {node.position: node.width for node in topology.nodes}
         self.diagonal = [(level, topology.depth - level) for level in range(topology.depth + 1)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,8 +13,10 @@ from ..architecture.options import DOWNSAMPLES, Option, learned_upsample
 from ..architecture.output_forms import FORMS, Outputs, check_form
 from ..architecture.topology import Topology
 from ..execution import dispatch
+from ..execution.built import built, changed
 from ..execution.fused.structure import structure_of
 from . import prediction
+from .own_forward import own_forward, sharing
 
 
 class Network(nn.Module):
@@ -79,10 +82,11 @@ class Network(nn.Module):
         for column in spare_heads:
             self.heads[topology[0, column].name].requires_grad_(False)
         initialise(self, act)
+        self.built = built(self)
         self.refresh_handle()
 
     def refresh_handle(self) -> None:
-        """Registers the layers as they are now with the fused operators: after building, unpickling, or changing them."""
+        """Registers the network, as it was built, with the fused operators: after building and unpickling."""
         self._parts: dict[tuple[int, bool], Network] = {}
         self.structure = structure_of(self)
 
@@ -91,6 +95,8 @@ class Network(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if "built" not in state:  # of an older version
+            self.built = built(self)
         self.refresh_handle()
 
     def _apply(self, fn, recurse: bool = True):
@@ -113,6 +119,8 @@ class Network(nn.Module):
         """Logits `[N, out_channels, *S]` of each head, X(0,1) first, for an `x` that `check_input` accepts."""
         return dispatch.forward(self, x)
 
+    package_methods: ClassVar[dict[str, Callable]] = {"forward": forward, "logits": logits}  # a subclass may have others
+
     def engine_input(self, x: Tensor) -> tuple[Network, Tensor]:
         """This network and `x`, which is checked."""
         check_input(self, x, any_size=self.options["odd_sizes"])
@@ -125,24 +133,27 @@ class Network(nn.Module):
     def prune(self, level: int) -> Network:
         """The network of the nodes with i + j <= level and the head of X(0,level); it shares parameters and modules.
 
-        Moving or training the pruned model therefore moves or trains these nodes of this model too;
+        It keeps what was done to this one: changed layers, hooks, the `forward` of a subclass. Moving or training the pruned
+        model moves or trains these nodes of this model too;
         `copy.deepcopy(model.prune(2))` is independent.
 
         Raises:
-            ValueError: there is no head at `level`.
+            ValueError: there is no head at `level`, or `forward` was replaced on this instance.
         """
+        if "forward" in self.__dict__:
+            raise ValueError("forward was replaced on this instance, for all of its heads: make it a method of a subclass")
         return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
 
     def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> Network:
-        """A network over some of this network's nodes and heads: the same modules, nothing allocated."""
-        part = Network.__new__(Network)
-        nn.Module.__init__(part)
-        part.topology, part.out_channels, part.deep_supervision = topology, self.out_channels, deep_supervision
-        part.options, part.form, part.backend, part.training = self.options, form, self.backend, self.training
+        """A network over some of this network's nodes and heads: the same modules and attributes, nothing allocated."""
+        part = sharing(self)
+        part.topology, part.deep_supervision, part.form = topology, deep_supervision, form
         part.nodes = nn.ModuleDict({node.name: self.nodes[node.name] for node in topology.nodes})
-        heads = [topology[0, column].name for column in topology.heads]
-        part.heads = nn.ModuleDict({name: self.heads[name] for name in heads})
-        part.sync_group, part.recompute = self.sync_group, self.recompute
+        part.heads = nn.ModuleDict(
+            {topology[0, column].name: self.heads[topology[0, column].name] for column in topology.heads}
+        )
+        kept = {"nodes", "heads", *(f"nodes.{name}" for name in part.nodes), *(f"heads.{name}" for name in part.heads)}
+        part.built = {name: facts for name, facts in self.built.items() if ".".join(name.split(".")[:2]) in kept}
         part.refresh_handle()
         return part
 
@@ -154,16 +165,15 @@ class Network(nn.Module):
         part = self._parts.get((level, keep_heads))
         if part is None or not part._is_of(self):
             topology = self.topology.pruned(level, keep_heads=keep_heads)
-            part = self._parts[level, keep_heads] = self.subnetwork(topology, deep_supervision=True)
-        part.backend, part.training, part.options = self.backend, self.training, self.options
-        part.sync_group, part.recompute = self.sync_group, self.recompute
+            part = self._parts[level, keep_heads] = self.subnetwork(topology, self.deep_supervision, self.form)
+        mine = ("_modules", "_parts", "structure", "built", "topology")
+        part.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in mine)
         return part
 
     def _is_of(self, whole: Network) -> bool:
-        """Whether this network's nodes and heads are still modules of `whole`, and known to the fused operators."""
+        """Whether this network's nodes and heads are still modules of `whole`."""
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
-        same = all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
-        return same and (self.structure is None or self.structure.layers is not None)
+        return all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
 
     def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
@@ -198,8 +208,11 @@ class Network(nn.Module):
 
     @property
     def config(self) -> dict:
-        """Plain data from which `from_config` rebuilds this network, without weights."""
+        """Plain data from which `from_config` rebuilds this network, without weights; "changed" says why it cannot, if the
+        network was changed after it was built."""
+        why = own_forward(self) or changed(self)
         return {
+            **({"changed": why} if why else {}),
             "topology": self.topology.to_dict(),
             "out_channels": self.out_channels,
             "deep_supervision": self.deep_supervision,
@@ -210,7 +223,16 @@ class Network(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping, backend: str = "auto") -> Network:
-        """The network that `config` describes, with new weights."""
+        """The network that `config` describes, with new weights.
+
+        Raises:
+            ValueError: `config` is of a network that was changed after it was built.
+        """
+        if config.get("changed"):
+            raise ValueError(
+                f"the network was changed after it was built, and its settings do not describe it ({config['changed']}):"
+                " make it as you did and load its state_dict"
+            )
         rest = {key: value for key, value in config.items() if key != "topology"}
         return Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
 

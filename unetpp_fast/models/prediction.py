@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from ..architecture.input_checks import check_input, leaves_one_value
 from ..architecture.network_spec import NetworkSpec
+from .own_forward import logits_of_call, own_forward
 
 MODES = ("accurate", "fast")
 PROBABILITIES = ("sigmoid", "softmax")
@@ -47,13 +49,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def logits_of_any_size(network: NetworkSpec, x: Tensor, run: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
     """Logits `[N, out_channels, *S]` of each head for an `x` of any size that `check_input` accepts; padded and cropped.
 
-    run: replaces `network.logits`.
+    run: replaces `network.logits`; by default a network with hooks or its own `forward` is called.
     """
     multiple = network.multiple
     padded = pad_to_multiple(x, multiple)
     if leaves_one_value(network, padded):  # instance norm has no statistics of one pixel: give it two
         padded = F.pad(padded, (0, multiple) + (0, 0) * (x.ndim - 3), mode="replicate")
-    return [crop(logits, x.shape[2:]) for logits in (run or network.logits)(padded)]
+    run = run or ((lambda image: logits_of_call(network, image)) if own_forward(network) else network.logits)
+    return [crop(logits, x.shape[2:]) for logits in run(padded)]
 
 
 def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
@@ -70,9 +73,25 @@ def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activ
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     check_image(network, x, activation)
-    part = network.part(network.topology.heads[-1] if level is None else level, keep_heads=mode == "accurate")
+    heads = network.topology.heads
+    level = heads[-1] if level is None else level
+    if "forward" in network.__dict__:  # of this instance alone: it computes all heads
+        with evaluating(network):
+            logits = logits_of_any_size(network, x)
+        kept = network.topology.pruned(level, keep_heads=mode == "accurate").heads
+        return mean_probabilities([one for column, one in zip(heads, logits, strict=True) if column in kept], activation)
+    part = network.part(level, keep_heads=mode == "accurate")
     with evaluating(part):
         return mean_probabilities(logits_of_any_size(part, x), activation)
+
+
+def small_image(network: NetworkSpec, multiple: int) -> Tensor:
+    """`[1, C, multiple, .., 2 * multiple]` of values in [-1, 1], on the network's device, in its precision."""
+    weight, topology = next(network.parameters()), network.topology
+    size = [multiple] * (topology.spatial_dims - 1) + [2 * multiple]  # two pixels at the lowest level
+    count = topology.in_channels * math.prod(size)
+    image = (37 * torch.linspace(-1, 1, count, dtype=torch.float64)).sin()
+    return image.reshape(1, topology.in_channels, *size).to(weight)
 
 
 def mean_probabilities(outputs: list[Tensor], activation: str = "sigmoid") -> Tensor:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
+from ..architecture.wrappers import network_of as network_of_module
+from ..architecture.wrappers import unwrapped
 from ..common.extras import need
 
 BLENDS = ("gaussian", "constant")
@@ -69,6 +71,9 @@ def predict_tiled(
     Raises:
         TypeError, ValueError: an argument does not fit, the image contains NaN, or `max_memory` is too small for any tile.
     """
+    model = unwrapped(model)
+    if not hasattr(model, "predict"):
+        network_of_module(model, "predict_tiled")  # says what to give
     shape = tuple(image.shape)
     network = network_of(model)
     check_input(network, torch.empty(shape, dtype=_sample(model).dtype, device="meta"), any_size=True)

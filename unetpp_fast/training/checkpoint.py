@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..common import torch_files
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError, first_line
+from ..converters.converter import convert
 from ..models.architectures import from_config
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
@@ -32,35 +32,32 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     Raises:
         InputError: the file is missing, truncated, or not a checkpoint of this package.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"checkpoint {path} is a folder: name a file in it, such as {path / 'best.pt'}")
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not a zip archive")
-        content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:  # its advice is to load it without this protection
-        raise InputError(
-            f"{path} is not a readable checkpoint: it holds Python objects, which could run code, or is damaged"
-        ) from error
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(
-            f"{path} is not a readable checkpoint (truncated, or another format): {first_line(error)}"
-        ) from error
+    return _checked(path, torch_files.read(path, "checkpoint", device))
+
+
+def _checked(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("unetpp_fast") != CHECKPOINT_FORMAT or "config" not in content:
         raise InputError(f"{path} is not a checkpoint of `unetpp-fast train` (format {CHECKPOINT_FORMAT})")
     return content
 
 
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network | EncodedNetwork, dict[str, Any]]:
-    """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`.
+    """The network, in eval mode, and the content of a checkpoint written by `unetpp-fast train`; of another
+    implementation's, what `convert` makes of it, and {}.
 
     Raises:
-        InputError: as `load_checkpoint`, or the weights do not fit the network, or its encoder cannot be made.
+        InputError: as `load_checkpoint`, or the weights do not fit the network, its encoder cannot be made, or `convert`
+            does not know them.
     """
-    content = load_checkpoint(path, device)
+    content = torch_files.read(path, "checkpoint", device)
+    if isinstance(content, dict) and "unetpp_fast" not in content:
+        try:
+            return convert(content).to(device).eval(), {}
+        except ValueError as error:
+            raise InputError(
+                f"{path} is not a checkpoint of `unetpp-fast train`, and cannot be converted: {error}"
+            ) from error
+    content = _checked(path, content)
     try:
         network = from_config(content["config"])
         network.load_state_dict(content["model"])
@@ -69,3 +66,21 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network 
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content
+
+
+def initial_network(path: Path, in_channels: int, out_channels: int, spatial_dims: int) -> Network:
+    """The network of a checkpoint, as `load_model` reads it, to be trained further on data of these channels and classes.
+
+    Raises:
+        InputError: as `load_model`, or the network is for other data.
+    """
+    network, _ = load_model(path)
+    topology = network.topology
+    if (topology.in_channels, network.out_channels, topology.spatial_dims) != (in_channels, out_channels, spatial_dims):
+        raise InputError(
+            f"{path} holds a network for {topology.in_channels} channel(s), {network.out_channels} class(es) and"
+            f" {topology.spatial_dims}D images; the data has {in_channels} channel(s), {out_channels} class(es) and is"
+            f" {spatial_dims}D"
+        )
+    network.form = "plain"  # logits, for the loss
+    return network.train()

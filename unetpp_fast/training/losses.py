@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+UNIT_SLACK = 1e-3  # by which interpolated masks and rounded probabilities may leave [0, 1]
 
 
 class BCEDiceLoss(nn.Module):
@@ -30,15 +35,19 @@ class BCEDiceLoss(nn.Module):
         """The loss, a scalar, of logits `[N, C, *S]`, or a list of them, and a target of that shape with values in [0, 1].
 
         Raises:
-            ValueError: shapes differ, or the batch is empty.
+            ValueError: shapes differ, the batch is empty, or the target has other values. On a GPU and in graphs, where a
+                look at the values would wait, the loss is then NaN.
         """
         heads = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if not heads:
             raise ValueError("the list of outputs is empty: pass the logits of at least one head")
-        return sum(self._head(logits, target) for logits in heads) / len(heads)
+        for logits in heads:
+            check_pair(logits, target, "outputs")
+        valid = check_unit(target, "the target", "a mask of 0 and 255 is (mask > 0).float()")
+        loss = sum(self._head(logits, target) for logits in heads) / len(heads)
+        return loss if valid is None else loss.where(valid, torch.nan)
 
     def _head(self, logits: Tensor, target: Tensor) -> Tensor:
-        check_pair(logits, target, "outputs")
         logits = logits if logits.dtype.itemsize >= 4 else logits.float()
         logits, target = logits.flatten(1), target.to(logits.dtype).flatten(1)
         bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
@@ -58,3 +67,18 @@ def check_pair(values: Tensor, target: Tensor, what: str) -> None:
         )
     if values.ndim < 2 or values.numel() == 0:
         raise ValueError(f"{what} of shape {tuple(values.shape)} hold no image: an empty batch has no mean")
+
+
+def check_unit(values: Tensor, what: str, how: str) -> Tensor | None:
+    """Raises ValueError if a value lies outside of [0, 1]; `how` says how to get others. Where values cannot be looked at
+    without waiting, or in a graph, returns instead whether none does. NaN is left to what is computed from it."""
+    if values.dtype == torch.bool:
+        return None
+    low, high = values.aminmax()
+    valid = ~((low < -UNIT_SLACK) | (high > 1 + UNIT_SLACK))
+    plain = type(values) in (Tensor, nn.Parameter) and values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or torch.jit.is_tracing() or peek_interpreter_stack() or _get_current_dispatch_mode() is not None:
+        return valid
+    if not valid:
+        raise ValueError(f"{what} has values from {low.item():g} to {high.item():g}, not in [0, 1]: {how}")
+    return None

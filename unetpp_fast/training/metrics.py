@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .losses import check_pair
+from .losses import check_pair, check_unit
 
 
 def iou_score(probabilities: Tensor, target: Tensor) -> Tensor:
@@ -17,25 +18,33 @@ def iou_score(probabilities: Tensor, target: Tensor) -> Tensor:
         A scalar tensor, float32; an image in which both masks are empty counts as 1.
 
     Raises:
-        ValueError: shapes differ, or the batch is empty.
+        ValueError: shapes differ, the batch is empty, or values are not in [0, 1]; on a GPU and in graphs the score is then
+            NaN.
     """
-    both, either, _ = _areas(probabilities, target)
-    return _ratio(both, either)
+    both, either, _, valid = _areas(probabilities, target)
+    return _ratio(both, either, valid)
 
 
 def dice_score(probabilities: Tensor, target: Tensor) -> Tensor:
     """Mean over the images of 2 |A and B| / (|A| + |B|); arguments and errors as in `iou_score`."""
-    both, _, total = _areas(probabilities, target)
-    return _ratio(2 * both, total)
+    both, _, total, valid = _areas(probabilities, target)
+    return _ratio(2 * both, total, valid)
 
 
-def _areas(probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _areas(probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     check_pair(probabilities, target, "probabilities")
+    checks = [
+        check_unit(probabilities, "the first argument", "give probabilities, logits.sigmoid()"),
+        check_unit(target, "the target", "a mask of 0 and 255 is mask > 0"),
+    ]
     a, b = (probabilities > 0.5).flatten(1), (target > 0.5).flatten(1)
     both = (a & b).sum(dim=1)
     total = a.sum(dim=1) + b.sum(dim=1)
-    return both, total - both, total
+    return both, total - both, total, [valid for valid in checks if valid is not None]
 
 
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return (part / whole.clamp(min=1)).where(whole > 0, 1.0).mean()
+def _ratio(part: Tensor, whole: Tensor, checks: list[Tensor]) -> Tensor:
+    score = (part / whole.clamp(min=1)).where(whole > 0, 1.0).mean()
+    for valid in checks:
+        score = score.where(valid, torch.nan)
+    return score

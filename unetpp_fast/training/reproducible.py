@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from ..architecture.layers import InstanceNorm
 from ..common.errors import InputError
 from ..execution.batch_statistics import unbiased, update_running_statistics
+from ..execution.built import changed
 from ..models.network import Network
 from . import processes
 
@@ -52,6 +53,8 @@ def check(network: Network, device: torch.device, dtype: str) -> None:
         reason = "only in float32: use network.float()"
     elif others := [type(module).__name__ for module in network.modules() if _is_unknown(module)]:
         reason = f"only with the layers that this package makes, not with {others[0]}"
+    elif why := changed(network):
+        reason = f"only with the layers as they were built: {why}"
     if reason:
         raise InputError(f"training is reproducible {reason}")
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..architecture.layers import NodeModule
 from ..architecture.precision import autocast
+from ..execution.built import changed
 from ..models.network import Network
 from . import processes, reproducible
 from .captured import StepGraphs
@@ -187,6 +188,8 @@ def _biases_before_norms(network: Network) -> list[nn.Parameter]:
     Their gradients are rounding errors, which differ with the number of processes and threads; Adam would make whole steps
     of them.
     """
+    if changed(getattr(network, "nest", network)):  # then nobody knows
+        return []
     nodes = [module for module in network.modules() if isinstance(module, NodeModule)]
     pairs = [pair for node in nodes for pair in ((node.conv1, node.norm1), (node.conv2, node.norm2))]
     return [conv.bias for conv, norm in pairs if conv.bias is not None and not isinstance(norm, nn.Identity)]

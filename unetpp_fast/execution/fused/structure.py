@@ -13,31 +13,22 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from ...architecture.layers import InstanceNorm, Interpolate, NodeModule
+from ...architecture.layers import InstanceNorm
 from ...architecture.network_spec import NetworkSpec
-from ...architecture.options import ACTIVATIONS, ENGINES
+from ...architecture.options import ENGINES
 from ...architecture.options import unsupported as options_unsupported
-from ..batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 from ..plan.steps import Plan, make_plan, unsupported
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
-_ACTIVATIONS = {entry.layer for entry in ACTIVATIONS.values()}
-_KNOWN_LAYERS = {
-    *NORMS, SyncedBatchNorm2d, SyncedBatchNorm3d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    Interpolate, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, *_ACTIVATIONS,
-}  # fmt: skip
-_SETTINGS = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps",
-    "negative_slope", "mode", "align_corners",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Structure:
     """A plan, and the names of the tensors that a pass takes, in the order in which it takes them.
 
+    It is that of the network as it was built, whatever was done to its layers since (`execution.built` tells).
+
     parameters, buffers: those of the network, in the order of its modules. norms: the norms of its nodes, likewise.
-    layers: what each layer computed when the structure was made; None if a layer did not fit the plan.
     unsupported: by backend, why it cannot compute the network's options; "" if it can.
     key: equal in every process for networks that compute the same from the same weights; names measurements.
     handle: equal for equal structures within this process.
@@ -48,21 +39,12 @@ class Structure:
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     norms: tuple[str, ...]
-    layers: tuple[tuple, ...] | None
     unsupported: Mapping[str, str]
     key: str
     handle: str
 
     def __deepcopy__(self, memo: dict) -> Structure:
         return self
-
-    def fits(self, network: NetworkSpec, modules: Sequence[nn.Module]) -> bool:
-        """Whether the layers of `network`, its `modules()`, are still those that it was built with.
-
-        Layers may have been replaced, parametrised or hooked, or have no parameters in a replica of `nn.DataParallel`; what
-        they compute is then only known by calling them.
-        """
-        return self.layers is not None and _layers(network, modules, self.plan) == self.layers
 
     def modes(self, training: str, keep: bool) -> dict[str, str]:
         """How each norm of a pass gets its statistics, by name; see `forward.Forward`.
@@ -100,13 +82,13 @@ def structure_of(network: NetworkSpec) -> Structure | None:
     if unsupported(network.topology, network.options):
         return None
     plan = make_plan(network.topology, network.options)
+    layers = network.built.items()
     facts = {
         "plan": plan,
         "out_channels": network.out_channels,
-        "parameters": tuple(name for name, _ in network.named_parameters(remove_duplicate=False)),
-        "buffers": tuple(name for name, _ in network.named_buffers(remove_duplicate=False)),
-        "norms": tuple(name for name, module in network.nodes.named_modules() if isinstance(module, NORMS)),
-        "layers": _layers(network, list(network.modules()), plan),
+        "parameters": tuple(f"{layer}.{name}" for layer, (_, names, _) in layers for name in names),
+        "buffers": tuple(f"{layer}.{name}" for layer, (_, _, names) in layers for name in names),
+        "norms": tuple(layer.partition(".")[2] for layer, (facts, *_) in layers if issubclass(facts[0], NORMS)),
         "unsupported": {backend: options_unsupported(network.options, backend) for backend in ENGINES},
     }
     key, handle = _digest(f"{plan!r} {network.out_channels}"), _digest(repr(facts))
@@ -128,23 +110,3 @@ def keep(structure: Structure) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _layers(network: NetworkSpec, modules: Sequence[nn.Module], plan: Plan) -> tuple[tuple, ...] | None:
-    """What each layer computes: its type, settings and number of parameters; None if a layer does not fit the plan."""
-    layers = []
-    for module in modules:
-        if module is network:
-            continue
-        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        if type(module) not in _KNOWN_LAYERS or any(hooks) or "forward" in module.__dict__:
-            return None
-        if isinstance(module, NORMS) and module.eps != plan.eps:
-            return None
-        if type(module) in _ACTIVATIONS and getattr(module, "negative_slope", 0.0) != plan.slope:
-            return None
-        count = sum(value is not None for value in module._parameters.values())
-        if not count and hasattr(module, "out_channels"):  # a convolution in a replica of nn.DataParallel
-            return None
-        layers.append((type(module), count, *map(module.__dict__.get, _SETTINGS)))
-    return tuple(layers) if all(head.out_channels == network.out_channels for head in network.heads.values()) else None
