@@ -91,6 +91,15 @@ def test_every_norm_and_upsampling(axes, norm, upsample, train):
     assert_same(model, image(model))
 
 
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_strided_convolutions_and_no_biases(axes, norm):
+    options = {"downsample": "stride", "upsample": ("deconv", {"bias": False}), "head_bias": False, "bias": norm is None}
+    topology = uf.Topology.nested(2, WIDTHS[2], spatial_dims=axes, all_heads=True)
+    model = build(uf.Network, topology, 3, norm=norm, act=LEAKY, deep_supervision=True, **options)
+    assert_same(model, image(model))
+
+
 @pytest.mark.parametrize("kind", ["unet++", "unet"])
 @pytest.mark.parametrize(("axes", "depth"), [(2, 1), (2, 3), (2, 4), (3, 1), (3, 3)])
 def test_every_depth(kind, axes, depth):

@@ -55,6 +55,21 @@ def test_every_norm_and_upsampling(axes, norm, upsample, train):
     assert_same_inference(model, image(axes, 2), bound=BOUND)
 
 
+NO_BIAS = {"upsample": ("deconv", {"bias": False}), "head_bias": False}
+
+
+@pytest.mark.parametrize("options", [{"downsample": "stride"}, NO_BIAS, {"downsample": "stride", **NO_BIAS}], ids=str)
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_strided_convolutions_and_no_biases(axes, norm, options):
+    topology = uf.Topology.nested(2, WIDTHS[2], spatial_dims=axes, all_heads=True)
+    model = build(uf.Network, topology, 3, norm=norm, act=LEAKY, deep_supervision=True, **options).double()
+    assert_same_passes(model, image(axes, 2), bound=BOUND)
+    model.recompute = True
+    assert_same_passes(model, image(axes, 2), heads=slice(0, 1), bound=BOUND)
+    assert_same_inference(model.eval(), image(axes, 2), bound=BOUND)
+
+
 @pytest.mark.parametrize("kind", ["unet++", "unet"])
 @pytest.mark.parametrize(("axes", "depth"), [(2, 1), (2, 3), (2, 4), (3, 1), (3, 3)])
 def test_every_depth(kind, axes, depth):

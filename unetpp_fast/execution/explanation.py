@@ -55,7 +55,8 @@ def _describe(network: NetworkSpec, node: Node) -> str:
     if not j and network.topology.given:
         return f"X({i},0) -> {node.width} channels; the encoder's map"
     if not j:
-        return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'the pooled X({i - 1},0)'}"
+        how = {"pool": "the pooled", "stride": "every second pixel of"}[network.options["downsample"]]
+        return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'{how} X({i - 1},0)'}"
     maps, low = ", ".join(f"X({i},{column})" for column in node.prefix), f"the up-sampled X({i + 1},{j - 1})"
     return f"X({i},{j}) -> {node.width} channels from {f'a concatenation of {maps} and {low}' if maps else low}"
 

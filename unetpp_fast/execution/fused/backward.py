@@ -23,7 +23,7 @@ from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
 from .composed import Composed
 from .forward import Forward, upsampled
-from .ops import takes_views
+from .ops import read, takes_views
 
 
 class Backward:
@@ -140,7 +140,7 @@ class Backward:
             add=add,
         )
         self._add(f"{name}.weight", gw.view_as(weight).to(weight.dtype))
-        self._add(f"{name}.bias", gb)
+        self._add_bias(f"{name}.bias", gb)
 
     def _wide_head(self, maps: Maps, step: Step, dy: Tensor) -> None:
         """As `_head`, of a head that is a convolution of 3 taps along an axis."""
@@ -196,7 +196,10 @@ class Backward:
         plan, name = self.plan, f"nodes.{step.node.name}"
         a, affine_a = maps.prefix(step)
         wa = g.new_zeros((3**plan.axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
-        if step.source != "low":
+        if step.source == "stride":
+            phases = self.ops.conv_wgrad(g, read(self.ops, a, affine_a, plan.slope), axes=plan.axes, phased=True)
+            wa = weight_composition.strided_weight_gradient(phases, plan.axes)
+        elif step.source != "low":
             plain = maps.plain(step)
             wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope, plain=plain)[0]
         wb = border = None
@@ -204,7 +207,7 @@ class Backward:
         if step.form == "phases":
             b, affine_b = maps.low(step)
             wb = self.ops.conv_wgrad(b, g, axes=plan.axes, phased=True, affine=affine_b, slope=plan.slope)
-            border = None if up is None else self.ops.border_sums(g, plan.axes)
+            border = None if up_bias is None else self.ops.border_sums(g, plan.axes)
         elif step.form == "full":
             low = upsampled(plan, step, self.parameters, *maps.low(step))
             wb = self.ops.conv_wgrad(low, g, axes=plan.axes)
@@ -258,6 +261,14 @@ class Backward:
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, add=add)
             return None
         if step.source == "low" or (step.source == "input" and not needs_input):
+            return None
+        if step.source == "stride":
+            target = self._gradient(maps, node.level - 1, Slot(0, step.prefix))
+            self.ops.conv(
+                target, view(target, Slot(0, 0)), self._cast(weight.new_empty(3**plan.axes, 0, step.prefix)), axes=plan.axes,
+                stride=2, phased=True, b=g, wb=self._cast(weight_composition.strided_gradient(weight, plan.axes)),
+                add=self._claim(maps, node.level - 1, [0]),
+            )  # fmt: skip
             return None
         a, _ = maps.prefix(step)
         ga = torch.empty_like(a)

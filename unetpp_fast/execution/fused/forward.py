@@ -115,11 +115,12 @@ class Forward:
     def first(self, maps: Maps, step: Step, operands: Operands) -> Tensor | None:
         """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
         phased = step.form == "phases"
+        stride = 2 if phased or step.source == "stride" else 1
         a, affine_a = maps.prefix(step)
         b, affine_b, linear = self._low(maps, step)
         options = {} if linear is None else {"linear": linear}
         return self.ops.conv(
-            maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
+            maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=stride, phased=phased,
             slope=self.plan.slope, affine_a=affine_a, plain=maps.plain(step), b=b, wb=self._cast(operands.wb),
             affine_b=affine_b, **options, **self._epilogue(f"{step.node.name}.norm1", operands),
         )  # fmt: skip
@@ -174,8 +175,9 @@ class Forward:
         plan = self.plan
         step = head_step(plan, column)
         x, affine_x = maps.out(step)
-        weight, bias = (self.parameters[f"heads.{step.node.name}.{key}"] for key in ("weight", "bias"))
-        bias = bias.to(naive.accumulator(self.dtype))
+        weight, bias = (self.parameters.get(f"heads.{step.node.name}.{key}") for key in ("weight", "bias"))
+        acc = naive.accumulator(self.dtype)
+        bias = x.new_zeros(weight.shape[0], dtype=acc) if bias is None else bias.to(acc)
         if plan.head_taps == 3:
             out = x.new_empty((*x.shape[:4], weight.shape[0]))
             taps = self._cast(taps_first(weight))

@@ -25,7 +25,7 @@ def upsampling(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> tupl
     """Weight (for `weight_composition.phase_weights`) and bias of a node's up-sampling by phases; None if it has none."""
     name = f"nodes.{step.node.name}.up"
     if step.form == "phases" and plan.upsample == "deconv":
-        return parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+        return parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
     if step.form == "phases" and plan.project:
         return parameters[f"{name}.project.weight"].transpose(0, 1), parameters[f"{name}.project.bias"]
     return None, None
@@ -41,7 +41,7 @@ def conv1_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
 
 def prefix_width(step: Step, weight: Tensor) -> int:
     """Input channels of a node's first convolution that do not come from the level below."""
-    return weight.shape[1] if step.source in ("input", "pool") else step.prefix
+    return weight.shape[1] if step.source in ("input", "pool", "stride") else step.prefix
 
 
 def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:

@@ -35,9 +35,10 @@ class Slot:
 class Step:
     """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
 
-    source: of the first operand: "input", "pool" (of the level above), "prefix" (the leading `prefix` channels of the node's
-    level) or "low" (there is none beside the low source); "given" for a node that is not computed. form: how the low source
-    `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled linearly).
+    source: of the first operand: "input", "pool" (of the level above), "stride" (the level above, of which the convolution
+    reads every second pixel), "prefix" (the leading `prefix` channels of the node's level) or "low" (there is none beside
+    the low source); "given" for a node that is not computed. prefix: of "stride", the channels above. form: how the low
+    source `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled linearly).
     """
 
     node: Node
@@ -53,7 +54,7 @@ class Plan:
     """The steps of a pass, the widths of the level buffers and the options that all nodes share.
 
     norm: None, "batch" or "instance"; slope: of the leaky ReLU, 0 for ReLU; upsample: its name and keywords; head_taps: of
-    the heads' convolutions along an axis, 1 or 3.
+    the heads' convolutions along an axis, 1 or 3; no_bias: what else of "up" and "head" has no bias.
     """
 
     topology: Topology
@@ -68,6 +69,7 @@ class Plan:
     project: bool
     bias: bool
     head_taps: int = 1
+    no_bias: tuple[str, ...] = ()
 
     @property
     def axes(self) -> int:
@@ -130,6 +132,8 @@ class Plan:
             reads = f"the image, {self.topology.in_channels} channels"
         elif step.source == "pool":
             reads = f"the pooled X({i - 1},0), {self.topology[i - 1, 0].width} channels"
+        elif step.source == "stride":
+            reads = f"every second pixel of X({i - 1},0), {self.topology[i - 1, 0].width} channels"
         elif step.source == "given":
             return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; a copy of the encoder's map"
         else:
@@ -182,21 +186,23 @@ def _make_plan(topology: Topology, options: tuple) -> Plan:
     form = "phases" if UPSAMPLES[upsample].phases else "full"
     steps = []
     for node in topology.nodes:
-        source = _source(topology, node)
+        source = _source(topology, node, given.get("downsample", "pool"))
         prefix = sum(topology[node.level, column].width for column in node.prefix)
+        prefix = topology[node.level - 1, 0].width if source == "stride" else prefix
         low = slots[node.low] if node.column else None
         steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column else None))
     return Plan(
         topology, tuple(steps), widths, norm, norm_keywords.get("eps", 1e-5), norm_keywords.get("momentum", 0.1),
         ACTIVATIONS[act].slope(act_keywords), upsample, up_keywords.get("align_corners"),
         bool(up_keywords.get("project", False)), bool(given["bias"]), given.get("head_taps", 1),
+        ("up",) * (not up_keywords.get("bias", True)) + ("head",) * (not given.get("head_bias", True)),
     )  # fmt: skip
 
 
-def _source(topology: Topology, node: Node) -> str:
+def _source(topology: Topology, node: Node, downsample: str) -> str:
     if node.column:
         return "prefix" if node.prefix else "low"
-    return "given" if topology.given else "pool" if node.level else "input"
+    return "given" if topology.given else downsample if node.level else "input"
 
 
 def _slots(topology: Topology) -> tuple[dict[tuple[int, int], Slot], tuple[int, ...]]:
