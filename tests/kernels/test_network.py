@@ -52,6 +52,13 @@ def test_outputs_and_every_gradient(axes, depth, options):
     assert_same_inference(model.eval(), x, "triton", bound=FLOAT32)
 
 
+@pytest.mark.parametrize("upsample", ["deconv", "pixelshuffle"])
+def test_odd_sizes(upsample):
+    model, x = network(2, 1, norm="batch", upsample=upsample, odd_sizes=True), make_input(1, 1, 5, 4)
+    assert dispatch.choose(Call(model, x))[0] == "triton"
+    assert_same_passes(model, x, "triton", bound=BOUND)
+
+
 def test_weights_may_change_between_calls_in_any_way():
     """Also by ways of which no version counter tells; running statistics too."""
     model, x = network(2, 1, norm="batch").eval(), make_input(1, 1, 4, 6)

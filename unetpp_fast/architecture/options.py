@@ -91,7 +91,7 @@ UPSAMPLES: dict[str, Upsample] = {
     "deconv": Upsample({"bias": True}, reduces=lambda keywords: True, phases=True),
     "nearest": Upsample({"project": False}, phases=True),
     "linear": Upsample({"align_corners": False, "project": False}),
-    "pixelshuffle": Upsample({}, reference_only("pixelshuffle up-samplings"), reduces=lambda keywords: True),
+    "pixelshuffle": Upsample({}, reduces=lambda keywords: True),
 }
 DOWNSAMPLES: dict[str, Entry] = {
     "pool": Entry(),

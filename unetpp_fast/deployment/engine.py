@@ -74,7 +74,7 @@ class Engine(nn.Module):
 
     def _by_engine(self, name: str, call: Call) -> Run:
         """A fused pass with the ops `name` and operands composed once."""
-        structure, dtype = call.network.structure, call.dtype
+        structure, dtype = call.structure, call.dtype
         modes = structure.modes("0" * len(structure.norms), keep=False)
 
         def make() -> tuple[dict[str, Tensor], dict]:
@@ -82,7 +82,7 @@ class Engine(nn.Module):
                 tensors = call.tensors()
                 return tensors, all_operands(structure.plan, tensors, modes, dtype)
 
-        tensors, composed = self._once(("engine", dtype, call.x.device), make)
+        tensors, composed = self._once(("engine", structure.handle, dtype, call.x.device), make)
 
         def run(x: Inputs, columns: Sequence[int]) -> list[Tensor]:
             if name == "cpu":

@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 import torch.distributed as dist  # whose parts need not be there: a torch may be built without them
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...kernels import naive
 from ..batch_statistics import gathered_statistics
@@ -24,6 +23,7 @@ from ..plan.steps import Plan, Slot, Step, head_step
 from ..plan.weight_composition import Operands, taps_first
 from .buffers import Maps, allocate, from_maps, to_maps, view
 from .ops import reads_linear, takes_views
+from .upsampling import even, projected, upsampling
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Forward:
         pooled = maps.pools.get(step.node.level)
         if pooled is None:
             pooled = x.new_empty((*maps.levels[step.node.level].shape[:4], x.shape[-1]))
-        self.ops.pool(pooled, x, axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
+        self.ops.pool(pooled, even(x, self.plan.axes), axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
         maps.pools[step.node.level] = pooled
 
     def _low(self, maps: Maps, step: Step) -> tuple[Tensor | None, naive.Affine | None, bool | None]:
@@ -149,8 +149,8 @@ class Forward:
             return None, None, None
         if step.form == "phases":
             return (*maps.low(step), None)
-        if not reads_linear(self.ops):
-            return upsampled(self.plan, step, self.parameters, *maps.low(step)), None, None
+        if self.plan.beforehand or not reads_linear(self.ops):
+            return upsampling(self.plan, step, self.parameters, maps).forward(*maps.low(step)), None, None
         return (*projected(self.plan, step, self.parameters, *maps.low(step)), bool(self.plan.align_corners))
 
     def _normalise(self, name: str, stats: Tensor | None, table: Tensor | None, slot: Slot, pixels: int) -> None:
@@ -197,22 +197,3 @@ def moment_places(plan: Plan, modes: Modes) -> dict[str, Slot]:
                 places[name] = Slot(start, step.out.width)
                 start += step.out.width
     return places
-
-
-def projected(
-    plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None
-) -> tuple[Tensor, naive.Affine | None]:
-    """The map that a node up-samples linearly, and how to read it: its low source, through a 1x1 convolution if the plan
-    projects."""
-    if not plan.project:
-        return low, affine
-    prefix = f"nodes.{step.node.name}.up.project"
-    weight, bias = (parameters[f"{prefix}.{name}"].to(low.dtype) for name in ("weight", "bias"))
-    x = naive.read(low, affine, plan.slope).contiguous()  # else its bits would depend on what lies beside it
-    return F.linear(x, weight.flatten(1), bias), None
-
-
-def upsampled(plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None) -> Tensor:
-    """The linearly up-sampled low source of a node, `[N, D, H, W, K]`, for ops that cannot read it in pieces."""
-    x = naive.read(*projected(plan, step, parameters, low, affine), plan.slope)
-    return naive.upsample(x, plan.axes, bool(plan.align_corners)).contiguous()

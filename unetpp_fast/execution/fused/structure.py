@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from ...architecture.layers import InstanceNorm, Interpolate, NodeModule
+from ...architecture.layers import InstanceNorm, Interpolate, NodeModule, PixelShuffle
 from ...architecture.network_spec import NetworkSpec
 from ...architecture.options import ACTIVATIONS, ENGINES
 from ...architecture.options import unsupported as options_unsupported
@@ -24,7 +24,7 @@ NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, InstanceNorm)
 _ACTIVATIONS = {entry.layer for entry in ACTIVATIONS.values()}
 _KNOWN_LAYERS = {
     *NORMS, SyncedBatchNorm2d, SyncedBatchNorm3d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    Interpolate, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, *_ACTIVATIONS,
+    Interpolate, PixelShuffle, NodeModule, nn.ModuleDict, nn.Identity, nn.Dropout, *_ACTIVATIONS,
 }  # fmt: skip
 _SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps",
@@ -41,6 +41,7 @@ class Structure:
     unsupported: by backend, why it cannot compute the network's options; "" if it can.
     key: equal in every process for networks that compute the same from the same weights; names measurements.
     handle: equal for equal structures within this process.
+    odd: the structure for sizes that are not a multiple of 2^depth; None if it is the same network that takes none.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Structure:
     unsupported: Mapping[str, str]
     key: str
     handle: str
+    odd: Structure | None = None
 
     def __deepcopy__(self, memo: dict) -> Structure:
         return self
@@ -109,10 +111,16 @@ def structure_of(network: NetworkSpec) -> Structure | None:
         "layers": _layers(network, list(network.modules()), plan),
         "unsupported": {backend: options_unsupported(network.options, backend) for backend in ENGINES},
     }
-    key, handle = _digest(f"{plan!r} {network.out_channels}"), _digest(repr(facts))
+    odd = _shared({**facts, "plan": plan.of_odd_sizes}, None) if network.options.get("odd_sizes") else None
+    return _shared(facts, odd)
+
+
+def _shared(facts: Mapping[str, object], odd: Structure | None) -> Structure:
+    """The structure of these facts, the same for all networks of this process that have them."""
+    key, handle = _digest(f"{facts['plan']!r} {facts['out_channels']}"), _digest(repr((facts, odd is not None)))
     structure = _alive.get(handle)
     if structure is None:
-        structure = _alive[handle] = Structure(**facts, key=key, handle=handle)
+        structure = _alive[handle] = Structure(**facts, key=key, handle=handle, odd=odd)
     return structure
 
 
