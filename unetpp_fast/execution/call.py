@@ -38,7 +38,7 @@ class Call:
 
     @property
     def structure(self) -> Any:
-        """What the fused operators know of the network (`NetworkSpec.structure`) at this size; None if they cannot run it."""
+        """`NetworkSpec.structure` of the network where the input has this size; None if the kernels cannot run it."""
         structure = self.network.structure
         if structure is None or structure.odd is None:
             return structure
