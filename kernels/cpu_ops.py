@@ -61,7 +61,8 @@ def matrix_tiles() -> str:
 def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool) -> str:
     """What computes a convolution of `inputs` channels into `out`: "winograd" with packed weights, "few" with weights that
     are transformed as they are read, "tiles" in matrix tiles, or "direct"."""
-    known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or ((taps, stride) == (4, 2) and not phased and not low)
+    halves = taps in (3, 4) and stride == 2 and not phased and not low
+    known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or halves
     tiles = math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
     if not known:
         return "direct"
@@ -102,7 +103,10 @@ def conv(
         )  # fmt: skip
     inputs, low_inputs = a.shape[-1], 0 if b is None else b.shape[-1]
     kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None)
-    ua = _weights(wa, "gathered" if taps == 4 else "plain", axes, kernel)
+    form = "gathered" if taps == 4 else "plain"
+    if kernel != "direct" and (taps, stride, phased) == (3, 2, False):
+        taps, form = 4, "strided"  # of which the kernels know four taps
+    ua = _weights(wa, form, axes, kernel)
     ub = None if wb is None else _weights(wb, "phased" if phased else "low", axes, kernel)
     partial = None
     if stats:

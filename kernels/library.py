@@ -84,7 +84,8 @@ def conv(
     first, second = second, None
     if a.shape[-1]:
         x = _first(read(a, affine_a, slope, plain), axes)
-        second, first = first, _last(convolve(x, _kernel(wa, axes), stride=2 if taps == 4 else 1, padding=1), axes)
+        step = 1 if phased else stride
+        second, first = first, _last(convolve(x, _kernel(wa, axes), stride=step, padding=1), axes)
     return finish(out, first, second, axes=axes, bias=bias, border=border, act=act, slope=slope, add=add, stats=stats)
 
 

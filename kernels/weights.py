@@ -161,7 +161,7 @@ def _phases_kernel(
     `[4^AXES, CO, K]`.
 
     Job: weight (of the part that reads the low source), phases, gathered, KS, K, CO, C, place, first k, first co, up, up's
-    bias, border table. Weights are `[CO, KS, 3..]`. UP: "none" for nearest
+    bias, border table (-1 without a bias). Weights are `[CO, KS, 3..]`. UP: "none" for nearest
     neighbour, "project" with a 1x1 convolution `[C, K]` before it, "deconv" for elements `[K, C, 2..]`.
     """
     job_ptr = jobs_ptr + tl.program_id(0) * COLUMNS
@@ -236,8 +236,10 @@ def _phases_weight_kernel(
                 g = tl.load(g_ptr + k[:, None] * CO + co, mask=(co < CO) & (k < K)[:, None], other=0.0)
                 acc = tl.dot(u, g, acc, input_precision=PRODUCTS)
     if UP != "none":
-        bias = tl.load(parameters_ptr + tl.load(job_ptr + 11) + c, mask=c < C, other=0.0)
-        acc += bias * _taps_of_border(gradients_ptr, tl.load(job_ptr + 12), tap, co, CO, AXES)
+        border = tl.load(job_ptr + 12)
+        if border >= 0:
+            bias = tl.load(parameters_ptr + tl.load(job_ptr + 11) + c, mask=c < C, other=0.0)
+            acc += bias * _taps_of_border(gradients_ptr, border, tap, co, CO, AXES)
     tl.store(out_ptr + weight + (co * KS + c) * TAPS + tap, acc, mask=mask)
 
 
@@ -255,7 +257,8 @@ def _phases_up_kernel(
     weight, phases = tl.load(job_ptr), tl.load(job_ptr + 1)
     KS, K, CO, C, first_element = _sizes(job_ptr)
     k, c, mask = _tile(job_ptr, K, C, BLOCK)
-    border, has_bias = tl.load(job_ptr + 12), (tl.load(job_ptr + 8) == 0) & (first_element == 0)
+    border = tl.load(job_ptr + 12)
+    has_bias = (border >= 0) & (tl.load(job_ptr + 8) == 0) & (first_element == 0)
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
     ELEMENTS: tl.constexpr = 1 << AXES
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)

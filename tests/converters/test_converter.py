@@ -180,14 +180,14 @@ def test_a_peer_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("options", "reason"), [
-    ({"upsample": ("deconv", {"bias": False})}, "without a bias"), ({"head_bias": False}, "without a bias"),
-    ({"downsample": "stride"}, "strided"), ({"upsample": "pixelshuffle"}, "pixelshuffle"),
-    ({"norm": ("instance", {"affine": False})}, "without scale and shift"),
+    ({"upsample": ("deconv", {"bias": False})}, ""), ({"head_bias": False}, ""), ({"downsample": "stride"}, ""),
+    ({"upsample": "pixelshuffle"}, ""), ({"norm": ("instance", {"affine": False})}, "without scale and shift"),
 ], ids=str)  # fmt: skip
-def test_options_that_only_peers_need_run_on_the_reference(options: dict, reason: str) -> None:
-    """The engine refuses them and says why; an empty batch runs too."""
+def test_options_that_only_peers_need(options: dict, reason: str) -> None:
+    """What the engine refuses, it refuses with a reason; an empty batch runs too."""
     network = uf.Network(uf.Topology.nested(1, (2, 3)), **options)
-    assert network.structure is None and reason in unsupported(network.topology, network.options)
+    found = unsupported(network.topology, network.options)
+    assert (network.structure is None) == bool(reason) == bool(found) and reason in found
     assert network(make_input(2, 1, 8, 16)).shape == (2, 1, 8, 16)
     assert network.eval()(make_input(0, 1, 8, 16)).shape == (0, 1, 8, 16)
     assert network.gflop((8, 16)) > 0

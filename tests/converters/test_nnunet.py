@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support.convert_cases import assert_converts, assert_round_trip, assert_same_outputs
+from support.fused_cases import assert_same_passes
 from support.helpers import FLOAT64, assert_close_relative, build, make_input
 from support.peer_models import NnUnet
 
 import unetpp_fast as uf
-from unetpp_fast.execution.plan.steps import unsupported
+from unetpp_fast.execution.call import Call
+from unetpp_fast.execution.explanation import describe
 
 
 def image(dims: int = 2, batch: int = 2) -> torch.Tensor:
@@ -54,10 +56,12 @@ def test_every_head_is_trained_and_prunes() -> None:
     assert_close_relative(ours.predict(image()), torch.stack([e.sigmoid() for e in expected]).mean(0), FLOAT64)
 
 
-def test_the_engine_refuses_it_with_a_reason() -> None:
+def test_the_engine_runs_it() -> None:
     ours = uf.convert(nnunet())
-    assert ours.structure is None
-    assert "strided" in unsupported(ours.topology, ours.options)
+    assert_same_passes(ours, image(batch=1))
+    text = describe(Call(ours, image()), "cpu", "asked for")
+    assert "cpu        X(1,0) -> channels 0..2 of level 1; reads every second pixel of X(0,0), 2 channels" in text
+    assert text.count("\ncpu ") == 21
 
 
 def set_up_scale(model: NnUnet) -> None:

@@ -23,7 +23,7 @@ from unetpp_fast.kernels import naive
 from unetpp_fast.models.network import Network
 
 LEAKY = ("leaky_relu", {"negative_slope": 0.1})
-ODD_ONE = {"bias": False, "downsample": "stride", "upsample": "pixelshuffle", "act": LEAKY}  # which no backend runs
+ODD_ONE = {"bias": False, "downsample": "stride", "upsample": "pixelshuffle", "act": LEAKY}  # what only peers have
 OPTIONS = [
     (2, {"norm": "batch"}),
     (2, {"norm": None, "upsample": "nearest"}),

@@ -44,13 +44,16 @@ def network(kind: str = "unet++", axes: int = 2, depth: int = 2, **options) -> u
 
 
 @torch.no_grad()
-def image(model: uf.Network, batch: int = 2, layout: str = "contiguous", lowest: tuple[int, int, int] = (2, 3, 2)) -> Tensor:
-    """The first image whose gradients do not depend on rounding; `lowest`: pixels of the lowest level.
+def image(
+    model: uf.Network, batch: int = 2, layout: str = "contiguous", lowest: tuple[int, int, int] = (2, 3, 2), more: int = 0
+) -> Tensor:
+    """The first image whose gradients do not depend on rounding; `lowest`: pixels of the lowest level, beside `more` of the
+    image.
 
     Statistics of three pixels would magnify rounding a hundred times: networks with a norm have more.
     """
     topology = model.topology
-    size = [side * 2**topology.depth for side in lowest[: topology.spatial_dims]]
+    size = [side * 2**topology.depth + more for side in lowest[: topology.spatial_dims]]
     for seed in range(100):
         x = make_input(batch, 2, *size, seed=seed, layout=layout)
         with Margin() as margin:
@@ -88,6 +91,25 @@ def assert_same(model: uf.Network, x: Tensor, heads: slice = slice(None), infere
 @pytest.mark.parametrize("axes", [2, 3])
 def test_every_norm_and_upsampling(axes, norm, upsample, train):
     model = network(axes=axes, norm=norm, upsample=upsample, act=LEAKY).train(train)
+    assert_same(model, image(model))
+
+
+@pytest.mark.parametrize(("axes", "upsample", "norm"), [
+    (2, "deconv", "instance"), (2, "pixelshuffle", "batch"), (3, ("linear", {"align_corners": True, "project": True}), None),
+])  # fmt: skip
+def test_odd_sizes(axes, upsample, norm):
+    topology = uf.Topology.nested(2, WIDTHS[2], spatial_dims=axes, all_heads=True)
+    options = {"norm": norm, "act": LEAKY, "upsample": upsample, "odd_sizes": True, "deep_supervision": True}
+    model = build(uf.Network, topology, 3, **options)
+    assert_same(model, image(model, more=3))
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_strided_convolutions_and_no_biases(axes, norm):
+    options = {"downsample": "stride", "upsample": ("deconv", {"bias": False}), "head_bias": False, "bias": norm is None}
+    topology = uf.Topology.nested(2, WIDTHS[2], spatial_dims=axes, all_heads=True)
+    model = build(uf.Network, topology, 3, norm=norm, act=LEAKY, deep_supervision=True, **options)
     assert_same(model, image(model))
 
 

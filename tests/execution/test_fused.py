@@ -13,6 +13,7 @@ from support.helpers import Recorder, assert_close_relative, build, gradients, m
 from support.memory import kept_bytes
 
 import unetpp_fast as uf
+from unetpp_fast.architecture.options import reduces_channels
 from unetpp_fast.execution import built, dispatch, reference
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.fused import operators
@@ -53,6 +54,35 @@ def test_every_norm_and_upsampling(axes, norm, upsample, train):
     model = network(axes=axes, norm=norm, upsample=upsample, act=LEAKY).train(train)
     assert_same_passes(model, image(axes, 2), bound=BOUND)
     assert_same_inference(model, image(axes, 2), bound=BOUND)
+
+
+@pytest.mark.parametrize("upsample", ["deconv", "linear", ("nearest", {"project": True}), "nearest", "pixelshuffle",
+                                      ("deconv", {"bias": False})], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("axes", "size"), [(2, (7, 10)), (2, (4, 9)), (3, (5, 6, 8)), (3, (4, 8, 11))])
+def test_odd_sizes(axes, size, upsample):
+    """A pool drops the last pixel, an up-sampled map repeats it; even sizes of the same network too."""
+    up = None if reduces_channels(upsample) else lambda low, level: low
+    topology = uf.Topology.nested(2, WIDTHS[2], spatial_dims=axes, all_heads=True, up_width=up)
+    norm = None if upsample == "nearest" else "instance" if upsample == "deconv" else "batch"
+    options = {"norm": norm, "act": LEAKY, "upsample": upsample, "odd_sizes": True, "deep_supervision": True}
+    model, x = build(uf.Network, topology, 3, **options).double(), make_input(2, 2, *size, dtype=torch.float64)
+    assert_same_passes(model, x, bound=BOUND)
+    assert_same_inference(model.eval(), x, bound=BOUND)
+
+
+NO_BIAS = {"upsample": ("deconv", {"bias": False}), "head_bias": False}
+
+
+@pytest.mark.parametrize("options", [{"downsample": "stride"}, NO_BIAS, {"downsample": "stride", **NO_BIAS}], ids=str)
+@pytest.mark.parametrize("norm", [None, "batch", "instance"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_strided_convolutions_and_no_biases(axes, norm, options):
+    topology = uf.Topology.nested(2, WIDTHS[2], spatial_dims=axes, all_heads=True)
+    model = build(uf.Network, topology, 3, norm=norm, act=LEAKY, deep_supervision=True, **options).double()
+    assert_same_passes(model, image(axes, 2), bound=BOUND)
+    model.recompute = True
+    assert_same_passes(model, image(axes, 2), heads=slice(0, 1), bound=BOUND)
+    assert_same_inference(model.eval(), image(axes, 2), bound=BOUND)
 
 
 @pytest.mark.parametrize("kind", ["unet++", "unet"])

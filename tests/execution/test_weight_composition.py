@@ -83,6 +83,27 @@ def test_data_gradients_are_convolutions_of_the_output_gradient(axes, size):
     assert_close_relative(out, channels_last(g_low), FLOAT64)
 
 
+@pytest.mark.parametrize(("axes", "size"), [(2, (1, 3)), (3, (2, 1, 3))])
+def test_gradients_of_a_strided_convolution_are_those_of_phases_with_swapped_roles(axes, size):
+    x = maps(axes, 3, tuple(2 * n for n in size), 0).requires_grad_()
+    weight = maps(axes, 3, (3,) * axes, 2).repeat(2, *[1] * (axes + 1))
+    weight = (weight + 0.1 * torch.arange(4.0).view(-1, *[1] * (axes + 1))).requires_grad_()
+    out = CONV[axes](x, weight, stride=2, padding=1)
+    strided, wa = torch.full_like(channels_last(out), torch.nan), weight_composition.taps_first(weight.detach())
+    naive.conv(strided, channels_last(x.detach()), wa, axes=axes, stride=2)
+    assert_close_relative(strided, channels_last(out), FLOAT64)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    gx, gw = torch.autograd.grad(out, (x, weight), dy)
+    phases = weight_composition.strided_gradient(weight_composition.flipped(wa), axes)
+    found, dy = torch.empty_like(channels_last(gx)), channels_last(dy)
+    none = wa.new_empty(3**axes, 0, 3)
+    naive.conv(found, found[..., :0], none, axes=axes, stride=2, phased=True, b=dy, wb=phases)
+    assert_close_relative(found, channels_last(gx), FLOAT64)
+    phases = naive.conv_wgrad(dy, channels_last(x.detach()), axes=axes, phased=True)
+    found = weight_composition.strided_weight_gradient(phases, axes)
+    assert_close_relative(weight_composition.taps_last(found, axes), gw, FLOAT64)
+
+
 @pytest.mark.parametrize("axes", [2, 3])
 def test_weight_gradients_flow_back_through_the_composition(axes):
     low, prefix = maps(axes, 4, (2, 3, 2), 1), maps(axes, 3, (4, 6, 4), 0)

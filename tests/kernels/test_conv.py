@@ -23,10 +23,11 @@ from unetpp_fast.kernels import conv_configs, conv_wgrad, naive
         {},
         {"kb": 3, "affine": "image shared", "slope": 0.1, "act": True, "stats": True},
         {"taps": 4, "add": True},
+        {"strided": True, "affine": "image", "bias": True, "stats": True},
         {"phased": True, "affine": "shared", "bias": True},
         {"phased": True, "kb": 3, "affine": "shared image", "slope": 0.1, "border": True, "act": True, "stats": True},
     ],
-    ids=["plain", "full-resolution", "low-gradient", "phases", "node"],
+    ids=["plain", "full-resolution", "low-gradient", "strided", "phases", "node"],
 )
 def test_uses(dtype: torch.dtype, axes: int, size: tuple[int, ...], form: dict):
     """Every use of the kernel in every precision."""

@@ -22,14 +22,14 @@ CASES = [
     (2, 1, {"norm": None, "upsample": "linear"}),
     (3, 1, {"norm": None, "upsample": "deconv"}),
     (3, 1, {"norm": "batch", "upsample": "nearest"}),
+    (2, 1, {"norm": "instance", "downsample": "stride", "upsample": ("deconv", {"bias": False}), "head_bias": False}),
+    (3, 1, {"norm": "batch", "downsample": "stride", "upsample": ("deconv", {"bias": False}), "head_bias": False}),
 ]
 
 
 def network(axes: int, depth: int, **options) -> uf.Network:
-    features = (3, 5, 4)[: depth + 1]
-    return build(
-        uf.UNetPlusPlus, 1, 2, spatial_dims=axes, features=features, deep_supervision=True, backend="triton", **options
-    )
+    topology = uf.Topology.nested(1, (3, 5, 4)[: depth + 1], spatial_dims=axes, all_heads=True)
+    return build(uf.Network, topology, 2, deep_supervision=True, backend="triton", **options)
 
 
 def test_a_projection_to_more_channels_than_a_head_has_classes():
@@ -50,6 +50,13 @@ def test_outputs_and_every_gradient(axes, depth, options):
     assert dispatch.choose(Call(model, x))[0] == "triton"
     assert_same_passes(model, x, "triton", bound=BOUND)
     assert_same_inference(model.eval(), x, "triton", bound=FLOAT32)
+
+
+@pytest.mark.parametrize("upsample", ["deconv", "pixelshuffle"])
+def test_odd_sizes(upsample):
+    model, x = network(2, 1, norm="batch", upsample=upsample, odd_sizes=True), make_input(1, 1, 5, 4)
+    assert dispatch.choose(Call(model, x))[0] == "triton"
+    assert_same_passes(model, x, "triton", bound=BOUND)
 
 
 def test_weights_may_change_between_calls_in_any_way():

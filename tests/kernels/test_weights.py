@@ -115,7 +115,7 @@ def exact_gradients(plan, step: Step, wide: dict, parts: dict) -> dict[str, torc
     """By `weight_composition`, from the gradients of a node's operands."""
     node = step.node.name
     weight = wide[f"nodes.{node}.conv1.weight"]
-    up, up_bias = operands.upsampling(plan, step, wide)
+    up, up_bias = operands.up_parameters(plan, step, wide)
     low = parts.get(f"{node} low")
     given = weight_composition.Operands(
         parts[f"{node} prefix"], low[None] if step.form == "full" else low, None, parts.get(f"{node} border")

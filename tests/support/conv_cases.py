@@ -99,13 +99,13 @@ def empty_holds_nan() -> Iterator[None]:
 
 def conv_case(
     dtype: torch.dtype, axes: int, size: tuple[int, ...], n: int = 2, ka: int = 5, kb: int = 0, co: int = 17,
-    taps: int = 3, phased: bool = False, affine: str = "", bias: bool = False, border: bool = False, seed: int = 0,
-    inputs: type[Inputs] = Inputs, **options,
+    taps: int = 3, strided: bool = False, phased: bool = False, affine: str = "", bias: bool = False, border: bool = False,
+    seed: int = 0, inputs: type[Inputs] = Inputs, **options,
 ) -> tuple[Tensor, Tensor, Tensor, dict]:  # fmt: skip
     """out, a, wa and the options of a call; `size` is that of out. `affine`: "shared" or "image", of a and then of b."""
     make = inputs(dtype, seed)
     size = (1, *size) if axes == 2 else size
-    stride = 2 if phased or taps == 4 else 1
+    stride = 2 if phased or strided or taps == 4 else 1
     on = (axes == 3, True, True)
     units = tuple(s // 2 if phased and o else s for s, o in zip(size, on, strict=True))
     kinds = dict(zip("ab", affine.split(), strict=False))

@@ -74,10 +74,6 @@ def _instance_unsupported(backend: str, keywords: Keywords) -> str:
     return "" if keywords["affine"] else "norms without scale and shift run on the reference"
 
 
-def _deconv_unsupported(backend: str, keywords: Keywords) -> str:
-    return "" if keywords["bias"] else "transposed convolutions without a bias run on the reference"
-
-
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(),
     "leaky_relu": Activation(
@@ -92,14 +88,14 @@ NORMS: dict[str, Norm] = {
     "instance": Norm({"eps": 1e-5, "affine": True}, _instance_unsupported, per_image=True),
 }
 UPSAMPLES: dict[str, Upsample] = {
-    "deconv": Upsample({"bias": True}, _deconv_unsupported, reduces=lambda keywords: True, phases=True),
+    "deconv": Upsample({"bias": True}, reduces=lambda keywords: True, phases=True),
     "nearest": Upsample({"project": False}, phases=True),
     "linear": Upsample({"align_corners": False, "project": False}),
-    "pixelshuffle": Upsample({}, reference_only("pixelshuffle up-samplings"), reduces=lambda keywords: True),
+    "pixelshuffle": Upsample({}, reduces=lambda keywords: True),
 }
 DOWNSAMPLES: dict[str, Entry] = {
     "pool": Entry(),
-    "stride": Entry({}, reference_only("strided convolutions between the levels")),
+    "stride": Entry(),
 }
 
 
@@ -155,8 +151,6 @@ def unsupported(options: Mapping[str, Any], backend: str) -> str:
                 return reason
     if options.get("attention"):
         return "scSE gates run on the reference"
-    if not options.get("head_bias", True):
-        return "heads without a bias run on the reference"
     act, keywords = parse_option(options.get("act", "relu"), "act", ACTIVATIONS)
     if options.get("norm") is None and ACTIVATIONS[act].slope(keywords) < 0:
         return "without a norm, the engine needs a slope >= 0: an output that tells the sign of its input"

@@ -131,7 +131,7 @@ class Engine(nn.Module):
 
     def _by_engine(self, name: str, call: Call) -> Run:
         """A fused pass with the ops `name` and operands composed once."""
-        structure, dtype = call.network.structure, call.dtype
+        structure, dtype = call.structure, call.dtype
         modes = structure.modes("0" * len(structure.norms), keep=False)
 
         def make() -> tuple[dict[str, Tensor], dict]:

@@ -112,8 +112,6 @@ class Optimized(Engine):
     def _logits(self, x: Tensor, columns: Sequence[int]) -> list[Tensor]:
         """Of the heads at `columns`, `[N, classes, *S]`."""
         with self._precision(x):
-            if any(size % self.network.topology.multiple for size in x.shape[2:]):
-                return self._plain(x, columns)
             call = Call(self.network, x)
             name, _ = dispatch.choose(call)
             if not x.is_cuda:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,15 @@ class Call:
         self.x = self.inputs[0]
         self.dtype = dtype or compute_dtype(self.x)
         self._modules: list[nn.Module] | None = None
+
+    @property
+    def structure(self) -> Any:
+        """`NetworkSpec.structure` of the network where the input has this size; None if the kernels cannot run it."""
+        structure = self.network.structure
+        if structure is None or structure.odd is None:
+            return structure
+        multiple = self.network.topology.multiple
+        return structure.odd if any(side % multiple for side in self.x.shape[2:]) else structure
 
     @property
     def modules(self) -> list[nn.Module]:

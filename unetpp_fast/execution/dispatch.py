@@ -7,7 +7,7 @@ backend that cannot run says why, and the reference takes over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -251,10 +251,8 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
         return False, reason
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False, "an export needs plain PyTorch operators"
-    if network.options["odd_sizes"] and network.sync_group and network.training:
-        return False, "processes that share statistics must not differ in their backend, which odd sizes may make them"
-    if network.options["odd_sizes"] and any(size % network.topology.multiple for size in x.shape[2:]):
-        return False, f"sizes that are not a multiple of {network.topology.multiple} run on the reference"
+    if network.options["odd_sizes"] and (reason := _odd_sizes_unsupported(network, x.shape[2:])):
+        return False, reason
     if call.drops:
         return False, "dropout in training runs on the reference"
     if not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack()):
@@ -269,13 +267,25 @@ def can_run_fused(call: Call, backend: str) -> tuple[bool, str]:
     return True, ""
 
 
+def _odd_sizes_unsupported(network: NetworkSpec, size: Sequence[int]) -> str:
+    """Why the kernels cannot compute a network that takes odd sizes at `size`; "" if they can."""
+    multiple = network.topology.multiple
+    if network.sync_group and network.training:
+        return "processes that share statistics must not differ in their backend, which odd sizes may make them"
+    if not any(side % multiple for side in size):
+        return ""
+    if network.options["downsample"] == "stride":
+        return f"strided convolutions at sizes that are not a multiple of {multiple} run on the reference"
+    return f"the lowest level of {'x'.join(map(str, size))} pixels is empty" if min(size) < multiple else ""
+
+
 def compute(call: Call, backend: str) -> list[Tensor]:
     """Logits of every head by one backend, which can compute `call`."""
     if backend == "reference":
         return reference.forward(call.network, call.inputs)
     if backend == "cpu" and not call.needs_gradients and not call.in_training and not torch.compiler.is_compiling():
         kept = kept_operands.of_call(call)
-        return inference.run(call.network.structure, kept.composed, kept.values, kept.modes, call.inputs, call.dtype)
+        return inference.run(call.structure, kept.composed, kept.values, kept.modes, call.inputs, call.dtype)
     return operators.forward(call, backend)
 
 

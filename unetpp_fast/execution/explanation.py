@@ -39,7 +39,7 @@ def describe(call: Call, name: str, reason: str) -> str:
     scale = 2 ** min(node.level for node in network.topology.nodes if not node.column) if given else 1
     size = "x".join(str(scale * side) for side in x.shape[2:])
     lines = [f"{x.shape[0]} image(s) of {size} pixels in {call.dtype} on {x.device}: {name} ({reason})"]
-    plan = None if name == "reference" else network.structure.plan
+    plan = None if name == "reference" else call.structure.plan
     ways = _ways(call, name) if name in ("triton", "cuda") and x.is_cuda else {}
     for index, node in enumerate(network.topology.nodes if name != "undecided" else ()):
         what = plan.describe(plan.steps[index]) if plan else _describe(network, node)
@@ -56,7 +56,8 @@ def _describe(network: NetworkSpec, node: Node) -> str:
     if not j and network.topology.given:
         return f"X({i},0) -> {node.width} channels; the encoder's map"
     if not j:
-        return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'the pooled X({i - 1},0)'}"
+        how = {"pool": "the pooled", "stride": "every second pixel of"}[network.options["downsample"]]
+        return f"X({i},0) -> {node.width} channels from {'the image' if i == 0 else f'{how} X({i - 1},0)'}"
     maps, low = ", ".join(f"X({i},{column})" for column in node.prefix), f"the up-sampled X({i + 1},{j - 1})"
     return f"X({i},{j}) -> {node.width} channels from {f'a concatenation of {maps} and {low}' if maps else low}"
 
@@ -91,7 +92,7 @@ class _Ways:
 
 def _ways(call: Call, backend: str) -> dict[str, tuple[str, str]]:
     """For each node, by name, how the kernels do its two convolutions in a forward pass."""
-    structure, ops = call.network.structure, _Ways(backend)
+    structure, ops = call.structure, _Ways(backend)
     training = "".join("1" if module.training else "0" for module in call.modules if isinstance(module, NORMS))
     tensors = {name: value.to("meta") for name, value in call.tensors().items()}
     modes = structure.modes(training, call.needs_gradients)

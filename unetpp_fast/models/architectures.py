@@ -33,7 +33,8 @@ class UNetPlusPlus(Network):
         act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
         upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear" (all channels are
             passed on), `("linear", {"align_corners": True})`. `"project": True` adds a 1x1 convolution to the level's
-            width before the interpolation. "pixelshuffle" and `("deconv", {"bias": False})` only run on the reference.
+            width before the interpolation. "pixelshuffle": the channels of a 3x3 convolution
+            become pixels (`architecture.layers.PixelShuffle`).
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
         backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.

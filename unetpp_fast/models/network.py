@@ -29,7 +29,7 @@ class Network(nn.Module):
         bias, head_bias: whether the 3x3 convolutions, and the heads, have a bias.
         downsample: "pool" (2x2 maxima) or "stride" (the first convolution of a level halves the map).
         odd_sizes: also accept sizes that are not a multiple of 2^depth: pooling drops the last pixel of an odd axis, an
-            up-sampled map repeats its last one. Such sizes run on the reference.
+            up-sampled map repeats its last one. The engine then up-samples low sources into maps (`fused/upsampling.py`).
         form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
         spare_heads: columns of level 0 whose heads are kept, frozen, and never run.
     """

@@ -39,7 +39,7 @@ def of_call(call: Call) -> Kept:
     Every call compares all values with those that were composed: no version counter tells of an edit through `.data` or of
     one by another library, and reading the weights takes little beside a pass.
     """
-    tensors, structure = call.tensors(), call.network.structure
+    tensors, structure = call.tensors(), call.structure
     first = next(iter(call.network.nodes.values())).conv1.weight  # shared by a network and its pruned forms
     key = (id(first), structure.handle, call.dtype)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), _lock:

@@ -18,12 +18,13 @@ from torch import Tensor
 from ...kernels import naive
 from ..batch_statistics import averages_of
 from ..plan import weight_composition
-from ..plan.operands import GradientOperands, Modes, cast, conv1_operands, gradient_operands, prefix_width, upsampling
+from ..plan.operands import GradientOperands, Modes, cast, conv1_operands, gradient_operands, prefix_width, up_parameters
 from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
 from .composed import Composed
-from .forward import Forward, upsampled
-from .ops import takes_views
+from .forward import Forward
+from .ops import read, takes_views
+from .upsampling import even, upsampling
 
 
 class Backward:
@@ -140,7 +141,7 @@ class Backward:
             add=add,
         )
         self._add(f"{name}.weight", gw.view_as(weight).to(weight.dtype))
-        self._add(f"{name}.bias", gb)
+        self._add_bias(f"{name}.bias", gb)
 
     def _wide_head(self, maps: Maps, step: Step, dy: Tensor) -> None:
         """As `_head`, of a head that is a convolution of 3 taps along an axis."""
@@ -196,17 +197,20 @@ class Backward:
         plan, name = self.plan, f"nodes.{step.node.name}"
         a, affine_a = maps.prefix(step)
         wa = g.new_zeros((3**plan.axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
-        if step.source != "low":
+        if step.source == "stride":
+            phases = self.ops.conv_wgrad(g, read(self.ops, a, affine_a, plan.slope), axes=plan.axes, phased=True)
+            wa = weight_composition.strided_weight_gradient(phases, plan.axes)
+        elif step.source != "low":
             plain = maps.plain(step)
             wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope, plain=plain)[0]
         wb = border = None
-        up, up_bias = upsampling(plan, step, self.parameters)
+        up, up_bias = up_parameters(plan, step, self.parameters)
         if step.form == "phases":
             b, affine_b = maps.low(step)
             wb = self.ops.conv_wgrad(b, g, axes=plan.axes, phased=True, affine=affine_b, slope=plan.slope)
-            border = None if up is None else self.ops.border_sums(g, plan.axes)
+            border = None if up_bias is None else self.ops.border_sums(g, plan.axes)
         elif step.form == "full":
-            low = upsampled(plan, step, self.parameters, *maps.low(step))
+            low = upsampling(plan, step, self.parameters, maps).forward(*maps.low(step))
             wb = self.ops.conv_wgrad(low, g, axes=plan.axes)
         self._add_bias(f"{name}.conv1.bias", total)
         if self.composed:
@@ -259,6 +263,14 @@ class Backward:
             return None
         if step.source == "low" or (step.source == "input" and not needs_input):
             return None
+        if step.source == "stride":
+            target = self._gradient(maps, node.level - 1, Slot(0, step.prefix))
+            self.ops.conv(
+                target, view(target, Slot(0, 0)), self._cast(weight.new_empty(3**plan.axes, 0, step.prefix)), axes=plan.axes,
+                stride=2, phased=True, b=g, wb=self._cast(weight_composition.strided_gradient(weight, plan.axes)),
+                add=self._claim(maps, node.level - 1, [0]),
+            )  # fmt: skip
+            return None
         a, _ = maps.prefix(step)
         ga = torch.empty_like(a)
         self.ops.conv(ga, g, self._cast(weight), axes=plan.axes)
@@ -266,10 +278,15 @@ class Backward:
             return from_maps(ga, plan.axes)
         above = next(other for other in plan.steps if other.node.position == (node.level - 1, 0))
         x, affine_x = maps.out(above)
+        target, add = self._gradient(maps, node.level - 1, above.out), self._claim(maps, node.level - 1, [0])
+        pooled = even(x, plan.axes)
+        part = target if pooled is x else torch.empty_like(pooled)
         self.ops.pool_backward(
-            self._gradient(maps, node.level - 1, above.out), ga, x, axes=plan.axes, affine=affine_x, slope=plan.slope,
-            add=self._claim(maps, node.level - 1, [0]),
-        )  # fmt: skip
+            part, ga, pooled, axes=plan.axes, affine=affine_x, slope=plan.slope, add=add and part is target
+        )
+        if part is not target:  # the last pixel of an odd axis has no gradient
+            target = target if add else target.zero_()
+            target[tuple(map(slice, part.shape))] += part
         return None
 
     def _into_low(self, maps: Maps, step: Step, g: Tensor, weight: Tensor) -> None:
@@ -281,30 +298,11 @@ class Backward:
             return
         g_up = g.new_empty((*g.shape[:4], step.node.up_width))
         self.ops.conv(g_up, g, self._cast(weight), axes=plan.axes)
-        gx = self._through_upsample(maps, step, from_maps(g_up, plan.axes))
+        of_node = upsampling(plan, step, self.parameters, maps)
+        gx, found = of_node.backward(from_maps(g_up, plan.axes), *maps.low(step))
+        for name, gradient in found.items():
+            self._add(name, gradient)
         target.add_(gx) if add else target.copy_(gx)
-
-    def _through_upsample(self, maps: Maps, step: Step, g: Tensor) -> Tensor:
-        """From the gradient `[N, C, *S]` of a linearly up-sampled map to that of its source `[N, D, H, W, K]`."""
-        plan = self.plan
-        small = [size // 2 for size in g.shape[2:]]
-        back = (
-            torch.ops.aten.upsample_bilinear2d_backward if plan.axes == 2 else torch.ops.aten.upsample_trilinear3d_backward
-        )
-        g = back(g.contiguous(), list(g.shape[2:]), [*g.shape[:2], *small], plan.align_corners, *[2.0] * plan.axes)
-        if not plan.project:
-            return to_maps(g, plan.axes)
-        name = f"nodes.{step.node.name}.up.project"
-        low, affine_low = maps.low(step)
-        weight = self.parameters[f"{name}.weight"]
-        gx = torch.empty_like(low, memory_format=torch.contiguous_format)
-        g = g.unsqueeze(2) if plan.axes == 2 else g
-        gw, gb = naive.head_backward(  # the kernel takes no more channels than a head has classes
-            gx, g.contiguous(), low, weight.flatten(1).to(self.dtype), affine=affine_low, slope=plan.slope
-        )
-        self._add(f"{name}.weight", gw.view_as(weight))
-        self._add(f"{name}.bias", gb)
-        return gx
 
     def _cast(self, weight: Tensor) -> Tensor:
         return cast(weight, self.dtype, not takes_views(self.ops))

@@ -68,6 +68,10 @@ class Maps:
             return self.image, None
         if step.source == "pool":
             return self.pools[step.node.level], None
+        if step.source == "stride":
+            above = step.node.level - 1
+            slot = Slot(0, step.prefix)
+            return view(self.levels[above], slot), self._affine(above, slot)
         slot = Slot(0, step.prefix)
         return view(self.levels[step.node.level], slot), self._affine(step.node.level, slot)
 
@@ -187,11 +191,12 @@ def _pools_beside(plan: Plan, levels: Sequence[Tensor]) -> dict[int, Tensor]:
 
 def shared_mids(plan: Plan, levels: Sequence[Tensor], pair_rows: Callable[..., int] | None = None) -> list[Tensor]:
     """For each level, room for the output of one node's first convolution; all in one place, as one node runs at a time."""
-    shapes = []
+    shapes, strided = [], {step.node.level for step in plan.computed if step.source == "stride"}
     for level, buffer in enumerate(levels):
         widths = {step.out.width for step in plan.computed if step.node.level == level}
         widest, (images, *size) = max(widths, default=0), buffer.shape[:4]
-        held = pair_rows(size[1:], widest, buffer.itemsize) if pair_rows and len(widths) == 1 and images else 0
+        pairs = pair_rows and len(widths) == 1 and images and level not in strided
+        held = pair_rows(size[1:], widest, buffer.itemsize) if pairs else 0
         shapes.append((1, 1, held, size[2], widest) if held else (images, *size, widest))
     memory = levels[0].new_empty(max(map(math.prod, shapes)))
     return [memory[: math.prod(shape)].view(shape) for shape in shapes]

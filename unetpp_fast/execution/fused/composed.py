@@ -70,6 +70,7 @@ class Composition:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.steps = [step for step in plan.computed if step.node.name in set(reached)]
         self.up = "deconv" if plan.upsample == "deconv" else "project" if plan.project else "none"
+        self.borders_too = self.up != "none" and "up" not in plan.no_bias  # those of the up-samplings' biases
         self.parameters, self.operands, self.flipped, self.borders = Places(), Places(), Places(), Places()
         self.gradients, self.out, self.scales = Places(), Places(), Places()
         mine = {f"nodes.{step.node.name}.{key}" for step in self.steps for key in self._keys(step)}
@@ -83,12 +84,13 @@ class Composition:
 
     def _keys(self, step: Step) -> list[str]:
         up = {"deconv": "up", "project": "up.project"}.get(self.up) if step.form == "phases" else None
-        return ["conv1.weight", "conv2.weight", *([f"{up}.weight", f"{up}.bias"] if up else [])]
+        names = ["conv1.weight", "conv2.weight", *([f"{up}.weight"] if up else [])]
+        return [*names, *([f"{up}.bias"] if up and self.borders_too else [])]
 
     def _sizes(self, step: Step) -> tuple[int, int, int, int]:
         """Channels of a node: of its prefix, of its low source, of that up-sampled, and its own."""
         co, inputs = self.shapes[f"nodes.{step.node.name}.conv1.weight"][:2]
-        prefix = inputs if step.source in ("input", "pool") else step.prefix
+        prefix = inputs if step.source in ("input", "pool", "stride") else step.prefix
         low = 0 if step.low is None else step.low.width if step.form == "phases" else inputs - prefix
         return prefix, low, inputs - prefix, co
 
@@ -109,7 +111,7 @@ class Composition:
             self.operands.add(f"{node} low", phases, phases, low, co, aligned=ALIGNED)
             self.flipped.add(f"{node} low", 4**axes, co, low, aligned=ALIGNED)
             self.gradients.add(f"{node} low", phases, phases, low, co)
-            if self.up != "none":
+            if self.borders_too:
                 self.borders.add(f"{node} border", 3**axes, co)
                 self.gradients.add(f"{node} border", 3**axes, co)
 
@@ -121,7 +123,7 @@ class Composition:
             plain = [job for step in self.steps for job in self._plain(step, self.operands, weights.tiles)]
             back = [job for step in self.steps for job in self._plain(step, self.gradients, weights.tiles)]
             phased = [step for step in self.steps if step.form == "phases"]
-            if self.up != "none":
+            if self.borders_too:
                 plain += [job for step in phased for job in self._borders(step, weights.tiles)]
             jobs = [
                 plain,
@@ -151,12 +153,15 @@ class Composition:
         return jobs
 
     def _ends(self, step: Step, places: Places) -> tuple[int, int, int]:
-        """The last columns of a job: the up-sampling's weight and bias in the parameters, the border table in `places`."""
+        """The last columns of a job: the up-sampling's weight and bias in the parameters, the border table in `places`, -1
+        if it has no bias."""
         if self.up == "none":
             return 0, 0, 0
         node, up = step.node.name, "up" if self.up == "deconv" else "up.project"
-        of = self.parameters
-        return of[f"nodes.{node}.{up}.weight"], of[f"nodes.{node}.{up}.bias"], places[f"{node} border"]
+        weight = self.parameters[f"nodes.{node}.{up}.weight"]
+        if not self.borders_too:
+            return weight, -1, -1
+        return weight, self.parameters[f"nodes.{node}.{up}.bias"], places[f"{node} border"]
 
     def _low_weight(self, step: Step, places: Places) -> int:
         return places[f"nodes.{step.node.name}.conv1.weight"] + self._sizes(step)[0] * 3**self.plan.axes
@@ -188,7 +193,8 @@ class Composition:
         name = f"nodes.{step.node.name}.{'up' if self.up == 'deconv' else 'up.project'}"
         _, low, up, _ = self._sizes(step)
         head = self._phases_back(step, tiles)[0][:7]
-        ends = *self._ends(step, self.gradients), self.out[f"{name}.weight"], self.out[f"{name}.bias"]
+        bias = self.out[f"{name}.bias"] if self.borders_too else -1
+        ends = *self._ends(step, self.gradients), self.out[f"{name}.weight"], bias
         elements = range(2**self.plan.axes) if self.up == "deconv" else (0,)
         return [(*head, element, *tile, *ends) for tile in tiles(low, up) for element in elements]
 

@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 import torch.distributed as dist  # whose parts need not be there: a torch may be built without them
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...kernels import naive
 from ..batch_statistics import gathered_statistics
@@ -24,6 +23,7 @@ from ..plan.steps import Plan, Slot, Step, head_step
 from ..plan.weight_composition import Operands, taps_first
 from .buffers import Maps, allocate, from_maps, to_maps, view
 from .ops import reads_linear, takes_views
+from .upsampling import even, projected, upsampling
 
 
 @dataclass
@@ -115,11 +115,12 @@ class Forward:
     def first(self, maps: Maps, step: Step, operands: Operands) -> Tensor | None:
         """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
         phased = step.form == "phases"
+        stride = 2 if phased or step.source == "stride" else 1
         a, affine_a = maps.prefix(step)
         b, affine_b, linear = self._low(maps, step)
         options = {} if linear is None else {"linear": linear}
         return self.ops.conv(
-            maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=2 if phased else 1, phased=phased,
+            maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=stride, phased=phased,
             slope=self.plan.slope, affine_a=affine_a, plain=maps.plain(step), b=b, wb=self._cast(operands.wb),
             affine_b=affine_b, **options, **self._epilogue(f"{step.node.name}.norm1", operands),
         )  # fmt: skip
@@ -139,7 +140,7 @@ class Forward:
         pooled = maps.pools.get(step.node.level)
         if pooled is None:
             pooled = x.new_empty((*maps.levels[step.node.level].shape[:4], x.shape[-1]))
-        self.ops.pool(pooled, x, axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
+        self.ops.pool(pooled, even(x, self.plan.axes), axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
         maps.pools[step.node.level] = pooled
 
     def _low(self, maps: Maps, step: Step) -> tuple[Tensor | None, naive.Affine | None, bool | None]:
@@ -148,8 +149,8 @@ class Forward:
             return None, None, None
         if step.form == "phases":
             return (*maps.low(step), None)
-        if not reads_linear(self.ops):
-            return upsampled(self.plan, step, self.parameters, *maps.low(step)), None, None
+        if self.plan.beforehand or not reads_linear(self.ops):
+            return upsampling(self.plan, step, self.parameters, maps).forward(*maps.low(step)), None, None
         return (*projected(self.plan, step, self.parameters, *maps.low(step)), bool(self.plan.align_corners))
 
     def _normalise(self, name: str, stats: Tensor | None, table: Tensor | None, slot: Slot, pixels: int) -> None:
@@ -174,8 +175,9 @@ class Forward:
         plan = self.plan
         step = head_step(plan, column)
         x, affine_x = maps.out(step)
-        weight, bias = (self.parameters[f"heads.{step.node.name}.{key}"] for key in ("weight", "bias"))
-        bias = bias.to(naive.accumulator(self.dtype))
+        weight, bias = (self.parameters.get(f"heads.{step.node.name}.{key}") for key in ("weight", "bias"))
+        acc = naive.accumulator(self.dtype)
+        bias = x.new_zeros(weight.shape[0], dtype=acc) if bias is None else bias.to(acc)
         if plan.head_taps == 3:
             out = x.new_empty((*x.shape[:4], weight.shape[0]))
             taps = self._cast(taps_first(weight))
@@ -195,22 +197,3 @@ def moment_places(plan: Plan, modes: Modes) -> dict[str, Slot]:
                 places[name] = Slot(start, step.out.width)
                 start += step.out.width
     return places
-
-
-def projected(
-    plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None
-) -> tuple[Tensor, naive.Affine | None]:
-    """The map that a node up-samples linearly, and how to read it: its low source, through a 1x1 convolution if the plan
-    projects."""
-    if not plan.project:
-        return low, affine
-    prefix = f"nodes.{step.node.name}.up.project"
-    weight, bias = (parameters[f"{prefix}.{name}"].to(low.dtype) for name in ("weight", "bias"))
-    x = naive.read(low, affine, plan.slope).contiguous()  # else its bits would depend on what lies beside it
-    return F.linear(x, weight.flatten(1), bias), None
-
-
-def upsampled(plan: Plan, step: Step, parameters: Mapping[str, Tensor], low: Tensor, affine: naive.Affine | None) -> Tensor:
-    """The linearly up-sampled low source of a node, `[N, D, H, W, K]`, for ops that cannot read it in pieces."""
-    x = naive.read(*projected(plan, step, parameters, low, affine), plan.slope)
-    return naive.upsample(x, plan.axes, bool(plan.align_corners)).contiguous()

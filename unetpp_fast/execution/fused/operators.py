@@ -243,7 +243,7 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def forward(call: Call, ops: str) -> list[Tensor]:
     """Logits of each head, computed with the ops called `ops`; updates running statistics as the reference does."""
-    network, structure = call.network, call.network.structure
+    network, structure = call.network, call.structure
     norms = [module for module in call.modules if isinstance(module, structures.NORMS)]
     training = "".join("1" if module.training else "0" for module in norms)
     keep, group = call.needs_gradients, network.sync_group if "1" in training else ""

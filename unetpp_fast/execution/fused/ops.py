@@ -6,6 +6,8 @@ import importlib.util
 import os
 from types import ModuleType
 
+from torch import Tensor
+
 from ...kernels import cpu_ops, naive
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,6 +41,11 @@ def composes(name: str) -> bool:
 def takes_views(ops: ModuleType) -> bool:
     """Whether the convolutions take weights of any strides; else they must be contiguous."""
     return ops is cpu_ops
+
+
+def read(ops: ModuleType, x: Tensor, affine: naive.Affine | None, slope: float) -> Tensor:
+    """`naive.read`, by the kernel of ops that have one."""
+    return getattr(ops, "read", naive.read)(x, affine, slope)
 
 
 def reads_linear(ops: ModuleType) -> bool:

@@ -32,6 +32,7 @@ class Structure:
     unsupported: by backend, why it cannot compute the network's options; "" if it can.
     key: equal in every process for networks that compute the same from the same weights; names measurements.
     handle: equal for equal structures within this process.
+    odd: the structure for sizes that are not a multiple of 2^depth; None if it is the same network that takes none.
     """
 
     plan: Plan
@@ -42,6 +43,7 @@ class Structure:
     unsupported: Mapping[str, str]
     key: str
     handle: str
+    odd: Structure | None = None
 
     def __deepcopy__(self, memo: dict) -> Structure:
         return self
@@ -91,10 +93,16 @@ def structure_of(network: NetworkSpec) -> Structure | None:
         "norms": tuple(layer.partition(".")[2] for layer, (facts, *_) in layers if issubclass(facts[0], NORMS)),
         "unsupported": {backend: options_unsupported(network.options, backend) for backend in ENGINES},
     }
-    key, handle = _digest(f"{plan!r} {network.out_channels}"), _digest(repr(facts))
+    odd = _shared({**facts, "plan": plan.of_odd_sizes}, None) if network.options.get("odd_sizes") else None
+    return _shared(facts, odd)
+
+
+def _shared(facts: Mapping[str, object], odd: Structure | None) -> Structure:
+    """The structure of these facts, the same for all networks of this process that have them."""
+    key, handle = _digest(f"{facts['plan']!r} {facts['out_channels']}"), _digest(repr((facts, odd is not None)))
     structure = _alive.get(handle)
     if structure is None:
-        structure = _alive[handle] = Structure(**facts, key=key, handle=handle)
+        structure = _alive[handle] = Structure(**facts, key=key, handle=handle, odd=odd)
     return structure
 
 

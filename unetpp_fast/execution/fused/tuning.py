@@ -144,7 +144,7 @@ def pass_key(call: Call) -> str:
     """What passes of any size on a device differ in: also in whether batch norms take statistics of the batch, as they may
     without gradients and may not with them."""
     kind = f"{'training' if call.needs_gradients else 'inference'}{'-batch-statistics' if call.in_training else ''}"
-    return f"{call.network.structure.key} {call.dtype} {kind}"
+    return f"{call.structure.key} {call.dtype} {kind}"
 
 
 def _key(call: Call) -> str:
@@ -245,7 +245,7 @@ def _part(inputs: list[Tensor], pixels: int, multiple: int) -> list[Tensor]:
     encoder, the same part of each."""
     while (size := inputs[0].shape[2:]).numel() > pixels and max(size) >= 2 * multiple:
         axis = max(range(len(size)), key=lambda axis: size[axis])
-        kept = size[axis] // 2 // multiple * multiple
+        kept = size[axis] // 2 // multiple * multiple + size[axis] % multiple  # an odd size stays odd
         inputs = [x.narrow(axis + 2, 0, x.shape[axis + 2] * kept // size[axis]) for x in inputs]
     return inputs
 

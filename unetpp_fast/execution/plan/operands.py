@@ -21,11 +21,11 @@ def cast(weight: Tensor, dtype: torch.dtype, contiguous: bool = True) -> Tensor:
     return weight.to(dtype, memory_format=torch.contiguous_format).contiguous() if contiguous else weight.to(dtype)
 
 
-def upsampling(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def up_parameters(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Weight (for `weight_composition.phase_weights`) and bias of a node's up-sampling by phases; None if it has none."""
     name = f"nodes.{step.node.name}.up"
     if step.form == "phases" and plan.upsample == "deconv":
-        return parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+        return parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
     if step.form == "phases" and plan.project:
         return parameters[f"{name}.project.weight"].transpose(0, 1), parameters[f"{name}.project.bias"]
     return None, None
@@ -35,13 +35,13 @@ def conv1_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
     """The operands of a node's first convolution."""
     weight, bias = _folded(plan, f"{step.node.name}.norm1", f"nodes.{step.node.name}.conv1", parameters, modes)
     return weight_composition.first_operands(
-        weight, bias, prefix_width(step, weight), step.form, *upsampling(plan, step, parameters)
+        weight, bias, prefix_width(step, weight), step.form, *up_parameters(plan, step, parameters)
     )
 
 
 def prefix_width(step: Step, weight: Tensor) -> int:
     """Input channels of a node's first convolution that do not come from the level below."""
-    return weight.shape[1] if step.source in ("input", "pool") else step.prefix
+    return weight.shape[1] if step.source in ("input", "pool", "stride") else step.prefix
 
 
 def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:
@@ -69,7 +69,7 @@ class GradientOperands:
 def gradient_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor]) -> GradientOperands:
     """The weights of a node's data gradients, of any strides."""
     weight, second = (parameters[f"nodes.{step.node.name}.conv{place}.weight"] for place in (1, 2))
-    up, _ = upsampling(plan, step, parameters)
+    up, _ = up_parameters(plan, step, parameters)
     first = weight_composition.first_operands(weight, None, prefix_width(step, weight), step.form, up)
     low = None
     if step.form:

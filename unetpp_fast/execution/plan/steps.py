@@ -8,6 +8,7 @@ forwards and backwards; `print(plan)` shows it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,6 +17,10 @@ from ...architecture.options import ACTIVATIONS, ENGINES, NORMS, UPSAMPLES, Opti
 from ...architecture.options import unsupported as options_unsupported
 from ...architecture.topology import Node, Topology
 
+HOW = {  # in words
+    "deconv": "by a transposed convolution", "linear": "linearly", "nearest": "to its nearest neighbours",
+    "pixelshuffle": "by shuffled channels",
+}  # fmt: skip
 Options = Mapping[str, Option | float | bool | None]
 
 
@@ -35,9 +40,10 @@ class Slot:
 class Step:
     """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
 
-    source: of the first operand: "input", "pool" (of the level above), "prefix" (the leading `prefix` channels of the node's
-    level) or "low" (there is none beside the low source); "given" for a node that is not computed. form: how the low source
-    `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled linearly).
+    source: of the first operand: "input", "pool" (of the level above), "stride" (the level above, of which the convolution
+    reads every second pixel), "prefix" (the leading `prefix` channels of the node's level) or "low" (there is none beside
+    the low source); "given" for a node that is not computed. prefix: of "stride", the channels above. form: how the low
+    source `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled).
     """
 
     node: Node
@@ -53,7 +59,8 @@ class Plan:
     """The steps of a pass, the widths of the level buffers and the options that all nodes share.
 
     norm: None, "batch" or "instance"; slope: of the leaky ReLU, 0 for ReLU; upsample: its name and keywords; head_taps: of
-    the heads' convolutions along an axis, 1 or 3.
+    the heads' convolutions along an axis, 1 or 3; no_bias: what else of "up" and "head" has no bias;
+    beforehand: low sources are always up-sampled into a map (`fused/upsampling.py`), never as they are read.
     """
 
     topology: Topology
@@ -68,10 +75,18 @@ class Plan:
     project: bool
     bias: bool
     head_taps: int = 1
+    no_bias: tuple[str, ...] = ()
+    beforehand: bool = False
 
     @property
     def axes(self) -> int:
         return self.topology.spatial_dims
+
+    @cached_property
+    def of_odd_sizes(self) -> Plan:
+        """The same where some sizes are not twice those of the level below: no phases."""
+        steps = tuple(dataclasses.replace(step, form=step.form and "full") for step in self.steps)
+        return dataclasses.replace(self, steps=steps, beforehand=True)
 
     @cached_property
     def computed(self) -> tuple[Step, ...]:
@@ -130,6 +145,8 @@ class Plan:
             reads = f"the image, {self.topology.in_channels} channels"
         elif step.source == "pool":
             reads = f"the pooled X({i - 1},0), {self.topology[i - 1, 0].width} channels"
+        elif step.source == "stride":
+            reads = f"every second pixel of X({i - 1},0), {self.topology[i - 1, 0].width} channels"
         elif step.source == "given":
             return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; a copy of the encoder's map"
         else:
@@ -137,7 +154,7 @@ class Plan:
             low = f"X({i + 1},{j - 1})"
             how = {
                 "phases": f"{low} at its own resolution, {step.low.width} channels",
-                "full": f"{low} up-sampled linearly, {node.up_width} channels",
+                "full": f"{low} up-sampled {HOW[self.upsample]}, {node.up_width} channels",
             }[step.form]
             reads = f"{names} in place, {step.prefix} channels, and {how}" if names else how
         return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
@@ -182,21 +199,24 @@ def _make_plan(topology: Topology, options: tuple) -> Plan:
     form = "phases" if UPSAMPLES[upsample].phases else "full"
     steps = []
     for node in topology.nodes:
-        source = _source(topology, node)
+        source = _source(topology, node, given.get("downsample", "pool"))
         prefix = sum(topology[node.level, column].width for column in node.prefix)
+        prefix = topology[node.level - 1, 0].width if source == "stride" else prefix
         low = slots[node.low] if node.column else None
         steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column else None))
     return Plan(
         topology, tuple(steps), widths, norm, norm_keywords.get("eps", 1e-5), norm_keywords.get("momentum", 0.1),
         ACTIVATIONS[act].slope(act_keywords), upsample, up_keywords.get("align_corners"),
         bool(up_keywords.get("project", False)), bool(given["bias"]), given.get("head_taps", 1),
+        ("up",) * (not up_keywords.get("bias", True)) + ("head",) * (not given.get("head_bias", True)),
+        not (UPSAMPLES[upsample].phases or upsample == "linear"),
     )  # fmt: skip
 
 
-def _source(topology: Topology, node: Node) -> str:
+def _source(topology: Topology, node: Node, downsample: str) -> str:
     if node.column:
         return "prefix" if node.prefix else "low"
-    return "given" if topology.given else "pool" if node.level else "input"
+    return "given" if topology.given else downsample if node.level else "input"
 
 
 def _slots(topology: Topology) -> tuple[dict[tuple[int, int], Slot], tuple[int, ...]]:

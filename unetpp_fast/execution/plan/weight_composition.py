@@ -84,6 +84,23 @@ def gathered(wb: Tensor, axes: int) -> Tensor:
     return _by_place(wb, axes).flip(*range(axes)).flatten(0, axes - 1).transpose(1, 2)
 
 
+def strided_gradient(weight: Tensor, axes: int) -> Tensor:
+    """Of a convolution of stride 2, with which the gradient of its output, as a low source, gives that of its input:
+    phase weights `[2^axes, 2^axes, CO, K]`, from `[3^axes, CO, K]` (`flipped`).
+
+    Input pixel i meets output u with tap i - 2u + 1, which is 3 less the place of that input's phase and u.
+    """
+    places = F.pad(weight.unflatten(0, (3,) * axes), [0, 0, 0, 0] + [1, 0] * axes)
+    return _by_phase(places, axes)
+
+
+def strided_weight_gradient(g: Tensor, axes: int) -> Tensor:
+    """The gradient `[3^axes, K, CO]` of a convolution's weights of stride 2, from that `[2^axes, 2^axes, CO, K]` of phase
+    weights between the gradient of its output, as a low source, and its input; see `strided_gradient`."""
+    places = _by_place(g, axes)[(slice(1, None),) * axes]
+    return flipped(places.flatten(0, axes - 1))
+
+
 def _is_nearest(up: Tensor | None) -> bool:
     """Whether the up-sampling repeats pixels, after a 1x1 convolution or none; else it is a transposed convolution."""
     return up is None or up.shape[-1] == 1
