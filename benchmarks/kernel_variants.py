@@ -26,6 +26,7 @@ from unetpp_fast.kernels import conv, conv_wgrad, triton_ops
 from unetpp_fast.models.network import Network
 
 TARGET = GPUTarget("cuda", 90, 32)
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a program may take there
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -97,8 +98,9 @@ def recorded(target: GPUTarget = TARGET) -> Iterator[dict[Variant, None]]:
     with ExitStack() as stack:
         for module in (conv, conv_wgrad, triton_ops):
             stack.enter_context(mock.patch.object(module, "interpreted", lambda x: False))
-        capability = target.arch // 10 if target.backend == "cuda" else 0
-        stack.enter_context(mock.patch.object(triton_ops, "_capability", lambda device: capability))
+        shared = SHARED.get(target.arch, triton_ops.LEAST_SHARED)
+        stack.enter_context(mock.patch.object(triton_ops, "shared_memory", lambda device: shared))
+        stack.enter_context(mock.patch.object(conv_wgrad, "multiprocessors", lambda device: 132))
         stack.enter_context(mock.patch.dict(torch.ops.__dict__, unetpp_fast_cuda=library))
         stack.enter_context(mock.patch.object(torch, "autocast", lambda *args, **options: nullcontext()))  # unknown to meta
         triton.runtime.driver.set_active(StandIn(target))

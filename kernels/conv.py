@@ -20,13 +20,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import scratch
 from .conv_configs import Config, block_of_channels, default_config, tile_counts
+from .conv_sums import accumulate
 from .jit import kernel
 from .maps import (
     activate,
@@ -48,94 +47,10 @@ from .naive import Affine, dot_precision
 NARROW_OFFSETS = 2**31  # offsets within a tile are 32-bit below
 
 
-@triton.jit
-def _inside_bits(z, y, x, depth, height, width, TAPS: tl.constexpr, AXES: tl.constexpr):
-    """Bit t of [M] is set where the sample of tap t, at (z, y, x) + t, lies inside the map.
-
-    Computed once, so that the loop spends one instruction per pixel on padding instead of two comparisons per axis.
-    """
-    BITS: tl.constexpr = tl.int64 if AXES == 3 and TAPS > 3 else tl.int32
-    columns = tl.zeros_like(x).to(BITS)
-    for t in tl.static_range(TAPS):
-        columns |= ((x + t >= 0) & (x + t < width)).to(BITS) << t
-    bits = tl.zeros_like(columns)
-    for t in tl.static_range(TAPS):
-        bits |= tl.where((y + t >= 0) & (y + t < height), columns << (TAPS * t), 0)
-    if AXES == 3:
-        planes = bits
-        bits = tl.zeros_like(columns)
-        for t in tl.static_range(TAPS):
-            bits |= tl.where((z + t >= 0) & (z + t < depth), planes << (TAPS * TAPS * t), 0)
-    return bits
-
-
-@triton.jit
-def _accumulate(
-    acc, x_desc, x_ptr, scale_ptr, shift_ptr, w_ptr, stride_p, n, depth, height, width,
-    tile_z, tile_y, tile_x, unit_z, unit_y, unit_x, co,
-    K: tl.constexpr, PLAIN: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, AXES: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_CO: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """acc [M, CO] += sum over taps t and channels k of act(x[tile + STRIDE unit + t, k] scale + shift) w[t, k, co].
-
-    The first PLAIN channels are read as they are.
-    x_ptr, scale_ptr and shift_ptr point at the image's first element; w: [TAPS^AXES, K, CO]; tile: scalars, the sample of
-    the tile's first unit; unit: [M]. What depends on the pixel, an offset and the bits, is computed before the loop; a
-    step only adds scalars. The padding is zero after norm and activation, so the mask is applied after them. With a
-    descriptor of x, image `n` is fetched box by box, zero outside the map, without offsets.
-    """
-    K_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = TAPS * TAPS * TAPS * K_STEPS if AXES == 3 else TAPS * TAPS * K_STEPS
-    lanes = tl.arange(0, BLOCK_K)
-    rows = unit_y * STRIDE * width + unit_x * STRIDE
-    first = (tile_y.to(tl.int64) * width + tile_x) * stride_p
-    if AXES == 3:
-        rows += unit_z * STRIDE * height * width
-        first += tile_z.to(tl.int64) * height * width * stride_p
-    if WIDE:
-        rows = rows.to(tl.int64)
-    offsets = (rows * stride_p)[:, None] + lanes[None, :]
-    weights = lanes[:, None] * CO + co[None, :]
-    bits = _inside_bits(
-        tile_z + unit_z * STRIDE, tile_y + unit_y * STRIDE, tile_x + unit_x * STRIDE, depth, height, width, TAPS, AXES
-    )
-    for step in range(STEPS):
-        tap = step // K_STEPS
-        k = (step % K_STEPS) * BLOCK_K
-        moved = (tap // TAPS % TAPS) * width + tap % TAPS
-        if AXES == 3:
-            moved += tap // (TAPS * TAPS) * height * width
-        inside = (((bits >> tap) & 1) != 0)[:, None]
-        mask = inside
-        if K % BLOCK_K:
-            mask = inside & (k + lanes < K)[None, :]
-        if x_desc is None:
-            value = tl.load(x_ptr + (first + moved.to(tl.int64) * stride_p + k) + offsets, mask=mask, other=0.0)
-        elif AXES == 3:
-            box = x_desc.load([n, tile_z + tap // (TAPS * TAPS), tile_y + tap // TAPS % TAPS, tile_x + tap % TAPS, k])
-            value = box.reshape(acc.shape[0], BLOCK_K)
-        else:
-            value = x_desc.load([n, tile_y + tap // TAPS, tile_x + tap % TAPS, k]).reshape(acc.shape[0], BLOCK_K)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
-            shift = tl.load(shift_ptr + k + lanes, mask=k + lanes < K, other=0.0)[None, :]
-            seen = activate(value.to(acc.dtype) * scale + shift, SLOPE)
-            if PLAIN:
-                seen = tl.where((k + lanes < PLAIN)[None, :], value.to(acc.dtype), seen)
-            value = tl.where(inside, seen, 0.0).to(value.dtype)
-        from_ptr = w_ptr + (tap * K + k) * CO + weights
-        if K % BLOCK_K or CO % BLOCK_CO:
-            weight = tl.load(from_ptr, mask=(k + lanes < K)[:, None] & (co < CO)[None, :], other=0.0)
-        else:
-            weight = tl.load(from_ptr)
-        acc = tl.dot(value, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    return acc
-
-
 @kernel
 def _conv_kernel(
-    a_desc, a_ptr, a_scale_ptr, a_shift_ptr, a_weight_ptr, a_stride_n, a_stride_p, a_affine_stride,
-    b_desc, b_ptr, b_scale_ptr, b_shift_ptr, b_weight_ptr, b_stride_n, b_stride_p, b_affine_stride,
+    a_ptr, a_scale_ptr, a_shift_ptr, a_weight_ptr, a_stride_n, a_stride_p, a_affine_stride,
+    b_ptr, b_scale_ptr, b_shift_ptr, b_weight_ptr, b_stride_n, b_stride_p, b_affine_stride,
     bias_ptr, border_ptr, out_ptr, out_stride_n, out_stride_p, stats_ptr,
     depth, height, width, tiles_z, tiles_y, tiles_x,
     KA: tl.constexpr, PLAIN: tl.constexpr, KB: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
@@ -165,11 +80,11 @@ def _conv_kernel(
     STRIDE_Z: tl.constexpr = STRIDE if AXES == 3 else 1
     acc = tl.zeros((BLOCK_D * BLOCK_H * BLOCK_W, BLOCK_CO), SUM)
     if KA:
-        acc = _accumulate(
-            acc, x_desc=a_desc, x_ptr=a_ptr + n * a_stride_n,
+        acc = accumulate(
+            acc, x_ptr=a_ptr + n * a_stride_n,
             scale_ptr=None if a_scale_ptr is None else a_scale_ptr + n * a_affine_stride,
             shift_ptr=None if a_shift_ptr is None else a_shift_ptr + n * a_affine_stride,
-            w_ptr=a_weight_ptr, stride_p=a_stride_p, n=n.to(tl.int32),
+            w_ptr=a_weight_ptr, stride_p=a_stride_p,
             depth=depth * STRIDE_Z, height=height * STRIDE, width=width * STRIDE,
             tile_z=tile_z * STRIDE_Z + pz - 1, tile_y=tile_y * STRIDE + py - 1, tile_x=tile_x * STRIDE + px - 1,
             unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KA, PLAIN=PLAIN, CO=CO, TAPS=TAPS, STRIDE=STRIDE,
@@ -178,11 +93,11 @@ def _conv_kernel(
     if KB:
         TAPS_B: tl.constexpr = 2 if PHASED else 3
         WEIGHTS: tl.constexpr = (TAPS_B * TAPS_B * TAPS_B if AXES == 3 else TAPS_B * TAPS_B) * KB * CO
-        acc = _accumulate(
-            acc, x_desc=b_desc, x_ptr=b_ptr + n * b_stride_n,
+        acc = accumulate(
+            acc, x_ptr=b_ptr + n * b_stride_n,
             scale_ptr=None if b_scale_ptr is None else b_scale_ptr + n * b_affine_stride,
             shift_ptr=None if b_shift_ptr is None else b_shift_ptr + n * b_affine_stride,
-            w_ptr=b_weight_ptr + phase * WEIGHTS, stride_p=b_stride_p, n=n.to(tl.int32),
+            w_ptr=b_weight_ptr + phase * WEIGHTS, stride_p=b_stride_p,
             depth=depth, height=height, width=width, tile_z=tile_z + pz - 1, tile_y=tile_y + py - 1, tile_x=tile_x + px - 1,
             unit_z=unit_z, unit_y=unit_y, unit_x=unit_x, co=co, K=KB, PLAIN=0, CO=CO, TAPS=TAPS_B, STRIDE=1, AXES=AXES,
             BLOCK_K=BLOCK_KB, BLOCK_CO=BLOCK_CO, SLOPE=SLOPE, PRECISION=PRECISION, WIDE=WIDE,
@@ -247,15 +162,10 @@ def conv(
     partial = empty_statistics(out, arguments.parts) if stats else None
     if out.numel() == 0:
         return partial
-    a_boxes = b_boxes = None
-    if config is not None and config.descriptors:
-        blocks = arguments.rest["BLOCK_KA"], arguments.rest["BLOCK_KB"]
-        a_boxes = descriptor(a, axes, config, blocks[0]) if stride == 1 and a.shape[-1] and can_describe(a) else None
-        b_boxes = descriptor(b, axes, config, blocks[1]) if b is not None and can_describe(b) else None
     with device_of(out):
         _conv_kernel[arguments.grid](
-            a_desc=a_boxes, a_ptr=a, a_scale_ptr=a_scale, a_shift_ptr=a_shift, a_weight_ptr=wa,
-            b_desc=b_boxes, b_ptr=b, b_scale_ptr=b_scale, b_shift_ptr=b_shift, b_weight_ptr=wb,
+            a_ptr=a, a_scale_ptr=a_scale, a_shift_ptr=a_shift, a_weight_ptr=wa,
+            b_ptr=b, b_scale_ptr=b_scale, b_shift_ptr=b_shift, b_weight_ptr=wb,
             bias_ptr=bias, border_ptr=border, out_ptr=out, stats_ptr=partial, **arguments.rest,
         )  # fmt: skip
     return partial
@@ -317,23 +227,6 @@ def empty_statistics(out: Tensor, parts: int) -> Tensor:
     """Room for the statistics `[N, parts, 3, CO]` of a convolution's result."""
     shape = out.shape[0], parts, 3, out.shape[-1]
     return out.new_empty(shape, dtype=torch.float64) if out.dtype == torch.float64 else scratch.empty(out, *shape)
-
-
-def descriptor(x: Tensor, axes: int, config: Config, block_k: int) -> TensorDescriptor:
-    """Describes a map to the tensor memory accelerator, in boxes of one tile and `block_k` channels."""
-    step, (images, depth, height, width, channels) = pixel_stride("x", x), x.shape
-    shape = [images, depth, height, width, channels]
-    strides = [x.stride(0), height * width * step, width * step, step, 1]
-    block = [1, config.block_d, config.block_h, config.block_w, block_k]
-    if axes == 2:
-        del shape[1], strides[1], block[1]
-    return TensorDescriptor(x, shape, strides, block)
-
-
-def can_describe(x: Tensor) -> bool:
-    """Whether `descriptor` takes a map: its address and strides are multiples of 16 bytes."""
-    steps = x.stride(0), pixel_stride("x", x)
-    return all(step * x.itemsize % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
 
 
 def check_call(

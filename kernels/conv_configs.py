@@ -14,14 +14,14 @@ from .naive import dot_precision
 
 MOST_VALUES = 2**20  # of a block, in Triton
 PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
+LEAST_SHARED = 99 * 1024  # bytes of shared memory that a program may take on every GPU since compute capability 8.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How a convolution is cut into programs: a tile of units, up to block_k channels per step, block_co output channels.
 
-    descriptors: operands sampled with unit stride are fetched in boxes by the tensor memory accelerator, if the GPU has
-    one, instead of through an address per pixel.
+    num_stages: steps whose operands are in shared memory at once, by copies that bypass L1 (cp.async); with one, loads.
     """
 
     block_d: int
@@ -31,11 +31,14 @@ class Config:
     block_co: int
     num_warps: int
     num_stages: int
-    descriptors: bool = False
 
     @property
     def pixels(self) -> int:
         return self.block_d * self.block_h * self.block_w
+
+    def shared(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory that its stages take."""
+        return self.num_stages * (self.pixels + self.block_co) * self.block_k * dtype.itemsize
 
 
 def tile_counts(units: tuple[int, int, int], config: Config) -> list[int]:
@@ -67,22 +70,33 @@ def block_of_pixels(units: tuple[int, int, int], pixels: int, axes: int) -> tupl
     return min(tiles, key=cost)
 
 
-def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[Config]:
-    """The configurations worth timing; the first is the default.
+def configs(
+    units: tuple[int, int, int],
+    images: int,
+    co: int,
+    axes: int,
+    phased: bool,
+    dtype: torch.dtype,
+    shared: int = LEAST_SHARED,
+    normed: bool = False,
+) -> list[Config]:
+    """The configurations worth timing that fit in `shared` bytes; the first is the default.
+
+    normed: operands are normalised as they are loaded, which takes registers; the largest tiles would spill (sm_90).
 
     A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flops per byte of bf16 at
-    128 x 32, 43 at 128 x 64, 64 at 128 x 128. Narrow maps are therefore bound by loads, and pipelined loads (cp.async)
-    bypass L1, where eight of nine taps would hit: one stage, with plain loads, is a candidate there. Up to 128 output
-    channels are one block, so that pixels are loaded once.
+    128 x 32, 43 at 128 x 64, 64 at 128 x 128, 85 at 256 x 128. Copies by cp.async bypass L1, where eight of nine taps would
+    hit, so up to 64 output channels one stage with plain loads comes first. Up to 128 output channels are one block, so that
+    pixels are loaded once. The order is that of `benchmarks/static`, which no GPU has confirmed.
     """
     block_co = block_of_outputs(co)
     if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
         shapes = [(64, 16, min(block_co, 32), 4, 2)]  # no tensor cores for float32: registers hold operands too
     else:
         shapes = {
-            32: [(128, 32, 32, 4, 3), (128, 32, 32, 4, 1), (256, 32, 32, 8, 2), (128, 64, 32, 4, 3)],
-            64: [(128, 32, 64, 8, 4), (128, 32, 64, 4, 1), (256, 32, 64, 8, 3), (128, 64, 64, 8, 3)],
-            128: [(128, 32, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3)],
+            32: [(128, 32, 32, 4, 1), (128, 32, 32, 4, 3), (256, 32, 32, 8, 2), (128, 64, 32, 4, 3)],
+            64: [(128, 32, 64, 4, 1), (128, 32, 64, 8, 4), (256, 32, 64, 8, 3), (128, 64, 64, 8, 3)],
+            128: [(256, 64, 128, 8, 3), (128, 32, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 64, 4, 3)],
         }[max(block_co, 32)]
         if block_co < 32:
             shapes = [(pixels, k, block_co, warps, stages) for pixels, k, _, warps, stages in shapes]
@@ -92,13 +106,14 @@ def configs(units: tuple[int, int, int], images: int, co: int, axes: int, phased
         # Half as many channels of float32 fill the same bytes.
         block_k = max(16, block_k // 2) if dtype.itemsize > 2 else block_k
         offered.append(Config(*tile, block_k, block, warps, stages))
-    small = [config for config in offered if config.pixels == 64]
-    first = offered[0]
-    tiles = tile_counts(units, first)
-    programs = images * math.prod(tiles) * (2**axes if phased else 1) * ceil_div(co, first.block_co)
-    if small and programs < PROGRAMS:
-        offered.sort(key=lambda config: config not in small)
-    return offered
+    most = 128 * 128 if normed else 256 * 128  # sums of a program
+    offered = [config for config in offered if config.shared(dtype) <= shared and config.pixels * config.block_co <= most]
+
+    def programs(config: Config) -> int:
+        return images * math.prod(tile_counts(units, config)) * (2**axes if phased else 1) * ceil_div(co, config.block_co)
+
+    first = next((config for config in offered if programs(config) >= PROGRAMS), max(offered, key=programs))
+    return [first, *(config for config in offered if config != first)]
 
 
 def default_config(

@@ -14,6 +14,7 @@ each writes its sum to a separate buffer, and the buffers are added in a fixed o
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,14 @@ from .maps import (
 )
 from .naive import Affine, accumulator, dot_precision
 
+MOST_WAVES = 8  # of programs: it bounds the memory of their sums
+
 
 @dataclasses.dataclass(frozen=True)
 class WgradConfig:
-    """A tile of units per step, block_m (tap, channel) rows by block_co channels per program, and a maximum of programs.
+    """A tile of units per step, and block_m (tap, channel) rows by block_co channels per program.
 
-    `programs` bounds the memory of the partial sums, 4 block_m block_co bytes each: 64 MiB for 1024 of 128 x 128.
+    programs: how many a multiprocessor of sm_90 holds at once, by their registers and shared memory.
     """
 
     block_d: int
@@ -54,7 +57,7 @@ class WgradConfig:
     block_co: int
     num_warps: int
     num_stages: int
-    programs: int = 512
+    programs: int = 2
 
     @property
     def pixels(self) -> int:
@@ -76,12 +79,12 @@ def _next_tile(x, y, z, n, depth, height, width, BLOCK_D: tl.constexpr, BLOCK_H:
 @kernel
 def _conv_wgrad_kernel(
     a_ptr, scale_ptr, shift_ptr, a_stride_n, a_stride_p, affine_stride, dy_ptr, dy_stride_n, dy_stride_p, partial_ptr,
-    depth, height, width, tiles_z, tiles_y, tiles_x, images,
-    STEPS: tl.constexpr, K: tl.constexpr, CO: tl.constexpr, PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr,
+    depth, height, width, tiles_z, tiles_y, tiles_x, images, steps,
+    K: tl.constexpr, CO: tl.constexpr, PHASED: tl.constexpr, AXES: tl.constexpr, SLOPE: tl.constexpr,
     PLAIN: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_CO: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, phases, TAPS^AXES K, CO]: one block of rows and columns, over STEPS tiles in the images' order.
+    """partial [splits, phases, TAPS^AXES K, CO]: one block of rows and columns, over `steps` tiles in the images' order.
 
     The tile's position is carried from step to step: dividing its index by the sizes would cost more than the loads.
     """
@@ -120,13 +123,13 @@ def _conv_wgrad_kernel(
     SUM: tl.constexpr = partial_ptr.dtype.element_ty
     if scale_ptr is not None:
         scale, shift = tl.load(scale_ptr + k), tl.load(shift_ptr + k)
-    first = split * STEPS
+    first = split * steps
     x = first % tiles_x * BLOCK_W
     y = first // tiles_x % tiles_y * BLOCK_H
     z = first // (tiles_x * tiles_y) % tiles_z * BLOCK_D
     n = first // (tiles_x * tiles_y) // tiles_z
     acc = tl.zeros((BLOCK_M, BLOCK_CO), SUM)
-    for _ in range(STEPS):
+    for _ in range(steps):
         image, plane = n.to(tl.int64), z.to(tl.int64) * height
         end = tl.where(n < images, width, 0)  # past the last image nothing is inside
         inside = (x + sample_x >= 0) & (x + sample_x < end) & (y + sample_y >= 0) & (y + sample_y < height)
@@ -212,8 +215,7 @@ def _arguments(
     tiles_z, tiles_y, tiles_x = tile_counts(units, config)
     tiles = a.shape[0] * tiles_z * tiles_y * tiles_x
     programs = count * ceil_div(taps * k, config.block_m) * ceil_div(co, config.block_co)
-    # A power of two: it is a constant of the kernel, and each value is compiled.
-    steps = power_of_two(ceil_div(tiles, max(1, config.programs // programs)))
+    steps = steps_of(tiles, programs, config.programs * multiprocessors(a.device), config.pixels)
     splits = ceil_div(tiles, steps)
     strides = {
         "a_stride_n": a.stride(0), "a_stride_p": a_stride, "affine_stride": affine_stride(affine),
@@ -221,7 +223,7 @@ def _arguments(
     }  # fmt: skip
     geometry = {
         "depth": depth, "height": height, "width": width, "tiles_z": tiles_z, "tiles_y": tiles_y, "tiles_x": tiles_x,
-        "images": a.shape[0], "STEPS": steps, "K": k, "CO": co, "PHASED": phased, "AXES": axes,
+        "images": a.shape[0], "steps": steps, "K": k, "CO": co, "PHASED": phased, "AXES": axes,
     }  # fmt: skip
     blocks = {
         "BLOCK_D": config.block_d, "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_M": config.block_m,
@@ -234,6 +236,29 @@ def _arguments(
     return Arguments((programs * splits,), (splits, count, taps, k, co), {**strides, **geometry, **options, **blocks})
 
 
+def steps_of(tiles: int, programs: int, at_once: int, pixels: int) -> int:
+    """Tiles of a program, where `programs` of them share each split of all tiles, for the least time of a GPU that runs
+    `at_once` programs together.
+
+    It runs them in waves, and a last wave of few programs takes as long as a full one. Each program also writes a sum that
+    is read again: at an H100's 3.35 TB/s that takes as long as 700 pixels of products.
+    """
+    most = max(1, min(tiles, ceil_div(MOST_WAVES * at_once, programs)))
+    own = ceil_div(700, pixels)
+    splits = min(range(1, most + 1), key=lambda count: ceil_div(programs * count, at_once) * (ceil_div(tiles, count) + own))
+    return max(1, ceil_div(tiles, splits))
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; meta tensors stand for those on the current one, or on an H100. The interpreter is taken for one."""
+    if device.type == "meta":
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else device
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 1
+
+
 def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: bool, dtype: torch.dtype) -> list[WgradConfig]:
     """The configurations worth timing; the first is the default.
 
@@ -242,19 +267,19 @@ def configs(units: tuple[int, int, int], k: int, co: int, axes: int, phased: boo
     rows = (2 if phased else 3) ** axes * k
     block_co = block_of_outputs(co)
     if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
-        shapes = [(64, min(block_co, 32), 16, 4, 2)]
+        shapes = [(64, min(block_co, 32), 16, 4, 2, 2)]
     else:
         shapes = {
-            32: [(128, 32, 64, 4, 3), (128, 32, 64, 8, 3), (128, 32, 32, 4, 1)],
-            64: [(128, 64, 64, 8, 3), (128, 64, 32, 4, 3)],
-            128: [(128, 128, 32, 8, 3), (128, 128, 64, 8, 3)],
+            32: [(128, 32, 64, 4, 3, 2), (128, 32, 64, 8, 3, 2), (128, 32, 32, 4, 1, 4)],
+            64: [(128, 64, 64, 8, 3, 2), (128, 64, 32, 4, 3, 3)],
+            128: [(128, 128, 32, 8, 3, 2), (128, 128, 64, 8, 3, 1)],
         }[max(block_co, 32)]
     offered = []
-    for block_m, block, pixels, warps, stages in shapes:
+    for block_m, block, pixels, warps, stages, programs in shapes:
         # Half as many pixels of float32 fill the same bytes.
         tile = block_of_pixels(units, max(16, pixels // 2) if dtype.itemsize > 2 else pixels, axes)
         block_m = min(block_m, max(16, power_of_two(rows)))
-        offered.append(WgradConfig(*tile, block_m, min(block, block_co), warps, stages))
+        offered.append(WgradConfig(*tile, block_m, min(block, block_co), warps, stages, programs))
     return list(dict.fromkeys(offered))
 
 

@@ -24,13 +24,13 @@ def kernel(function: Callable | None = None, *, aligned: tuple[str, ...] = ()):
 
 
 def _sizes(function: Callable, aligned: tuple[str, ...]) -> list[str]:
-    """The arguments in lower case that are neither pointers, descriptors, strides nor `aligned`."""
+    """The arguments in lower case that are neither pointers, strides nor `aligned`."""
     return [
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if "constexpr" not in str(parameter.annotation)
         and name.islower()
-        and not name.endswith(("_ptr", "_desc"))
+        and not name.endswith("_ptr")
         and "_stride" not in name
         and name not in aligned
     ]

@@ -4,7 +4,6 @@ A convolution can be done in several ways, and which is fastest depends on the G
 
     fused       one kernel, norm and activation applied to an operand each time it is loaded
     finalise    norm and activation applied once, in a separate pass, then the kernel without them
-    boxes       fused or finalised, operands fetched by the tensor memory accelerator (`Config.descriptors`)
     library     PyTorch's convolution (cuDNN) on dense, activated copies of the operands (`library.py`)
 
 `tuning.choose` picks the one measured to be the fastest, or the first of the list if nothing was measured.
@@ -22,7 +21,7 @@ from torch import Tensor
 from . import conv as fused
 from . import conv_wgrad as fused_wgrad
 from . import library, tuning
-from .conv_configs import Config, configs
+from .conv_configs import LEAST_SHARED, Config, configs
 from .conv_wgrad import WgradConfig
 from .head import head, head_backward
 from .maps import interpreted, per_shape, unit_grid
@@ -43,9 +42,6 @@ __all__ = [
     "pool",
     "pool_backward",
 ]
-# Major compute capabilities of GPUs whose tensor memory accelerator is used. Those of 12 have one too, but Triton 3.6 gives
-# every kernel with boxes a stack frame there.
-BOX_CAPABILITIES = (9, 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,6 @@ def conv(out: Tensor, a: Tensor, wa: Tensor, **options) -> Tensor | None:
 def way_of_conv(out: Tensor, a: Tensor, run: Callable[[Way], object], **options) -> tuple[Way, bool]:
     """The way to run a call of `conv`, measured by `run` inside `tuning.measuring`; and whether it was measured."""
     flags = tuple([name for name in ("phased", "affine_a", "affine_b", "add", "stats", "plain") if options.get(name)])
-    flags += ("boxes",) * fits_boxes(a, **options)
     geometry = options["axes"], options.get("taps", 3), options.get("stride", 1)
     key, sizes = _key_of_conv(out, a, options.get("b"), geometry, flags, dot_precision(a.dtype))
     way = tuning.choose(key, sizes, lambda: ways_of_conv(out, a, **options), run)
@@ -97,12 +92,11 @@ def ways_of_conv(out: Tensor, a: Tensor, **options) -> list[Way]:
     """The ways worth timing for a call of `conv`; the first is the default."""
     phased = options.get("phased", False)
     units = unit_grid(out, options["axes"], phased)
-    offered = configs(units, out.shape[0], out.shape[-1], options["axes"], phased, a.dtype)
-    ways = [Way(config) for config in offered]
-    if fits_boxes(a, **options):
-        ways += [Way(dataclasses.replace(config, descriptors=True)) for config in offered]
-    if options.get("affine_a") is not None or options.get("affine_b") is not None:
-        ways += [dataclasses.replace(way, finalise=True) for way in ways]
+    call = units, out.shape[0], out.shape[-1], options["axes"], phased, a.dtype, shared_memory(a.device)
+    normed = options.get("affine_a") is not None or options.get("affine_b") is not None
+    ways = [Way(config) for config in configs(*call, normed)]
+    if normed:
+        ways += [Way(config, finalise=True) for config in configs(*call)]
     return [*ways, Way(None)]
 
 
@@ -157,15 +151,10 @@ def conv_wgrad_by(way: Way, a: Tensor, dy: Tensor, **options) -> Tensor:
 
 
 @lru_cache
-def _capability(device: torch.device) -> int:
-    """The major compute capability of an NVIDIA GPU, 0 of other devices; meta tensors stand for those on the current GPU."""
-    if device.type == "meta":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
-
-
-def fits_boxes(a: Tensor, **options) -> bool:
-    """Whether the GPU has a tensor memory accelerator that can fetch every operand sampled with unit stride."""
-    dense = [a] if options.get("stride", 1) == 1 and a.shape[-1] else []
-    dense += [options["b"]] if options.get("b") is not None else []
-    return _capability(a.device) in BOX_CAPABILITIES and bool(dense) and all(map(fused.can_describe, dense))
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; meta tensors stand for those on the current GPU."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda" or torch.version.hip:
+        return LEAST_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

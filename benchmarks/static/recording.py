@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import triton
-from bounds import MULTIPROCESSORS, WGMMA, Work, tensor_clocks
+from bounds import MULTIPROCESSORS, SHARED, WGMMA, Work, tensor_clocks
 from compiled_cuda import Launch, conv, wgrad
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,7 @@ from unetpp_fast.execution.fused import operators
 from unetpp_fast.execution.fused.backward import Backward
 from unetpp_fast.execution.fused.forward import Forward
 from unetpp_fast.kernels import cuda_ops, triton_ops
+from unetpp_fast.kernels.conv_sums import FEW
 from unetpp_fast.models.network import Network
 
 DTYPE = torch.bfloat16
@@ -107,6 +108,7 @@ def recorded() -> Iterator[list[Recorded]]:
         stack.enter_context(mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launched))
         stack.enter_context(mock.patch.object(cuda_ops, "_run_conv", run))
         stack.enter_context(mock.patch.object(triton_ops, "interpreted", lambda x: False))  # though no GPU holds them
+        stack.enter_context(mock.patch.object(triton_ops, "shared_memory", lambda device: 227 * 1024))
         stack.enter_context(mock.patch.dict(torch.ops.__dict__, unetpp_fast_cuda=library))
         stack.enter_context(Operators(found))
         yield found
@@ -127,39 +129,56 @@ def of_conv(call: cuda_ops.ConvCall) -> Work:
 
 
 def of_triton(kernel: str, programs: int, given: dict) -> Work:
-    """A Triton kernel: convolutions by tensor cores and by what their steps fetch through L2, all by the bytes of their
-    tensors. Their issue slots and shared memory are not counted."""
+    """A Triton kernel: convolutions by tensor cores, shared memory and what their steps fetch through L2, all kernels by
+    their tensors' bytes. Issue slots are not counted."""
     tensors = {id(x): bytes_of(x) for x in given.values() if isinstance(x, Tensor)}
     dram, name = sum(tensors.values()), f"triton {kernel.strip('_').removesuffix('_kernel')}"
     if kernel == "_conv_kernel":
-        dram += bytes_of(given["out_ptr"]) if given["ADD"] else 0
-        pixels = given["BLOCK_D"] * given["BLOCK_H"] * given["BLOCK_W"]
-        loops = [(given["KA"], given["BLOCK_KA"], given["TAPS"] ** given["AXES"])]
-        if given["KB"]:
-            loops.append((given["KB"], given["BLOCK_KB"], (2 if given["PHASED"] else 3) ** given["AXES"]))
-        steps = [(block, -(-k // block) * taps) for k, block, taps in loops]
-        out = given["out_ptr"]
-        flops = sum(2 * out[..., 0].numel() * k * given["CO"] * taps for k, _, taps in loops)
-        one = out.element_size()
-        l2 = (
-            sum(count * (pixels + given["BLOCK_CO"]) * block * one for block, count in steps)
-            + pixels * given["BLOCK_CO"] * one
-        )
-        tensor = sum(2 * pixels * block * given["BLOCK_CO"] * count for block, count in steps)
-        name += f" {given['KA']}{'+' + str(given['KB']) if given['KB'] else ''}→{given['CO']} {out.shape[2]}²"
-    elif kernel == "_conv_wgrad_kernel":
-        pixels = given["BLOCK_D"] * given["BLOCK_H"] * given["BLOCK_W"]
-        taps = (2 if given["PHASED"] else 3) ** given["AXES"]
-        flops = 2 * given["dy_ptr"][..., 0].numel() * taps * given["K"] * given["CO"]
-        one = given["dy_ptr"].element_size()
-        l2 = (
-            given["STEPS"] * pixels * (given["BLOCK_M"] + given["BLOCK_CO"]) * one + given["BLOCK_M"] * given["BLOCK_CO"] * 4
-        )
-        tensor = 2 * given["STEPS"] * pixels * given["BLOCK_M"] * given["BLOCK_CO"]
-        name += f" {given['K']}→{given['CO']} {given['dy_ptr'].shape[2]}²"
-    else:
-        return Work(name, programs, dram=dram)
-    return Work(name, programs, flops, tensor_clocks(tensor, WGMMA), l2=l2 * programs, dram=dram)
+        return _triton_conv(name, programs, given, dram)
+    if kernel == "_conv_wgrad_kernel":
+        return _triton_wgrad(name, programs, given, dram)
+    return Work(name, programs, dram=dram)
+
+
+def _triton_conv(name: str, programs: int, given: dict, dram: float) -> Work:
+    """By its steps. With one stage loads go through L1, which is taken to hold a block's tile and halo for all its taps."""
+    tile, co, axes = [given["BLOCK_H"], given["BLOCK_W"]], given["BLOCK_CO"], given["AXES"]
+    tile = [given["BLOCK_D"], *tile] if axes == 3 else tile
+    pixels, out, is_plain = math.prod(tile), given["out_ptr"], given["num_stages"] == 1
+    sources = [("A", given["TAPS"], given["STRIDE"])]
+    sources += [("B", 2 if given["PHASED"] else 3, 1)] if given["KB"] else []
+    flops = tensor = shared = l2 = 0.0
+    for source, taps, stride in sources:
+        k, block, count = given[f"K{source}"], given[f"BLOCK_K{source}"], taps**axes
+        flops += 2 * out[..., 0].numel() * k * given["CO"] * count
+        steps = -(-k * count // block) if k <= FEW else -(-k // block) * count
+        tensor += 2 * pixels * block * co * steps
+        window = math.prod(stride * (side - 1) + taps for side in tile)
+        fetched = window / count if is_plain or k <= FEW else pixels
+        l2 += steps * (fetched + co) * block * out.element_size()
+        shared += steps * shared_bytes(pixels, co, block, out.element_size(), is_plain)
+    dram += bytes_of(out) if given["ADD"] else 0
+    name += f" {given['KA']}{'+' + str(given['KB']) if given['KB'] else ''}→{given['CO']} {out.shape[2]}²"
+    l2 += pixels * co * out.element_size()
+    return Work(name, programs, flops, tensor_clocks(tensor, WGMMA), shared=shared / SHARED, l2=l2 * programs, dram=dram)
+
+
+def _triton_wgrad(name: str, programs: int, given: dict, dram: float) -> Work:
+    pixels, dy = given["BLOCK_D"] * given["BLOCK_H"] * given["BLOCK_W"], given["dy_ptr"]
+    rows, co, steps = given["BLOCK_M"], given["BLOCK_CO"], given["steps"]
+    flops = 2 * dy[..., 0].numel() * (2 if given["PHASED"] else 3) ** given["AXES"] * given["K"] * given["CO"]
+    l2 = steps * pixels * (rows + co) * dy.element_size() + rows * co * 4
+    shared = steps * shared_bytes(rows, co, pixels, dy.element_size(), given["num_stages"] == 1)
+    tensor = tensor_clocks(2 * steps * pixels * rows * co, WGMMA)
+    name += f" {given['K']}→{given['CO']} {dy.shape[2]}²"
+    return Work(name, programs, flops, tensor, shared=shared / SHARED, l2=l2 * programs, dram=dram)
+
+
+def shared_bytes(rows: int, columns: int, depth: int, size: int, is_plain: bool) -> int:
+    """Bytes of a product [rows, depth] [depth, columns] through shared memory and L1: both factors arrive, by way of
+    registers if loads are plain, and wgmma reads the second one for each 64 rows."""
+    arrive = (2 if is_plain else 1) * (rows + columns)
+    return (arrive + rows + columns * max(1, rows // 64)) * depth * size
 
 
 def fused_pass(network: Network, x: Tensor, training: bool) -> list[Recorded]:

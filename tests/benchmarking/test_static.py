@@ -53,12 +53,17 @@ def test_instructions_by_phase():
 
 def test_a_triton_convolution_by_its_steps():
     given = {"out_ptr": meta(1, 1, 16, 16, 64), "a_ptr": meta(1, 1, 16, 16, 48), "KA": 48, "KB": 0, "CO": 64, "TAPS": 3}
-    given |= {"AXES": 2, "ADD": True, "PHASED": False, "BLOCK_D": 1, "BLOCK_H": 8, "BLOCK_W": 16}
-    work = recording.of_triton("_conv_kernel", 2, {**given, "BLOCK_KA": 32, "BLOCK_KB": 32, "BLOCK_CO": 64})
+    given |= {"AXES": 2, "STRIDE": 1, "ADD": True, "PHASED": False, "BLOCK_D": 1, "BLOCK_H": 8, "BLOCK_W": 16}
+    given |= {"BLOCK_KA": 32, "BLOCK_KB": 32, "BLOCK_CO": 64, "num_stages": 3}
+    work = recording.of_triton("_conv_kernel", 2, given)
     assert work.flops == 2 * 256 * 48 * 64 * 9
     assert work.l2 == 2 * (18 * (128 + 64) * 32 + 128 * 64) * 2
     assert work.dram == 2 * (256 * 64 * 2 + 256 * 48)
     assert work.tensor == pytest.approx(18 * 2 * 128 * 32 * 64 / (989e12 / 132 / 1.83e9))
+    assert work.shared == 18 * (2 * (128 + 64) + 64) * 32 * 2 / 128  # copied; read, the weights for each half of the pixels
+    plain = recording.of_triton("_conv_kernel", 2, {**given, "num_stages": 1})
+    assert plain.l2 == 2 * (2 * 32 * (10 * 18 + 9 * 64) + 128 * 64) * 2  # a tile with its halo, and weights for each tap
+    assert plain.shared == 18 * (3 * (128 + 64) + 64) * 32 * 2 / 128
 
 
 def test_operators_by_bytes_and_views_for_nothing():

@@ -1,7 +1,8 @@
 """The CUDA kernels compile for every GPU generation without a GPU: no spill, tensor cores in use, 16-byte copies; and link.
 The instructions are run too: every accumulator gets every product once.
 
-Run with `-s` for the table of registers and shared memory of every instance.
+Run with `-s` for the table of registers and shared memory of every instance. Those for bfloat16, which differ from float16's
+in conversions alone, are compiled for sm_90 only; with UNETPP_FAST_COMPILE_ALL=1 for all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from support.compiled_kernels import ALL
 from support.emulation import SCHEMAS, SOURCES
 from support.sass.check import packed_arguments, wrong
 from support.sass.listing import Instruction, decode, functions
@@ -37,7 +40,11 @@ BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
 # Each call has a configuration that fits every GPU; the others are taken where they fit.
 LEAST = {min(config.shared for config in cuda_ops.configs(co, gathered)) for co in (32, 64) for gathered in (False, True)}
 ONLY_WHERE_IT_FITS = {config.shared for config in cuda_ops.CONFIGS} - LEAST
-INSTANCES = len(PRECISIONS) * (len(cuda_ops.CONFIGS) + 2) + 1
+
+
+def instances(architecture: int) -> int:
+    """How many kernels there are for a GPU generation: convolutions and weight gradients, and the sum of their parts."""
+    return (len(PRECISIONS) if ALL or architecture == 90 else len(PRECISIONS) - 1) * (len(cuda_ops.CONFIGS) + 2) + 1
 
 
 def _builder():
@@ -64,16 +71,36 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The extension for all generations, built again when a source has changed; kept in `build/`, which git ignores."""
-    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cu", ".cpp", ".py"))
-    text = b"".join(path.read_bytes() for path in files) + torch.__version__.encode()
+    files = sorted(path for path in [*SOURCES.iterdir(), Path(__file__)] if path.suffix in (".h", ".cu", ".cpp", ".py"))
+    text = b"".join(path.read_bytes() for path in files) + f"{torch.__version__} {ALL}".encode()
     folder = ROOT / "build" / "sass" / hashlib.sha256(text).hexdigest()[:16]
     target = folder / "unetpp_fast_cuda.so"
     if not target.exists():
         shutil.rmtree(folder.parent, ignore_errors=True)
         names = ";".join(f"{number // 10}.{number % 10}" for number in ARCHITECTURES)
-        environment = {"MAX_JOBS": "2", **os.environ, "TORCH_CUDA_ARCH_LIST": names}
-        _output(sys.executable, SOURCES / "build.py", "cuda", target, env=environment)
+        builder = _builder()
+        with (
+            mock.patch.dict(os.environ, {"MAX_JOBS": "2", **os.environ, "TORCH_CUDA_ARCH_LIST": names}),
+            mock.patch.object(builder, "cuda_commands", _fewer(builder.cuda_commands)),
+        ):
+            builder.build("cuda", target, folder / "objects")
     return target
+
+
+def _fewer(commands):
+    """`cuda_commands` that compiles bfloat16's kernels for sm_90 alone, unless ALL."""
+    few = "-gencode=arch=compute_80,code=[sm_90]"
+
+    def fewer(library: Path, folder: Path):
+        pieces, link = commands(library, folder)
+        if ALL:
+            return pieces, link
+        for source, _, command in pieces:
+            if source.name == "bfloat16.cu":
+                command[:] = [few if str(part).startswith("-gencode") else part for part in command]
+        return pieces, link
+
+    return fewer
 
 
 def _output(*command, **options) -> str:
@@ -143,7 +170,7 @@ def arguments(sass, tmp_path_factory) -> dict[Conv | Wgrad, bytes]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sass_has_no_spill_and_fits(usage, architecture: int):
     rows = {name: row for (number, name), row in usage.items() if number == architecture}
-    assert len(rows) == INSTANCES
+    assert len(rows) == instances(architecture)
     for name, row in sorted(rows.items(), key=lambda item: instance(item[0])):
         what, threads, shared = instance(name)
         print(f"sm_{architecture:<4} {what:<48} {threads:>4} threads {row['REG']:>4} registers {shared:>7} bytes shared")
@@ -156,7 +183,7 @@ def test_sass_has_no_spill_and_fits(usage, architecture: int):
 def test_sass_uses_tensor_cores(sass, architecture: int):
     """Products by HMMA, operands by ldmatrix (except TF32's transposed ones), copies of 16 bytes to shared memory."""
     rows = {instance(name)[0]: code for (number, name), code in sass.items() if number == architecture}
-    assert len(rows) == INSTANCES
+    assert len(rows) == instances(architecture)
     for what, code in rows.items():
         counter = Counter(".".join([instruction.name, *instruction.kinds]) for instruction in code)
         total = {kind: sum(count for name, count in counter.items() if name.startswith(kind)) for kind in ("LDL", "STL")}
@@ -175,7 +202,7 @@ def test_sass_uses_tensor_cores(sass, architecture: int):
 def test_sass_multiplies_every_product_once(sass, arguments, architecture: int):
     """Every accumulator meets each tap once, from the right row and column of both tiles; gradients are stored at theirs."""
     rows = {name: code for (number, name), code in sass.items() if number == architecture and products_of(name)}
-    assert len(rows) == INSTANCES - 1
+    assert len(rows) == instances(architecture) - 1
     for name, code in rows.items():
         what, threads, _ = instance(name)
         product = products_of(name)

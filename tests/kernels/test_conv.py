@@ -60,6 +60,18 @@ def test_channels(ka: int, kb: int, co: int):
     check_conv(kernels.conv, torch.float32, 2, (4, 6), ka=ka, kb=kb, co=co, phased=True, affine="shared image", stats=True)
 
 
+@pytest.mark.parametrize("ka, kb, taps", [(1, 0, 3), (2, 4, 3), (4, 1, 3), (3, 0, 4)])
+@pytest.mark.parametrize("axes, size", [(2, (6, 10)), (3, (2, 4, 6))])
+def test_few_channels(axes: int, size: tuple[int, ...], ka: int, kb: int, taps: int, monkeypatch: pytest.MonkeyPatch):
+    """A product's rows go over taps: one of them, or more; offsets of 64 bits too."""
+    phased = kb > 1
+    form = {"affine": "image shared", "slope": 0.1, "plain": ka // 2, "stats": True} if taps == 3 else {"add": True}
+    check_conv(kernels.conv, torch.float32, axes, size, n=2, ka=ka, kb=kb, taps=taps, phased=phased, **form)
+    if ka == 1:
+        monkeypatch.setattr(kernels, "NARROW_OFFSETS", 0)
+        check_conv(kernels.conv, torch.float16, axes, size, n=1, ka=ka, taps=taps)
+
+
 @pytest.mark.parametrize("plain", [1, 16, 19, 20])
 def test_some_channels_are_read_as_they_are(plain: int):
     for dtype in (torch.float32, torch.float16):
@@ -171,3 +183,16 @@ def test_configurations():
         for config in configs:
             assert config.pixels in (64, 128, 256) and config.block_co in (16, 32, 64, 128)
             assert axes == 3 or config.block_d == 1
+
+
+def test_large_tiles_come_first_where_they_fit_and_fill_the_gpu():
+    """And one stage of plain loads, which L1 serves, for narrow maps."""
+
+    def first(co: int, size: int, shared: int) -> tuple[int, int, int]:
+        config = conv_configs.configs((1, size, size), 16, co, 2, False, torch.bfloat16, shared)[0]
+        return config.pixels, config.block_k, config.num_stages
+
+    large, small = 227 * 1024, conv_configs.LEAST_SHARED
+    assert first(128, 128, large) == (256, 64, 3) and first(128, 128, small) == (128, 32, 3)
+    assert first(512, 8, large) == first(512, 8, small) == (64, 64, 3)
+    assert first(32, 512, large) == first(64, 256, small) == (128, 32, 1)

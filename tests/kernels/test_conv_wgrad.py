@@ -49,13 +49,13 @@ def test_one_pixel_axes_3d(size: tuple[int, int, int], phased: bool):
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_batches(n: int):
-    """Three images by one split more than there are: the last one has tiles past the end."""
-    config = kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=3)
-    check_wgrad(partial(kernels.conv_wgrad, config=config), torch.float32, 2, (4, 6), n=n, affine=0)
+    """Nine tiles of three images by two programs: the last one has a tile past the end."""
+    config = kernels.WgradConfig(1, 2, 8, 64, 32, 4, 1, programs=2)
+    check_wgrad(partial(kernels.conv_wgrad, config=config), torch.float32, 2, (6, 6), n=n, affine=0)
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("programs", [1, 2, 8])
+@pytest.mark.parametrize("programs", [1, 3, 8])
 def test_splits(programs: int, wide: bool, monkeypatch: pytest.MonkeyPatch):
     """Tiles that hang over the map's end, carried from row to row, plane to plane and image to image."""
     if wide:
@@ -105,3 +105,15 @@ def test_configurations():
         for config in configs:
             assert config.block_m in (16, 32, 64, 128) and config.block_co in (16, 32, 64, 128)
             assert axes == 3 or config.block_d == 1
+
+
+def test_splits_fill_whole_waves():
+    """Of programs that a GPU runs at once; tiles are shared out evenly, and sums are written for some gain only."""
+    for tiles, programs, at_once in ((65536, 3, 396), (16384, 9, 264), (512, 144, 264), (100, 1, 264), (1, 5, 264)):
+        steps = kernels.steps_of(tiles, programs, at_once, 64)
+        splits = -(-tiles // steps)
+        waves = programs * splits / at_once
+        assert (splits - 1) * steps < tiles and waves <= kernels.MOST_WAVES
+        if programs * tiles > 20 * at_once:
+            assert waves / -(-programs * splits // at_once) > 0.8, (tiles, programs)
+    assert kernels.steps_of(100, 1, 264, 64) < kernels.steps_of(100, 1, 2, 64) == 50

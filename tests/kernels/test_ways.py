@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import pytest
 import torch
-from support.conv_cases import Aligned, Inputs, check_conv, check_wgrad, conv_case, wgrad_case
+from support.conv_cases import Aligned, check_conv, check_wgrad, conv_case, wgrad_case
 
 from unetpp_fast.kernels import conv_configs, conv_wgrad, library, triton_ops, tuning
 from unetpp_fast.kernels.triton_ops import Way
@@ -28,12 +27,11 @@ FORMS = {
 
 
 def ways(axes: int) -> list[Way]:
-    boxes = dataclasses.replace(CONFIG[axes], descriptors=True)
-    return [Way(None), Way(CONFIG[axes], finalise=True), Way(boxes), Way(boxes, finalise=True)]
+    return [Way(None), Way(CONFIG[axes], finalise=True)]
 
 
 @pytest.mark.parametrize(("axes", "size"), [(2, (6, 20)), (3, (2, 4, 6))])
-@pytest.mark.parametrize("index", range(4), ids=["library", "finalised", "boxes", "finalised boxes"])
+@pytest.mark.parametrize("index", range(2), ids=["library", "finalised"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_way_of_a_convolution(axes, size, index, form):
     dtype = torch.float16 if form == "node" else torch.float32
@@ -43,7 +41,7 @@ def test_every_way_of_a_convolution(axes, size, index, form):
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 6)])
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(2))
 def test_maps_one_pixel_wide(size, index):
     options = {"n": 3, "ka": 8, "inputs": Aligned, **FORMS["node"]}
     check_conv(partial(triton_ops.conv_by, ways(2)[index]), torch.float32, 2, size, **options)
@@ -72,19 +70,18 @@ def test_phase_weights_as_a_transposed_convolution_and_back(axes):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Ways are chosen as on a GPU with boxes, and run in the interpreter; no earlier measurement is known."""
+    """Ways are chosen as on a GPU, and run in the interpreter; no earlier measurement is known."""
     monkeypatch.setattr(triton_ops, "interpreted", lambda x: False)
-    monkeypatch.setattr(triton_ops, "_capability", lambda device: triton_ops.BOX_CAPABILITIES[0])
     monkeypatch.setattr(tuning, "table", {})
     monkeypatch.setattr(tuning, "_chosen", {})
 
 
-@pytest.mark.parametrize("best", ["library", "descriptors True", "finalise"])
+@pytest.mark.parametrize("best", ["library", "block_k 64", "finalise"])
 def test_the_way_that_was_fastest_is_taken_for_sizes_of_its_bucket(as_on_a_gpu, monkeypatch, best):
     out, a, wa, options = conv_case(torch.float16, 2, (6, 20), ka=16, co=16, affine="shared", stats=True, inputs=Aligned)
     offered = triton_ops.ways_of_conv(out, a, **options)
     assert len({str(way) for way in offered}) == len(offered)
-    assert not offered[0].finalise and not offered[0].config.descriptors and offered[-1] == Way(None)
+    assert not offered[0].finalise and offered[-1] == Way(None)
     timed = []
 
     def measure(launch):
@@ -115,16 +112,12 @@ def test_the_fastest_way_of_a_weight_gradient_is_taken(as_on_a_gpu, monkeypatch)
     assert taken == [Way(None)]
 
 
-def test_boxes_need_addresses_that_are_round(as_on_a_gpu):
-    for inputs, expected in ((Aligned, True), (Inputs, False)):
-        out, a, _, options = conv_case(torch.float16, 2, (6, 20), ka=16, co=16, inputs=inputs)
-        assert any(way.config and way.config.descriptors for way in triton_ops.ways_of_conv(out, a, **options)) == expected
+def test_large_tiles_are_offered_where_they_fit(as_on_a_gpu, monkeypatch):
+    def pixels(shared: int, **options) -> list[int]:
+        monkeypatch.setattr(triton_ops, "shared_memory", lambda device: shared)
+        out, a = (torch.empty(32, 1, 64, 64, 128, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        return [way.config.pixels for way in triton_ops.ways_of_conv(out, a, axes=2, **options) if way.config]
 
-
-def test_no_boxes_on_amd(monkeypatch):
-    """Its GPUs have compute capabilities too, and 9 among them, but no tensor memory accelerator."""
-    device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    assert triton_ops._capability.__wrapped__(device) in triton_ops.BOX_CAPABILITIES
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert triton_ops._capability.__wrapped__(device) == 0
+    assert pixels(227 * 1024) == [256, 128, 128, 64] and pixels(99 * 1024) == [128, 128, 64]
+    normed = torch.empty(1, 128, device="meta"), torch.empty(1, 128, device="meta")
+    assert pixels(227 * 1024, affine_a=normed) == [128, 128, 64, 256, 128, 128, 64]  # the rest after the norm
