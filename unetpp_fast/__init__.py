@@ -20,6 +20,7 @@ from .execution.explanation import explain
 from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_count
 from .models.feature_pyramid import backbone
 from .models.network import Network
+from .models.pretrained import from_pretrained
 from .models.tiled_prediction import predict_tiled
 from .training.captured import capture
 from .training.losses import BCEDiceLoss
@@ -39,6 +40,7 @@ __all__ = [
     "dice_score",
     "explain",
     "from_paper",
+    "from_pretrained",
     "iou_score",
     "load_optimized",
     "optimize",

@@ -18,6 +18,7 @@ from ..architecture.topology import Topology
 from ..execution import dispatch
 from ..execution.fused.structure import structure_of
 from .prediction import check_image, crop, evaluating, mean_probabilities, pad_to_multiple
+from .pretrained import Pretrained
 
 
 class ChannelSpatialGate(nn.Module):
@@ -88,7 +89,7 @@ class Nest(nn.Module):
         return len(mine) == len(theirs) and all(one is other for one, other in zip(mine, theirs, strict=True))
 
 
-class EncodedNetwork(nn.Module):
+class EncodedNetwork(Pretrained, nn.Module):
     """A nest over the maps of an encoder.
 
     Args:

@@ -14,9 +14,10 @@ from ..architecture.topology import Topology
 from ..execution import dispatch
 from ..execution.fused.structure import structure_of
 from . import prediction
+from .pretrained import Pretrained
 
 
-class Network(nn.Module):
+class Network(Pretrained, nn.Module):
     """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and `convert` build.
 
     Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
