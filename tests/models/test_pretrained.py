@@ -44,3 +44,25 @@ def test_what_is_of_something_else_is_left_alone(tmp_path):
         network().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="of something else"):
         uf.from_pretrained(tmp_path)
+
+
+def test_an_upload_has_the_weights_and_the_figures_of_the_run(tmp_path, monkeypatch):
+    (tmp_path / "log.csv").write_text("epoch,train_loss,val_iou\n1,0.5,0.6\n2,0.4,0.65\n3,0.3,0.61\n")
+    sent = {}
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return types.SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            sent.update({path.name: path.read_bytes() for path in pretrained.Path(folder_path).iterdir()}, repo=repo_id)
+
+    need = pretrained.need
+    hub = types.SimpleNamespace(HfApi=Api)
+    monkeypatch.setattr(pretrained, "need", lambda name, extra: hub if name == "huggingface_hub" else need(name, extra))
+    network().push_to_hub("me/net", run=tmp_path)
+    assert set(sent) == {"README.md", "config.json", "model.safetensors", "repo"} and sent["repo"] == "me/net"
+    assert b"epoch 2 of 3" in sent["README.md"] and b"0.6500" in sent["README.md"]

@@ -56,11 +56,10 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
     heads = ", ".join(f"X(0,{column})" for column in topology.heads)
     what = (
-        f"A segmentation network for {topology.spatial_dims}D images, of {topology.depth + 1} levels and {count:,} parameters,"
-        f" with heads on {heads}."
-        f" It takes {topology.in_channels} channel(s) and gives {network.out_channels} class(es)."
-        f" Its norm is {network.options['norm']!r}, its activation {network.options['act']!r}, its up-sampling"
-        f" {network.options['upsample']!r}."
+        f"A segmentation network for {topology.spatial_dims}D images, of {topology.depth + 1} levels and {count:,}"
+        f" parameters, with heads on {heads}. It takes {topology.in_channels} channel(s) and gives"
+        f" {network.out_channels} class(es). Its norm is {network.options['norm']!r}, its activation"
+        f" {network.options['act']!r}, its up-sampling {network.options['upsample']!r}."
     )
     sides = "H, W" if topology.spatial_dims == 2 else "D, H, W"
     text = CARD.format(name=name, what=what, channels=topology.in_channels, classes=network.out_channels, sides=sides)
