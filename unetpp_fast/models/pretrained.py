@@ -133,7 +133,7 @@ def from_pretrained(
 
 def _save(network: Pretrained, folder: Path, name: str, run: str | os.PathLike | None) -> Path:
     config, kind = getattr(network, "config", None), _kind(network)
-    if config is None or kind is None:
+    if config is None or kind is None or config.get("encoder", "") is None:
         raise InputError(
             f"this {type(network).__name__} has no config from which it could be built again (its encoder is another"
             " library's module): save its state_dict(), and load it into a model that is built and converted as before"
