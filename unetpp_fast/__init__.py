@@ -21,6 +21,7 @@ from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_coun
 from .models.encoder_network import EncodedNetwork
 from .models.feature_pyramid import backbone
 from .models.network import Network
+from .models.pretrained import from_pretrained
 from .models.tiled_prediction import predict_tiled
 from .training.captured import capture
 from .training.exclusive import CrossEntropyDiceLoss
@@ -43,6 +44,7 @@ __all__ = [
     "dice_score",
     "explain",
     "from_paper",
+    "from_pretrained",
     "iou_score",
     "load_optimized",
     "optimize",

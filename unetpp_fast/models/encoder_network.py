@@ -31,6 +31,7 @@ from .encoder_parts import Encoder, truncated
 from .encoders import make_encoder
 from .own_forward import own_forward, sharing
 from .prediction import evaluating
+from .pretrained import Pretrained
 
 
 class ChannelSpatialGate(nn.Module):
@@ -104,7 +105,7 @@ class Nest(nn.Module):
         return len(mine) == len(theirs) and all(one is other for one, other in zip(mine, theirs, strict=True))
 
 
-class EncodedNetwork(nn.Module):
+class EncodedNetwork(Pretrained, nn.Module):
     """A nest over the maps of an encoder: what `UNetPlusPlus(encoder=...)` and, for smp's networks, `convert` build.
 
     Args:

@@ -17,9 +17,10 @@ from ..execution.built import built, changed
 from ..execution.fused.structure import structure_of
 from . import prediction
 from .own_forward import own_forward, sharing
+from .pretrained import Pretrained
 
 
-class Network(nn.Module):
+class Network(Pretrained, nn.Module):
     """A network over any `Topology`: what `UNetPlusPlus`, `UNet`, `prune` and `convert` build.
 
     Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
