@@ -61,6 +61,7 @@ class Backward:
         self.rooms = self.plan.prefix_widths
         self.levels: list[Tensor | None] = [None] * len(maps.levels)
         self.last: dict[int, Tensor] = {}
+        self.mid: Tensor | None = None
         acc, widest = naive.accumulator(self.dtype), max(node.width for node in self.plan.topology.nodes)
         self.zeros = maps.levels[0].new_zeros(widest + 1, dtype=acc)  # wider than any bias: none takes all of its memory
         of_inputs: dict[int, Tensor] = {}
@@ -80,7 +81,7 @@ class Backward:
                     of_inputs[step.node.level] = gradient
             if not step.node.column:  # the last of its level
                 self.levels[step.node.level] = None
-        del self.levels, self.last
+        del self.levels, self.last, self.mid
         return [gradient for _, gradient in sorted(of_inputs.items(), key=lambda item: item[0])]
 
     def _gradient(self, maps: Maps, level: int, slot: Slot) -> Tensor:
@@ -103,10 +104,15 @@ class Backward:
     def _gradient_of_mid(self, step: Step, mid: Tensor) -> Tensor:
         """Room for the gradient of a first convolution: that of the nodes after it, which are done, or new memory.
 
-        On a CPU always the latter: maps whose pixels lie side by side are faster to go through there.
+        On a CPU always the latter, as maps whose pixels lie side by side are faster to go through there; one place for all.
         """
+        if takes_views(self.ops):
+            if self.mid is None or self.mid.numel() < mid.numel():
+                self.mid = None  # gone before its successor is there
+                self.mid = mid.new_empty(mid.numel())
+            return self.mid[: mid.numel()].view(mid.shape)
         beside = Slot(step.out.end, step.out.width)
-        if beside.end <= self.rooms[step.node.level] and not takes_views(self.ops):
+        if beside.end <= self.rooms[step.node.level]:
             return view(self.levels[step.node.level], beside)
         return torch.empty_like(mid, memory_format=torch.contiguous_format)
 
