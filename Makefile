@@ -9,11 +9,14 @@ OLDEST_TRITON := 3.6.0
 # What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
 ARGS ?= --quick
 
+# What a wheel takes from the installed torch.
+TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libc10.so
+
 # The Triton that gpu-prepare and a dry run of gpu-check use, if it is not the installed one.
 GPU_TRITON ?=
 WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 
-.PHONY: demo test bench figures static gpu-check gpu-prepare lint format clean
+.PHONY: demo test bench figures static wheel gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
@@ -30,6 +33,12 @@ figures: .venv/bench
 # Least times on a GPU, computed from the compiled kernels; needs nvcc and no GPU.
 static: .venv/test
 	$(BIN)/python benchmarks/static
+
+# A wheel with the CPU kernels for every Python, and every torch >= 2.10, of a Linux as old as this one or newer.
+wheel: .venv/release
+	rm -rf build/wheel
+	UNETPP_FAST_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist $(TORCH_LIBRARIES:%=--exclude %) build/wheel/*.whl
 
 # On a machine with a GPU; with the Python that has its torch: make gpu-check OUT=folder PYTHON=python3
 # Without a GPU, with tiny inputs: make gpu-check OUT=folder ARGS=--dry-run
@@ -54,7 +63,7 @@ clean:
 	rm -rf .venv build dist *.egg-info demo
 
 # What is installed is remembered as an empty file, made anew when setup.py changes.
-.venv/demo .venv/test .venv/bench: .venv/%: setup.py pyproject.toml | .venv/base
+.venv/demo .venv/test .venv/bench .venv/release: .venv/%: setup.py pyproject.toml | .venv/base
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 

