@@ -258,7 +258,9 @@ def _phases_up_kernel(
     KS, K, CO, C, first_element = _sizes(job_ptr)
     k, c, mask = _tile(job_ptr, K, C, BLOCK)
     border = tl.load(job_ptr + 12)
-    has_bias = (border >= 0) & (tl.load(job_ptr + 8) == 0) & (first_element == 0)
+    has_bias = (tl.load(job_ptr + 8) == 0) & (first_element == 0)
+    if UP == "deconv":  # a projection always has one
+        has_bias &= border >= 0
     TAPS: tl.constexpr = 27 if AXES == 3 else 9
     ELEMENTS: tl.constexpr = 1 << AXES
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)

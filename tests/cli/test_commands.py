@@ -163,10 +163,9 @@ def test_help_shows_every_command(capsys):
 
 
 def test_choices_are_those_of_the_tables(capsys):
-    """Without the up-sampling that only the reference computes."""
     choices = {
         "norm": "{none,batch,instance}",
-        "upsample": "{deconv,nearest,linear}",
+        "upsample": "{deconv,nearest,linear,pixelshuffle}",
         "dtype": f"{{auto,{','.join(TRAINED)}}}",
     }
     for command in ("train", "bench"):

@@ -66,7 +66,7 @@ def test_all_batch_norms_are_folded(backend, monkeypatch):
     assert not any(isinstance(module, NORMS) for module in fast.network.encoder.modules())
     assert fast.network.encoder.convs[1].weight.is_contiguous(memory_format=torch.channels_last)
     if backend == "reference":
-        assert not any(isinstance(module, NORMS) for module in fast._composed["plain",].modules())
+        assert not any(isinstance(module, NORMS) for module in fast._composed["plain", (3,)].modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

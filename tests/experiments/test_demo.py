@@ -110,7 +110,7 @@ def test_timed_runs_are_interleaved():
     class Recorder(torch.nn.Module):
         def __init__(self, name):
             super().__init__()
-            self.name, self.weight, self.topology = name, torch.nn.Parameter(torch.zeros(1)), demo.UNet(1, 1).topology
+            self.name, self.weight, self.multiple = name, torch.nn.Parameter(torch.zeros(1)), 16
 
         def forward(self, x):
             assert not self.training and not torch.is_grad_enabled()

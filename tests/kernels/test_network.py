@@ -10,6 +10,7 @@ from support.fused_cases import assert_same_inference, assert_same_passes
 from support.helpers import FLOAT32, assert_close_relative, build, make_input
 
 import unetpp_fast as uf
+from unetpp_fast.architecture.options import reduces_channels
 from unetpp_fast.execution import dispatch
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.fused import ops
@@ -28,7 +29,8 @@ CASES = [
 
 
 def network(axes: int, depth: int, **options) -> uf.Network:
-    topology = uf.Topology.nested(1, (3, 5, 4)[: depth + 1], spatial_dims=axes, all_heads=True)
+    up = None if reduces_channels(options.get("upsample", "deconv")) else lambda low, level: low
+    topology = uf.Topology.nested(1, (3, 5, 4)[: depth + 1], spatial_dims=axes, all_heads=True, up_width=up)
     return build(uf.Network, topology, 2, deep_supervision=True, backend="triton", **options)
 
 

@@ -167,7 +167,7 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
     if options.init_from:
-        network = checkpoint.initial_network(options.init_from, channels, len(classes), task.spatial_dims).to(device)
+        network = checkpoint.initial_network(options.init_from, channels, len(classes), extra["spatial_dims"]).to(device)
     else:
         if options.resume:
             options.encoder_weights = None  # those of the run are loaded

@@ -263,7 +263,7 @@ def optimize(
         model.prune(level)  # raises: it cannot be
     own, kind = next(model.parameters()).dtype, OptimizedModule if over_encoder else Optimized
     fast = kind(_own_copy(model, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
-    fast.compare(model, model.sample() if over_encoder else small_image(fast.network, fast.network.multiple))
+    fast.compare(model, fast.network.sample() if over_encoder else small_image(fast.network, fast.network.multiple))
     return fast
 
 
