@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OLDEST_TRITON := 3.6.0
+SMP := 0.6.0
 
 # What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
 ARGS ?= --quick
@@ -21,7 +22,7 @@ WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
-test: .venv/test .venv/triton-$(OLDEST_TRITON)
+test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/bench
@@ -75,3 +76,8 @@ clean:
 # Another Triton beside the newest, which pip picks: tests compile the kernels by the oldest supported one too.
 .venv/triton-%: | .venv/base
 	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+
+# segmentation_models_pytorch and what it imports, which the tests compare with. Apart, because no
+# torchvision fits every torch: its Python code is enough. The rest of what they import is in the extra test.
+.venv/smp-%: | .venv/base
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ segmentation-models-pytorch==$* timm==1.0.31 torchvision==0.29.1

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+SMP = "0.6.0"
+SMP_FOLDER = Path(__file__).parents[2] / ".venv" / f"smp-{SMP}"  # `make test` puts smp, timm and torchvision there
 _SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",)
 _kept: list[torch.library.Library] = []
 
 
 def library(name: str) -> ModuleType:
     """The module, or a skip with the reason; one that needs torchvision imports beside a torchvision without operators."""
+    if SMP_FOLDER.is_dir() and str(SMP_FOLDER) not in sys.path:
+        sys.path.append(str(SMP_FOLDER))  # last: what is installed goes first
     try:
         import torchvision  # noqa: F401
     except ImportError as error:
