@@ -24,6 +24,7 @@ from ..architecture.wrappers import hint, unwrapped
 from ..common import torch_files
 from ..common.errors import first_line
 from ..execution.built import changed
+from ..models.architectures import from_config
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.prediction import evaluating, small_image
@@ -75,7 +76,7 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
     if not isinstance(source, Mapping):
         raise TypeError(f"convert takes a module, a state_dict or {_file_kinds()}, not {type(source).__name__}")
     state = _weights(source)
-    if isinstance(state, Network):
+    if isinstance(state, (Network, EncodedNetwork)):
         return state
     peer = _recognise(state, "state_dict")
     if peer.needs_module:
@@ -198,7 +199,8 @@ def _compare(peer: Peer, module: nn.Module, network: Network | EncodedNetwork) -
         return
     if weight.dtype.itemsize < 4:
         module, network = copy.deepcopy(module).float(), copy.deepcopy(network).float()
-    image = small_image(network, network.multiple if isinstance(network, EncodedNetwork) else network.topology.multiple)
+    over_encoder = isinstance(network, EncodedNetwork)  # whose kernels may be larger than the least image
+    image = network.sample() if over_encoder else small_image(network, network.multiple)
     try:
         with evaluating(module), evaluating(network), without_tf32():
             expected, actual = module(image), network(image)
@@ -224,7 +226,7 @@ def _recognise(state: Mapping[str, Tensor], what: str, inside: str = "") -> Peer
     return peer
 
 
-def _weights(source: Mapping[str, Any]) -> Network | dict[str, Tensor]:
+def _weights(source: Mapping[str, Any]) -> Network | EncodedNetwork | dict[str, Tensor]:
     """Tensors by the peers' plain names, from a checkpoint, a state_dict or arrays; of a checkpoint of this package the
     network.
 
@@ -232,7 +234,7 @@ def _weights(source: Mapping[str, Any]) -> Network | dict[str, Tensor]:
         ValueError: there are none; for common kinds of checkpoint the message says where the weights are.
     """
     if isinstance(source.get("config"), Mapping) and isinstance(source.get("model"), Mapping):
-        network = Network.from_config(source["config"])
+        network = from_config(source["config"])
         network.load_state_dict(source["model"])
         return network
     found = find(
