@@ -23,7 +23,7 @@ MAX_BYTES, MAX_PIXELS = 2**24, 2**22
 
 
 def predict(network: torch.nn.Module, body: bytes) -> bytes:
-    """The mask of the first class as a PNG, from the bytes of a PNG.
+    """The mask of the first class as a PNG, or the label map of exclusive classes, from the bytes of a PNG.
 
     Raises:
         ValueError: the image cannot be used; the message gives the reason.
@@ -37,7 +37,10 @@ def predict(network: torch.nn.Module, body: bytes) -> bytes:
         raise ValueError("the body is a PNG that cannot be read") from error
     image = images.read_image(io.BytesIO(body))
     probabilities = network.predict(torch.from_numpy(images.standardise(image))[None])
-    mask = (probabilities[0, 0] > 0.5).numpy() * np.uint8(255)
+    if network.exclusive:
+        mask = probabilities[0].argmax(dim=0).to(torch.uint8).numpy()
+    else:
+        mask = (probabilities[0, 0] > 0.5).numpy() * np.uint8(255)
     Image.fromarray(mask).save(stream := io.BytesIO(), format="PNG")
     return stream.getvalue()
 
@@ -54,8 +57,8 @@ def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
         InputError: the checkpoint was trained on images that need a preparation, which this example does not do.
     """
     (network, content), lock = load_model(checkpoint), threading.Lock()
-    if content["about"].get("prepare"):
-        raise errors.InputError(f"{checkpoint} needs images prepared by {content['about']['prepare']}: add that here")
+    if preparation := content.get("about", {}).get("prepare"):
+        raise errors.InputError(f"{checkpoint} needs images prepared by {preparation}: add that here")
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 30  # seconds without a byte

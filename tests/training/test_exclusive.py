@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -92,3 +93,20 @@ def test_what_does_not_fit():
     with pytest.raises(InputError, match=r"--loss ce does not fit masks.*use bce-dice"):
         choose_loss("ce", exclusive=False)
     assert repr(choose_loss("ce", exclusive=True)) == "CrossEntropyDiceLoss(entropy=1.0, dice=0.0, smooth=1e-05)"
+
+
+def test_a_network_predicts_by_the_classes_that_it_was_trained_on(tmp_path):
+    """Through its parts, copies, config and optimized form; an activation that is asked for wins."""
+    network, x = uf.UNetPlusPlus(1, 3, features=(2, 3, 4), deep_supervision=True).eval(), make_input(1, 1, 9, 8)
+    assert "exclusive" not in network.config
+    overlapping = network.predict(x)
+    network.exclusive = True
+    exclusive = network.predict(x)
+    assert_close_relative(exclusive.sum(dim=1), torch.ones(1, 9, 8), FLOAT32)
+    assert not torch.equal(exclusive, overlapping) and torch.equal(network.predict(x, activation="sigmoid"), overlapping)
+    again = uf.Network.from_config(network.config)
+    again.load_state_dict(network.state_dict())
+    for other in (again, copy.deepcopy(network), uf.optimize(network)):
+        assert_close_relative(other.predict(x), exclusive, FLOAT32)
+    assert_close_relative(network.prune(1).predict(x), network.predict(x, mode="fast", level=1), FLOAT32)
+    assert network.prune(1).exclusive and not uf.UNet(1, 3).exclusive

@@ -19,6 +19,7 @@ class NetworkSpec(Protocol):
     built: what each layer computed when the network was built (`execution.built.built`).
     sync_group: the name of the process group over which batch norms take their statistics, "" for this process only.
     recompute: whether backward passes recompute the inside of nodes.
+    exclusive: whether the classes that it was trained on exclude one another.
     multiple: every spatial axis of the image is a multiple of it.
     """
 
@@ -30,6 +31,7 @@ class NetworkSpec(Protocol):
     built: Mapping[str, Any]
     sync_group: str
     recompute: bool
+    exclusive: bool
     multiple: int
     training: bool
     nodes: nn.ModuleDict

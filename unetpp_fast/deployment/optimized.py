@@ -26,6 +26,7 @@ from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.prediction import (
     MODES,
+    activation_of,
     check_image,
     evaluating,
     logits_of_any_size,
@@ -77,16 +78,16 @@ class Optimized(Engine):
         columns = heads if network.deep_supervision and not self.pruned else heads[-1:]
         return network.shaped(self._logits(x, columns))
 
-    def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
         """Probabilities `[N, out_channels, *S]`, at least in float32, for `[N, C, *S]` of any size.
 
         In mode "accurate" the mean over the heads up to this module's level, in mode "fast" the head at that level.
-        activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
+        activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the model was trained.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        x = self._cast(x)
+        x, activation = self._cast(x), activation_of(self.network, activation)
         check_image(self.network, x, activation)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
@@ -164,9 +165,9 @@ class OptimizedModule(Engine):
             return self._called(self.network, x)
         return self.network.shaped(self._logits(x, all_heads=self.network.deep_supervision and not self.pruned))
 
-    def predict(self, x: Tensor, activation: str = "sigmoid") -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
         """Probabilities for any size; see `Optimized.predict`."""
-        x = self._cast(x)
+        x, activation = self._cast(x), activation_of(self.network, activation)
         check_image(self.network, x, activation)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)

@@ -121,7 +121,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         unused: a module kept for its weights and never run.
     """
 
-    sync_group, recompute = "", False  # as in `Network`
+    sync_group, recompute, exclusive = "", False, False  # as in `Network`
 
     def __init__(
         self,
@@ -323,7 +323,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         part.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in mine)
         return part
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
+    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size, as `Network.predict`."""
         return prediction.predict(self, x, mode, level, activation)
 
@@ -345,6 +345,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         why = own_forward(self) or changed(self.nest)
         return {
             **({"changed": why} if why else {}),
+            **({"exclusive": True} if self.exclusive else {}),
             "encoder": self.encoder.name if isinstance(self.encoder, Encoder) else None,
             "encoder_frozen": self.encoder_frozen,
             "topology": self.topology.to_dict(),
@@ -366,6 +367,7 @@ class EncodedNetwork(Pretrained, nn.Module):
             InputError: the config names no encoder and none is given; or timm is missing.
         """
         rest = dict(config)
+        exclusive = rest.pop("exclusive", False)
         name, frozen, topology = rest.pop("encoder"), rest.pop("encoder_frozen"), Topology.from_dict(rest.pop("topology"))
         if name is None and encoder is None:
             raise InputError(
@@ -379,6 +381,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         if widths != expected:
             raise InputError(f"the encoder has maps of {widths} channels, the network was made for {expected}")
         network = cls(given, topology, **rest, backend=backend)
+        network.exclusive = exclusive
         return network.freeze_encoder() if frozen else network
 
     def extra_repr(self) -> str:

@@ -36,6 +36,7 @@ class Network(Pretrained, nn.Module):
     """
 
     sync_group = ""  # the process group over which batch norms take statistics; set by `sync_batch_norm`
+    exclusive = False  # its classes exclude one another: set by a training with such a loss, and kept in `config`
     recompute = False  # backward passes recompute the inside of nodes instead of keeping it: less memory, more time
 
     def __init__(
@@ -176,7 +177,7 @@ class Network(Pretrained, nn.Module):
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
         return all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str = "sigmoid") -> Tensor:
+    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
@@ -184,7 +185,8 @@ class Network(Pretrained, nn.Module):
             mode: "accurate": the mean over the heads up to `level`; "fast": only the head at `level`,
                 and only the nodes it needs (sec. 3 of the paper).
             level: default the deepest head.
-            activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another).
+            activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the network was
+                trained (`exclusive`).
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
@@ -214,6 +216,7 @@ class Network(Pretrained, nn.Module):
         why = own_forward(self) or changed(self)
         return {
             **({"changed": why} if why else {}),
+            **({"exclusive": True} if self.exclusive else {}),
             "topology": self.topology.to_dict(),
             "out_channels": self.out_channels,
             "deep_supervision": self.deep_supervision,
@@ -234,8 +237,10 @@ class Network(Pretrained, nn.Module):
                 f"the network was changed after it was built, and its settings do not describe it ({config['changed']}):"
                 " make it as you did and load its state_dict"
             )
-        rest = {key: value for key, value in config.items() if key != "topology"}
-        return Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
+        rest = {key: value for key, value in config.items() if key not in ("topology", "exclusive")}
+        network = Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
+        network.exclusive = config.get("exclusive", False)
+        return network
 
     def extra_repr(self) -> str:
         heads = ", ".join(f"X(0,{column})" for column in self.topology.heads)

@@ -59,6 +59,11 @@ def logits_of_any_size(network: NetworkSpec, x: Tensor, run: Callable[[Tensor], 
     return [crop(logits, x.shape[2:]) for logits in run(padded)]
 
 
+def activation_of(network: NetworkSpec, asked: str | None) -> str:
+    """The activation of a prediction: what is asked for, else that of the classes that the network was trained on."""
+    return asked or ("softmax" if network.exclusive else "sigmoid")
+
+
 def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
     """Raises one clear error unless `x`, of any size, is an image without NaN to predict from and `activation` is known."""
     if activation not in PROBABILITIES:
@@ -68,10 +73,11 @@ def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
         raise ValueError("the image contains NaN or infinite values: replace them first, e.g. x.nan_to_num()")
 
 
-def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str) -> Tensor:
+def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None) -> Tensor:
     """See `Network.predict`."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    activation = activation_of(network, activation)
     check_image(network, x, activation)
     heads = network.topology.heads
     level = heads[-1] if level is None else level

@@ -28,6 +28,7 @@ from ..models.network import Network
 from . import captured, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import evaluate
+from .loss_table import is_exclusive
 from .losses import BCEDiceLoss
 from .recipe import Recipe
 from .step import make_step
@@ -78,6 +79,7 @@ class Trainer:
             raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
         self.loss = (loss or BCEDiceLoss()).to(self.device)
+        network.exclusive = is_exclusive(self.loss)
         self.train_step = make_step(network, recipe, self.loss)
         self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running epoch
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
