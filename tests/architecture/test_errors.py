@@ -65,7 +65,7 @@ def test_pruned_networks_name_their_own_multiple() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_types(model: uf.UNetPlusPlus, x: object, kind: str) -> None:
-    how = r"x\.float\(\) / 255" if isinstance(x, torch.Tensor) else r"torch\.as_tensor\(x\)\.float\(\)"
+    how = r"x\.float\(\), scaled as in training" if isinstance(x, torch.Tensor) else r"torch\.as_tensor\(x\)\.float\(\)"
     message = rf"expected a floating-point tensor \[N, C, H, W\], got {kind}: convert it, e\.g\. with {how}"
     with pytest.raises(TypeError, match=message):
         model(x)

@@ -289,3 +289,13 @@ def test_the_trainer_saves_a_network_over_a_module_and_its_encoder_is_asked_for(
     assert torch.equal(again.predict(x), model.predict(x))
     with pytest.raises(ValueError, match=r"maps of \(5, 6, 7, 9\) channels, the network was made for \(5, 6, 7, 4\)"):
         EncodedNetwork.from_config(content["config"], encoder=Pyramid(3, (5, 6, 7, 9), 2))
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"encoder": Kinds("list"), "features": (4, 8)}, "those of decoder_channels: leave features out"),
+    ({"encoder_weights": "imagenet"}, "encoder_weights is for a network over an encoder: give one"),
+    ({"attention": "scse"}, "attention is for a network over an encoder: give one"),
+], ids=str)  # fmt: skip
+def test_arguments_of_the_other_kind_of_network_are_named(options, says):
+    with pytest.raises(TypeError, match=says):
+        uf.UNetPlusPlus(**options)

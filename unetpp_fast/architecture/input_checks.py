@@ -16,7 +16,7 @@ def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None
     axes = "N, C, H, W" if dims == 2 else "N, C, D, H, W"
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        how = "x.float() / 255" if isinstance(x, Tensor) else "torch.as_tensor(x).float()"
+        how = "x.float(), scaled as in training" if isinstance(x, Tensor) else "torch.as_tensor(x).float()"
         raise TypeError(f"expected a floating-point tensor [{axes}], got {kind}: convert it, e.g. with {how}")
     weight = next(network.parameters(), None)  # a replica of nn.DataParallel has none
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -24,6 +24,7 @@ from ..execution.fused import tuning
 from ..kernels.naive import dot_precision
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
+from ..models.own_forward import check_prunable
 from ..models.prediction import (
     MODES,
     activation_of,
@@ -257,11 +258,11 @@ def optimize(
         with evaluating(model):
             model = convert(model)
     topology, pruned, over_encoder = model.topology, level is not None, isinstance(model, EncodedNetwork)
+    if pruned:
+        check_prunable(model)
     if "forward" not in model.__dict__:
         kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
         model = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
-    elif pruned:
-        model.prune(level)  # raises: it cannot be
     own, kind = next(model.parameters()).dtype, OptimizedModule if over_encoder else Optimized
     fast = kind(_own_copy(model, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
     fast.compare(model, fast.network.sample() if over_encoder else small_image(fast.network, fast.network.multiple))

@@ -22,6 +22,9 @@ PAPER_FEATURES = {
 }
 
 
+ENCODER_OPTIONS = {"encoder_weights", "encoder_depth", "decoder_channels", "attention"}  # of `over_encoder` alone
+
+
 class UNetPlusPlus(Network):
     """UNet++ (Zhou et al., 2018): U-Net with nested, dense skip pathways.
 
@@ -43,6 +46,10 @@ class UNetPlusPlus(Network):
     """
 
     def __new__(cls, *args: Any, encoder: str | nn.Module | None = None, **options: Any):
+        if encoder is not None and "features" in options:
+            raise TypeError("over an encoder the widths are its own and those of decoder_channels: leave features out")
+        if encoder is None and (lost := sorted(ENCODER_OPTIONS & options.keys())):
+            raise TypeError(f"{lost[0]} is for a network over an encoder: give one, such as encoder='resnet34'")
         return super().__new__(cls) if encoder is None else over_encoder(encoder, *args, **options)
 
     def __init__(

@@ -29,7 +29,7 @@ from ..execution.fused.structure import structure_of
 from . import prediction
 from .encoder_parts import Encoder, truncated
 from .encoders import make_encoder
-from .own_forward import own_forward, sharing
+from .own_forward import check_prunable, own_forward, sharing
 from .prediction import evaluating
 from .pretrained import Pretrained
 
@@ -289,8 +289,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         Warns:
             UserWarning: the stages of this encoder cannot be told apart (`truncated`): it runs as a whole.
         """
-        if "forward" in self.__dict__:
-            raise ValueError("forward was replaced on this instance, for all of its heads: make it a method of a subclass")
+        check_prunable(self)
         return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
 
     def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> EncodedNetwork:

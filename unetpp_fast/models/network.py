@@ -16,7 +16,7 @@ from ..execution import dispatch
 from ..execution.built import built, changed
 from ..execution.fused.structure import structure_of
 from . import prediction
-from .own_forward import own_forward, sharing
+from .own_forward import check_prunable, own_forward, sharing
 from .pretrained import Pretrained
 
 
@@ -142,8 +142,7 @@ class Network(Pretrained, nn.Module):
         Raises:
             ValueError: there is no head at `level`, or `forward` was replaced on this instance.
         """
-        if "forward" in self.__dict__:
-            raise ValueError("forward was replaced on this instance, for all of its heads: make it a method of a subclass")
+        check_prunable(self)
         return self.subnetwork(self.topology.pruned(level), deep_supervision=False, form=self.form)
 
     def subnetwork(self, topology: Topology, deep_supervision: bool, form: str = "plain") -> Network:

@@ -84,6 +84,12 @@ def sharing(network: nn.Module) -> nn.Module:
     return other
 
 
+def check_prunable(network: nn.Module) -> None:
+    """Raises ValueError where `forward` was replaced on this instance, so that no part of the network can have it."""
+    if "forward" in network.__dict__:
+        raise ValueError("forward was replaced on this instance, for all of its heads: make it a method of a subclass")
+
+
 def _listed(outputs: object) -> list:
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
