@@ -1,0 +1,37 @@
+"""Gates that scale a map by what it contains, and the node that has them (smp's scSE)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .layers import NodeModule, make_conv
+
+
+class ChannelSpatialGate(nn.Module):
+    """The input scaled per channel plus the input scaled per pixel (scSE; Roy et al., 2018): `[N, C, *S]` to the same."""
+
+    def __init__(self, channels: int, spatial_dims: int, reduction: int = 16):
+        super().__init__()
+        self.squeeze = make_conv(channels, channels // reduction, spatial_dims, 1)
+        self.excite = make_conv(channels // reduction, channels, spatial_dims, 1)
+        self.pixel = make_conv(channels, 1, spatial_dims, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)
+        by_channel = self.excite(self.squeeze(means).relu()).sigmoid()
+        return x * by_channel + x * self.pixel(x).sigmoid()
+
+
+class GatedNode(NodeModule):
+    """A node with a `ChannelSpatialGate` on the input of its first convolution, if that includes a skip connection, and one
+    on its output."""
+
+    def __init__(self, convolutions: tuple, up: tuple[int, int], spatial_dims: int, **options):
+        super().__init__(convolutions, up, spatial_dims, **options)
+        (inputs, width), _ = convolutions
+        self.attention1 = ChannelSpatialGate(inputs, spatial_dims)
+        self.attention2 = ChannelSpatialGate(width, spatial_dims)
+
+    def forward(self, prefix: list[Tensor], low: Tensor | None = None) -> Tensor:
+        x = self.join(prefix, low)
+        return self.attention2(self.convolve(self.attention1(x) if prefix else x))
