@@ -135,7 +135,7 @@ def test_both_modes_of_predict(monkeypatch):
     with Recorder() as recorder:  # nothing beyond the head
         model.predict(make_input(1, 3, 16, 16), "fast")
     assert len([1 for _, output in recorder.convolutions.elements() if output[-1] == 16]) == 3
-    with pytest.raises(ValueError, match=r"cannot prune to level 4: this network has heads at level 1, 2, 3$"):
+    with pytest.raises(ValueError, match=r"no head at level 4: this network has heads at level 1, 2, 3$"):
         model.predict(x, level=4)
 
 

@@ -147,7 +147,7 @@ class Topology:
         if level not in self.heads:
             have = ", ".join(str(head) for head in self.heads)
             raise ValueError(
-                f"cannot prune to level {level!r}: this network has heads at level {have}"
+                f"no head at level {level!r}: this network has heads at level {have}"
                 + ("; UNetPlusPlus(deep_supervision=True) has one at every level" if len(self.heads) < self.depth else "")
             )
         wanted = {(0, level)}
