@@ -40,7 +40,7 @@ class EncodedNetwork(Pretrained, nn.Module):
 
     Args:
         encoder: maps `[N, C, *S]` to a list of `[N, C_k, *S / 2^k]`, k = 0, 1, ... `topology.depth` + 1. The first, at the
-            image size, is not used.
+            image size, is not used, nor is the second where the topology has no X(0,0): C_1 is 0 then.
         topology: the nest; its level i has the encoder's map at 1/2^(i+1), and its column 0 is the encoder's.
         last_width: channels of the last blocks, at the image size.
         out_channels: classes of the mask.
@@ -84,7 +84,8 @@ class EncodedNetwork(Pretrained, nn.Module):
         self.lasts, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for node in (topology[0, column] for column in topology.heads):
             convolutions = (node.width, last_width), (last_width, last_width)
-            self.lasts[node.name] = kind(convolutions, (node.width, node.width), dims, **self.options)
+            gated = {"gated_input": False} if attention else {}
+            self.lasts[node.name] = kind(convolutions, (node.width, node.width), dims, **gated, **self.options)
             self.heads[node.name] = make_conv(last_width, out_channels, dims, 3)
         initialise(self, act)
         self.encoder, self.unused, self.encoder_frozen = encoder, unused, False
@@ -174,18 +175,21 @@ class EncodedNetwork(Pretrained, nn.Module):
     package_methods: ClassVar[dict[str, Callable]] = {"forward": forward, "logits": logits}
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1.
+        """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1; those of an
+        encoder that begins at a quarter of the size without the first.
 
         Raises:
             ValueError: the encoder gives other maps.
         """
-        maps = list(self.encoder(x))[1:]
+        maps, widths = list(self.encoder(x))[1:], self.topology.first_widths
+        if not widths[0]:
+            del maps[0]  # it has no channels
         if torch.compiler.is_compiling():  # a comparison would fix the sizes of a graph
             return maps
         expected = []
-        for level in range(self.topology.depth + 1):
-            size = [side >> (level + 1) for side in x.shape[2:]]
-            expected.append((x.shape[0], self.topology[level, 0].width, *size))
+        for level, width in enumerate(widths):
+            if width:
+                expected.append((x.shape[0], width, *(side >> (level + 1) for side in x.shape[2:])))
         if [tuple(one.shape) for one in maps] != expected:
             given = [tuple(one.shape) for one in maps]
             raise ValueError(f"the encoder gives maps of {given} after the first, the nest takes {expected}")
@@ -306,8 +310,8 @@ class EncodedNetwork(Pretrained, nn.Module):
         given, widths = make_encoder(
             name or encoder, in_channels=topology.in_channels, spatial_dims=topology.spatial_dims, depth=topology.depth + 1
         )
-        expected = tuple(topology[level, 0].width for level in range(topology.depth + 1))
-        if widths != expected:
+        if widths != topology.first_widths:
+            expected = topology.first_widths
             raise InputError(f"the encoder has maps of {widths} channels, the network was made for {expected}")
         network = cls(given, topology, **rest, backend=backend)
         network.exclusive = exclusive
