@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.precision import choose_dtype
-from ..common import atomic_files
+from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
@@ -25,13 +27,15 @@ from ..training import captured, checkpoint, memory_budget, processes, run_folde
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
+from . import config
 from .arguments import Commands, add_command, build_network
 from .training_options import add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
     """Adds `train` to the commands."""
-    train = add_command(commands, "train", run, "Train on a folder of images with masks or label maps.")
+    text = "Train on a folder of images with masks or label maps."
+    train = add_command(commands, "train", run, text, usage="--data DATA --out RUN")
     add_options(train)
 
 
@@ -39,9 +43,17 @@ def run(options: argparse.Namespace) -> int:
     """Trains on a folder and prints where the result is; returns the exit code."""
     check_encoder(options)
     options = with_defaults(options)
+    if options.config and "out" not in options.given and not options.resume:
+        options.out = _free_folder(options.out)
     with processes.joined(options.device) as name:
         device = choose_device(name)
         return _fit(_trainer(options, device, choose_dtype(options.dtype, device)), options)
+
+
+def _free_folder(out: Path) -> Path:
+    """`out`, or if it holds a training the first of `out-2`, `out-3`, … that does not: a file of options is repeated."""
+    names = (out.with_name(f"{out.name}-{number}") if number > 1 else out for number in itertools.count(1))
+    return next(folder for folder in names if not (folder / "last.pt").exists())
 
 
 def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> Trainer:
@@ -126,12 +138,13 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     if processes.is_first():
         report = run_folder.Report(options.out, trainer.history, options.tensorboard)
         if not (options.out / "config.json").exists():
-            settings = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
+            settings = dict(config.settings(options))
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
             run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
+            _write_options(options, trainer)
     try:
-        trainer.fit(after_epoch=report)
+        trainer.fit(progress=messages.shown(), after_epoch=report)
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
@@ -145,6 +158,13 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     return 0
 
 
+def _write_options(options: argparse.Namespace, trainer: Trainer) -> None:
+    """Writes `run.yaml`, by which --config repeats the training."""
+    instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
+    instead |= {"features": None} if options.encoder or options.init_from else {}
+    config.write(options.out / "run.yaml", options, **instead)
+
+
 def _per_class(content: dict) -> str:
     """The scores of the best epoch, a line per class; a class that occurs nowhere has none."""
     rows = zip(content["about"]["classes"], content["scores"]["class_iou"], content["scores"]["class_dice"], strict=True)
@@ -156,7 +176,7 @@ def _per_class(content: dict) -> str:
 
 def _say(text: str) -> None:
     if processes.is_first():
-        print(text, flush=True)
+        messages.say(text)
 
 
 def _with_batch_size(

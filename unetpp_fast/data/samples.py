@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.extras import need
+from ..common.progress import progress_bar
 from .file_formats import find_images
 from .images import check_size, read_standardised, standardise
 from .masks import read_mask
@@ -129,7 +129,7 @@ def check_samples(samples: Sequence[Sample]) -> int:
     """
     channels: dict[int, str] = {}
     foreground = False
-    for sample in need("tqdm", "commands").tqdm(samples, desc="checking", unit="image", disable=None, leave=False):
+    for sample in progress_bar(samples, desc="checking", unit="image", disable=None, leave=False):
         image, mask = sample.load()
         channels.setdefault(image.shape[0], str(sample.image))
         foreground = foreground or bool(mask.any())
