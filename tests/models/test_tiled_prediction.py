@@ -165,7 +165,7 @@ def test_the_bar_is_shown_only_when_asked(capfd):
         ({"max_memory": "1K"}, ValueError, "max_memory 1K is too small for tiles of 8x8: they need"),
         ({"out": np.zeros((1, 2, 39, 40), np.float32)}, ValueError, "out must have the shape (1, 2, 40, 40)"),
         ({"out": np.zeros((1, 2, 40, 40), np.uint8)}, TypeError, "floating-point type to hold probabilities, not uint8"),
-        ({"level": 1}, ValueError, "cannot prune to level 1"),
+        ({"level": 1}, ValueError, "no head at level 1"),
         ({"tile": 16, "mode": "slow"}, ValueError, "mode must be one of"),
         ({"image": np.zeros((1, 3, 40, 40))}, ValueError, "expected 1 channels, got 3"),
         ({"image": np.zeros((40, 40))}, ValueError, "expected 4 axes"),

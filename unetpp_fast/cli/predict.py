@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..architecture.precision import autocast, choose_dtype
+from ..common import messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.progress import progress_bar
@@ -28,20 +29,24 @@ FAILED = 2
 
 def add_parser(commands: Commands) -> None:
     """Adds `predict` to the commands."""
-    predict = add_command(commands, "predict", run, "Write masks or a label map of each image, in its format.")
-    add_device(predict)
+    text = "Write masks or a label map of each image, in its format."
+    command = add_command(commands, "predict", run, text, usage="--checkpoint RUN/best.pt --images IMAGES --out OUT")
+    predict = command.add_argument_group("data and results")
     predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
+    predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
+    predict = command.add_argument_group("prediction")
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")
     predict.add_argument("--level", type=int, help="head to use (fast) or the last to use (accurate); default: the deepest")
     predict.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is foreground")
-    predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
+    predict = command.add_argument_group("large images")
     predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
     predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
     predict.add_argument(
         "--max-memory", type=byte_count, help="512M, 2G: choose tiles that need no more; default: one tile per image"
     )
+    add_device(command)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:  # an option does not fit
             raise InputError(str(error)) from error
     overlays = f", {options.out / 'overlays'}" if drawn else ""
-    print(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
+    messages.say(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
     for error in refused:
         print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
     return FAILED if refused else 0
@@ -170,7 +175,7 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
     )
     probabilities = prediction_files.spool(shape, np.float32, options.out) if options.probabilities else None
     kept = source.parts(probabilities) if options.probabilities else [None] * len(images)
-    bar = sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
+    bar = messages.shown() and sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
     for image, mask, values in zip(prepared, source.parts(masks), kept, strict=True):
         for _, first, band in tiled_prediction.bands(network, image, grid, progress=bar, **chosen):
             rows = slice(first, first + band.shape[1])

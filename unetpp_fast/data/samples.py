@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.extras import need
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .file_formats import find_images
@@ -164,7 +163,7 @@ def check_samples(samples: Sequence[Sample]) -> int:
     """
     channels: dict[int, str] = {}
     foreground = False
-    for sample in need("tqdm", "commands").tqdm(samples, desc="checking", unit="image", disable=None, leave=False):
+    for sample in progress_bar(samples, desc="checking", unit="image", disable=None, leave=False):
         image, mask = sample.load()
         channels.setdefault(image.shape[0], str(sample.image))
         foreground = foreground or bool(mask.any())
