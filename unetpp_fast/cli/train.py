@@ -23,7 +23,7 @@ from ..data.samples import check_samples, groups, split
 from ..data.tasks import TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
-from ..training import captured, checkpoint, memory_budget, processes, run_folder
+from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
@@ -104,7 +104,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     }
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
-    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
+    within = options.max_memory or evaluation.MEMORY
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, max_memory=within)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
