@@ -55,6 +55,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
+        optimizer=options.optimizer, weight_decay=options.weight_decay, schedule=options.schedule, warm_up=options.warm_up,
+        clip=options.clip, ema=options.ema, monitor=options.monitor,
     )  # fmt: skip
     folder, channels = _read_data(options)
     training, validation = folder.samples, folder.validation
@@ -139,7 +141,8 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     finally:
         if report:
             report.close()
-    _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    score = {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
+    _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
@@ -173,7 +176,8 @@ def _with_batch_size(
     size = (options.patch,) * network.topology.spatial_dims
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
-    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most, loss)
+    average = sum(tensor.nbytes for tensor in network.state_dict().values()) if recipe.ema else 0
+    fitting = memory_budget.largest_batch(network, size, options.max_memory - average, recipe.dtype, most, loss)
     batch_size = min(fitting * times, len(patches))
     _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
     return replace(recipe, batch_size=batch_size)

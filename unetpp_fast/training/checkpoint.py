@@ -60,12 +60,19 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network 
     content = _checked(path, content)
     try:
         network = from_config(content["config"])
-        network.load_state_dict(content["model"])
+        network.load_state_dict(_weights(content))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights to use: of `last.pt` the moving average, if there is one."""
+    averages = content.get("ema", {}).items()
+    averaged = {key.removeprefix("module."): value for key, value in averages if key.startswith("module.")}
+    return averaged or content["model"]
 
 
 def initial_network(path: Path, in_channels: int, out_channels: int, spatial_dims: int) -> Network:
