@@ -7,6 +7,7 @@ import itertools
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from ..data.samples import check_samples, groups, split
 from ..data.tasks import TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
+from ..reports import training_run
 from ..training import captured, checkpoint, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
@@ -137,32 +139,34 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     last, report = options.out / "last.pt", None
     if processes.is_first():
         report = run_folder.Report(options.out, trainer.history, options.tensorboard)
+        settings = config.settings(options, **_instead(options, trainer))
         if not (options.out / "config.json").exists():
-            settings = dict(config.settings(options))
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
-            run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
-            _write_options(options, trainer)
+            run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
+            config.write(options.out / "run.yaml", options, **_instead(options, trainer))
     try:
         trainer.fit(progress=messages.shown(), after_epoch=report)
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
+            training_run.write_if_possible(trainer, settings, stopped=True)
         return 130
     finally:
         if report:
             report.close()
     _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    if processes.is_first():
+        _say(f"report: {training_run.write_if_possible(trainer, settings)}")
     if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
 
 
-def _write_options(options: argparse.Namespace, trainer: Trainer) -> None:
-    """Writes `run.yaml`, by which --config repeats the training."""
+def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
     instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
-    instead |= {"features": None} if options.encoder or options.init_from else {}
-    config.write(options.out / "run.yaml", options, **instead)
+    return {**instead, "features": None} if options.encoder or options.init_from else instead
 
 
 def _per_class(content: dict) -> str:
