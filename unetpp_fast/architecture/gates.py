@@ -23,15 +23,16 @@ class ChannelSpatialGate(nn.Module):
 
 
 class GatedNode(NodeModule):
-    """A node with a `ChannelSpatialGate` on the input of its first convolution, if that includes a skip connection, and one
-    on its output."""
+    """A node with a `ChannelSpatialGate` on its output, and one on the input of its first convolution, which a node that is
+    not `gated_input` has and never runs, as smp's last block."""
 
-    def __init__(self, convolutions: tuple, up: tuple[int, int], spatial_dims: int, **options):
+    def __init__(self, convolutions: tuple, up: tuple[int, int], spatial_dims: int, *, gated_input: bool = True, **options):
         super().__init__(convolutions, up, spatial_dims, **options)
+        self.gated_input = gated_input
         (inputs, width), _ = convolutions
         self.attention1 = ChannelSpatialGate(inputs, spatial_dims)
         self.attention2 = ChannelSpatialGate(width, spatial_dims)
 
     def forward(self, prefix: list[Tensor], low: Tensor | None = None) -> Tensor:
         x = self.join(prefix, low)
-        return self.attention2(self.convolve(self.attention1(x) if prefix else x))
+        return self.attention2(self.convolve(self.attention1(x) if self.gated_input else x))

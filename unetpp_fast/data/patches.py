@@ -20,7 +20,7 @@ SECONDS_TO_NOTICE = 5.0  # at most, between the death of a worker process and th
 
 
 class Patches(torch.utils.data.Dataset):
-    """Random square or cubic patches with flips and, within the last two axes, 90-degree rotations; further changes by MONAI.
+    """Random square or cubic patches with flips and, within the last two axes, 90-degree rotations, and further changes.
 
     A patch depends only on (seed, epoch, draw), so a resumed training draws the same patches, with any number of workers.
     Images smaller than the patch are padded by repeating their border.
