@@ -30,10 +30,11 @@ DICOM = ["pydicom>=2.4"]
 KERAS = ["h5py>=3.8"]
 HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
+AUGMENT = ["monai>=1.4"]
 ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *HUB, *TENSORBOARD]
-TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
+TEST += [*AUGMENT, "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
 BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
 
 
@@ -133,6 +134,7 @@ setup(
         "keras": KERAS,
         "hub": HUB,
         "tensorboard": TENSORBOARD,
+        "augment": AUGMENT,
         "encoders": ENCODERS,
         "bench": BENCH,
         "onnx": EXPORT,

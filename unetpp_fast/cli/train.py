@@ -18,9 +18,10 @@ from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
+from ..data.augmentation import STRONG, Augmentation, read_spec
 from ..data.layouts import Folder, read_folder, read_names
 from ..data.patches import Patches
-from ..data.samples import check_samples, groups, split
+from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
 from ..data.tasks import TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
@@ -93,8 +94,11 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     network.recompute = options.recompute
     if options.freeze_encoder:
         network.freeze_encoder()
-    patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
+    if options.normalise == "dataset":
+        normalisation = dataset_normalisation(training)
+        training, validation = (with_normalisation(part, normalisation) for part in (training, validation))
+    patches = _patches(training, folder, network.topology.spatial_dims, options)
     recipe = _with_batch_size(recipe, network, patches, options, loss)
     _check_batches(network, patches, recipe)
     atomic_files.check_folder(options.out)
@@ -108,6 +112,7 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     }
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
+    about |= _augmented(patches)
     trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
     if options.resume:
         trainer.resume()
@@ -121,6 +126,27 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
+
+
+def _patches(training: list, folder: Folder, spatial_dims: int, options: argparse.Namespace) -> Patches:
+    """The patches of the options, which change at random as --augment says."""
+    transform = None
+    if options.augment not in ("none", "light"):
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(Path(options.augment))
+        transform = Augmentation(spec, spatial_dims, options.patch)
+    return Patches(
+        training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
+        transform=transform, foreground=options.foreground, background=0 if folder.exclusive else None,
+        outside=0 if folder.exclusive and folder.ignore is None else None,
+    )  # fmt: skip
+
+
+def _augmented(patches: Patches) -> dict[str, Any]:
+    """What a checkpoint says of the patches, so that a run is resumed with the same: nothing if they are the usual ones."""
+    about: dict[str, Any] = {} if patches.augment else {"flips": False}
+    if patches.transform:
+        about["transforms"] = patches.transform.spec
+    return about | ({"foreground": patches.foreground} if patches.foreground else {})
 
 
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:

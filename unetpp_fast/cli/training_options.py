@@ -18,6 +18,7 @@ from .arguments import ENCODER_OPTIONS, add_device, add_task, byte_count, engine
 def add_options(train: argparse.ArgumentParser) -> None:
     """Adds all options of `train`."""
     _add_data(train)
+    _add_patches(train)
     _add_classes(train)
     _add_network(train)
     _add_encoder(train)
@@ -36,6 +37,12 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
+    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+
+
+def _add_patches(command: argparse.ArgumentParser) -> None:
+    """Adds the options of the patches that a network is trained on."""
+    train = command.add_argument_group("patches and augmentation")
     train.add_argument(
         "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
     )
@@ -43,7 +50,18 @@ def _add_data(command: argparse.ArgumentParser) -> None:
         "--patches-per-image", type=int, default=argparse.SUPPRESS,
         help="patches per image and epoch (default: 4, or the task's)",
     )  # fmt: skip
-    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+    train.add_argument(
+        "--augment", metavar="NAME", default="light",
+        help="none, light (flips and 90-degree turns), strong (turns, scale, elastic, contrast, noise), or a YAML file",
+    )  # fmt: skip
+    train.add_argument(
+        "--foreground", type=float, metavar="SHARE", default=0.0,
+        help="share of the patches, such as 0.33, that are sure to hold foreground (default: 0)",
+    )  # fmt: skip
+    train.add_argument(
+        "--normalise", choices=["image", "dataset"], default="image",
+        help="by mean and standard deviation of each image, or of all images to train on together",
+    )  # fmt: skip
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

@@ -112,7 +112,7 @@ def read_spec(path: Path) -> Spec:
     Raises:
         InputError: the file cannot be read, or holds something else.
     """
-    yaml = need("yaml", EXTRA)
+    yaml = need("yaml", "commands")
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -285,10 +285,12 @@ class Trainer:
         added = {key: value for key, value in now["model"].items() if key == "normalisation"}  # older networks carry none
         then["model"] = {**added, **content["config"]}
         then["loss"] = content.get("loss", repr(BCEDiceLoss()))  # older checkpoints name no loss
-        changed = [key for key in now if key not in self.recipe.may_change and _plain(now[key]) != _plain(then.get(key))]
+        keys = [key for key in (*now, *content["about"]) if key not in self.recipe.may_change]
+        changed = [key for key in keys if _plain(now.get(key)) != _plain(then.get(key))]
         if changed:
-            key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
-            shown = f"{key}={values}" if len(values) < 80 else f"{key} set" if key in self.about else key
+            key, values = changed[0], f"{then.get(changed[0])!r}, now {now.get(changed[0])!r}"
+            long = f"{key} set" if key in self.about or key in content["about"] else key
+            shown = f"{key}={values}" if len(values) < 80 else long
             raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
         self.network.load_state_dict(content["model"])
         self.train_step.load_state_dict(content)
