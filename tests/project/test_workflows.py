@@ -1,7 +1,7 @@
 """The workflows by actionlint: syntax, contexts and types of expressions, inputs of actions, runners, needs.
 
-It does not see what only a run shows: whether the steps succeed, whether a version of an action exists beyond the popular ones
-that it knows, and the shell of `run:` where shellcheck is not installed.
+It does not see what only a run shows: whether the steps succeed, versions of actions that are not among the popular
+ones, and the shell of `run:` where shellcheck is not installed.
 """
 
 from __future__ import annotations
