@@ -33,9 +33,9 @@ loss.backward()
 print("fine", uf.__version__, loss.item(), sum(p.grad.double().square().sum() for p in model.parameters()).item())
 """
 SOURCES = (
-    "LICENSE", "README.md", "setup.py", "pyproject.toml", "CITATION.cff", "csrc/build.py", "csrc/kernels.cu", "csrc/cpu/conv.h",
-    "csrc/emulation/server.cpp", "kernels/naive.py", "unetpp_fast/py.typed", "examples/serve.py", "examples/nuclei/image.png",
-    "examples/nuclei/LICENSE.stardist.txt",
+    "LICENSE", "README.md", "setup.py", "pyproject.toml", "CITATION.cff", "csrc/build.py", "csrc/kernels.cu",
+    "csrc/cpu/conv.h", "csrc/emulation/server.cpp", "kernels/naive.py", "unetpp_fast/py.typed", "examples/serve.py",
+    "examples/nuclei/image.png", "examples/nuclei/LICENSE.stardist.txt",
 )  # fmt: skip
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
