@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..architecture.input_checks import check_input
-from ..architecture.options import NORMS, UPSAMPLES
 from ..architecture.precision import choose_dtype
-from ..common import atomic_files
+from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
@@ -21,125 +22,40 @@ from ..data.layouts import Folder, read_folder, read_names
 from ..data.patches import Patches
 from ..data.samples import check_samples, groups, split
 from ..data.tasks import TASKS
-from ..models.architectures import PAPER_FEATURES, parameter_count
+from ..models.architectures import parameter_count
 from ..models.network import Network
+from ..reports import training_run
 from ..training import captured, checkpoint, memory_budget, processes, run_folder
-from ..training.loss_table import LOSSES, choose_loss
+from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
-from .arguments import (
-    ENCODER_OPTIONS,
-    Commands,
-    add_command,
-    add_device,
-    add_task,
-    build_network,
-    byte_count,
-    engine_options,
-    label,
-    width_list,
-)
+from . import config
+from .arguments import Commands, add_command, build_network
+from .training_options import add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
     """Adds `train` to the commands."""
-    train = add_command(commands, "train", run, "Train on a folder of images with masks or label maps.")
-    add_device(train)
-    train.add_argument(
-        "--data", type=Path, required=True, help="a folder with images/ and masks/ (docs/data.md), or the data of --task"
-    )
-    add_task(train)
-    _add_classes(train)
-    train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
-    train.add_argument("--resume", action="store_true", help="continue the training in --out")
-    train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
-    _add_network(train)
-    _add_encoder(train)
-    train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
-    batch = train.add_mutually_exclusive_group()
-    batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
-    batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
-    train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
-    train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
-    train.add_argument(
-        "--capture", action=argparse.BooleanOptionalAction, default=True,
-        help="on a GPU: steps as CUDA graphs, one launch each (default: yes, without --max-memory)",
-    )  # fmt: skip
-    train.add_argument(
-        "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
-    )
-    train.add_argument("--learning-rate", type=float, default=3e-4, help="of Adam")
-    train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
-    train.add_argument(
-        "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
-    )
-    train.add_argument(
-        "--patches-per-image", type=int, default=argparse.SUPPRESS,
-        help="patches per image and epoch (default: 4, or the task's)",
-    )  # fmt: skip
-    train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
-    train.add_argument("--seed", type=int, default=0, help="of the weights, the patches and the validation images")
-    train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
-    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
-
-
-def _add_classes(train: argparse.ArgumentParser) -> None:
-    """Adds the options of the loss and of label maps."""
-    train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
-    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
-    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
-
-
-def _add_network(train: argparse.ArgumentParser) -> None:
-    """Adds the options of the network. Those with SUPPRESS get their defaults from `with_defaults`."""
-    train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++", help="the network")
-    train.add_argument(
-        "--features", type=width_list, default=argparse.SUPPRESS,
-        help="widths, finest level first (default: the paper's)",
-    )  # fmt: skip
-    train.add_argument(
-        "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,
-        help="norm after each convolution (default: batch; with --task: none)",
-    )  # fmt: skip
-    train.add_argument(
-        "--upsample", choices=engine_options(UPSAMPLES), default=argparse.SUPPRESS,
-        help="up-sampling (default: deconv; over an encoder nearest)",
-    )  # fmt: skip
-    train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="probability (default: 0; with --task: 0.5)")
-    train.add_argument(
-        "--deep-supervision", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-        help="a head at each depth of UNet++, needed to prune it (default: yes; with --task: no)",
-    )  # fmt: skip
-
-
-def _add_encoder(train: argparse.ArgumentParser) -> None:
-    """Adds the options of a network over an encoder."""
-    train.add_argument("--encoder", help="a name of timm, such as resnet34, in place of --features: UNet++ over it")
-    train.add_argument("--encoder-weights", help="imagenet, or a file with its weights (default: none)")
-    train.add_argument("--encoder-depth", type=int, help="the number of its maps (default: 5)")
-    train.add_argument("--decoder-channels", type=width_list, help="widths, deepest first (default: 256,128,64,32,16)")
-    train.add_argument("--freeze-encoder", action="store_true", help="train everything but the encoder")
-
-
-def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    """The options of `train`, with the defaults that depend on --task and --arch."""
-    nested = options.arch == "unet++"
-    defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
-    if options.task:
-        task = TASKS[options.task]
-        defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
-        defaults["deep_supervision"] = False
-    defaults |= {"features": PAPER_FEATURES[options.arch], "upsample": "nearest" if options.encoder else "deconv"}
-    return argparse.Namespace(**{**defaults, **vars(options)})
+    text = "Train on a folder of images with masks or label maps."
+    train = add_command(commands, "train", run, text, usage="--data DATA --out RUN")
+    add_options(train)
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains on a folder and prints where the result is; returns the exit code."""
-    _check_encoder(options)
+    check_encoder(options)
     options = with_defaults(options)
+    if options.config and "out" not in options.given and not options.resume:
+        options.out = _free_folder(options.out)
     with processes.joined(options.device) as name:
         device = choose_device(name)
         return _fit(_trainer(options, device, choose_dtype(options.dtype, device)), options)
+
+
+def _free_folder(out: Path) -> Path:
+    """`out`, or if it holds a training the first of `out-2`, `out-3`, … that does not: a file of options is repeated."""
+    names = (out.with_name(f"{out.name}-{number}") if number > 1 else out for number in itertools.count(1))
+    return next(folder for folder in names if not (folder / "last.pt").exists())
 
 
 def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> Trainer:
@@ -223,24 +139,34 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     last, report = options.out / "last.pt", None
     if processes.is_first():
         report = run_folder.Report(options.out, trainer.history, options.tensorboard)
+        settings = config.settings(options, **_instead(options, trainer))
         if not (options.out / "config.json").exists():
-            settings = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
-            run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
+            run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
+            config.write(options.out / "run.yaml", options, **_instead(options, trainer))
     try:
-        trainer.fit(after_epoch=report)
+        trainer.fit(progress=messages.shown(), after_epoch=report)
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
+            training_run.write_if_possible(trainer, settings, stopped=True)
         return 130
     finally:
         if report:
             report.close()
     _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    if processes.is_first():
+        _say(f"report: {training_run.write_if_possible(trainer, settings)}")
     if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
+
+
+def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
+    instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
+    return {**instead, "features": None} if options.encoder or options.init_from else instead
 
 
 def _per_class(content: dict) -> str:
@@ -254,7 +180,7 @@ def _per_class(content: dict) -> str:
 
 def _say(text: str) -> None:
     if processes.is_first():
-        print(text, flush=True)
+        messages.say(text)
 
 
 def _with_batch_size(
@@ -275,19 +201,6 @@ def _with_batch_size(
     batch_size = min(fitting * times, len(patches))
     _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
     return replace(recipe, batch_size=batch_size)
-
-
-def _check_encoder(options: argparse.Namespace) -> None:
-    """Raises InputError for options that do not go with --encoder, or without it."""
-    if options.encoder is None:
-        given = [name for name in (*ENCODER_OPTIONS, "freeze_encoder") if getattr(options, name)]
-        if given:
-            raise InputError(f"--{given[0].replace('_', '-')} needs --encoder")
-    elif options.arch != "unet++" or hasattr(options, "features"):
-        what = "--features" if hasattr(options, "features") else f"--arch {options.arch}"
-        raise InputError(f"--encoder does not go with {what}: it makes a unet++ as wide as the encoder's maps")
-    elif options.reproducible:
-        raise InputError("--reproducible does not go with --encoder, whose layers are another library's")
 
 
 def _check_patches(network: Network, options: argparse.Namespace) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..common.errors import InputError
 from ..common.progress import progress_bar
-from .images import check_size, read_standardised
+from ..models.normalisation import Normalisation
+from .images import STANDARD, check_size, read_normalised, read_values
 from .masks import read_label_map, read_labels
 
 IGNORED = 255  # as in VOC and Cityscapes
@@ -26,20 +27,25 @@ class LabelSample:
     labels: Path
     classes: int
     ignore: int | None
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, H, W]`, and one-hot labels, bool `[classes, H, W]`; ignored pixels have no class.
+        """Normalised image, float32 `[C, H, W]`, and one-hot labels, bool `[classes, H, W]`; ignored pixels have no class.
 
         Raises:
             InputError: a file cannot be read, the sizes differ, or a label is none of the classes.
         """
-        image, labels = read_standardised(self.image), read_labels(self.labels)
+        image, labels = read_normalised(self.image, self.normalisation), read_labels(self.labels)
         check_size(self.labels, labels, self.image, image)
         one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, 1, 1)
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
         return image, one_hot
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, H, W]`."""
+        return read_values(self.image)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,17 @@ The layout of a folder is that of pytorch-nested-unet::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.extras import need
+from ..common.progress import progress_bar
+from ..models.normalisation import Normalisation
 from .file_formats import find_images
-from .images import check_size, read_standardised, standardise
+from .images import STANDARD, check_size, read_normalised, read_values
 from .masks import read_mask
 
 
@@ -28,14 +30,15 @@ class Sample:
     name: str
     image: Path
     masks: tuple[Path, ...]
+    normalisation: Normalisation | None = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, H, W]`, and mask, bool `[classes, H, W]`.
+        """Normalised image, float32 `[C, H, W]`, and mask, bool `[classes, H, W]`.
 
         Raises:
             InputError: a file cannot be read, or the sizes differ.
         """
-        image = read_standardised(self.image)
+        image = read_normalised(self.image, self.normalisation)
         masks = []
         for path in self.masks:
             mask = read_mask(path)
@@ -43,18 +46,27 @@ class Sample:
             masks.append(mask)
         return image, np.stack(masks)
 
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, H, W]`; errors as `load`."""
+        return read_values(self.image)
+
 
 @dataclass(frozen=True)
 class ArraySample:
-    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet standardised, and mask `[classes, *S]`."""
+    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet normalised, and mask `[classes, *S]`."""
 
     name: str
     image: np.ndarray
     mask: np.ndarray
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image and mask."""
-        return standardise(self.image), self.mask
+        """Normalised image and mask."""
+        return self.normalisation(self.image), self.mask
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised."""
+        return self.image
 
 
 Dataset = tuple[list, list[str]]  # samples and the names of their classes
@@ -82,6 +94,28 @@ def find_samples(root: Path) -> Dataset:
             raise InputError(f"image {first} has no mask {folder / name / missing[0]}.png ({len(missing)} such image(s))")
     samples = [Sample(key, path, tuple(masks[name][key] for name in classes)) for key, path in images.items()]
     return samples, classes
+
+
+def dataset_normalisation(samples: Sequence[Sample | ArraySample]) -> Normalisation:
+    """Mean and standard deviation of each channel over all pixels of all samples, which are read once: of those that train.
+
+    Raises:
+        InputError: the samples are of a task that prepares images in a way of its own, or as `Normalisation.of_dataset`.
+    """
+    _check_free(samples)
+    return Normalisation.of_dataset(sample.values() for sample in progress_bar(samples, desc="statistics", disable=None))
+
+
+def with_normalisation(samples: Sequence[Any], normalisation: Normalisation) -> list[Any]:
+    """These samples, prepared by it; `Trainer` then notes it in the network. Errors as `dataset_normalisation`."""
+    _check_free(samples)
+    return [replace(sample, normalisation=normalisation) for sample in samples]
+
+
+def _check_free(samples: Sequence[Any]) -> None:
+    own = next((sample for sample in samples if getattr(sample, "values", None) is None), None)
+    if own is not None:
+        raise InputError(f"{own.name} is prepared as its task prescribes: leave the normalisation out")
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -129,7 +163,7 @@ def check_samples(samples: Sequence[Sample]) -> int:
     """
     channels: dict[int, str] = {}
     foreground = False
-    for sample in need("tqdm", "commands").tqdm(samples, desc="checking", unit="image", disable=None, leave=False):
+    for sample in progress_bar(samples, desc="checking", unit="image", disable=None, leave=False):
         image, mask = sample.load()
         channels.setdefault(image.shape[0], str(sample.image))
         foreground = foreground or bool(mask.any())

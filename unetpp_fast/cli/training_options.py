@@ -1,0 +1,135 @@
+"""The options of `unetpp-fast train`, in groups, and their defaults that depend on one another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..architecture.options import NORMS, UPSAMPLES
+from ..common.errors import InputError
+from ..data.tasks import TASKS
+from ..models.architectures import PAPER_FEATURES
+from ..training.loss_table import LOSSES
+from .arguments import ENCODER_OPTIONS, add_device, add_task, byte_count, engine_options, label, width_list
+
+
+def add_options(train: argparse.ArgumentParser) -> None:
+    """Adds all options of `train`."""
+    _add_data(train)
+    _add_classes(train)
+    _add_network(train)
+    _add_encoder(train)
+    _add_recipe(train)
+    _add_machine(train)
+    add_device(train)
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    train = command.add_argument_group("data and results")
+    train.add_argument(
+        "--data", type=Path, required=True, help="a folder with images/ and masks/ (docs/data.md), or the data of --task"
+    )
+    add_task(train)
+    train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
+    train.add_argument("--resume", action="store_true", help="continue the training in --out")
+    train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
+    train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
+    train.add_argument(
+        "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
+    )
+    train.add_argument(
+        "--patches-per-image", type=int, default=argparse.SUPPRESS,
+        help="patches per image and epoch (default: 4, or the task's)",
+    )  # fmt: skip
+    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    train = command.add_argument_group("recipe")
+    train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
+    batch = train.add_mutually_exclusive_group()
+    batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
+    batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
+    train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
+    train.add_argument("--learning-rate", type=float, default=3e-4, help="of Adam")
+    train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
+    train.add_argument("--seed", type=int, default=0, help="of the weights, the patches and the validation images")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    train = command.add_argument_group("the machine")
+    train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
+    train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
+    train.add_argument(
+        "--capture", action=argparse.BooleanOptionalAction, default=True,
+        help="on a GPU: steps as CUDA graphs, one launch each (default: yes, without --max-memory)",
+    )  # fmt: skip
+    train.add_argument(
+        "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
+    )
+
+
+def _add_classes(command: argparse.ArgumentParser) -> None:
+    """Adds the options of the loss and of label maps."""
+    train = command.add_argument_group("loss and label maps")
+    train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
+    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
+    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
+
+
+def _add_network(command: argparse.ArgumentParser) -> None:
+    """Adds the options of the network. Those with SUPPRESS get their defaults from `with_defaults`."""
+    train = command.add_argument_group("network")
+    train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++", help="the network")
+    train.add_argument(
+        "--features", type=width_list, default=argparse.SUPPRESS,
+        help="widths, finest level first (default: the paper's)",
+    )  # fmt: skip
+    train.add_argument(
+        "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,
+        help="norm after each convolution (default: batch; with --task: none)",
+    )  # fmt: skip
+    train.add_argument(
+        "--upsample", choices=engine_options(UPSAMPLES), default=argparse.SUPPRESS,
+        help="up-sampling (default: deconv; over an encoder nearest)",
+    )  # fmt: skip
+    train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="probability (default: 0; with --task: 0.5)")
+    train.add_argument(
+        "--deep-supervision", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="a head at each depth of UNet++, needed to prune it (default: yes; with --task: no)",
+    )  # fmt: skip
+
+
+def _add_encoder(command: argparse.ArgumentParser) -> None:
+    """Adds the options of a network over an encoder."""
+    train = command.add_argument_group("network over an encoder")
+    train.add_argument("--encoder", help="a name of timm, such as resnet34, in place of --features: UNet++ over it")
+    train.add_argument("--encoder-weights", help="imagenet, or a file with its weights (default: none)")
+    train.add_argument("--encoder-depth", type=int, help="the number of its maps (default: 5)")
+    train.add_argument("--decoder-channels", type=width_list, help="widths, deepest first (default: 256,128,64,32,16)")
+    train.add_argument("--freeze-encoder", action="store_true", help="train everything but the encoder")
+
+
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of `train`, with the defaults that depend on --task and --arch."""
+    nested = options.arch == "unet++"
+    defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
+    if options.task:
+        task = TASKS[options.task]
+        defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
+        defaults["deep_supervision"] = False
+    defaults |= {"features": PAPER_FEATURES[options.arch], "upsample": "nearest" if options.encoder else "deconv"}
+    return argparse.Namespace(**{**defaults, **vars(options)})
+
+
+def check_encoder(options: argparse.Namespace) -> None:
+    """Raises InputError for options that do not go with --encoder, or without it."""
+    if options.encoder is None:
+        given = [name for name in (*ENCODER_OPTIONS, "freeze_encoder") if getattr(options, name)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} needs --encoder")
+    elif options.arch != "unet++" or hasattr(options, "features"):
+        what = "--features" if hasattr(options, "features") else f"--arch {options.arch}"
+        raise InputError(f"--encoder does not go with {what}: it makes a unet++ as wide as the encoder's maps")
+    elif options.reproducible:
+        raise InputError("--reproducible does not go with --encoder, whose layers are another library's")
