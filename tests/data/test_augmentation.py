@@ -144,7 +144,7 @@ def test_a_file_s_transforms_are_used(tmp_path):
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, monkeypatch):
     folder = write_nuclei(tmp_path / "data", count=3)
     command = ("train", "--data", folder, "--out", tmp_path / "out", "--features", "4,8", "--patch", "32", "--device", "cpu")
-    assert "use none, light, strong or a file" in fails(capsys, *command, "--augment", "hard")
+    assert "give none, light, strong or a file" in fails(capsys, *command, "--augment", "hard")
     assert "between 0 and 1, not 2.0" in fails(capsys, *command, "--foreground", "2")
     for name in [name for name in sys.modules if name.split(".")[0] == "monai"]:
         monkeypatch.delitem(sys.modules, name)
