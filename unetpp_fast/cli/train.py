@@ -15,7 +15,9 @@ from ..common import atomic_files
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
-from ..data.layouts import Folder, read_folder, read_names
+from ..data.class_names import read_names
+from ..data.layouts import read_folder
+from ..data.pairs import Folder
 from ..data.patches import Patches
 from ..data.samples import check_samples, groups, split
 from ..data.tasks import TASKS
@@ -26,7 +28,7 @@ from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from .arguments import Commands, add_command, build_network
-from .training_options import add_options, check_encoder, with_defaults
+from .training_options import PATCH, add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -57,13 +59,14 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
     )  # fmt: skip
     folder, channels = _read_data(options)
+    options.patch = options.patch or PATCH[folder.spatial_dims]
     training, validation = folder.samples, folder.validation
     if validation is None:
         training, validation = split(folder.samples, options.val_fraction, options.seed)
     classes, task = folder.classes, TASKS.get(options.task)
     loss = choose_loss(options.loss, folder.exclusive)
     torch.manual_seed(options.seed)
-    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims if task else 2}
+    extra = {"dropout": options.dropout, "spatial_dims": folder.spatial_dims}
     if options.arch == "unet++":
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
@@ -92,6 +95,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     }
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
+    if folder.channel_files:
+        about["channel_files"] = folder.channel_files
     trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
     if options.resume:
         trainer.resume()
@@ -100,8 +105,9 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
     name = f"{options.arch} over {options.encoder}" if options.encoder else options.arch
     together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    what = "volumes" if folder.spatial_dims == 3 else "images"
     _say(
-        f"{name}: {parameter_count(network):,} parameters, {len(training)} images to train, "
+        f"{name}: {parameter_count(network):,} parameters, {len(training)} {what} to train, "
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
@@ -113,7 +119,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
         if options.classes:
             raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
-        return Folder(samples, classes, ""), channels
+        return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
     names = read_names(options.classes) if options.classes else None
     folder = read_folder(options.data, names, options.ignore_index)
     _say(folder.found)

@@ -25,16 +25,16 @@ def read_image(path: Path | BinaryIO) -> np.ndarray:
     Raises:
         InputError: the file is missing, is not an image, holds a stack, or holds NaN or infinity.
     """
-    return _read(path).astype(np.float32)
+    return read_values(path).astype(np.float32)
 
 
 def read_standardised(path: Path) -> np.ndarray:
     """`standardise` of an image file, computed before values are rounded to float32; errors as `read_image`."""
-    return standardise(_read(path))
+    return standardise(read_values(path))
 
 
-def _read(path: Path | BinaryIO) -> np.ndarray:
-    """As `read_image`, float64."""
+def read_values(path: Path | BinaryIO) -> np.ndarray:
+    """As `read_image`, float64, before values are rounded."""
     stored = read_picture(path)
     if "Z" in stored.axes:
         pages = stored.values.shape[stored.axes.index("Z")]
@@ -67,7 +67,7 @@ def check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.nd
     """Raises InputError unless the mask `[*S]` has the size of the image `[C, *S]`."""
     if mask.shape != image.shape[1:]:
         have, want = _size(mask.shape), _size(image.shape[1:])
-        turned = mask.shape == image.shape[1:][::-1]
+        turned = mask.ndim == 2 and mask.shape == image.shape[1:][::-1]
         hint = "draw it on the upright image, turned by its orientation tag" if turned else "they must have the same size"
         raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: {hint}")
 
