@@ -21,7 +21,8 @@ LIBRARY = "unetpp_fast.execution.fused.unetpp_fast_"  # and "cpu" or "cuda"
 MODE = os.environ.get("UNETPP_FAST_BUILD", "auto")
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/common/version.py").read_text()).group(1)
 
-COMMANDS = ["pillow>=10", "tqdm>=4.60"]
+COMMANDS = ["pillow>=10", "tqdm>=4.60", "pyyaml>=6"]
+COMPLETION = ["shtab>=1.7"]
 DEMO = [*COMMANDS, "matplotlib>=3.7"]
 TIFF = ["tifffile>=2022.8", "imagecodecs"]
 NIFTI = ["nibabel>=5"]
@@ -33,7 +34,7 @@ HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
 ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
-TEST = [*DEMO, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *COCO, *HUB, *TENSORBOARD]
+TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *COCO, *HUB, *TENSORBOARD]
 TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
 BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
 
@@ -126,6 +127,7 @@ setup(
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.24"],
     extras_require={
         "commands": COMMANDS,
+        "completion": COMPLETION,
         "demo": DEMO,
         "tiff": TIFF,
         "nifti": NIFTI,

@@ -98,7 +98,7 @@ def classify(model: UnetPlusPlus) -> None:
 
 
 def empty_level(model: UnetPlusPlus) -> None:
-    model.encoder.out_channels = (3, 0, 16, 18, 17, 20)
+    model.encoder.out_channels = (3, 16, 0, 18, 17, 20)
 
 
 @pytest.mark.parametrize(("options", "change", "reason"), [

@@ -127,8 +127,8 @@ def test_arrays_files_and_tensors_in_and_out(tmp_path):
     half = uf.predict_tiled(model, stored, tile=16, out=np.zeros(expected.shape, np.float16))
     assert np.array_equal(half, expected.numpy().astype(np.float16))
     assert torch.equal(uf.predict_tiled(model, x, tile=16, out=torch.empty_like(expected)), expected)
-    whole = (100 * x).int()
-    assert torch.equal(uf.predict_tiled(model, whole.numpy(), tile=16), uf.predict_tiled(model, whole.float(), tile=16))
+    with pytest.raises(TypeError, match="whole numbers"):  # what they mean is known to a trained network only
+        uf.predict_tiled(model, (100 * x).int().numpy(), tile=16)
     double = uf.predict_tiled(model.double(), x.double(), tile=16)
     assert double.dtype == torch.float64
     assert_close_relative(double, expected, FLOAT32)
@@ -165,7 +165,7 @@ def test_the_bar_is_shown_only_when_asked(capfd):
         ({"max_memory": "1K"}, ValueError, "max_memory 1K is too small for tiles of 8x8: they need"),
         ({"out": np.zeros((1, 2, 39, 40), np.float32)}, ValueError, "out must have the shape (1, 2, 40, 40)"),
         ({"out": np.zeros((1, 2, 40, 40), np.uint8)}, TypeError, "floating-point type to hold probabilities, not uint8"),
-        ({"level": 1}, ValueError, "cannot prune to level 1"),
+        ({"level": 1}, ValueError, "no head at level 1"),
         ({"tile": 16, "mode": "slow"}, ValueError, "mode must be one of"),
         ({"image": np.zeros((1, 3, 40, 40))}, ValueError, "expected 1 channels, got 3"),
         ({"image": np.zeros((40, 40))}, ValueError, "expected 4 axes"),

@@ -24,7 +24,7 @@ def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None
             f"the input is {x.dtype} but the model is {weight.dtype}: use x.to({weight.dtype}) or torch.autocast"
         )
     if x.ndim != dims + 2:
-        raise ValueError(f"expected {dims + 2} axes [{axes}], got {x.ndim}: shape {tuple(x.shape)}")
+        raise ValueError(f"expected {dims + 2} axes [{axes}], got {x.ndim}: shape {tuple(x.shape)}{_about_axes(x, dims)}")
     if x.shape[1] != topology.in_channels:
         raise ValueError(
             f"expected {topology.in_channels} channels, got {x.shape[1]}: shape {tuple(x.shape)}, axes [{axes}]"
@@ -43,6 +43,15 @@ def check_input(network: NetworkSpec, x: Tensor, any_size: bool = False) -> None
             f"{norm} norm needs more than one value per channel at the lowest level, where shape {tuple(x.shape)} leaves one"
             f" pixel: use a larger size" + (", a larger batch" if norm == "batch" else "") + " or fewer levels"
         )
+
+
+def _about_axes(x: Tensor, dims: int) -> str:
+    """What to do about an `x` of the wrong number of axes, where that is plain."""
+    if x.ndim == dims + 1:
+        return "; add the missing one: x[None] for the batch, x[:, None] for a single channel"
+    if {x.ndim, dims + 2} == {4, 5}:
+        return f"; this network is {dims}D, for {x.ndim - 2}D images build one with spatial_dims={x.ndim - 2}"
+    return ""
 
 
 def leaves_one_value(network: NetworkSpec, x: Tensor) -> bool:

@@ -147,7 +147,7 @@ class Topology:
         if level not in self.heads:
             have = ", ".join(str(head) for head in self.heads)
             raise ValueError(
-                f"cannot prune to level {level!r}: this network has heads at level {have}"
+                f"no head at level {level!r}: this network has heads at level {have}"
                 + ("; UNetPlusPlus(deep_supervision=True) has one at every level" if len(self.heads) < self.depth else "")
             )
         wanted = {(0, level)}
@@ -209,6 +209,21 @@ class Topology:
                 nodes.append(Node(0, node.column + 1, last_width, (), node.width))
         heads = tuple(column + 1 for column in self.heads)
         return Topology(self.in_channels, self.spatial_dims, tuple(nodes), heads, given=True)
+
+    def without_finest_map(self) -> Topology:
+        """The nest over an encoder whose maps begin one level down, at a quarter of the image's size.
+
+        Of level 0 only the nodes under a head are left, and each reads nothing but the node below.
+        """
+        kept = (node for node in self.nodes if node.level or node.column in self.heads)
+        nodes = tuple(node if node.level else dataclasses.replace(node, prefix=()) for node in kept)
+        return dataclasses.replace(self, nodes=nodes)
+
+    @property
+    def first_widths(self) -> tuple[int, ...]:
+        """Channels of X(i,0) for each level, 0 where there is none."""
+        widths = {node.level: node.width for node in self.nodes if not node.column}
+        return tuple(widths.get(level, 0) for level in range(self.depth + 1))
 
     def to_dict(self) -> dict:
         """Plain lists and numbers, for checkpoints; the inverse of `from_dict`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..architecture.options import ENGINES, Entry
@@ -29,17 +30,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """The parser of a command that `run` runs; `text` describes it."""
+def add_command(
+    commands: Commands, name: str, run: Run, text: str, usage: str = "", config: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of a command that `run` runs.
+
+    Args:
+        text: what the command does.
+        usage: its usual arguments.
+        config: whether its options may stand in a file.
+    """
     command = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
-    command.set_defaults(run=run)
+    command.usage = f"{command.prog} {usage} [options]".replace("  ", " ")
+    command.set_defaults(run=run, parser=command)
+    if config:
+        command.add_argument("--config", type=Path, metavar="FILE", help="YAML with options; the command line wins")
+    talk = command.add_mutually_exclusive_group()
+    talk.add_argument("-q", "--quiet", action="store_true", help="print results and errors alone")
+    talk.add_argument("-v", "--verbose", action="store_true", help="print settings too, and the whole trace of an error")
     return command
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Adds --device and --dtype."""
-    command.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
-    command.add_argument(
+    device = command.add_argument_group("device")
+    device.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
+    device.add_argument(
         "--dtype", default="auto", choices=["auto", *TRAINED], help="auto: bfloat16 on a GPU that supports it, else float32"
     )
 

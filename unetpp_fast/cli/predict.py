@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from ..architecture.precision import autocast, choose_dtype
+from ..common import messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..data import prediction_files
-from ..data.images import scaled, standardise, write_png
+from ..data.images import STANDARD, scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
 from ..models.network import Network
@@ -29,30 +30,35 @@ FAILED = 2
 
 def add_parser(commands: Commands) -> None:
     """Adds `predict` to the commands."""
-    predict = add_command(commands, "predict", run, "Write masks or a label map of each image, in its format.")
-    add_device(predict)
+    text = "Write masks or a label map of each image, in its format."
+    command = add_command(commands, "predict", run, text, usage="--checkpoint RUN/best.pt --images IMAGES --out OUT")
+    predict = command.add_argument_group("data and results")
     predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
+    predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
+    predict = command.add_argument_group("prediction")
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")
     predict.add_argument("--level", type=int, help="head to use (fast) or the last to use (accurate); default: the deepest")
     predict.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is foreground")
-    predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
+    predict = command.add_argument_group("large images")
     predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
     predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
     predict.add_argument(
         "--max-memory", type=byte_count, help="512M, 2G: choose tiles that need no more; default: one tile per image"
     )
+    add_device(command)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all files share. palette: of exclusive classes, which are written as label maps; otherwise None."""
+    """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
+    are written as label maps; otherwise None."""
 
     network: Network
     options: argparse.Namespace
     classes: list[str]
-    prepare: dict[str, Any]
+    size: int | None
     palette: list[list[int]] | None
 
 
@@ -65,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
     network, content = checkpoint.load_model(options.checkpoint, device)
     about = content.get("about") or {}
-    job = Job(network, options, class_names(network, content), about.get("prepare", {}), _palette(network, about))
+    size = (about.get("prepare") or {}).get("size")
+    job = Job(network, options, class_names(network, content), size, _palette(network, about))
     images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
@@ -80,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:  # an option does not fit
             raise InputError(str(error)) from error
     overlays = f", {options.out / 'overlays'}" if drawn else ""
-    print(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
+    messages.say(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
     for error in refused:
         print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
     return FAILED if refused else 0
@@ -90,8 +97,8 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     """Predicts and writes an image; returns whether it has an overlay."""
     options, out = job.options, job.options.out
     source = prediction_files.read(files, job.network.topology.spatial_dims, job.network.topology.in_channels)
-    if "size" in job.prepare:
-        masks, probabilities = _predict_scaled(job.network, source, options, job.prepare["size"])
+    if job.size:
+        masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:
         masks, probabilities = _predict_file(job, source)
     if job.palette:
@@ -161,14 +168,15 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
         tile = tiled_prediction.choose_tile(network, size, options.max_memory, chosen)
     grid = tiled_prediction.make_grid(network, size, tile[0] if tile and len(tile) == 1 else tile, options.overlap)
     network.topology.pruned(network.topology.heads[-1] if options.level is None else options.level)
-    prepared = [prediction_files.Prepared(source, image, job.prepare) for image in images]
+    normalisation = network.normalisation or STANDARD  # also for another library's weights, which carry none
+    prepared = [prediction_files.Prepared(source, image, normalisation) for image in images]
     shape = (network.out_channels, *source.shape)
     masks = prediction_files.spool(
         (1, *source.shape) if exclusive else shape, np.uint8 if exclusive else np.bool_, options.out
     )
     probabilities = prediction_files.spool(shape, np.float32, options.out) if options.probabilities else None
     kept = source.parts(probabilities) if options.probabilities else [None] * len(images)
-    bar = sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
+    bar = messages.shown() and sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
     for image, mask, values in zip(prepared, source.parts(masks), kept, strict=True):
         for _, first, band in tiled_prediction.bands(network, image, grid, progress=bar, **chosen):
             rows = slice(first, first + band.shape[1])

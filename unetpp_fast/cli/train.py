@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.precision import choose_dtype
-from ..common import atomic_files
+from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
@@ -23,17 +26,20 @@ from ..data.samples import check_samples, groups, split
 from ..data.tasks import TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
+from ..reports import training_run
 from ..training import captured, checkpoint, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
+from . import config
 from .arguments import Commands, add_command, build_network
 from .training_options import PATCH, add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
     """Adds `train` to the commands."""
-    train = add_command(commands, "train", run, "Train on a folder of images with masks or label maps.")
+    text = "Train on a folder of images with masks or label maps."
+    train = add_command(commands, "train", run, text, usage="--data DATA --out RUN")
     add_options(train)
 
 
@@ -41,9 +47,17 @@ def run(options: argparse.Namespace) -> int:
     """Trains on a folder and prints where the result is; returns the exit code."""
     check_encoder(options)
     options = with_defaults(options)
+    if options.config and "out" not in options.given and not options.resume:
+        options.out = _free_folder(options.out)
     with processes.joined(options.device) as name:
         device = choose_device(name)
         return _fit(_trainer(options, device, choose_dtype(options.dtype, device)), options)
+
+
+def _free_folder(out: Path) -> Path:
+    """`out`, or if it holds a training the first of `out-2`, `out-3`, … that does not: a file of options is repeated."""
+    names = (out.with_name(f"{out.name}-{number}") if number > 1 else out for number in itertools.count(1))
+    return next(folder for folder in names if not (folder / "last.pt").exists())
 
 
 def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> Trainer:
@@ -131,24 +145,34 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     last, report = options.out / "last.pt", None
     if processes.is_first():
         report = run_folder.Report(options.out, trainer.history, options.tensorboard)
+        settings = config.settings(options, **_instead(options, trainer))
         if not (options.out / "config.json").exists():
-            settings = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
-            run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
+            run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
+            config.write(options.out / "run.yaml", options, **_instead(options, trainer))
     try:
-        trainer.fit(after_epoch=report)
+        trainer.fit(progress=messages.shown(), after_epoch=report)
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
+            training_run.write_if_possible(trainer, settings, stopped=True)
         return 130
     finally:
         if report:
             report.close()
     _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    if processes.is_first():
+        _say(f"report: {training_run.write_if_possible(trainer, settings)}")
     if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
+
+
+def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
+    instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
+    return {**instead, "features": None} if options.encoder or options.init_from else instead
 
 
 def _per_class(content: dict) -> str:
@@ -162,7 +186,7 @@ def _per_class(content: dict) -> str:
 
 def _say(text: str) -> None:
     if processes.is_first():
-        print(text, flush=True)
+        messages.say(text)
 
 
 def _with_batch_size(

@@ -17,13 +17,13 @@ PATCH = {2: 96, 3: 64}  # by the number of axes of the images
 
 def add_options(train: argparse.ArgumentParser) -> None:
     """Adds all options of `train`."""
-    add_device(train)
     _add_data(train)
     _add_classes(train)
     _add_network(train)
     _add_encoder(train)
     _add_recipe(train)
     _add_machine(train)
+    add_device(train)
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:

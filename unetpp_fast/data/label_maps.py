@@ -10,7 +10,8 @@ import numpy as np
 
 from ..common.errors import InputError
 from ..common.progress import progress_bar
-from .images import standardise
+from ..models.normalisation import Normalisation
+from .images import STANDARD
 from .inputs import read_drawn_labels, read_inputs
 
 IGNORED = 255  # as in VOC and Cityscapes
@@ -27,20 +28,25 @@ class LabelSample:
     classes: int
     ignore: int | None
     channels: tuple[Path, ...] = field(default=(), kw_only=True)
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, *S]`, and one-hot labels, bool `[classes, *S]`; ignored pixels have no class.
+        """Normalised image, float32 `[C, *S]`, and one-hot labels, bool `[classes, *S]`; ignored pixels have no class.
 
         Raises:
             InputError: a file cannot be read, the sizes or grids differ, or a label is none of the classes.
         """
         drawn = read_drawn_labels(self.labels)
-        image, labels = standardise(read_inputs((self.image, *self.channels), drawn)), drawn.values
+        image, labels = self.normalisation(read_inputs((self.image, *self.channels), drawn)), drawn.values
         one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, *[1] * labels.ndim)
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
         return image, one_hot
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, *S]`."""
+        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels))
 
 
 @dataclass(frozen=True)

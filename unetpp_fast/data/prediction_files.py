@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError
+from ..models.normalisation import CHUNK_BYTES, Normalisation
 from .file_formats import (
     FileFormat,
     all_endings,
@@ -31,12 +31,11 @@ from .file_formats import (
     read_stored,
 )
 from .geometry import check_affines
-from .images import check_finite, rescale, write_palette_png
+from .images import check_finite, write_palette_png
 from .itk import is_series
 from .pairs import single_files
 from .stored import Stored
 
-CHUNK_BYTES = 2**22
 # By the number of axes of the model and of the array: the axes that an array without names may have; the first that fits.
 LAYOUTS = {
     (2, 2): ("YX",), (2, 3): ("CYX", "YXC", "ZYX"), (2, 4): ("ZCYX", "ZYXC"), (3, 3): ("ZYX",), (3, 4): ("CZYX", "ZYXC"),
@@ -108,25 +107,25 @@ class Source:
 
 
 class Prepared:
-    """An image of a source, `[1, C, *S]`, prepared as in training; slicing it computes the slice.
+    """An image of a source, `[1, C, *S]`, prepared as in training; slicing it computes the slice. Unlike `NormalisedImages`
+    it knows what the file says its values stand for.
 
     Args:
         source: the file.
         values: one of `source.images()`.
-        prepare: from the checkpoint (see `tasks.Task`): with a "window" values are prepared by `images.rescale`, otherwise
-            by `images.standardise`.
+        normalisation: of the network.
 
     Raises:
-        InputError: the image holds NaN or infinity.
+        InputError: the image holds NaN or infinity, or the normalisation is for other channels.
     """
 
-    def __init__(self, source: Source, values: np.ndarray, prepare: Mapping[str, Any]):
-        self.values, self.shape, self.window = values, (1, *values.shape), prepare.get("window")
-        self.stored = source.stored
-        axes, count = tuple(range(1, values.ndim)), values[0].size
-        self.mean = sum(chunk.sum(axis=axes, keepdims=True) for chunk in self._chunks()) / count
-        squares = sum(((chunk - self.mean) ** 2).sum(axis=axes, keepdims=True) for chunk in self._chunks())
-        self.std = check_finite(np.maximum(np.sqrt(squares / count), 1e-6), source.stored.path)
+    def __init__(self, source: Source, values: np.ndarray, normalisation: Normalisation):
+        self.values, self.shape, self.stored = values, (1, *values.shape), source.stored
+        self.physical = normalisation.kind == "window"
+        normalisation.check_channels(len(values))
+        for chunk in self._chunks():
+            check_finite(chunk, source.stored.path)
+        self.prepare = normalisation.fitted(self._chunks)
 
     def _chunks(self) -> Iterator[np.ndarray]:
         row = 8 * self.values[:, :1].size
@@ -135,14 +134,11 @@ class Prepared:
             yield self._real(self.values[:, first : first + rows])
 
     def _real(self, values: np.ndarray) -> np.ndarray:
-        return self.stored.real(values, physical=bool(self.window))
+        return self.stored.real(values, self.physical)
 
     def __getitem__(self, where: tuple[int | slice, ...]) -> np.ndarray:
         """float32 `[C, *tile]` at (0, slice, ...)."""
-        values = self._real(self.values[where[1:]])
-        if self.window:
-            return rescale(values, self.window)
-        return ((values - self.mean) / self.std).astype(np.float32)
+        return self.prepare(self._real(self.values[where[1:]]))
 
 
 def find(place: Path, channel_files: int = 0) -> dict[str, tuple[Path, ...]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.extras import need
-from .images import standardise
+from ..common.progress import progress_bar
+from ..models.normalisation import Normalisation
+from .images import STANDARD
 from .inputs import read_drawn_mask, read_inputs, stack_masks
 
 
@@ -22,31 +24,63 @@ class Sample:
     image: Path
     masks: tuple[Path, ...]
     channels: tuple[Path, ...] = field(default=(), kw_only=True)
+    normalisation: Normalisation | None = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, *S]`, and mask, bool `[classes, *S]`.
+        """Normalised image, float32 `[C, *S]`, and mask, bool `[classes, *S]`.
 
         Raises:
             InputError: a file cannot be read, or the sizes or grids differ.
         """
         masks = [read_drawn_mask(path) for path in self.masks]
-        return standardise(read_inputs((self.image, *self.channels), masks[0])), stack_masks(masks)
+        return self.normalisation(read_inputs((self.image, *self.channels), masks[0])), stack_masks(masks)
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, *S]`; errors as `load`."""
+        return read_inputs((self.image, *self.channels), read_drawn_mask(self.masks[0]))
 
 
 @dataclass(frozen=True)
 class ArraySample:
-    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet standardised, and mask `[classes, *S]`."""
+    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet normalised, and mask `[classes, *S]`."""
 
     name: str
     image: np.ndarray
     mask: np.ndarray
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image and mask."""
-        return standardise(self.image), self.mask
+        """Normalised image and mask."""
+        return self.normalisation(self.image), self.mask
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised."""
+        return self.image
 
 
 Dataset = tuple[list, list[str]]  # samples and the names of their classes
+
+
+def dataset_normalisation(samples: Sequence[Sample | ArraySample]) -> Normalisation:
+    """Mean and standard deviation of each channel over all pixels of all samples, which are read once: of those that train.
+
+    Raises:
+        InputError: the samples are of a task that prepares images in a way of its own, or as `Normalisation.of_dataset`.
+    """
+    _check_free(samples)
+    return Normalisation.of_dataset(sample.values() for sample in progress_bar(samples, desc="statistics", disable=None))
+
+
+def with_normalisation(samples: Sequence[Any], normalisation: Normalisation) -> list[Any]:
+    """These samples, prepared by it; `Trainer` then notes it in the network. Errors as `dataset_normalisation`."""
+    _check_free(samples)
+    return [replace(sample, normalisation=normalisation) for sample in samples]
+
+
+def _check_free(samples: Sequence[Any]) -> None:
+    own = next((sample for sample in samples if getattr(sample, "values", None) is None), None)
+    if own is not None:
+        raise InputError(f"{own.name} is prepared as its task prescribes: leave the normalisation out")
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -94,7 +128,7 @@ def check_samples(samples: Sequence[Sample]) -> int:
     """
     channels: dict[int, str] = {}
     foreground = False
-    for sample in need("tqdm", "commands").tqdm(samples, desc="checking", unit="image", disable=None, leave=False):
+    for sample in progress_bar(samples, desc="checking", unit="image", disable=None, leave=False):
         image, mask = sample.load()
         channels.setdefault(image.shape[0], str(sample.image))
         foreground = foreground or bool(mask.any())

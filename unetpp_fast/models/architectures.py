@@ -100,7 +100,8 @@ def over_encoder(
         encoder, encoder_weights, encoder_depth: `encoder`, `weights` and `depth` of `make_encoder`: a name of timm or a
             module; "imagenet", a file or None; the number of its maps, 2 to 7.
         decoder_channels: widths of X(i,depth - i), deepest first, then that of the last blocks at the image size; of more
-            than `encoder_depth` the last ones. All other nodes are as wide as the encoder's map of their level.
+            than `encoder_depth` the last ones. All other nodes are as wide as the encoder's map of their level; where that
+            begins at 1/4 of the size, each X(0,j) is as wide as the last of them and reads X(1,j-1) alone.
         attention: None or "scse", gates on the input and output of each node.
         norm, act, upsample, dropout, backend: as in `UNetPlusPlus`; convolutions before a norm have no bias.
         deep_supervision: a last block and a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
@@ -119,11 +120,13 @@ def over_encoder(
             f" {decoder_channels!r}"
         )
     *widths, last_width = decoder_channels[-encoder_depth:]
-    depth = encoder_depth - 1
+    depth, starts_lower = encoder_depth - 1, not features[0]
+    features = (widths[-1], *features[1:]) if starts_lower else features
     topology = Topology.nested(
         in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision, up_width=_up_width(features, upsample),
         widths={(depth - 1 - place, place + 1): width for place, width in enumerate(widths)},
     )  # fmt: skip
+    topology = topology.without_finest_map() if starts_lower else topology
     return EncodedNetwork(
         body, topology, last_width, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, bias=norm is None,
         attention=attention is not None, deep_supervision=deep_supervision, backend=backend,

@@ -17,7 +17,7 @@ from ..execution.built import built, changed
 from ..execution.fused.structure import structure_of
 from . import prediction
 from .own_forward import check_prunable, own_forward, sharing
-from .pretrained import Pretrained
+from .pretrained import TRAINED_ON, Pretrained
 
 
 class Network(Pretrained, nn.Module):
@@ -36,7 +36,6 @@ class Network(Pretrained, nn.Module):
     """
 
     sync_group = ""  # the process group over which batch norms take statistics; set by `sync_batch_norm`
-    exclusive = False  # its classes exclude one another: set by a training with such a loss, and kept in `config`
     recompute = False  # backward passes recompute the inside of nodes instead of keeping it: less memory, more time
 
     def __init__(
@@ -180,7 +179,8 @@ class Network(Pretrained, nn.Module):
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
-            x: `[N, in_channels, *S]`, floating point, finite. From half precision the probabilities are float32.
+            x: `[N, in_channels, *S]`, floating point, finite; or whole numbers, which are prepared as in training
+                (`normalisation`). From half precision the probabilities are float32.
             mode: "accurate": the mean over the heads up to `level`; "fast": only the head at `level`,
                 and only the nodes it needs (sec. 3 of the paper).
             level: default the deepest head.
@@ -215,7 +215,7 @@ class Network(Pretrained, nn.Module):
         why = own_forward(self) or changed(self)
         return {
             **({"changed": why} if why else {}),
-            **({"exclusive": True} if self.exclusive else {}),
+            **self._trained_on(),
             "topology": self.topology.to_dict(),
             "out_channels": self.out_channels,
             "deep_supervision": self.deep_supervision,
@@ -236,9 +236,9 @@ class Network(Pretrained, nn.Module):
                 f"the network was changed after it was built, and its settings do not describe it ({config['changed']}):"
                 " make it as you did and load its state_dict"
             )
-        rest = {key: value for key, value in config.items() if key not in ("topology", "exclusive")}
+        rest = {key: value for key, value in config.items() if key not in ("topology", *TRAINED_ON)}
         network = Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
-        network.exclusive = config.get("exclusive", False)
+        network._take_over(config)
         return network
 
     def extra_repr(self) -> str:

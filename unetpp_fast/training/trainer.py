@@ -25,6 +25,7 @@ from ..common.extras import need
 from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
+from ..models.normalisation import Normalisation
 from . import captured, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import evaluate
@@ -59,6 +60,8 @@ class Trainer:
             show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
             one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
 
+    The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
+
     Raises:
         InputError: the network returns something other than logits, or cannot be trained reproducibly as the recipe asks.
     """
@@ -80,6 +83,7 @@ class Trainer:
         self.device = next(network.parameters()).device
         self.loss = (loss or BCEDiceLoss()).to(self.device)
         network.exclusive = is_exclusive(self.loss)
+        network.normalisation = _normalisation(patches)
         self.train_step = make_step(network, recipe, self.loss)
         self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running epoch
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
@@ -275,7 +279,9 @@ class Trainer:
         if "optimizer" not in content:
             raise InputError(f"{path} holds a model but not the state of a training run: it cannot be resumed")
         now = {**asdict(self.recipe), **self.about, "model": self.network.config, "loss": repr(self.loss)}
-        then = {**asdict(Recipe()), **content["recipe"], **content["about"], "model": content["config"]}
+        then = {**asdict(Recipe()), **content["recipe"], **content["about"]}
+        added = {key: value for key, value in now["model"].items() if key == "normalisation"}  # older networks carry none
+        then["model"] = {**added, **content["config"]}
         then["loss"] = content.get("loss", repr(BCEDiceLoss()))  # older checkpoints name no loss
         changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
         if changed:
@@ -314,6 +320,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _normalisation(patches: Patches) -> Normalisation | None:
+    """How all samples are prepared; None if they do not tell, or differ."""
+    found = {getattr(sample, "normalisation", None) for sample in patches.samples}
+    return found.pop() if len(found) == 1 else None
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from ...common.errors import InputError, first_line
 from ...common.extras import need
-from ..images import read_standardised
+from ...models.normalisation import Normalisation
+from ..images import STANDARD, read_normalised, read_values
 from ..pairs import Folder
 
 KEYS = ("images", "annotations", "categories")
@@ -42,14 +43,15 @@ class CocoSample:
     size: tuple[int, int]
     objects: tuple[Outlined, ...]
     classes: int
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, H, W]`, and masks, bool `[classes, H, W]`.
+        """Normalised image, float32 `[C, H, W]`, and masks, bool `[classes, H, W]`.
 
         Raises:
             InputError: the image cannot be read or has another size than in the file, or an outline is damaged.
         """
-        image = read_standardised(self.image)
+        image = read_normalised(self.image, self.normalisation)
         if image.shape[1:] != self.size:
             have, want = ("x".join(map(str, size)) for size in (image.shape[1:], self.size))
             raise InputError(f"{self.image} is {have} pixels, upright, but {self.source} says {want}: replace the image")
@@ -57,6 +59,10 @@ class CocoSample:
         for outlined in self.objects:
             masks[outlined.label] |= self._drawn(outlined)
         return image, masks
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, H, W]`."""
+        return read_values(self.image)
 
     def _drawn(self, outlined: Outlined) -> np.ndarray:
         drawing, shape = need("pycocotools.mask", "coco"), outlined.shape

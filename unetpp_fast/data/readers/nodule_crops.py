@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.errors import InputError
+from ...models.normalisation import Normalisation
 from ..file_formats import files_by_id, format_of, volume_endings
 from ..images import rescale
 from ..inputs import read_drawn_values, read_real_volume, stack_masks
@@ -24,6 +25,8 @@ class CropSample:
     name: str
     image: Path
     masks: tuple[Path, ...]
+
+    normalisation = Normalisation("window", window=LUNG_WINDOW)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Windowed volume, float32 `[1, D, H, W]` in -1..1, and mask, bool `[classes, D, H, W]`.
