@@ -19,7 +19,9 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..data.augmentation import STRONG, Augmentation, read_spec
-from ..data.layouts import Folder, read_folder, read_names
+from ..data.class_names import read_names
+from ..data.layouts import read_folder
+from ..data.pairs import Folder
 from ..data.patches import Patches
 from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
 from ..data.tasks import TASKS
@@ -32,7 +34,7 @@ from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from . import config
 from .arguments import Commands, add_command, build_network
-from .training_options import add_options, check_encoder, with_defaults
+from .training_options import PATCH, add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -74,13 +76,14 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         clip=options.clip, ema=options.ema, monitor=options.monitor,
     )  # fmt: skip
     folder, channels = _read_data(options)
+    options.patch = options.patch or PATCH[folder.spatial_dims]
     training, validation = folder.samples, folder.validation
     if validation is None:
         training, validation = split(folder.samples, options.val_fraction, options.seed)
     classes, task = folder.classes, TASKS.get(options.task)
     loss = choose_loss(options.loss, folder.exclusive)
     torch.manual_seed(options.seed)
-    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims if task else 2}
+    extra = {"dropout": options.dropout, "spatial_dims": folder.spatial_dims}
     if options.arch == "unet++":
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
@@ -113,6 +116,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
     about |= _augmented(patches)
+    if folder.channel_files:
+        about["channel_files"] = folder.channel_files
     trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
     if options.resume:
         trainer.resume()
@@ -121,8 +126,9 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
     name = f"{options.arch} over {options.encoder}" if options.encoder else options.arch
     together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    what = "volumes" if folder.spatial_dims == 3 else "images"
     _say(
-        f"{name}: {parameter_count(network):,} parameters, {len(training)} images to train, "
+        f"{name}: {parameter_count(network):,} parameters, {len(training)} {what} to train, "
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
@@ -155,7 +161,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
         if options.classes:
             raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
-        return Folder(samples, classes, ""), channels
+        return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
     names = read_names(options.classes) if options.classes else None
     folder = read_folder(options.data, names, options.ignore_index)
     _say(folder.found)

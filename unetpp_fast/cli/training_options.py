@@ -14,6 +14,8 @@ from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from ..training.recipe import MONITORS
 from .arguments import ENCODER_OPTIONS, add_device, add_task, byte_count, engine_options, label, width_list
 
+PATCH = {2: 96, 3: 64}  # by the number of axes of the images
+
 
 def add_options(train: argparse.ArgumentParser) -> None:
     """Adds all options of `train`."""
@@ -44,7 +46,10 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
     """Adds the options of the patches that a network is trained on."""
     train = command.add_argument_group("patches and augmentation")
     train.add_argument(
-        "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
+        "--patch",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="side of the random patches (default: 96, of volumes 64, or the task's)",
     )
     train.add_argument(
         "--patches-per-image", type=int, default=argparse.SUPPRESS,
@@ -153,9 +158,9 @@ def _add_encoder(command: argparse.ArgumentParser) -> None:
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    """The options of `train`, with the defaults that depend on --task and --arch."""
+    """The options of `train`, with the defaults that depend on --task and --arch; a patch of None is `PATCH`."""
     nested = options.arch == "unet++"
-    defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
+    defaults = {"norm": "batch", "dropout": 0.0, "patch": None, "patches_per_image": 4, "deep_supervision": nested}
     if options.task:
         task = TASKS[options.task]
         defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
