@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,13 @@ def run(options: argparse.Namespace) -> int:
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
     job = Job(network, options, class_names(network, content), size, _palette(network, about))
-    images = prediction_files.find(options.images)
+    images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
-    for name, path in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
+    for name, files in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
         try:
             with autocast(device, dtype):
-                drawn |= _predict_one(job, name, path)
+                drawn |= _predict_one(job, name, files)
         except InputError as error:
             if len(images) == 1 or isinstance(error, OSError):  # nothing can be written
                 raise
@@ -92,10 +93,10 @@ def run(options: argparse.Namespace) -> int:
     return FAILED if refused else 0
 
 
-def _predict_one(job: Job, name: str, path: Path) -> bool:
-    """Predicts and writes a file; returns whether it has an overlay."""
+def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
+    """Predicts and writes an image; returns whether it has an overlay."""
     options, out = job.options, job.options.out
-    source = prediction_files.read(path, job.network.topology.spatial_dims, job.network.topology.in_channels)
+    source = prediction_files.read(files, job.network.topology.spatial_dims, job.network.topology.in_channels)
     if job.size:
         masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:
