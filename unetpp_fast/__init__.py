@@ -21,6 +21,7 @@ from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_coun
 from .models.encoder_network import EncodedNetwork
 from .models.feature_pyramid import backbone
 from .models.network import Network
+from .models.normalisation import Normalisation
 from .models.pretrained import from_pretrained
 from .models.tiled_prediction import predict_tiled
 from .training.captured import capture
@@ -34,6 +35,7 @@ __all__ = [
     "EncodedNetwork",
     "Network",
     "Node",
+    "Normalisation",
     "Topology",
     "UNet",
     "UNetPlusPlus",

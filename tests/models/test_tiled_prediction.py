@@ -127,8 +127,8 @@ def test_arrays_files_and_tensors_in_and_out(tmp_path):
     half = uf.predict_tiled(model, stored, tile=16, out=np.zeros(expected.shape, np.float16))
     assert np.array_equal(half, expected.numpy().astype(np.float16))
     assert torch.equal(uf.predict_tiled(model, x, tile=16, out=torch.empty_like(expected)), expected)
-    whole = (100 * x).int()
-    assert torch.equal(uf.predict_tiled(model, whole.numpy(), tile=16), uf.predict_tiled(model, whole.float(), tile=16))
+    with pytest.raises(TypeError, match="whole numbers"):  # what they mean is known to a trained network only
+        uf.predict_tiled(model, (100 * x).int().numpy(), tile=16)
     double = uf.predict_tiled(model.double(), x.double(), tile=16)
     assert double.dtype == torch.float64
     assert_close_relative(double, expected, FLOAT32)

@@ -19,8 +19,8 @@ from torch import nn
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import Patches
-from unetpp_fast.data.samples import find_samples
 from unetpp_fast.training import evaluation
 from unetpp_fast.training import trainer as trainer_module
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model, save_checkpoint

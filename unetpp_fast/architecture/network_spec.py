@@ -20,6 +20,7 @@ class NetworkSpec(Protocol):
     sync_group: the name of the process group over which batch norms take their statistics, "" for this process only.
     recompute: whether backward passes recompute the inside of nodes.
     exclusive: whether the classes that it was trained on exclude one another.
+    normalisation: how the images that it was trained on were prepared (`models.normalisation`), or None.
     multiple: every spatial axis of the image is a multiple of it.
     """
 
@@ -32,6 +33,7 @@ class NetworkSpec(Protocol):
     sync_group: str
     recompute: bool
     exclusive: bool
+    normalisation: Any
     multiple: int
     training: bool
     nodes: nn.ModuleDict

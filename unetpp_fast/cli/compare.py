@@ -13,6 +13,7 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..data.tasks import FOLDER, TASKS
 from ..experiments import paper_table
+from ..reports import comparison
 from ..training.trainer import Interrupted
 from . import config
 from .arguments import Commands, add_command, add_device, add_task, seed_list
@@ -62,5 +63,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"stopped; finished runs are in {options.out}: the same command continues", file=sys.stderr)
         return 130
     print(paper_table.table(rows))
-    messages.say(f"all runs: {options.out / 'compare.csv'}, {options.out / 'compare.json'}")
+    page = comparison.write(options.out, rows, config.settings(options))
+    messages.say(f"all runs: {options.out / 'compare.csv'}, {options.out / 'compare.json'}; report: {page}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ def _text(action: argparse.Action, value: Any, dropped: bool) -> str | None:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def settings(options: argparse.Namespace) -> Mapping[str, Any]:
-    """The options of a command without what says how it was called."""
-    return {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+def settings(options: argparse.Namespace, **instead: Any) -> dict[str, Any]:
+    """The options of a command, in the order of its help, without what says how it was called; `instead` as in `write`."""
+    values = {**vars(options), **instead}
+    names = (action.dest for group in options.parser._action_groups for action in group._group_actions)
+    return {name: values[name] for name in names if name in values and name not in NOT_SETTINGS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..data import prediction_files
-from ..data.images import scaled, standardise, write_png
+from ..data.images import STANDARD, scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
 from ..models.network import Network
@@ -51,12 +52,13 @@ def add_parser(commands: Commands) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What all files share. palette: of exclusive classes, which are written as label maps; otherwise None."""
+    """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
+    are written as label maps; otherwise None."""
 
     network: Network
     options: argparse.Namespace
     classes: list[str]
-    prepare: dict[str, Any]
+    size: int | None
     palette: list[list[int]] | None
 
 
@@ -69,14 +71,15 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
     network, content = checkpoint.load_model(options.checkpoint, device)
     about = content.get("about") or {}
-    job = Job(network, options, class_names(network, content), about.get("prepare", {}), _palette(network, about))
-    images = prediction_files.find(options.images)
+    size = (about.get("prepare") or {}).get("size")
+    job = Job(network, options, class_names(network, content), size, _palette(network, about))
+    images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
-    for name, path in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
+    for name, files in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
         try:
             with autocast(device, dtype):
-                drawn |= _predict_one(job, name, path)
+                drawn |= _predict_one(job, name, files)
         except InputError as error:
             if len(images) == 1 or isinstance(error, OSError):  # nothing can be written
                 raise
@@ -90,12 +93,12 @@ def run(options: argparse.Namespace) -> int:
     return FAILED if refused else 0
 
 
-def _predict_one(job: Job, name: str, path: Path) -> bool:
-    """Predicts and writes a file; returns whether it has an overlay."""
+def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
+    """Predicts and writes an image; returns whether it has an overlay."""
     options, out = job.options, job.options.out
-    source = prediction_files.read(path, job.network.topology.spatial_dims, job.network.topology.in_channels)
-    if "size" in job.prepare:
-        masks, probabilities = _predict_scaled(job.network, source, options, job.prepare["size"])
+    source = prediction_files.read(files, job.network.topology.spatial_dims, job.network.topology.in_channels)
+    if job.size:
+        masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:
         masks, probabilities = _predict_file(job, source)
     if job.palette:
@@ -165,7 +168,8 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
         tile = tiled_prediction.choose_tile(network, size, options.max_memory, chosen)
     grid = tiled_prediction.make_grid(network, size, tile[0] if tile and len(tile) == 1 else tile, options.overlap)
     network.topology.pruned(network.topology.heads[-1] if options.level is None else options.level)
-    prepared = [prediction_files.Prepared(source, image, job.prepare) for image in images]
+    normalisation = network.normalisation or STANDARD  # also for another library's weights, which carry none
+    prepared = [prediction_files.Prepared(source, image, normalisation) for image in images]
     shape = (network.out_channels, *source.shape)
     masks = prediction_files.spool(
         (1, *source.shape) if exclusive else shape, np.uint8 if exclusive else np.bool_, options.out

@@ -7,6 +7,7 @@ import itertools
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,19 +18,23 @@ from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
-from ..data.layouts import Folder, read_folder, read_names
+from ..data.augmentation import STRONG, Augmentation, read_spec
+from ..data.class_names import read_names
+from ..data.layouts import read_folder
+from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import check_samples, groups, split
+from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
 from ..data.tasks import TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
+from ..reports import training_run
 from ..training import captured, checkpoint, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from . import config
 from .arguments import Commands, add_command, build_network
-from .training_options import add_options, check_encoder, with_defaults
+from .training_options import PATCH, add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -67,15 +72,18 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
+        optimizer=options.optimizer, weight_decay=options.weight_decay, schedule=options.schedule, warm_up=options.warm_up,
+        clip=options.clip, ema=options.ema, monitor=options.monitor,
     )  # fmt: skip
     folder, channels = _read_data(options)
+    options.patch = options.patch or PATCH[folder.spatial_dims]
     training, validation = folder.samples, folder.validation
     if validation is None:
         training, validation = split(folder.samples, options.val_fraction, options.seed)
     classes, task = folder.classes, TASKS.get(options.task)
     loss = choose_loss(options.loss, folder.exclusive)
     torch.manual_seed(options.seed)
-    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims if task else 2}
+    extra = {"dropout": options.dropout, "spatial_dims": folder.spatial_dims}
     if options.arch == "unet++":
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
@@ -89,8 +97,11 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     network.recompute = options.recompute
     if options.freeze_encoder:
         network.freeze_encoder()
-    patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
+    if options.normalise == "dataset":
+        normalisation = dataset_normalisation(training)
+        training, validation = (with_normalisation(part, normalisation) for part in (training, validation))
+    patches = _patches(training, folder, network.topology.spatial_dims, options)
     recipe = _with_batch_size(recipe, network, patches, options, loss)
     _check_batches(network, patches, recipe)
     atomic_files.check_folder(options.out)
@@ -104,6 +115,9 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     }
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
+    about |= _augmented(patches)
+    if folder.channel_files:
+        about["channel_files"] = folder.channel_files
     trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
     if options.resume:
         trainer.resume()
@@ -112,11 +126,33 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
     name = f"{options.arch} over {options.encoder}" if options.encoder else options.arch
     together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    what = "volumes" if folder.spatial_dims == 3 else "images"
     _say(
-        f"{name}: {parameter_count(network):,} parameters, {len(training)} images to train, "
+        f"{name}: {parameter_count(network):,} parameters, {len(training)} {what} to train, "
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
+
+
+def _patches(training: list, folder: Folder, spatial_dims: int, options: argparse.Namespace) -> Patches:
+    """The patches of the options, which change at random as --augment says."""
+    transform = None
+    if options.augment not in ("none", "light"):
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(Path(options.augment))
+        transform = Augmentation(spec, spatial_dims, options.patch)
+    return Patches(
+        training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
+        transform=transform, foreground=options.foreground, background=0 if folder.exclusive else None,
+        outside=0 if folder.exclusive and folder.ignore is None else None,
+    )  # fmt: skip
+
+
+def _augmented(patches: Patches) -> dict[str, Any]:
+    """What a checkpoint says of the patches, so that a run is resumed with the same: nothing if they are the usual ones."""
+    about: dict[str, Any] = {} if patches.augment else {"flips": False}
+    if patches.transform:
+        about["transforms"] = patches.transform.spec
+    return about | ({"foreground": patches.foreground} if patches.foreground else {})
 
 
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
@@ -125,7 +161,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
         if options.classes:
             raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
-        return Folder(samples, classes, ""), channels
+        return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
     names = read_names(options.classes) if options.classes else None
     folder = read_folder(options.data, names, options.ignore_index)
     _say(folder.found)
@@ -137,32 +173,35 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     last, report = options.out / "last.pt", None
     if processes.is_first():
         report = run_folder.Report(options.out, trainer.history, options.tensorboard)
+        settings = config.settings(options, **_instead(options, trainer))
         if not (options.out / "config.json").exists():
-            settings = dict(config.settings(options))
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
-            run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
-            _write_options(options, trainer)
+            run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
+            config.write(options.out / "run.yaml", options, **_instead(options, trainer))
     try:
         trainer.fit(progress=messages.shown(), after_epoch=report)
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
+            training_run.write_if_possible(trainer, settings, stopped=True)
         return 130
     finally:
         if report:
             report.close()
-    _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    score = {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
+    _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    if processes.is_first():
+        _say(f"report: {training_run.write_if_possible(trainer, settings)}")
     if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
 
 
-def _write_options(options: argparse.Namespace, trainer: Trainer) -> None:
-    """Writes `run.yaml`, by which --config repeats the training."""
+def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
     instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
-    instead |= {"features": None} if options.encoder or options.init_from else {}
-    config.write(options.out / "run.yaml", options, **instead)
+    return {**instead, "features": None} if options.encoder or options.init_from else instead
 
 
 def _per_class(content: dict) -> str:
@@ -193,7 +232,8 @@ def _with_batch_size(
     size = (options.patch,) * network.topology.spatial_dims
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
-    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most, loss)
+    average = sum(tensor.nbytes for tensor in network.state_dict().values()) if recipe.ema else 0
+    fitting = memory_budget.largest_batch(network, size, options.max_memory - average, recipe.dtype, most, loss)
     batch_size = min(fitting * times, len(patches))
     _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
     return replace(recipe, batch_size=batch_size)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from .pairs import find_samples
 from .readers.lidc import CROP, lidc_series
 from .readers.liver import LIVER_WINDOW, liver_volumes
 from .readers.nodule_crops import LUNG_WINDOW, crop_folders
 from .readers.nuclei import nuclei_folders, nuclei_stage1
 from .readers.polyp import FRAME_SIZE, polyp_frames
-from .samples import Dataset, check_samples, find_samples
+from .samples import Dataset, check_samples
 
 Reader = Callable[[Path], Dataset | None]  # None: the folder has another layout
 

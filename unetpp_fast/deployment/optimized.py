@@ -24,6 +24,7 @@ from ..execution.fused import tuning
 from ..kernels.naive import dot_precision
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
+from ..models.normalisation import prepared_tensor
 from ..models.own_forward import check_prunable
 from ..models.prediction import (
     MODES,
@@ -88,7 +89,7 @@ class Optimized(Engine):
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        x, activation = self._cast(x), activation_of(self.network, activation)
+        x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
@@ -168,7 +169,7 @@ class OptimizedModule(Engine):
 
     def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
         """Probabilities for any size; see `Optimized.predict`."""
-        x, activation = self._cast(x), activation_of(self.network, activation)
+        x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
@@ -280,6 +281,10 @@ def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | torch.device = "cpu") -> Optimized:
     """Rebuilds a module from its `state_dict()` or a file with it; no code in a file can run (`weights_only`).
+
+    Args:
+        source: the dictionary, or the file's path.
+        device: to put the module on; texts as PyTorch takes them, "cuda:1".
 
     Raises:
         InputError: the file does not exist, is damaged, or is not of an optimized module.

@@ -32,7 +32,7 @@ from .encoders import make_encoder
 from .nest import Nest
 from .own_forward import check_prunable, own_forward, sharing
 from .prediction import evaluating
-from .pretrained import Pretrained
+from .pretrained import TRAINED_ON, Pretrained
 
 
 class EncodedNetwork(Pretrained, nn.Module):
@@ -51,7 +51,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         unused: a module kept for its weights and never run.
     """
 
-    sync_group, recompute, exclusive = "", False, False  # as in `Network`
+    sync_group, recompute = "", False  # as in `Network`
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         why = own_forward(self) or changed(self.nest)
         return {
             **({"changed": why} if why else {}),
-            **({"exclusive": True} if self.exclusive else {}),
+            **self._trained_on(),
             "encoder": self.encoder.name if isinstance(self.encoder, Encoder) else None,
             "encoder_frozen": self.encoder_frozen,
             "topology": self.topology.to_dict(),
@@ -299,8 +299,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         Raises:
             InputError: the config names no encoder and none is given; or timm is missing.
         """
-        rest = dict(config)
-        exclusive = rest.pop("exclusive", False)
+        rest = {key: value for key, value in config.items() if key not in TRAINED_ON}
         name, frozen, topology = rest.pop("encoder"), rest.pop("encoder_frozen"), Topology.from_dict(rest.pop("topology"))
         if name is None and encoder is None:
             raise InputError(
@@ -314,7 +313,7 @@ class EncodedNetwork(Pretrained, nn.Module):
             expected = topology.first_widths
             raise InputError(f"the encoder has maps of {widths} channels, the network was made for {expected}")
         network = cls(given, topology, **rest, backend=backend)
-        network.exclusive = exclusive
+        network._take_over(config)
         return network.freeze_encoder() if frozen else network
 
     def extra_repr(self) -> str:

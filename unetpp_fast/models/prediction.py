@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..architecture.input_checks import check_input, leaves_one_value
 from ..architecture.network_spec import NetworkSpec
+from .normalisation import prepared_tensor
 from .own_forward import logits_of_call, own_forward
 
 MODES = ("accurate", "fast")
@@ -77,7 +78,7 @@ def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activ
     """See `Network.predict`."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
-    activation = activation_of(network, activation)
+    activation, x = activation_of(network, activation), prepared_tensor(network, x)
     check_image(network, x, activation)
     heads = network.topology.heads
     level = heads[-1] if level is None else level

@@ -22,6 +22,7 @@ from ..architecture.input_checks import check_input
 from ..architecture.wrappers import network_of as network_of_module
 from ..architecture.wrappers import unwrapped
 from ..common.extras import need
+from .normalisation import prepared
 
 BLENDS = ("gaussian", "constant")
 SIGMA = 1 / 8  # of a tile, as in MONAI's sliding_window_inference and nnU-Net
@@ -53,7 +54,8 @@ def predict_tiled(
     Args:
         model: a network, or the result of `convert` or `optimize`.
         image: `[N, in_channels, *S]`: a tensor, a numpy array or memmap, or anything with a `shape` that returns arrays
-            for slices (zarr, h5py). Tiles are converted to the model's precision; values are not changed.
+            for slices (zarr, h5py). Floating-point values are converted to the model's precision and not changed; whole
+            numbers are prepared as in training (`normalisation`), with statistics taken band by band.
         tile: size in pixels, for all axes or one per axis, multiples of 2^depth; default the largest within `max_memory`.
         overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too; the step is rounded down
             to a multiple of 2^depth.
@@ -69,7 +71,8 @@ def predict_tiled(
         `out`, or a new tensor on the CPU, in float32 (float64 for a model in float64).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, the image contains NaN, or `max_memory` is too small for any tile.
+        TypeError, ValueError: an argument does not fit, the image contains NaN, it holds whole numbers but the network
+            carries no normalisation, or `max_memory` is too small for any tile.
     """
     model = unwrapped(model)
     if not hasattr(model, "predict"):
@@ -77,6 +80,7 @@ def predict_tiled(
     shape = tuple(image.shape)
     network = network_of(model)
     check_input(network, torch.empty(shape, dtype=_sample(model).dtype, device="meta"), any_size=True)
+    image = prepared(network, image)
     if tile is None:
         tile = choose_tile(model, shape[2:], max_memory, options)
     grid = make_grid(model, shape[2:], tile, overlap, blend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..converters.converter import convert
 from ..models.architectures import from_config
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
+from ..models.normalisation import Normalisation
 
 CHECKPOINT_FORMAT = 1
 
@@ -60,12 +62,28 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network 
     content = _checked(path, content)
     try:
         network = from_config(content["config"])
-        network.load_state_dict(content["model"])
+        network.load_state_dict(_weights(content))
+        if "normalisation" not in content["config"]:
+            network.normalisation = _of_older(content.get("about"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights to use: of `last.pt` the moving average, if there is one."""
+    averages = content.get("ema", {}).items()
+    averaged = {key.removeprefix("module."): value for key, value in averages if key.startswith("module.")}
+    return averaged or content["model"]
+
+
+def _of_older(about: Any) -> Normalisation | None:
+    """How `unetpp-fast train` prepared images when networks did not carry it yet."""
+    if not isinstance(about, Mapping) or not isinstance(prepare := about.get("prepare"), Mapping) or "size" in prepare:
+        return None  # of a trainer whose samples nobody knows, or of a task that scales images
+    return Normalisation("window", window=prepare["window"]) if "window" in prepare else Normalisation()
 
 
 def initial_network(path: Path, in_channels: int, out_channels: int, spatial_dims: int) -> Network:

@@ -23,6 +23,7 @@ import numpy as np
 from ...common.errors import InputError
 from ...common.extras import need
 from ...common.progress import progress_bar
+from ...models.normalisation import Normalisation
 from ..images import rescale
 from ..samples import Dataset
 from .nodule_crops import LUNG_WINDOW
@@ -70,6 +71,8 @@ class NoduleSample:
     scan: Scan
     start: tuple[int, int, int]  # z, y, x
     readers: tuple[tuple[Nodule, ...], ...]
+
+    normalisation = Normalisation("window", window=LUNG_WINDOW)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Windowed crop, float32 `[1, D, H, W]` in -1..1, and mask, bool `[1, D, H, W]`; sides of 64, less in a small scan.
