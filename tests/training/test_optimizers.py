@@ -171,7 +171,7 @@ def test_each_optimizer_takes_its_own_step():
 def test_the_monitored_score_chooses_the_best_epoch_and_stops(folder, tmp_path, monkeypatch, monitor, best):
     rows = [(1.0, 0.5, 0.1), (1.5, 0.6, float("nan")), (1.2, 0.6, 0.2), (2.0, 0.2, 0.1), (2.0, 0.2, 0.1), (2.0, 0.2, 0.1)]
     scores = iter(dict(zip(("loss", "iou", "dice"), row, strict=True)) for row in rows)
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr(trainer_module.evaluation, "evaluate", lambda *_, **__: next(scores))
     trainer = make_trainer(folder, tmp_path, epochs=6, patience=2, monitor=monitor)
     assert len(trainer.fit(progress=False)) == best + 2
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best
