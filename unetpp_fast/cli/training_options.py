@@ -39,6 +39,10 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
+    train.add_argument(
+        "--folds", type=int, metavar="K", help="train K networks, each validated on another part of the images"
+    )
+    train.add_argument("--fold", type=int, metavar="NUMBER", help="train only this one of the folds, from 0")
     train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
 
 
