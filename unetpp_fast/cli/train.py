@@ -29,6 +29,7 @@ from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
 from ..training import captured, checkpoint, memory_budget, processes, run_folder
+from ..training.loggers import LOGGERS
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
@@ -200,15 +201,19 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     """Runs a training and writes its folder; returns the exit code."""
     last, report = options.out / "last.pt", None
     if processes.is_first():
-        report = run_folder.Report(options.out, trainer.history, options.tensorboard)
         settings = config.settings(options, **_instead(options, trainer))
+        wanted = dict.fromkeys([*options.log, *(["tensorboard"] if options.tensorboard else [])])
+        loggers = [LOGGERS[name](options.out, settings, len(trainer.history)) for name in wanted]
+        report = run_folder.Report(options.out, trainer.history, loggers)
         if not (options.out / "config.json").exists():
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
             run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
             config.write(options.out / "run.yaml", options, **_instead(options, trainer))
+    failed = True
     try:
         trainer.fit(progress=messages.shown(), after_epoch=report)
+        failed = False
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
@@ -216,7 +221,7 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
         return 130
     finally:
         if report:
-            report.close()
+            report.close(failed)
     score = {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
     _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     if processes.is_first():

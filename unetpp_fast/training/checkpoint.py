@@ -104,7 +104,7 @@ def _checkpoints(place: Path) -> list[Path]:
     folds = [path for path in place.glob("fold*/best.pt") if path.parent.name[4:].isdecimal()]
     found = sorted(folds, key=lambda path: int(path.parent.name[4:]))
     if not found and not (place / "best.pt").exists():
-        raise InputError(f"{place} holds neither fold*/best.pt nor best.pt: give a checkpoint, or the folder of a run")
+        raise InputError(f"{place} is a folder: name a file in it, or the folder of a run, with best.pt or fold*/best.pt")
     return found or [place / "best.pt"]
 
 
