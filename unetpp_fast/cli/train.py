@@ -18,12 +18,11 @@ from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
-from ..data.class_names import read_names
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
 from ..data.samples import check_samples, groups, split
-from ..data.tasks import TASKS
+from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
@@ -32,8 +31,8 @@ from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from . import config
-from .arguments import Commands, add_command, build_network
-from .training_options import PATCH, add_options, check_encoder, with_defaults
+from .arguments import Commands, add_command, build_network, label_options
+from .training_options import add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -129,13 +128,11 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
 
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     """The samples that the options name, and the number of channels of the images; says what was found."""
+    names, ignore = label_options(options)
     if options.task:
-        if options.classes:
-            raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
-    names = read_names(options.classes) if options.classes else None
-    folder = read_folder(options.data, names, options.ignore_index)
+    folder = read_folder(options.data, names, ignore)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
