@@ -19,12 +19,11 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..data.augmentation import STRONG, Augmentation, read_spec
-from ..data.class_names import read_names
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
 from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
-from ..data.tasks import TASKS
+from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
@@ -34,8 +33,8 @@ from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from . import config, cross_validation
-from .arguments import Commands, add_command, build_network
-from .training_options import PATCH, add_options, check_encoder, with_defaults
+from .arguments import Commands, add_command, build_network, label_options
+from .training_options import add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -187,13 +186,11 @@ def _augmented(patches: Patches) -> dict[str, Any]:
 
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     """The samples that the options name, and the number of channels of the images; says what was found."""
+    names, ignore = label_options(options)
     if options.task:
-        if options.classes:
-            raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
-    names = read_names(options.classes) if options.classes else None
-    folder = read_folder(options.data, names, options.ignore_index)
+    folder = read_folder(options.data, names, ignore)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 

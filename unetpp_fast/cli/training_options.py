@@ -13,9 +13,7 @@ from ..training.loggers import LOGGERS
 from ..training.loss_table import LOSSES
 from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from ..training.recipe import MONITORS
-from .arguments import ENCODER_OPTIONS, add_device, add_task, byte_count, engine_options, label, width_list
-
-PATCH = {2: 96, 3: 64}  # by the number of axes of the images
+from .arguments import ENCODER_OPTIONS, add_device, add_label_maps, add_task, byte_count, engine_options, width_list
 
 
 def add_options(train: argparse.ArgumentParser) -> None:
@@ -126,8 +124,7 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
     """Adds the options of the loss and of label maps."""
     train = command.add_argument_group("loss and label maps")
     train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
-    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
-    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
+    add_label_maps(train)
 
 
 def _add_network(command: argparse.ArgumentParser) -> None:
