@@ -21,6 +21,7 @@ from ..data import prediction_files
 from ..data.images import STANDARD, scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
+from ..models.ensemble import Ensemble
 from ..models.network import Network
 from ..training import checkpoint
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
@@ -33,7 +34,10 @@ def add_parser(commands: Commands) -> None:
     text = "Write masks or a label map of each image, in its format."
     command = add_command(commands, "predict", run, text, usage="--checkpoint RUN/best.pt --images IMAGES --out OUT")
     predict = command.add_argument_group("data and results")
-    predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
+    predict.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True,
+        help="best.pt, or another UNet++'s weights; several, or the folder of a cross-validation, predict together",
+    )  # fmt: skip
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
     predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
@@ -55,7 +59,7 @@ class Job:
     """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
     are written as label maps; otherwise None."""
 
-    network: Network
+    network: Network | Ensemble
     options: argparse.Namespace
     classes: list[str]
     size: int | None
@@ -69,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
-    network, content = checkpoint.load_model(options.checkpoint, device)
+    network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
     job = Job(network, options, class_names(network, content), size, _palette(network, about))

@@ -9,6 +9,7 @@ from ..architecture.options import NORMS, UPSAMPLES
 from ..common.errors import InputError
 from ..data.tasks import TASKS
 from ..models.architectures import PAPER_FEATURES
+from ..training.loggers import LOGGERS
 from ..training.loss_table import LOSSES
 from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from ..training.recipe import MONITORS
@@ -37,7 +38,12 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
-    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+    train.add_argument(
+        "--folds", type=int, metavar="K", help="train K networks, each validated on another part of the images"
+    )
+    train.add_argument("--fold", type=int, metavar="NUMBER", help="train only this one of the folds, from 0")
+    train.add_argument("--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too, beside log.csv")
+    train.add_argument("--tensorboard", action="store_true", help="the same as --log tensorboard")
 
 
 def _add_patches(command: argparse.ArgumentParser) -> None:
