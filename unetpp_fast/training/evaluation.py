@@ -47,9 +47,9 @@ def evaluate(
             whose logits are blended (`tiled_prediction`). Weights, images and masks are not counted.
 
     Returns:
-        Keys "iou" and "dice", and "loss" if one is given. Of several classes, "class_iou" and "class_dice" are lists of scores
-        over all pixels of all images; a class without a pixel in the masks and the predictions has NaN. With an exclusive loss
-        "iou" and "dice" are the means of these, and "confusion" is a matrix (`exclusive.class_scores`).
+        Keys "iou" and "dice", and "loss" if one is given. Of several classes, "class_iou" and "class_dice" are lists of
+        scores over all pixels of all images; a class without a pixel in the masks and the predictions has NaN. With an
+        exclusive loss "iou" and "dice" are the means of these, and "confusion" is a matrix (`exclusive.class_scores`).
     """
     exclusive, count = loss is not None and is_exclusive(loss), network.out_channels
     rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each process fills its rows
