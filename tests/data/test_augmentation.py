@@ -132,6 +132,9 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, text, says):
 def test_a_file_s_transforms_are_used(tmp_path):
     """Those that MONAI resizes by its own modes too, and names without settings."""
     (tmp_path / "a.yaml").write_text("- RandZoom: {prob: 1, min_zoom: 0.5, max_zoom: 0.6}\n- RandGaussianNoise\n")
+    example = (Path(__file__).parents[2] / "docs/training.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "docs.yaml").write_text(example)
+    assert len(Augmentation(read_spec(tmp_path / "docs.yaml"), 2, 16).moving) == 2
     spec = read_spec(tmp_path / "a.yaml")
     assert spec == [["RandZoom", {"prob": 1, "min_zoom": 0.5, "max_zoom": 0.6}], ["RandGaussianNoise", {}]]
     for dims in (2, 3):
