@@ -34,6 +34,7 @@ ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *HUB, *TENSORBOARD]
 TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
+APP = [*COMMANDS, "gradio>=6"]
 BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
 
 
@@ -134,6 +135,7 @@ setup(
         "hub": HUB,
         "tensorboard": TENSORBOARD,
         "encoders": ENCODERS,
+        "app": APP,
         "bench": BENCH,
         "onnx": EXPORT,
         "test": TEST,
