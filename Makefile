@@ -17,7 +17,7 @@ TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libc10.so
 GPU_TRITON ?=
 WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 
-.PHONY: demo test bench figures static wheel gpu-check gpu-prepare lint format clean
+.PHONY: demo test bench figures static docs wheel gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
@@ -30,6 +30,10 @@ bench: .venv/bench
 
 figures: .venv/bench
 	$(BIN)/python benchmarks/figures.py
+
+# The pages as HTML in build/docs; a warning, such as a link to nothing, is an error.
+docs: .venv/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 # Least times on a GPU, computed from the compiled kernels; needs nvcc and no GPU.
 static: .venv/test
@@ -64,7 +68,7 @@ clean:
 	rm -rf .venv build dist *.egg-info demo
 
 # What is installed is remembered as an empty file, made anew when setup.py changes.
-.venv/demo .venv/test .venv/bench .venv/release: .venv/%: setup.py pyproject.toml | .venv/base
+.venv/demo .venv/test .venv/bench .venv/docs .venv/release: .venv/%: setup.py pyproject.toml | .venv/base
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 

@@ -21,8 +21,9 @@ import unetpp_fast as uf
 from unetpp_fast.cli import parser, train
 from unetpp_fast.common import atomic_files
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import BatchLoader, Patches
-from unetpp_fast.data.samples import ArraySample, find_samples
+from unetpp_fast.data.samples import ArraySample
 from unetpp_fast.execution import reference
 from unetpp_fast.training import checkpoint, memory_budget, processes, run_folder
 from unetpp_fast.training.checkpoint import load_checkpoint

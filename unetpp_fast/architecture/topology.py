@@ -24,8 +24,12 @@ Position = tuple[int, int]
 class Node:
     """X(level, column): two convolutions over the prefix and the up-sampled node one level below.
 
-    `prefix`: the columns of the same level that it reads (0..column-1 for a nested node). `up_width`: the channels of the
-    up-sampled X(level+1, column-1), 0 in the encoder.
+    Args:
+        level: the map has 1/2^level of the image's size.
+        column: 0 in the encoder.
+        width: its channels.
+        prefix: the columns of the same level that it reads (0..column-1 for a nested node).
+        up_width: the channels of the up-sampled X(level+1, column-1), 0 in the encoder.
     """
 
     level: int
@@ -36,10 +40,12 @@ class Node:
 
     @property
     def name(self) -> str:
+        """Of its module in a network, "x0_1" for X(0,1)."""
         return f"x{self.level}_{self.column}"
 
     @property
     def position(self) -> Position:
+        """(level, column)."""
         return self.level, self.column
 
     @property
@@ -50,9 +56,18 @@ class Node:
 
 @dataclass(frozen=True)
 class Topology:
-    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head.
+    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head (Zhou et al.,
+    2018, https://arxiv.org/abs/1807.10165, eq. 1).
 
-    given: the maps of column 0 are not computed, but given by an encoder (`over_maps`).
+    Args:
+        in_channels, spatial_dims: of the image; 2 or 3 axes.
+        nodes: in an order in which each comes after what it reads.
+        heads: columns of level 0 with a head.
+        given: the maps of column 0 are not computed, but given by an encoder (`over_maps`).
+
+    Raises:
+        ValueError: `nested` and `plain`: a width or count is out of range.
+        KeyError: `topology[i, j]`: there is no such node.
     """
 
     in_channels: int
@@ -113,6 +128,7 @@ class Topology:
 
     @property
     def depth(self) -> int:
+        """The deepest level; 4 in the paper."""
         return max(node.level for node in self.nodes)
 
     @property
@@ -236,6 +252,7 @@ class Topology:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Topology:
+        """The topology of which `to_dict` returned `data`."""
         nodes = tuple(Node(i, j, width, tuple(prefix), up) for i, j, width, prefix, up in data["nodes"])
         return cls(data["in_channels"], data["spatial_dims"], nodes, tuple(data["heads"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..data import prediction_files
 from ..data.images import STANDARD, scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
+from ..models.ensemble import Ensemble
 from ..models.network import Network
 from ..training import checkpoint
 from ..training.classes import class_names, palette
@@ -32,7 +34,10 @@ def add_parser(commands: Commands) -> None:
     text = "Write masks or a label map of each image, in its format."
     command = add_command(commands, "predict", run, text, usage="--checkpoint RUN/best.pt --images IMAGES --out OUT")
     predict = command.add_argument_group("data and results")
-    predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
+    predict.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True,
+        help="best.pt, or another UNet++'s weights; several, or the folder of a cross-validation, predict together",
+    )  # fmt: skip
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
     predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
@@ -54,7 +59,7 @@ class Job:
     """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
     are written as label maps; otherwise None."""
 
-    network: Network
+    network: Network | Ensemble
     options: argparse.Namespace
     classes: list[str]
     size: int | None
@@ -68,17 +73,17 @@ def run(options: argparse.Namespace) -> int:
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
-    network, content = checkpoint.load_model(options.checkpoint, device)
+    network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
     job = Job(network, options, class_names(network, content), size, palette(network, about))
-    images = prediction_files.find(options.images)
+    images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
-    for name, path in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
+    for name, files in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
         try:
             with autocast(device, dtype):
-                drawn |= _predict_one(job, name, path)
+                drawn |= _predict_one(job, name, files)
         except InputError as error:
             if len(images) == 1 or isinstance(error, OSError):  # nothing can be written
                 raise
@@ -92,10 +97,10 @@ def run(options: argparse.Namespace) -> int:
     return FAILED if refused else 0
 
 
-def _predict_one(job: Job, name: str, path: Path) -> bool:
-    """Predicts and writes a file; returns whether it has an overlay."""
+def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
+    """Predicts and writes an image; returns whether it has an overlay."""
     options, out = job.options, job.options.out
-    source = prediction_files.read(path, job.network.topology.spatial_dims, job.network.topology.in_channels)
+    source = prediction_files.read(files, job.network.topology.spatial_dims, job.network.topology.in_channels)
     if job.size:
         masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:

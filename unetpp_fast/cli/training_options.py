@@ -9,13 +9,17 @@ from ..architecture.options import NORMS, UPSAMPLES
 from ..common.errors import InputError
 from ..data.tasks import TASKS
 from ..models.architectures import PAPER_FEATURES
+from ..training.loggers import LOGGERS
 from ..training.loss_table import LOSSES
-from .arguments import ENCODER_OPTIONS, add_device, add_task, byte_count, engine_options, label, width_list
+from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
+from ..training.recipe import MONITORS
+from .arguments import ENCODER_OPTIONS, add_device, add_label_maps, add_task, byte_count, engine_options, width_list
 
 
 def add_options(train: argparse.ArgumentParser) -> None:
     """Adds all options of `train`."""
     _add_data(train)
+    _add_patches(train)
     _add_classes(train)
     _add_network(train)
     _add_encoder(train)
@@ -35,13 +39,38 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
     train.add_argument(
-        "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
+        "--folds", type=int, metavar="K", help="train K networks, each validated on another part of the images"
+    )
+    train.add_argument("--fold", type=int, metavar="NUMBER", help="train only this one of the folds, from 0")
+    train.add_argument("--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too, beside log.csv")
+    train.add_argument("--tensorboard", action="store_true", help="the same as --log tensorboard")
+
+
+def _add_patches(command: argparse.ArgumentParser) -> None:
+    """Adds the options of the patches that a network is trained on."""
+    train = command.add_argument_group("patches and augmentation")
+    train.add_argument(
+        "--patch",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="side of the random patches (default: 96, of volumes 64, or the task's)",
     )
     train.add_argument(
         "--patches-per-image", type=int, default=argparse.SUPPRESS,
         help="patches per image and epoch (default: 4, or the task's)",
     )  # fmt: skip
-    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+    train.add_argument(
+        "--augment", metavar="NAME", default="light",
+        help="none, light (flips and 90-degree turns), strong (turns, scale, elastic, contrast, noise), or a YAML file",
+    )  # fmt: skip
+    train.add_argument(
+        "--foreground", type=float, metavar="SHARE", default=0.0,
+        help="share of the patches, such as 0.33, that are sure to hold foreground (default: 0)",
+    )  # fmt: skip
+    train.add_argument(
+        "--normalise", choices=["image", "dataset"], default="image",
+        help="by mean and standard deviation of each image, or of all images to train on together",
+    )  # fmt: skip
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -51,8 +80,30 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
     batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
     train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
-    train.add_argument("--learning-rate", type=float, default=3e-4, help="of Adam")
-    train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
+    train.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="sgd has a Nesterov momentum of 0.9")
+    train.add_argument(
+        "--learning-rate", type=float, metavar="RATE", default=argparse.SUPPRESS,
+        help="the largest one (default: 3e-4; with sgd 0.01)",
+    )  # fmt: skip
+    train.add_argument("--weight-decay", type=float, metavar="FACTOR", default=0.0, help="of the optimizer")
+    train.add_argument(
+        "--schedule", choices=list(SCHEDULES), default="constant",
+        help="how the learning rate falls to 0 over all epochs: as a cosine, or as (1 - t)^0.9 (poly)",
+    )  # fmt: skip
+    train.add_argument(
+        "--warm-up", type=float, metavar="EPOCHS", default=0.0, help="epochs over which the learning rate rises linearly"
+    )
+    train.add_argument(
+        "--clip", type=float, metavar="NORM", default=0.0, help="the largest norm of the gradient; 0 for any (default: 0)"
+    )
+    train.add_argument(
+        "--ema", type=float, metavar="DECAY", default=0.0,
+        help="validate and keep a moving average of the weights, such as 0.999 (default: 0, the weights themselves)",
+    )  # fmt: skip
+    train.add_argument(
+        "--monitor", choices=list(MONITORS), default="iou", help="the validation score that chooses the best epoch"
+    )
+    train.add_argument("--patience", type=int, default=20, help="epochs without a better score before it stops")
     train.add_argument("--seed", type=int, default=0, help="of the weights, the patches and the validation images")
 
 
@@ -73,8 +124,7 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
     """Adds the options of the loss and of label maps."""
     train = command.add_argument_group("loss and label maps")
     train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
-    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
-    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
+    add_label_maps(train)
 
 
 def _add_network(command: argparse.ArgumentParser) -> None:
@@ -111,13 +161,14 @@ def _add_encoder(command: argparse.ArgumentParser) -> None:
 
 
 def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    """The options of `train`, with the defaults that depend on --task and --arch."""
+    """The options of `train`, with the defaults that depend on --task and --arch; a patch of None is `PATCH`."""
     nested = options.arch == "unet++"
-    defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
+    defaults = {"norm": "batch", "dropout": 0.0, "patch": None, "patches_per_image": 4, "deep_supervision": nested}
     if options.task:
         task = TASKS[options.task]
         defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
         defaults["deep_supervision"] = False
+    defaults["learning_rate"] = LEARNING_RATES[options.optimizer]
     defaults |= {"features": PAPER_FEATURES[options.arch], "upsample": "nearest" if options.encoder else "deconv"}
     return argparse.Namespace(**{**defaults, **vars(options)})
 

@@ -43,7 +43,7 @@ def read_normalised(path: Path | BinaryIO, normalisation: Normalisation = STANDA
 
 
 def read_values(path: Path | BinaryIO) -> np.ndarray:
-    """As `read_image`, float64."""
+    """As `read_image`, float64, before values are rounded."""
     stored = read_picture(path)
     if "Z" in stored.axes:
         pages = stored.values.shape[stored.axes.index("Z")]
@@ -76,7 +76,7 @@ def check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.nd
     """Raises InputError unless the mask `[*S]` has the size of the image `[C, *S]`."""
     if mask.shape != image.shape[1:]:
         have, want = _size(mask.shape), _size(image.shape[1:])
-        turned = mask.shape == image.shape[1:][::-1]
+        turned = mask.ndim == 2 and mask.shape == image.shape[1:][::-1]
         hint = "draw it on the upright image, turned by its orientation tag" if turned else "they must have the same size"
         raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: {hint}")
 

@@ -1,10 +1,4 @@
-"""Images with masks, and their split into training and validation.
-
-The layout of a folder is that of pytorch-nested-unet::
-
-    images/<id>.png        grey or colour, 8 or 16 bit
-    masks/<class>/<id>.png one file per class and image
-"""
+"""Images with masks, and their split into training and validation."""
 
 from __future__ import annotations
 
@@ -18,37 +12,32 @@ import numpy as np
 from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
-from .file_formats import find_images
-from .images import STANDARD, check_size, read_normalised, read_values
-from .masks import read_mask
+from .images import STANDARD
+from .inputs import read_drawn_mask, read_inputs, stack_masks
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its masks, one file per class; read when needed."""
+    """An image or volume and its masks, one file per class; read when needed. channels: further files of the image."""
 
     name: str
     image: Path
     masks: tuple[Path, ...]
+    channels: tuple[Path, ...] = field(default=(), kw_only=True)
     normalisation: Normalisation | None = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised image, float32 `[C, H, W]`, and mask, bool `[classes, H, W]`.
+        """Normalised image, float32 `[C, *S]`, and mask, bool `[classes, *S]`.
 
         Raises:
-            InputError: a file cannot be read, or the sizes differ.
+            InputError: a file cannot be read, or the sizes or grids differ.
         """
-        image = read_normalised(self.image, self.normalisation)
-        masks = []
-        for path in self.masks:
-            mask = read_mask(path)
-            check_size(path, mask, self.image, image)
-            masks.append(mask)
-        return image, np.stack(masks)
+        masks = [read_drawn_mask(path) for path in self.masks]
+        return self.normalisation(read_inputs((self.image, *self.channels), masks[0])), stack_masks(masks)
 
     def values(self) -> np.ndarray:
-        """The image before it is normalised, float64 `[C, H, W]`; errors as `load`."""
-        return read_values(self.image)
+        """The image before it is normalised, float64 `[C, *S]`; errors as `load`."""
+        return read_inputs((self.image, *self.channels), read_drawn_mask(self.masks[0]))
 
 
 @dataclass(frozen=True)
@@ -70,30 +59,6 @@ class ArraySample:
 
 
 Dataset = tuple[list, list[str]]  # samples and the names of their classes
-
-
-def find_samples(root: Path) -> Dataset:
-    """Every image under `root` with its masks, sorted by id, and the names of the classes.
-
-    Raises:
-        InputError: a folder is missing or empty, or an image has no mask.
-    """
-    pictures, folder = root / "images", root / "masks"
-    if not pictures.is_dir():
-        raise InputError(f"{pictures} is not a folder: expected {pictures}/<id>.png and {folder}/<class>/<id>.png")
-    images = find_images(pictures)
-    inside = folder.iterdir() if folder.is_dir() else []
-    classes = sorted(path.name for path in inside if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise InputError(f"{folder} holds no folder of masks: expected {folder}/<class>/<id>.png, e.g. {folder}/0/")
-    masks = {name: find_images(folder / name) for name in classes}
-    for name in classes:
-        missing = sorted(set(images) - set(masks[name]))
-        if missing:
-            first = images[missing[0]]
-            raise InputError(f"image {first} has no mask {folder / name / missing[0]}.png ({len(missing)} such image(s))")
-    samples = [Sample(key, path, tuple(masks[name][key] for name in classes)) for key, path in images.items()]
-    return samples, classes
 
 
 def dataset_normalisation(samples: Sequence[Sample | ArraySample]) -> Normalisation:

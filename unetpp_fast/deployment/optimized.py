@@ -282,6 +282,10 @@ def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | torch.device = "cpu") -> Optimized:
     """Rebuilds a module from its `state_dict()` or a file with it; no code in a file can run (`weights_only`).
 
+    Args:
+        source: the dictionary, or the file's path.
+        device: to put the module on; texts as PyTorch takes them, "cuda:1".
+
     Raises:
         InputError: the file does not exist, is damaged, or is not of an optimized module.
     """

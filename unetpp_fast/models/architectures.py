@@ -26,7 +26,9 @@ ENCODER_OPTIONS = {"encoder_weights", "encoder_depth", "decoder_channels", "atte
 
 
 class UNetPlusPlus(Network):
-    """UNet++ (Zhou et al., 2018): U-Net with nested, dense skip pathways.
+    """UNet++ (Zhou et al., 2018, https://arxiv.org/abs/1807.10165): U-Net with nested, dense skip pathways.
+
+    It maps images `[N, in_channels, *S]`, floating point, to logits `[N, out_channels, *S]`: see `Network.forward`.
 
     Args:
         in_channels, out_channels: channels of the image and classes of the mask.
@@ -43,6 +45,10 @@ class UNetPlusPlus(Network):
         backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.
         encoder: None, or what gives the first column of the grid: a name of timm (extra `encoders`) or a module that returns
             a pyramid of maps. The result is then an `EncodedNetwork`; `over_encoder` says what further arguments it takes.
+
+    Raises:
+        ValueError: an option, a width or a count is unknown or out of range; the message says what is allowed.
+        TypeError: an argument of the other kind of network.
     """
 
     def __new__(cls, *args: Any, encoder: str | nn.Module | None = None, **options: Any):
@@ -143,7 +149,12 @@ def from_config(config: Mapping[str, Any], backend: str = "auto") -> Network | E
 
 
 class UNet(Network):
-    """U-Net on the same grid: the first column and the last diagonal. Arguments as in `UNetPlusPlus`."""
+    """U-Net (Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597) on the same grid: the first column and the last
+    diagonal.
+
+    It maps images `[N, in_channels, *S]`, floating point, to logits `[N, out_channels, *S]`. Arguments and errors as in
+    `UNetPlusPlus`.
+    """
 
     def __init__(
         self,
@@ -169,12 +180,17 @@ def from_paper(
     spatial_dims: int = 2,
     deep_supervision: bool = False,
 ) -> Network:
-    """A network of the paper's comparison (table 2): no norm, ReLU, dropout 0.5, transposed convolutions.
+    """A network of the comparison in the paper of UNet++ (https://arxiv.org/abs/1807.10165, table 2): no norm, ReLU,
+    dropout 0.5, transposed convolutions.
 
     Args:
         name: "unet" (7,759,521 parameters with one channel and one class), "wide_unet" (9,282,246; the paper
             prints 9.13 M) or "unet++" (9,041,601 with one head).
+        in_channels, out_channels, spatial_dims: as in `UNetPlusPlus`.
         deep_supervision: heads on X(0,1)..X(0,4); "unet++" only.
+
+    Raises:
+        ValueError: there is no such network, or another than "unet++" is to have deep supervision.
     """
     if name not in PAPER_FEATURES:
         raise ValueError(f"from_paper knows {sorted(PAPER_FEATURES)}, not {name!r}")
@@ -194,5 +210,5 @@ def _up_width(features: Sequence[int], upsample: Option):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Trainable parameters of a module."""
+    """The number of trainable parameters of `model`, any module, each shared one once; frozen ones are not counted."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

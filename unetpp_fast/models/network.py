@@ -26,13 +26,18 @@ class Network(Pretrained, nn.Module):
     Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
     `[N, out_channels, *S]`, or a list with one per head, with `deep_supervision`.
 
-    Args, beyond those of `UNetPlusPlus` (other implementations of UNet++ need them):
+    Args:
+        topology: the nodes and the heads.
+        out_channels, norm, act, upsample, dropout, deep_supervision, backend: as in `UNetPlusPlus`.
         bias, head_bias: whether the 3x3 convolutions, and the heads, have a bias.
         downsample: "pool" (2x2 maxima) or "stride" (the first convolution of a level halves the map).
         odd_sizes: also accept sizes that are not a multiple of 2^depth: pooling drops the last pixel of an odd axis, an
             up-sampled map repeats its last one. The engine then up-samples low sources into maps (`fused/upsampling.py`).
         form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
         spare_heads: columns of level 0 whose heads are kept, frozen, and never run.
+
+    Raises:
+        ValueError: an option is unknown or out of range; the message says what is allowed.
     """
 
     sync_group = ""  # the process group over which batch norms take statistics; set by `sync_batch_norm`

@@ -20,8 +20,9 @@ class BCEDiceLoss(nn.Module):
 
         loss_b = ½ mean(-y log p - (1 - y) log(1 - p)) + 1 - (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth)
 
-    This is eq. 2 with the full cross-entropy (the paper prints only y log p) and with 1 added, so that the loss is not
-    negative. It is computed in float32, or in float64 for float64 logits.
+    This is eq. 2 of the paper of UNet++ (https://arxiv.org/abs/1807.10165) with the full cross-entropy (the paper prints
+    only y log p) and with 1 added, so that the loss is not negative. It is computed in float32, or in float64 for
+    float64 logits.
 
     Args:
         smooth: avoids a division by zero for images without foreground.

@@ -9,7 +9,7 @@ from .losses import check_pair, check_unit
 
 
 def iou_score(probabilities: Tensor, target: Tensor) -> Tensor:
-    """Mean over the images of |A and B| / |A or B|, with A = probabilities > 0.5 and B = target > 0.5.
+    """Mean over the images of `|A and B| / |A or B|`, with A = probabilities > 0.5 and B = target > 0.5.
 
     Args:
         probabilities, target: `[N, C, *S]`; the pixels of all classes of an image are counted together.
@@ -26,7 +26,17 @@ def iou_score(probabilities: Tensor, target: Tensor) -> Tensor:
 
 
 def dice_score(probabilities: Tensor, target: Tensor) -> Tensor:
-    """Mean over the images of 2 |A and B| / (|A| + |B|); arguments and errors as in `iou_score`."""
+    """Mean over the images of `2 |A and B| / (|A| + |B|)`, with A = probabilities > 0.5 and B = target > 0.5.
+
+    Args:
+        probabilities, target: `[N, C, *S]`; the pixels of all classes of an image are counted together.
+
+    Returns:
+        A scalar tensor, float32; an image in which both masks are empty counts as 1.
+
+    Raises:
+        ValueError: as for `iou_score`.
+    """
     both, _, total, valid = _areas(probabilities, target)
     return _ratio(2 * both, total, valid)
 

@@ -11,7 +11,8 @@ from ...common.errors import InputError
 from ..file_formats import find_images
 from ..images import check_size, read_normalised
 from ..masks import read_mask
-from ..samples import Dataset, Sample, find_samples
+from ..pairs import find_samples
+from ..samples import Dataset, Sample
 
 STAGES = ("", "stage1_train")
 
