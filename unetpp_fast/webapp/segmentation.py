@@ -21,7 +21,7 @@ MODES = ("fast", "accurate")
 WHOLE_PIXELS = 2048**2  # of an image or volume up to which it is predicted in one piece
 MEMORY, TILE = "2G", 512  # for larger ones; the tile of networks over an encoder
 SHOWN = 1400  # pixels of the longer side of a drawing
-TWICE_MS = 6000.0  # a pass that took less is timed a second time: the first of a size also chooses kernels
+TWICE_MS = 20000.0  # a pass that took less is timed a second time: the first of a size also chooses kernels
 OTHER_CHANNELS = {1: 3, 3: 1}
 
 
