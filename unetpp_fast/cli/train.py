@@ -224,7 +224,7 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     if processes.is_first():
         _say(f"report: {training_run.write_if_possible(trainer, settings)}")
-    if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
+    if processes.is_first() and len(trainer.about["classes"]) > 1 and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
 
@@ -237,8 +237,9 @@ def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
 
 
 def _per_class(content: dict) -> str:
-    """The scores of the best epoch, a line per class; a class that occurs nowhere has none."""
-    rows = zip(content["about"]["classes"], content["scores"]["class_iou"], content["scores"]["class_dice"], strict=True)
+    """The scores of the best epoch, a line per class; a class that occurs nowhere has none, nor have runs of before."""
+    scores = content.get("scores", {"class_iou": [], "class_dice": []})
+    rows = zip(content["about"]["classes"], scores["class_iou"], scores["class_dice"], strict="scores" in content)
     return "\n".join(
         f"  {name}: " + (f"IoU {iou:.4f}, Dice {dice:.4f}" if iou == iou else "not in the validation images")
         for name, iou, dice in rows
