@@ -13,7 +13,16 @@ from ..training.loggers import LOGGERS
 from ..training.loss_table import LOSSES
 from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from ..training.recipe import MONITORS
-from .arguments import ENCODER_OPTIONS, add_device, add_label_maps, add_task, byte_count, engine_options, width_list
+from .arguments import (
+    ENCODER_OPTIONS,
+    add_device,
+    add_label_maps,
+    add_task,
+    augmentation,
+    byte_count,
+    engine_options,
+    width_list,
+)
 
 
 def add_options(train: argparse.ArgumentParser) -> None:
@@ -60,7 +69,7 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
         help="patches per image and epoch (default: 4, or the task's)",
     )  # fmt: skip
     train.add_argument(
-        "--augment", metavar="NAME", default="light",
+        "--augment", type=augmentation, metavar="NAME", default="light",
         help="none, light (flips and 90-degree turns), strong (turns, scale, elastic, contrast, noise), or a YAML file",
     )  # fmt: skip
     train.add_argument(
