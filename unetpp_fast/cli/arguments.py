@@ -138,6 +138,11 @@ def label(text: str) -> int | None:
     return int(text)
 
 
+def augmentation(text: str) -> str | Path:
+    """none, light and strong as they are, all else as a path."""
+    return text if text in ("none", "light", "strong") else Path(text)
+
+
 def byte_count(text: str) -> int:
     """`512M` as 512 * 2^20."""
     try:

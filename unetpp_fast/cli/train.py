@@ -186,7 +186,7 @@ def _patches(training: list, folder: Folder, spatial_dims: int, options: argpars
     """The patches of the options, which change at random as --augment says."""
     transform = None
     if options.augment not in ("none", "light"):
-        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(Path(options.augment))
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(options.augment)
         transform = Augmentation(spec, spatial_dims, options.patch)
     return Patches(
         training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),

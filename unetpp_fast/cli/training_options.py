@@ -19,6 +19,7 @@ from .arguments import (
     add_device,
     add_label_maps,
     add_task,
+    augmentation,
     byte_count,
     class_weights,
     engine_options,
@@ -70,7 +71,7 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
         help="patches per image and epoch (default: 4, or the task's)",
     )  # fmt: skip
     train.add_argument(
-        "--augment", metavar="NAME", default="light",
+        "--augment", type=augmentation, metavar="NAME", default="light",
         help="none, light (flips and 90-degree turns), strong (turns, scale, elastic, contrast, noise), or a YAML file",
     )  # fmt: skip
     train.add_argument(
