@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +21,8 @@ import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import Patches
-from unetpp_fast.training import optimizers
-from unetpp_fast.training import trainer as trainer_module
+from unetpp_fast.training import evaluation, optimizers
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model
-from unetpp_fast.training.evaluation import evaluate
 from unetpp_fast.training.recipe import Recipe
 from unetpp_fast.training.trainer import Interrupted, Trainer
 
@@ -133,7 +136,7 @@ def test_averaged_weights_are_validated_and_kept(folder, tmp_path):
         network, content = load_model(tmp_path / name)
         if content["epoch"] == 2:
             assert all(torch.equal(network.state_dict()[key], averaged[key]) for key in averaged)
-        assert evaluate(network, trainer.validation)["iou"] == history[content["epoch"] - 1]["val_iou"]
+        assert evaluation.evaluate(network, trainer.validation)["iou"] == history[content["epoch"] - 1]["val_iou"]
     raw = load_checkpoint(tmp_path / "last.pt")["model"]
     assert all(torch.equal(raw[key], value) for key, value in trainer.network.state_dict().items())
 
@@ -171,7 +174,7 @@ def test_each_optimizer_takes_its_own_step():
 def test_the_monitored_score_chooses_the_best_epoch_and_stops(folder, tmp_path, monkeypatch, monitor, best):
     rows = [(1.0, 0.5, 0.1), (1.5, 0.6, float("nan")), (1.2, 0.6, 0.2), (2.0, 0.2, 0.1), (2.0, 0.2, 0.1), (2.0, 0.2, 0.1)]
     scores = iter(dict(zip(("loss", "iou", "dice"), row, strict=True)) for row in rows)
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: next(scores))
     trainer = make_trainer(folder, tmp_path, epochs=6, patience=2, monitor=monitor)
     assert len(trainer.fit(progress=False)) == best + 2
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best
@@ -220,3 +223,32 @@ def test_averages_of_a_network_in_half_precision_buffers_stay_integers():
         average.update_parameters(network)
     counts = [value for key, value in average.state_dict().items() if key.endswith("num_batches_tracked")]
     assert counts and all(value.dtype == torch.int64 for value in counts) and int(average.n_averaged) == 3
+
+
+def test_a_killed_run_with_augmentation_and_everything_equals_an_unbroken_one(folder, tmp_path):
+    """Killed in its third epoch or later, with a worker process that reads ahead."""
+    pytest.importorskip("monai", reason="the extra 'augment' is not installed")
+    options = (
+        "--features", "4,8", "--patch", "32", "--patches-per-image", "4", "--batch-size", "4", "--dropout", "0.2",
+        "--augment", "strong", "--foreground", "0.5", "--normalise", "dataset", "--optimizer", "adamw", "--schedule",
+        "cosine", "--warm-up", "1.5", "--clip", "0.5", "--ema", "0.9", "--accumulate", "2", "--monitor", "loss",
+        "--epochs", "5", "--device", "cpu",
+    )  # fmt: skip
+    command = ("train", "--data", str(folder), *options)
+    assert run(*command, "--out", tmp_path / "whole", "--workers", "1") == 0
+    log = tmp_path / "broken/log.csv"
+    program = [sys.executable, "-m", "unetpp_fast", *command, "--out", str(tmp_path / "broken"), "--quiet"]
+    broken = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while broken.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.005)
+    broken.kill()
+    assert broken.wait(60) == -signal.SIGKILL
+    assert 2 < log.read_text().count("\n") < 6
+    assert run(*command, "--out", tmp_path / "broken", "--resume") == 0
+    for name in ("last.pt", "best.pt"):
+        one, other = (load_checkpoint(tmp_path / part / name) for part in ("whole", "broken"))
+        for content in (one, other):
+            content.get("recipe", {}).pop("workers", None)  # which may change
+        assert same(one, other), name
+    assert (tmp_path / "whole/log.csv").read_text() == log.read_text()

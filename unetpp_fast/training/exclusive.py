@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import check_pair
+from .metrics import overlap_scores
 
 
 class CrossEntropyDiceLoss(nn.Module):
@@ -104,5 +105,4 @@ def class_scores(matrix: Tensor) -> dict[str, list[float]]:
         Keys "iou" and "dice", K numbers each.
     """
     matrix = matrix.double()
-    both, total = matrix.diagonal(), matrix.sum(dim=0) + matrix.sum(dim=1)
-    return {"iou": (both / (total - both)).tolist(), "dice": (2 * both / total).tolist()}
+    return overlap_scores(torch.stack([matrix.diagonal(), matrix.sum(dim=0) + matrix.sum(dim=1)], dim=1))

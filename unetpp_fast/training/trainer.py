@@ -26,9 +26,8 @@ from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
 from ..models.normalisation import Normalisation
-from . import captured, processes, run_folder
+from . import captured, evaluation, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
-from .evaluation import evaluate
 from .loss_table import is_exclusive
 from .losses import BCEDiceLoss
 from .recipe import Recipe
@@ -58,7 +57,9 @@ class Trainer:
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
             returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
             show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
-            one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
+            one-hot, and the largest logit is chosen. `best.pt` holds the scores of each of several classes ("scores").
+
+        max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
 
     The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
 
@@ -75,9 +76,10 @@ class Trainer:
         out: Path | None = None,
         about: dict[str, Any] | None = None,
         loss: nn.Module | None = None,
+        max_memory: int | str = evaluation.MEMORY,
     ):
         self.network, self.patches, self.validation = network, patches, validation
-        self.recipe, self.out, self.about = recipe, out, about or {}
+        self.recipe, self.out, self.about, self.max_memory = recipe, out, about or {}, max_memory
         if network.form not in ("plain", "always_list"):
             raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
@@ -223,10 +225,12 @@ class Trainer:
         train_loss, train_iou = self._means()
         self._check_weights()
         if self.validation:
-            self._save("last.pt", resumable=True)  # validating whole images may run out of memory
-        with self.train_step.evaluating():
-            settings = {"dtype": self.recipe.dtype, "loss": self.loss}
-            self.scores = evaluate(self.train_step.validated, self.validation, **settings) if self.validation else {}
+            self._save("last.pt", resumable=True)  # validating may fail
+        settings = {"dtype": self.recipe.dtype, "loss": self.loss, "max_memory": self.max_memory}
+        self.scores = {}
+        if self.validation:
+            with self.train_step.evaluating():
+                self.scores = evaluation.evaluate(self.train_step.validated, self.validation, **settings)
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
         values = (
@@ -257,7 +261,7 @@ class Trainer:
         network = self.network if resumable else self.train_step.validated
         content = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
-        content |= {"scores": self.scores} if "confusion" in self.scores else {}
+        content |= {"scores": self.scores} if "class_iou" in self.scores else {}
         if resumable:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             content |= {
