@@ -21,7 +21,7 @@ from .batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups",
     "padding_mode", "num_features", "channels", "eps", "affine", "track_running_stats", "negative_slope", "mode",
-    "align_corners", "odd_sizes", "gated_input",
+    "align_corners", "odd_sizes", "gated_input", "factors",
 )  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = ("forward", "_call_impl", "_conv_forward", "join", "convolve")  # what a call of a layer goes through

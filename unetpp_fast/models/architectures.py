@@ -42,6 +42,9 @@ class UNetPlusPlus(Network):
             become pixels (`architecture.layers.PixelShuffle`).
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
+        strides, kernels: None, or per axis the stride, 1 or 2, from each level to the next, and the taps, 1 or 3, at each
+            level: for volumes of unlike axes, as `strides=[(1, 2, 2), (2, 2, 2)], kernels=[(1, 3, 3)] + [(3, 3, 3)] * 2`.
+            Each axis of S must then be a multiple of its number of `multiples`.
         backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.
         encoder: None, or what gives the first column of the grid: a name of timm (extra `encoders`) or a module that returns
             a pyramid of maps. The result is then an `EncodedNetwork`; `over_encoder` says what further arguments it takes.
@@ -71,12 +74,14 @@ class UNetPlusPlus(Network):
         dropout: float = 0.0,
         deep_supervision: bool = False,
         backend: str = "auto",
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
         encoder: None = None,
     ):
         topology = Topology.nested(
             in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision,
             up_width=_up_width(features, upsample),
-        )  # fmt: skip
+        ).over_levels(strides, kernels)  # fmt: skip
         super().__init__(
             topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout,
             deep_supervision=deep_supervision, backend=backend,
@@ -168,8 +173,11 @@ class UNet(Network):
         upsample: Option = "deconv",
         dropout: float = 0.0,
         backend: str = "auto",
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
     ):
         topology = Topology.plain(in_channels, features, spatial_dims=spatial_dims, up_width=_up_width(features, upsample))
+        topology = topology.over_levels(strides, kernels)
         super().__init__(topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, backend=backend)
 
 
