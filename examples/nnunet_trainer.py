@@ -87,9 +87,11 @@ def act_of(plan: Mapping[str, Any]) -> Option:
     name, given = str(plan.get("nonlin")).split(".")[-1], plan.get("nonlin_kwargs") or {}
     if name == "LeakyReLU":
         return "leaky_relu", {"negative_slope": given.get("negative_slope", 0.01)}
-    if name == "ReLU":
-        return "relu"
-    raise InputError(f"this plan's activation is {plan.get('nonlin')}: UNet++ takes LeakyReLU or ReLU")
+    if name in ("ReLU", "GELU", "SiLU"):
+        return name.lower()
+    if name == "PReLU":
+        return "prelu", {key: given[key] for key in ("num_parameters", "init") if key in given}
+    raise InputError(f"this plan's activation is {plan.get('nonlin')}: UNet++ takes LeakyReLU, ReLU, PReLU, GELU or SiLU")
 
 
 class nnUNetTrainerUNetPlusPlus(nnUNetTrainer):

@@ -172,7 +172,7 @@ def test_a_plan_of_eight_stages_becomes_seven(example):
         ({"strides": [[1, 1, 1], [2, 2, 2]]}, "at least 3 stages"),
         ({"dropout_op": "torch.nn.Dropout3d"}, "Dropout3d"),
         ({"norm_op": "torch.nn.GroupNorm"}, "GroupNorm"),
-        ({"nonlin": "torch.nn.GELU"}, "GELU"),
+        ({"nonlin": "torch.nn.Mish"}, "Mish"),
     ],
 )
 def test_other_plans_are_refused_with_the_reason(example, other, says):

@@ -59,7 +59,7 @@ def leaves_one_value(network: NetworkSpec, x: Tensor) -> bool:
     """Whether each statistic of the lowest level is over a single value: normalised, its maps would be zero everywhere."""
     name = norm_name(network.options["norm"])
     synced = getattr(network, "sync_group", "")  # then the other processes have values too
-    if name is None or (name == "batch" and (synced or not network.training)):
+    if name in (None, "group") or (name == "batch" and (synced or not network.training)):
         return False
     values = x.shape[0] if name == "batch" else 1
     for size, multiple in zip(x.shape[2:], network.topology.multiples, strict=True):

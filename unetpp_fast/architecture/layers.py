@@ -39,6 +39,13 @@ def make_norm(option: Option | None, channels: int, spatial_dims: int) -> nn.Mod
     name, keywords = parse_option(option, "norm", NORMS)
     if name == "instance":
         return InstanceNorm(channels, **keywords)
+    if name == "group":
+        groups = keywords["num_groups"]
+        if not isinstance(groups, int) or groups < 1 or channels % groups:
+            raise ValueError(
+                f"group norm splits {channels} channels into num_groups={groups!r}: choose a divisor of all widths"
+            )
+        return nn.GroupNorm(num_channels=channels, **keywords)
     return (nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d)(channels, **keywords)
 
 
@@ -46,6 +53,11 @@ def make_activation(option: Option) -> nn.Module:
     """The layer of an activation in `options.ACTIVATIONS`."""
     name, keywords = parse_option(option, "act", ACTIVATIONS)
     return ACTIVATIONS[name].layer(**keywords)
+
+
+def is_learned(option: Option) -> bool:
+    """Whether an activation has parameters of its own."""
+    return ACTIVATIONS[parse_option(option, "act", ACTIVATIONS)[0]].learned
 
 
 PerAxis = int | tuple[int, ...]
@@ -153,6 +165,7 @@ class NodeModule(nn.Module):
         self.conv2 = make_conv(in2, out2, spatial_dims, kernel, bias)
         self.norm2 = make_norm(norm, out2, spatial_dims)
         self.act = make_activation(act)
+        self.act2 = make_activation(act) if is_learned(act) else None  # else both convolutions have the one before
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, prefix: list[Tensor], low: Tensor | None = None) -> Tensor:
@@ -172,7 +185,7 @@ class NodeModule(nn.Module):
     def convolve(self, x: Tensor) -> Tensor:
         """Both convolutions, each with norm, activation and dropout."""
         x = self.dropout(self.act(self.norm1(self.conv1(x))))
-        return self.dropout(self.act(self.norm2(self.conv2(x))))
+        return self.dropout((self.act if self.act2 is None else self.act2)(self.norm2(self.conv2(x))))
 
 
 @torch.no_grad()

@@ -34,8 +34,10 @@ class UNetPlusPlus(Network):
         in_channels, out_channels: channels of the image and classes of the mask.
         spatial_dims: 2 or 3.
         features: width of each level, finest first; depth is `len(features) - 1` (1 to 6).
-        norm: None (the paper), "batch" or "instance"; `("batch", {"eps": 1e-3})` sets keywords.
-        act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
+        norm: None (the paper), "batch", "instance" or `("group", {"num_groups": 8})`; `("batch", {"eps": 1e-3})` sets
+            keywords.
+        act: "relu", `("leaky_relu", {"negative_slope": 0.01})`, "prelu", "gelu" or "silu"; the last three, as group norm,
+            run on the reference.
         upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear" (all channels are
             passed on), `("linear", {"align_corners": True})`. `"project": True` adds a 1x1 convolution to the level's
             width before the interpolation. "pixelshuffle": the channels of a 3x3 convolution
