@@ -16,6 +16,7 @@ from ..models.architectures import UNet, UNetPlusPlus
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.tiled_prediction import parse_bytes
+from ..training.losses import checked_weights
 
 Commands = argparse._SubParsersAction
 Run = Callable[[argparse.Namespace], int | None]
@@ -114,6 +115,18 @@ def seed_list(text: str) -> tuple[int, ...]:
 def width_list(text: str) -> tuple[int, ...]:
     """`32,64` as (32, 64)."""
     return _integers(text, ",", "a list of widths such as 32,64,128,256,512")
+
+
+def class_weights(text: str) -> str | tuple[float, ...]:
+    """`balanced`, or `1,2.5` as (1.0, 2.5)."""
+    if text == "balanced":
+        return text
+    try:
+        return checked_weights([float(part) for part in text.split(",")])
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither balanced nor a list of positive weights such as 1,2,4"
+        ) from None
 
 
 def label(text: str) -> int | None:
