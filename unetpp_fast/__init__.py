@@ -28,15 +28,19 @@ from .training.captured import capture
 from .training.exclusive import CrossEntropyDiceLoss
 from .training.losses import BCEDiceLoss
 from .training.metrics import dice_score, iou_score
+from .training.weighted_losses import DeepSupervision, FocalLoss, TverskyLoss
 
 __all__ = [
     "BCEDiceLoss",
     "CrossEntropyDiceLoss",
+    "DeepSupervision",
     "EncodedNetwork",
+    "FocalLoss",
     "Network",
     "Node",
     "Normalisation",
     "Topology",
+    "TverskyLoss",
     "UNet",
     "UNetPlusPlus",
     "__version__",

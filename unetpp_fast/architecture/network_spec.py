@@ -21,7 +21,7 @@ class NetworkSpec(Protocol):
     recompute: whether backward passes recompute the inside of nodes.
     exclusive: whether the classes that it was trained on exclude one another.
     normalisation: how the images that it was trained on were prepared (`models.normalisation`), or None.
-    multiple: every spatial axis of the image is a multiple of it.
+    multiple, multiples: every spatial axis of the image is a multiple of the former, or of its own of the latter.
     """
 
     topology: Topology
@@ -35,6 +35,7 @@ class NetworkSpec(Protocol):
     exclusive: bool
     normalisation: Any
     multiple: int
+    multiples: tuple[int, ...]
     training: bool
     nodes: nn.ModuleDict
     heads: nn.ModuleDict

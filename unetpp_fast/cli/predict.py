@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from ..models import tiled_prediction
 from ..models.ensemble import Ensemble
 from ..models.network import Network
 from ..training import checkpoint
+from ..training.classes import class_names, palette
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
 FAILED = 2
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
-    job = Job(network, options, class_names(network, content), size, _palette(network, about))
+    job = Job(network, options, class_names(network, content), size, palette(network, about))
     images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
@@ -120,45 +120,6 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
         picture = pictures.overlay(source.stored.real(source.images()[0]), shown, colours)
         write_png(out / "overlays" / f"{name}.png", picture)
     return source.is_picture
-
-
-def _palette(network: Network, about: dict) -> list[list[int]] | None:
-    """The colours of exclusive classes in a checkpoint.
-
-    Raises:
-        InputError: they are not three bytes for each class.
-    """
-    if not about.get("exclusive"):
-        return None
-    colours = about.get("palette")
-    known = isinstance(colours, list) and len(colours) == network.out_channels
-    if not known or any(bytes_of(colour) is None for colour in colours):
-        raise InputError(f"the checkpoint's palette is {colours!r}: expected {network.out_channels} colours of three bytes")
-    return colours
-
-
-def bytes_of(colour: Any) -> bytes | None:
-    """Three bytes, or None."""
-    try:
-        return bytes(colour) if len(colour) == 3 else None
-    except (TypeError, ValueError):
-        return None
-
-
-def class_names(network: Network, content: dict) -> list[str]:
-    """The names of the classes in a checkpoint, or their numbers.
-
-    Raises:
-        InputError: a name cannot be that of a folder, or there are not as many as the network has outputs.
-    """
-    about = content.get("about") or {}
-    classes = about.get("classes") or [str(index) for index in range(network.out_channels)]
-    plain = isinstance(classes, list) and all(
-        isinstance(name, str) and Path(name).name == name and name not in ("", "..") for name in classes
-    )
-    if not plain or len(classes) != network.out_channels:
-        raise InputError(f"the checkpoint's classes are {classes!r}: expected {network.out_channels} plain name(s)")
-    return classes
 
 
 def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray, np.ndarray | None]:

@@ -22,7 +22,7 @@ from ..data.augmentation import STRONG, Augmentation, read_spec
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
+from ..data.samples import check_samples, class_pixels, dataset_normalisation, groups, split, with_normalisation
 from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
@@ -32,6 +32,7 @@ from ..training.loggers import LOGGERS
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
+from ..training.weighted_losses import balanced_weights
 from . import config, cross_validation
 from .arguments import Commands, add_command, build_network, label_options
 from .training_options import add_options, check_encoder, with_defaults
@@ -95,6 +96,24 @@ def _recipe(options: argparse.Namespace, dtype: str) -> Recipe:
     )  # fmt: skip
 
 
+def _loss(options: argparse.Namespace, folder: Folder) -> nn.Module:
+    """The loss of the options, its class weights taken from the training images if they ask for it.
+
+    Raises:
+        InputError: an option does not fit the data.
+    """
+    weights = options.class_weights
+    if weights == "balanced":
+        weights = balanced_weights(class_pixels(folder.samples), folder.classes)
+        shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(folder.classes, weights, strict=True))
+        _say(f"weights of the classes: {shown}")
+    elif weights is not None and len(weights) != len(folder.classes):
+        names = ", ".join(folder.classes)
+        raise InputError(f"--class-weights gives {len(weights)} numbers for {len(folder.classes)} classes: {names}")
+    settings = {"background": options.background, "head_weights": options.head_weights}
+    return choose_loss(options.loss, folder.exclusive, weights=weights, **settings)
+
+
 def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channels: int, device: torch.device) -> Trainer:
     """The trainer of the options, resumed if they ask for it; prints what it trains."""
     if folder.validation is None:
@@ -104,7 +123,7 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
         folder = _normalised(folder, options)
     training, validation = folder.samples, folder.validation
     classes, task = folder.classes, TASKS.get(options.task)
-    loss = choose_loss(options.loss, folder.exclusive)
+    loss = _loss(options, folder)
     torch.manual_seed(options.seed)
     extra = {"dropout": options.dropout, "spatial_dims": folder.spatial_dims}
     if options.arch == "unet++":
@@ -168,7 +187,7 @@ def _patches(training: list, folder: Folder, spatial_dims: int, options: argpars
     """The patches of the options, which change at random as --augment says."""
     transform = None
     if options.augment not in ("none", "light"):
-        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(Path(options.augment))
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(options.augment)
         transform = Augmentation(spec, spatial_dims, options.patch)
     return Patches(
         training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),

@@ -145,6 +145,11 @@ class EncodedNetwork(Pretrained, nn.Module):
         """Every spatial axis of the image must be a multiple of this."""
         return 2 * self.topology.multiple
 
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """`multiple` for each axis."""
+        return (self.multiple,) * self.topology.spatial_dims
+
     def forward(self, x: Tensor) -> Outputs:
         """Logits `[N, out_channels, *S]` for `[N, C, *S]`, with `deep_supervision` a list, X(0,1) first; or their form.
 

@@ -79,8 +79,12 @@ class Network(Pretrained, nn.Module):
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             up = (topology.low_width(node), node.up_width) if node.column else None
-            stride = 2 if downsample == "stride" and node.level and not node.column else 1
-            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, stride=stride, **shared)
+            shape = {"kernel": topology.kernel(node)} if node.kernel else {}
+            if node.column and topology.strides:
+                shape["factors"] = topology.stride(node.level + 1)
+            elif downsample == "stride" and node.level and not node.column:
+                shape["stride"] = topology.stride(node.level)
+            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, **shape, **shared)
         self.heads = nn.ModuleDict()
         for column in sorted({*topology.heads, *spare_heads}):
             head = topology[0, column]
@@ -204,8 +208,13 @@ class Network(Pretrained, nn.Module):
 
     @property
     def multiple(self) -> int:
-        """Every spatial axis of the image must be a multiple of this."""
+        """Every spatial axis of the image may be a multiple of this."""
         return self.topology.multiple
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Each spatial axis of the image must be a multiple of its number."""
+        return self.topology.multiples
 
     @property
     def spare_heads(self) -> list[int]:

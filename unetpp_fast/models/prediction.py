@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,9 +19,11 @@ MODES = ("accurate", "fast")
 PROBABILITIES = ("sigmoid", "softmax")
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """`x` `[N, C, *S]` with border pixels repeated at the end of each axis up to the next multiple."""
-    missing = [-size % multiple for size in x.shape[2:]]
+def pad_to_multiple(x: Tensor, multiple: int | Sequence[int]) -> Tensor:
+    """`x` `[N, C, *S]` with border pixels repeated at the end of each axis up to the next multiple of a number, or of one
+    per axis."""
+    multiples = [multiple] * (x.ndim - 2) if isinstance(multiple, int) else multiple
+    missing = [-size % step for size, step in zip(x.shape[2:], multiples, strict=True)]
     if not any(missing):
         return x
     padding = [amount for size in reversed(missing) for amount in (0, size)]
@@ -52,10 +54,10 @@ def logits_of_any_size(network: NetworkSpec, x: Tensor, run: Callable[[Tensor], 
 
     run: replaces `network.logits`; by default a network with hooks or its own `forward` is called.
     """
-    multiple = network.multiple
-    padded = pad_to_multiple(x, multiple)
+    multiples = network.multiples
+    padded = pad_to_multiple(x, multiples)
     if leaves_one_value(network, padded):  # instance norm has no statistics of one pixel: give it two
-        padded = F.pad(padded, (0, multiple) + (0, 0) * (x.ndim - 3), mode="replicate")
+        padded = F.pad(padded, (0, multiples[-1]) + (0, 0) * (x.ndim - 3), mode="replicate")
     run = run or ((lambda image: logits_of_call(network, image)) if own_forward(network) else network.logits)
     return [crop(logits, x.shape[2:]) for logits in run(padded)]
 
