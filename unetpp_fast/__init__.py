@@ -14,6 +14,7 @@ if importlib.util.find_spec("unetpp_fast.kernels") is None:
 from .architecture.topology import Node, Topology
 from .common.version import __version__
 from .converters.converter import convert, to_state_dict
+from .data.postprocessing import postprocess
 from .deployment.optimized import load_optimized, optimize
 from .execution.dispatch import tune
 from .execution.explanation import explain
@@ -55,6 +56,7 @@ __all__ = [
     "load_optimized",
     "optimize",
     "parameter_count",
+    "postprocess",
     "predict_tiled",
     "to_state_dict",
     "tune",

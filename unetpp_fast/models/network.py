@@ -184,7 +184,14 @@ class Network(Pretrained, nn.Module):
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
         return all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        mode: str = "accurate",
+        level: int | None = None,
+        activation: str | None = None,
+        flips: bool = False,
+    ) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
@@ -195,11 +202,12 @@ class Network(Pretrained, nn.Module):
             level: default the deepest head.
             activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the network was
                 trained (`exclusive`).
+            flips: whether to take the mean over the mirror images too (test-time augmentation): 4 passes, of a volume 8.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        return prediction.predict(self, x, mode, level, activation)
+        return prediction.predict(self, x, mode, level, activation, flips)
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""

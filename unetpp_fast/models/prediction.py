@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,12 +77,28 @@ def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
         raise ValueError("the image contains NaN or infinite values: replace them first, e.g. x.nan_to_num()")
 
 
-def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None) -> Tensor:
+def over_flips(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The mean of `run` `[N, C, *S]` over the image and all its mirror images, each turned back: 4 of an image, 8 of a
+    volume."""
+    axes = range(2, x.ndim)
+    flips = [chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
+    total = None
+    for chosen in flips:
+        result = run(x.flip(chosen)).flip(chosen) if chosen else run(x)
+        total = result if total is None else total + result
+    return total / len(flips)
+
+
+def predict(
+    network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None, flips: bool = False
+) -> Tensor:
     """See `Network.predict`."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     activation, x = activation_of(network, activation), prepared_tensor(network, x)
     check_image(network, x, activation)
+    if flips:
+        return over_flips(lambda image: predict(network, image, mode, level, activation), x)
     heads = network.topology.heads
     level = heads[-1] if level is None else level
     if "forward" in network.__dict__:  # of this instance alone: it computes all heads

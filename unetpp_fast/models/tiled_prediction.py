@@ -65,7 +65,7 @@ def predict_tiled(
             weights, `image` and `out` are not counted. Ignored if `tile` is given.
         out: array, memmap or tensor `[N, out_channels, *S]`, floating point, to write the probabilities into.
         progress: show a progress bar.
-        **options: for `model.predict`: mode, level, activation.
+        **options: for `model.predict`: mode, level, activation, flips.
 
     Returns:
         `out`, or a new tensor on the CPU, in float32 (float64 for a model in float64).
@@ -235,6 +235,8 @@ def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: 
     image = 24 * topology.in_channels  # bytes: as read, in float64, and in the model's precision
     maps = width * peak * (HEAP if on_cpu else 1)
     band = width * network.out_channels * tile[0] * math.prod(size[1:])
+    if (options or {}).get("flips"):  # the mirror image and its result, beside the sum
+        image += width * (topology.in_channels + 2 * network.out_channels)
     return maps + (width * heads + image) * math.prod(tile) + band + (RESERVE if on_cpu else 0)
 
 

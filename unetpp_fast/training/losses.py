@@ -37,8 +37,9 @@ class ClassWeighted(nn.Module):
         shape, computed in float32 at least.
 
         Raises:
-            ValueError: shapes differ, the batch is empty, the number of weights is another, or a target of overlapping
-                classes leaves [0, 1] (on a GPU and in graphs the loss is then NaN).
+            ValueError: shapes differ, the batch is empty, the number of weights is another, exclusive classes are fewer
+                than two, or a target of overlapping classes has values outside [0, 1]. On a GPU and in graphs, where a
+                look at the values would wait, the loss is then NaN.
         """
         heads = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if not heads:
@@ -80,8 +81,9 @@ class BCEDiceLoss(ClassWeighted):
 
         loss_b = ½ mean(-y log p - (1 - y) log(1 - p)) + 1 - (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth)
 
-    This is eq. 2 with the full cross-entropy (the paper prints only y log p) and with 1 added, so that the loss is not
-    negative. It is computed in float32, or in float64 for float64 logits.
+    This is eq. 2 of the paper of UNet++ (https://arxiv.org/abs/1807.10165) with the full cross-entropy (the paper prints
+    only y log p) and with 1 added, so that the loss is not negative. It is computed in float32, or in float64 for
+    float64 logits.
 
     Args:
         smooth: avoids a division by zero for images without foreground.
