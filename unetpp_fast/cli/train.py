@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         if options.folds is None:
             _check_out(options)
         folder, channels = _read_data(options)
+        cross_validation.check_data(options, folder)
         options.patch = options.patch or PATCH[folder.spatial_dims]
 
         def train(job: argparse.Namespace, part: Folder) -> int:
@@ -209,7 +210,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     if options.task:
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
-    folder = read_folder(options.data, names, ignore)
+    folder = read_folder(options.data, names, ignore, 0 if options.folds else options.fold or 0)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
