@@ -22,7 +22,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # F.instance_norm fails on it
-            if self.weight is None:
+            if self.weight is None or self.bias is None:
                 return x
             shape = (1, -1) + (1,) * (x.ndim - 2)
             return x * self.weight.view(shape) + self.bias.view(shape)

@@ -24,20 +24,30 @@ class NetworkSpec(Protocol):
     multiple: every spatial axis of the image is a multiple of it.
     """
 
-    topology: Topology
     out_channels: int
-    options: Mapping[str, Any]
     backend: str
     structure: Any
-    built: Mapping[str, Any]
     sync_group: str
     recompute: bool
-    exclusive: bool
     normalisation: Any
-    multiple: int
     training: bool
     nodes: nn.ModuleDict
     heads: nn.ModuleDict
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def built(self) -> Mapping[str, Any]: ...
+
+    @property
+    def exclusive(self) -> bool: ...
+
+    @property
+    def multiple(self) -> int: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 

@@ -21,7 +21,7 @@ from ..data import prediction_files
 from ..data.images import STANDARD, scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
-from ..models.network import Network
+from ..models.architectures import AnyNetwork
 from ..training import checkpoint
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
@@ -55,7 +55,7 @@ class Job:
     """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
     are written as label maps; otherwise None."""
 
-    network: Network
+    network: AnyNetwork
     options: argparse.Namespace
     classes: list[str]
     size: int | None
@@ -88,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(str(error)) from error
     overlays = f", {options.out / 'overlays'}" if drawn else ""
     messages.say(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
-    for error in refused:
-        print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
+    for one in refused:
+        print(f"unetpp-fast predict: error: {one}", file=sys.stderr)
     return FAILED if refused else 0
 
 
@@ -118,7 +118,7 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     return source.is_picture
 
 
-def _palette(network: Network, about: dict) -> list[list[int]] | None:
+def _palette(network: AnyNetwork, about: dict) -> list[list[int]] | None:
     """The colours of exclusive classes in a checkpoint.
 
     Raises:
@@ -141,7 +141,7 @@ def bytes_of(colour: Any) -> bytes | None:
         return None
 
 
-def class_names(network: Network, content: dict) -> list[str]:
+def class_names(network: AnyNetwork, content: dict) -> list[str]:
     """The names of the classes in a checkpoint, or their numbers.
 
     Raises:
@@ -187,7 +187,7 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
 
 
 def _predict_scaled(
-    network: Network, source: prediction_files.Source, options: argparse.Namespace, side: int
+    network: AnyNetwork, source: prediction_files.Source, options: argparse.Namespace, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_predict_file`, for a model that was trained on images scaled to `side` x `side` pixels."""
     device = next(network.parameters()).device

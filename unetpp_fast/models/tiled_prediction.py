@@ -114,7 +114,7 @@ def bands(
     band = torch.zeros(network_of(model).out_channels, height, *size[1:], dtype=dtype)
     total = image.shape[0] * math.prod(map(len, grid))
     bar = need("tqdm", "commands").tqdm(total=total, desc="tiles", unit="tile", leave=False) if progress else None
-    with bar if progress else nullcontext():
+    with nullcontext() if bar is None else bar:
         for index, (number, (where, weights)) in itertools.product(range(image.shape[0]), enumerate(rows)):
             for rest in itertools.product(*others):
                 window = (where, *(part for part, _ in rest))
@@ -122,7 +122,7 @@ def bands(
                 for axis, factors in enumerate((weights, *(axis_weights for _, axis_weights in rest)), start=1):
                     part *= factors.to(part).view(-1, *[1] * (part.ndim - axis - 1))
                 band[(slice(None), slice(where.stop - where.start), *window[1:])] += part
-                if progress:
+                if bar is not None:
                     bar.update()
             done = (rows[number + 1][0].start if number + 1 < len(rows) else where.stop) - where.start
             yield index, where.start, band[:, :done]

@@ -7,6 +7,7 @@ neither in the loss nor in a score. Predictions are the classes with the largest
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ class CrossEntropyDiceLoss(nn.Module):
         heads = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if not heads:
             raise ValueError("the list of outputs is empty: pass the logits of at least one head")
-        return sum(self._head(logits, target) for logits in heads) / len(heads)
+        loss: Any = sum(self._head(logits, target) for logits in heads) / len(heads)
+        return loss
 
     def _head(self, logits: Tensor, target: Tensor) -> Tensor:
         check_pair(logits, target, "outputs")

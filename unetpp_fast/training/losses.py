@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class BCEDiceLoss(nn.Module):
         for logits in heads:
             check_pair(logits, target, "outputs")
         valid = check_unit(target, "the target", "a mask of 0 and 255 is (mask > 0).float()")
-        loss = sum(self._head(logits, target) for logits in heads) / len(heads)
+        loss: Any = sum(self._head(logits, target) for logits in heads) / len(heads)
         return loss if valid is None else loss.where(valid, torch.nan)
 
     def _head(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ class Trainer:
         if self.validation:
             self._save("last.pt", resumable=True)  # validating whole images may run out of memory
         with self.train_step.evaluating():
-            settings = {"dtype": self.recipe.dtype, "loss": self.loss}
+            settings: dict[str, Any] = {"dtype": self.recipe.dtype, "loss": self.loss}
             self.scores = evaluate(self.train_step.validated, self.validation, **settings) if self.validation else {}
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
@@ -255,7 +255,7 @@ class Trainer:
         if not self.out or not processes.is_first():
             return
         network = self.network if resumable else self.train_step.validated
-        content = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
+        content: dict[str, Any] = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
         content |= {"scores": self.scores} if "confusion" in self.scores else {}
         if resumable:

@@ -39,7 +39,7 @@ def file_list(place: Path, ignore: int | None, fold: int = 0) -> Parts | None:
             files = tuple(file for name in _texts(path, entry["image"]) for file in _image_files(path, name))
             label = _file(path, *_texts(path, entry["label"])[:1])
             parts.setdefault(wanted, {})[ids[_texts(path, entry["label"])[0]]] = files, label
-    made = {part: _pairs(path, entries) for part, entries in parts.items()}
+    made: dict[str, Any] = {part: _pairs(path, entries) for part, entries in parts.items()}
     if "training" not in made:
         raise InputError(f"{path} lists no image for training outside fold {fold}")
     names = _names(path, content.get("labels"))
