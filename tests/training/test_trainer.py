@@ -104,7 +104,9 @@ def test_best_is_the_epoch_with_the_highest_validation_iou(folder, tmp_path):
 
 def test_training_stops_early_when_validation_does_not_improve(folder, tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: {"loss": 1.0, "iou": next(scores), "dice": 0.0})
+    monkeypatch.setattr(
+        trainer_module.evaluation, "evaluate", lambda *_, **__: {"loss": 1.0, "iou": next(scores), "dice": 0.0}
+    )
     trainer = make_trainer(folder, tmp_path, epochs=5, patience=2)
     assert len(trainer.fit(progress=False)) == 4
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
@@ -167,10 +169,10 @@ def test_a_run_that_fails_in_its_first_validation_resumes_exactly(folder, tmp_pa
     make_trainer(folder, tmp_path / "whole").fit(progress=False)
 
     def fails(*_, **__):
-        raise torch.OutOfMemoryError("validating whole images")
+        raise torch.OutOfMemoryError("validating")
 
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr(trainer_module, "evaluate", fails)
+        patched.setattr(trainer_module.evaluation, "evaluate", fails)
         make_trainer(folder, tmp_path / "broken").fit(progress=False)
     content = load_checkpoint(tmp_path / "broken/last.pt")
     assert content["epoch"] == 0 and content["progress"]["step"] == 4

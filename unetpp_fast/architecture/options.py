@@ -155,8 +155,6 @@ def unsupported(options: Mapping[str, Any], backend: str) -> str:
             name, keywords = parse_option(options[what], what, table)
             if reason := table[name].unsupported(backend, keywords):
                 return reason
-    if options.get("attention"):
-        return "scSE gates run on the reference"
     act, keywords = parse_option(options.get("act", "relu"), "act", ACTIVATIONS)
     if options.get("norm") is None and ACTIVATIONS[act].slope(keywords) < 0:
         return "without a norm, the engine needs a slope >= 0: an output that tells the sign of its input"

@@ -28,7 +28,7 @@ from ..data.tasks import TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
-from ..training import captured, checkpoint, memory_budget, processes, run_folder
+from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
@@ -119,7 +119,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     about |= _augmented(patches)
     if folder.channel_files:
         about["channel_files"] = folder.channel_files
-    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
+    within = options.max_memory or evaluation.MEMORY
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, max_memory=within)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -93,32 +93,44 @@ def predict_tiled(
         raise TypeError(f"out must be of a floating-point type to hold probabilities, not {out.dtype}")
     for index, first, band in bands(model, image, grid, progress=progress, **options):
         rows = slice(first, first + band.shape[1])
-        out[index, :, rows] = band if isinstance(out, Tensor) else band.numpy()
+        out[index, :, rows] = band if isinstance(out, Tensor) else band.numpy()  # type: ignore[assignment]
     return out
 
 
 def bands(
-    model: nn.Module, image: Any, grid: Sequence[Axis], *, progress: bool = False, **options: Any
+    model: nn.Module,
+    image: Any,
+    grid: Sequence[Axis],
+    *,
+    run: Callable[[Tensor], Tensor] | None = None,
+    channels: int | None = None,
+    progress: bool = False,
+    **options: Any,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Finished rows of the probabilities of `image` `[N, in_channels, *S]` over a grid of `make_grid`, in order.
 
+    Args:
+        run: blended in place of the probabilities: a tile `[1, in_channels, *tile]` to `[1, channels, *tile]`.
+        channels: of `run`; default out_channels.
+
     Yields:
-        Which image, the first row (along the first axis of S), and `[out_channels, rows, ...]` on the CPU. The tensor
+        Which image, the first row (along the first axis of S), and `[channels, rows, ...]` on the CPU. The tensor
         is reused: copy what you keep.
     """
+    run = run or (lambda part: model.predict(part, **options))
     rows, *others = grid
     size = [axis[-1][0].stop for axis in grid]
     like = _sample(model)
     height = max(where.stop - where.start for where, _ in rows)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    band = torch.zeros(network_of(model).out_channels, height, *size[1:], dtype=dtype)
+    band = torch.zeros(channels or network_of(model).out_channels, height, *size[1:], dtype=dtype)
     total = image.shape[0] * math.prod(map(len, grid))
     bar = need("tqdm", "commands").tqdm(total=total, desc="tiles", unit="tile", leave=False) if progress else None
     with nullcontext() if bar is None else bar:
         for index, (number, (where, weights)) in itertools.product(range(image.shape[0]), enumerate(rows)):
             for rest in itertools.product(*others):
                 window = (where, *(part for part, _ in rest))
-                part = model.predict(_read(image[(index, slice(None), *window)], like), **options)[0].to(band)
+                part = run(_read(image[(index, slice(None), *window)], like))[0].to(band)
                 for axis, factors in enumerate((weights, *(axis_weights for _, axis_weights in rest)), start=1):
                     part *= factors.to(part).view(-1, *[1] * (part.ndim - axis - 1))
                 band[(slice(None), slice(where.stop - where.start), *window[1:])] += part

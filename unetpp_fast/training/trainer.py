@@ -26,9 +26,8 @@ from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
 from ..models.normalisation import Normalisation
-from . import captured, processes, run_folder
+from . import captured, evaluation, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
-from .evaluation import evaluate
 from .loss_table import is_exclusive
 from .losses import BCEDiceLoss
 from .recipe import Recipe
@@ -60,6 +59,8 @@ class Trainer:
             show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
             one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
 
+        max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
+
     The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
 
     Raises:
@@ -75,9 +76,10 @@ class Trainer:
         out: Path | None = None,
         about: dict[str, Any] | None = None,
         loss: nn.Module | None = None,
+        max_memory: int | str = evaluation.MEMORY,
     ):
         self.network, self.patches, self.validation = network, patches, validation
-        self.recipe, self.out, self.about = recipe, out, about or {}
+        self.recipe, self.out, self.about, self.max_memory = recipe, out, about or {}, max_memory
         if network.form not in ("plain", "always_list"):
             raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
@@ -223,10 +225,12 @@ class Trainer:
         train_loss, train_iou = self._means()
         self._check_weights()
         if self.validation:
-            self._save("last.pt", resumable=True)  # validating whole images may run out of memory
-        with self.train_step.evaluating():
-            settings: dict[str, Any] = {"dtype": self.recipe.dtype, "loss": self.loss}
-            self.scores = evaluate(self.train_step.validated, self.validation, **settings) if self.validation else {}
+            self._save("last.pt", resumable=True)  # validating may fail
+        settings: dict[str, Any] = {"dtype": self.recipe.dtype, "loss": self.loss, "max_memory": self.max_memory}
+        self.scores = {}
+        if self.validation:
+            with self.train_step.evaluating():
+                self.scores = evaluation.evaluate(self.train_step.validated, self.validation, **settings)
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
         values = (
