@@ -32,6 +32,8 @@ COCO = ["pycocotools>=2.0.7"]
 KERAS = ["h5py>=3.8"]
 HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.14"]
 AUGMENT = ["monai>=1.4"]
 ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
@@ -140,6 +142,8 @@ setup(
         "keras": KERAS,
         "hub": HUB,
         "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "augment": AUGMENT,
         "encoders": ENCODERS,
         "bench": BENCH,

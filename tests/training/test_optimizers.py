@@ -16,10 +16,8 @@ import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import Patches
-from unetpp_fast.training import optimizers
-from unetpp_fast.training import trainer as trainer_module
+from unetpp_fast.training import evaluation, optimizers
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model
-from unetpp_fast.training.evaluation import evaluate
 from unetpp_fast.training.recipe import Recipe
 from unetpp_fast.training.trainer import Interrupted, Trainer
 
@@ -133,7 +131,7 @@ def test_averaged_weights_are_validated_and_kept(folder, tmp_path):
         network, content = load_model(tmp_path / name)
         if content["epoch"] == 2:
             assert all(torch.equal(network.state_dict()[key], averaged[key]) for key in averaged)
-        assert evaluate(network, trainer.validation)["iou"] == history[content["epoch"] - 1]["val_iou"]
+        assert evaluation.evaluate(network, trainer.validation)["iou"] == history[content["epoch"] - 1]["val_iou"]
     raw = load_checkpoint(tmp_path / "last.pt")["model"]
     assert all(torch.equal(raw[key], value) for key, value in trainer.network.state_dict().items())
 
@@ -171,7 +169,7 @@ def test_each_optimizer_takes_its_own_step():
 def test_the_monitored_score_chooses_the_best_epoch_and_stops(folder, tmp_path, monkeypatch, monitor, best):
     rows = [(1.0, 0.5, 0.1), (1.5, 0.6, float("nan")), (1.2, 0.6, 0.2), (2.0, 0.2, 0.1), (2.0, 0.2, 0.1), (2.0, 0.2, 0.1)]
     scores = iter(dict(zip(("loss", "iou", "dice"), row, strict=True)) for row in rows)
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: next(scores))
     trainer = make_trainer(folder, tmp_path, epochs=6, patience=2, monitor=monitor)
     assert len(trainer.fit(progress=False)) == best + 2
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best

@@ -10,6 +10,7 @@ from typing import Any
 from ..architecture.options import ENGINES, Entry
 from ..architecture.precision import TRAINED
 from ..common.errors import InputError
+from ..data.class_names import read_names
 from ..data.tasks import TASKS
 from ..models.architectures import UNet, UNetPlusPlus
 from ..models.encoder_network import EncodedNetwork
@@ -66,6 +67,23 @@ def add_task(command: argparse._ActionsContainer) -> None:
         "--task", choices=list(TASKS),
         help="a data set of the paper as its provider ships it, with the paper's network and patch size",
     )  # fmt: skip
+
+
+def add_label_maps(command: argparse._ActionsContainer) -> None:
+    """Adds --classes and --ignore-index."""
+    command.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
+    command.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
+
+
+def label_options(options: argparse.Namespace) -> tuple[list[str] | None, int | None]:
+    """The names of the classes and the ignored value that `read_folder` takes.
+
+    Raises:
+        InputError: the file cannot be read, or stands beside --task.
+    """
+    if options.classes and options.task:
+        raise InputError("--classes names the values of label maps: leave it out with --task")
+    return read_names(options.classes) if options.classes else None, options.ignore_index
 
 
 def engine_options(table: Mapping[str, Entry]) -> list[str]:

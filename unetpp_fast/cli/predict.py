@@ -22,6 +22,7 @@ from ..data.images import STANDARD, scaled, standardise, write_png
 from ..experiments import pictures
 from ..models import tiled_prediction
 from ..models.architectures import AnyNetwork
+from ..models.ensemble import Ensemble
 from ..training import checkpoint
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
@@ -33,7 +34,10 @@ def add_parser(commands: Commands) -> None:
     text = "Write masks or a label map of each image, in its format."
     command = add_command(commands, "predict", run, text, usage="--checkpoint RUN/best.pt --images IMAGES --out OUT")
     predict = command.add_argument_group("data and results")
-    predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
+    predict.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True,
+        help="best.pt, or another UNet++'s weights; several, or the folder of a cross-validation, predict together",
+    )  # fmt: skip
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
     predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
@@ -55,7 +59,7 @@ class Job:
     """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
     are written as label maps; otherwise None."""
 
-    network: AnyNetwork
+    network: AnyNetwork | Ensemble
     options: argparse.Namespace
     classes: list[str]
     size: int | None
@@ -69,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
-    network, content = checkpoint.load_model(options.checkpoint, device)
+    network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
     job = Job(network, options, class_names(network, content), size, _palette(network, about))
@@ -118,7 +122,7 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     return source.is_picture
 
 
-def _palette(network: AnyNetwork, about: dict) -> list[list[int]] | None:
+def _palette(network: AnyNetwork | Ensemble, about: dict) -> list[list[int]] | None:
     """The colours of exclusive classes in a checkpoint.
 
     Raises:
@@ -141,7 +145,7 @@ def bytes_of(colour: Any) -> bytes | None:
         return None
 
 
-def class_names(network: AnyNetwork, content: dict) -> list[str]:
+def class_names(network: AnyNetwork | Ensemble, content: dict) -> list[str]:
     """The names of the classes in a checkpoint, or their numbers.
 
     Raises:
@@ -187,7 +191,7 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
 
 
 def _predict_scaled(
-    network: AnyNetwork, source: prediction_files.Source, options: argparse.Namespace, side: int
+    network: AnyNetwork | Ensemble, source: prediction_files.Source, options: argparse.Namespace, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_predict_file`, for a model that was trained on images scaled to `side` x `side` pixels."""
     device = next(network.parameters()).device

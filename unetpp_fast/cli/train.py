@@ -19,22 +19,22 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..data.augmentation import STRONG, Augmentation, read_spec
-from ..data.class_names import read_names
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
 from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
-from ..data.tasks import TASKS
+from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
 from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
+from ..training.loggers import LOGGERS
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
-from . import config
-from .arguments import Commands, add_command, build_network
-from .training_options import PATCH, add_options, check_encoder, with_defaults
+from . import config, cross_validation
+from .arguments import Commands, add_command, build_network, label_options
+from .training_options import add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -47,39 +47,61 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Trains on a folder and prints where the result is; returns the exit code."""
     check_encoder(options)
+    cross_validation.check(options)
     options = with_defaults(options)
     if options.config and "out" not in options.given and not options.resume:
         options.out = _free_folder(options.out)
     with processes.joined(options.device) as name:
         device = choose_device(name)
-        return _fit(_trainer(options, device, choose_dtype(options.dtype, device)), options)
+        recipe = _recipe(options, choose_dtype(options.dtype, device))
+        if options.folds is None:
+            _check_out(options)
+        folder, channels = _read_data(options)
+        options.patch = options.patch or PATCH[folder.spatial_dims]
+
+        def train(job: argparse.Namespace, part: Folder) -> int:
+            return _fit(_trainer(job, recipe, part, channels, device), job)
+
+        if options.folds is not None:
+            return cross_validation.run(options, _normalised(folder, options), _check_out, train, _say)
+        return train(options, folder)
 
 
 def _free_folder(out: Path) -> Path:
     """`out`, or if it holds a training the first of `out-2`, `out-3`, … that does not: a file of options is repeated."""
     names = (out.with_name(f"{out.name}-{number}") if number > 1 else out for number in itertools.count(1))
-    return next(folder for folder in names if not (folder / "last.pt").exists())
+    taken = ("last.pt", cross_validation.FILE)
+    return next(folder for folder in names if not any((folder / name).exists() for name in taken))
 
 
-def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> Trainer:
-    """The trainer of the options, resumed if they ask for it; prints what it trains."""
+def _check_out(options: argparse.Namespace) -> None:
+    """Raises InputError if --out holds a training that is not to be resumed, or none that is."""
     last = options.out / "last.pt"
     if last.exists() and not options.resume:
         raise InputError(f"{options.out} already holds a training: add --resume to continue it, or choose another --out")
     if options.resume and not last.exists():
         raise InputError(f"there is nothing to resume: {last} does not exist")
-    recipe = Recipe(
+
+
+def _recipe(options: argparse.Namespace, dtype: str) -> Recipe:
+    """The recipe of the options. Errors as `Recipe`."""
+    return Recipe(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
         optimizer=options.optimizer, weight_decay=options.weight_decay, schedule=options.schedule, warm_up=options.warm_up,
         clip=options.clip, ema=options.ema, monitor=options.monitor,
     )  # fmt: skip
-    folder, channels = _read_data(options)
-    options.patch = options.patch or PATCH[folder.spatial_dims]
-    training, validation = folder.samples, folder.validation
-    if validation is None:
+
+
+def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channels: int, device: torch.device) -> Trainer:
+    """The trainer of the options, resumed if they ask for it; prints what it trains."""
+    if folder.validation is None:
         training, validation = split(folder.samples, options.val_fraction, options.seed)
+        folder = replace(folder, samples=training, validation=validation)
+    if options.folds is None:
+        folder = _normalised(folder, options)
+    training, validation = folder.samples, folder.validation
     classes, task = folder.classes, TASKS.get(options.task)
     loss = choose_loss(options.loss, folder.exclusive)
     torch.manual_seed(options.seed)
@@ -99,9 +121,6 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     if options.freeze_encoder:
         network.freeze_encoder()
     _check_patches(network, options)
-    if options.normalise == "dataset":
-        normalisation = dataset_normalisation(training)
-        training, validation = (with_normalisation(part, normalisation) for part in (training, validation))
     patches = _patches(training, folder, network.topology.spatial_dims, options)
     recipe = _with_batch_size(recipe, network, patches, options, loss)
     _check_batches(network, patches, recipe)
@@ -127,13 +146,22 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     if options.capture and not recipe.capture and device.type == captured.DEVICE:
         _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
     name = f"{options.arch} over {options.encoder}" if options.encoder else options.arch
-    together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    together = f"{device}, {recipe.dtype}" + (f", {processes.size()} processes" if processes.size() > 1 else "")
     what = "volumes" if folder.spatial_dims == 3 else "images"
     _say(
         f"{name}: {parameter_count(network):,} parameters, {len(training)} {what} to train, "
-        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
+        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {together}"
     )
     return trainer
+
+
+def _normalised(folder: Folder, options: argparse.Namespace) -> Folder:
+    """The folder with its images prepared as --normalise says, by those to train on: all folds alike, as in nnU-Net."""
+    if options.normalise == "image":
+        return folder
+    normalisation = dataset_normalisation(folder.samples)
+    samples, validation = (part and with_normalisation(part, normalisation) for part in (folder.samples, folder.validation))
+    return replace(folder, samples=samples, validation=validation)
 
 
 def _patches(training: list, folder: Folder, spatial_dims: int, options: argparse.Namespace) -> Patches:
@@ -159,13 +187,11 @@ def _augmented(patches: Patches) -> dict[str, Any]:
 
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     """The samples that the options name, and the number of channels of the images; says what was found."""
+    names, ignore = label_options(options)
     if options.task:
-        if options.classes:
-            raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
-    names = read_names(options.classes) if options.classes else None
-    folder = read_folder(options.data, names, options.ignore_index)
+    folder = read_folder(options.data, names, ignore)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
@@ -174,15 +200,19 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     """Runs a training and writes its folder; returns the exit code."""
     last, report = options.out / "last.pt", None
     if processes.is_first():
-        report = run_folder.Report(options.out, trainer.history, options.tensorboard)
         settings = config.settings(options, **_instead(options, trainer))
+        wanted = dict.fromkeys([*options.log, *(["tensorboard"] if options.tensorboard else [])])
+        loggers = [LOGGERS[name](options.out, settings, len(trainer.history)) for name in wanted]
+        report = run_folder.Report(options.out, trainer.history, loggers)
         if not (options.out / "config.json").exists():
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
             run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
             config.write(options.out / "run.yaml", options, **_instead(options, trainer))
+    failed = True
     try:
         trainer.fit(progress=messages.shown(), after_epoch=report)
+        failed = False
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
@@ -190,7 +220,7 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
         return 130
     finally:
         if report:
-            report.close()
+            report.close(failed)
     score = {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
     _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     if processes.is_first():
@@ -203,6 +233,7 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
 def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
     instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
+    instead |= {"out": options.out.parent} if options.folds else {}
     return {**instead, "features": None} if options.encoder or options.init_from else instead
 
 

@@ -9,12 +9,11 @@ from ..architecture.options import NORMS, UPSAMPLES
 from ..common.errors import InputError
 from ..data.tasks import TASKS
 from ..models.architectures import PAPER_FEATURES
+from ..training.loggers import LOGGERS
 from ..training.loss_table import LOSSES
 from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from ..training.recipe import MONITORS
-from .arguments import ENCODER_OPTIONS, add_device, add_task, byte_count, engine_options, label, width_list
-
-PATCH = {2: 96, 3: 64}  # by the number of axes of the images
+from .arguments import ENCODER_OPTIONS, add_device, add_label_maps, add_task, byte_count, engine_options, width_list
 
 
 def add_options(train: argparse.ArgumentParser) -> None:
@@ -39,7 +38,12 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
-    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
+    train.add_argument(
+        "--folds", type=int, metavar="K", help="train K networks, each validated on another part of the images"
+    )
+    train.add_argument("--fold", type=int, metavar="NUMBER", help="train only this one of the folds, from 0")
+    train.add_argument("--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too, beside log.csv")
+    train.add_argument("--tensorboard", action="store_true", help="the same as --log tensorboard")
 
 
 def _add_patches(command: argparse.ArgumentParser) -> None:
@@ -120,8 +124,7 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
     """Adds the options of the loss and of label maps."""
     train = command.add_argument_group("loss and label maps")
     train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
-    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
-    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
+    add_label_maps(train)
 
 
 def _add_network(command: argparse.ArgumentParser) -> None:
