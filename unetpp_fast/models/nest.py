@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..execution.built import built
 from ..execution.fused.structure import structure_of
-
-if TYPE_CHECKING:
-    from .encoder_network import EncodedNetwork
 
 
 class Nest(nn.Module):
@@ -21,7 +18,7 @@ class Nest(nn.Module):
     after X(0,j) is X(0,j + 1) (`Topology.over_maps`). `whole` is an `EncodedNetwork`.
     """
 
-    def __init__(self, whole: EncodedNetwork):
+    def __init__(self, whole: Any):
         super().__init__()
         nodes = whole.topology.nodes
         self.topology, self.out_channels = whole.topology.over_maps(whole.last_width), whole.out_channels
@@ -41,13 +38,13 @@ class Nest(nn.Module):
         """As `Network.refresh_handle`."""
         self.structure = structure_of(self)
 
-    def follow(self, whole: EncodedNetwork) -> None:
+    def follow(self, whole: Any) -> None:
         """Takes over the settings of `whole` that have changed; a graph can hold it only where none has."""
         for name in ("backend", "training", "sync_group", "recompute"):
             if getattr(self, name, None) != getattr(whole, name):
                 setattr(self, name, getattr(whole, name))
 
-    def is_of(self, whole: EncodedNetwork) -> bool:
+    def is_of(self, whole: Any) -> bool:
         """Whether these are still the modules of `whole`."""
         theirs = [*whole.nodes.values(), *whole.lasts.values(), *whole.heads.values()]
         mine = [*self.nodes.values(), *self.heads.values()]
