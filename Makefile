@@ -22,7 +22,7 @@ WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
-test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP)
+test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP) .venv/gradio
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/bench
@@ -88,6 +88,10 @@ clean:
 # Another Triton beside the newest, which pip picks: tests compile the kernels by the oldest supported one too.
 .venv/triton-%: | .venv/base
 	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+
+# What the page of `unetpp-fast app` needs; apart, because it wants an older Pillow.
+.venv/gradio: | .venv/base
+	-$(BIN)/python -m pip install --quiet --target $@ "gradio>=6"
 
 # segmentation_models_pytorch and what it imports, which the tests compare with. Apart, because no
 # torchvision fits every torch: its Python code is enough. The rest of what they import is in the extra test.

@@ -78,7 +78,7 @@ def test_types(model: uf.UNetPlusPlus, x: object, kind: str) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"norm": "group"}, r"norm='group' is not known: use one of \['batch', 'instance'\]"),
+        ({"norm": "layer"}, r"norm='layer' is not known: use one of \['batch', 'group', 'instance'\]"),
         ({"norm": 3}, r"norm=3 is not known"),
         ({"norm": ("batch",)}, r"norm=\('batch',\) is not known"),
         (
@@ -89,8 +89,8 @@ def test_types(model: uf.UNetPlusPlus, x: object, kind: str) -> None:
             {"norm": ("instance", {"momentum": 0.1})},
             r"norm='instance' has no keyword \['momentum'\]: it takes \['affine', 'eps'\]",
         ),
-        ({"act": None}, r"act=None is not known: use one of \['leaky_relu', 'relu'\]"),
-        ({"act": "gelu"}, r"act='gelu' is not known"),
+        ({"act": None}, r"act=None is not known: use one of \['gelu', 'leaky_relu', 'prelu', 'relu', 'silu'\]"),
+        ({"act": "mish"}, r"act='mish' is not known"),
         ({"act": ("relu", {"inplace": True})}, r"act='relu' has no keyword \['inplace'\]: it takes none"),
         (
             {"upsample": "bilinear"},

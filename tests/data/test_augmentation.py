@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.command_line import fails
+from support.command_line import fails, run
 from support.folders import write_nuclei
 
 from unetpp_fast.common.errors import InputError
@@ -132,6 +132,9 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, text, says):
 def test_a_file_s_transforms_are_used(tmp_path):
     """Those that MONAI resizes by its own modes too, and names without settings."""
     (tmp_path / "a.yaml").write_text("- RandZoom: {prob: 1, min_zoom: 0.5, max_zoom: 0.6}\n- RandGaussianNoise\n")
+    example = (Path(__file__).parents[2] / "docs/training.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "docs.yaml").write_text(example)
+    assert len(Augmentation(read_spec(tmp_path / "docs.yaml"), 2, 16).moving) == 2
     spec = read_spec(tmp_path / "a.yaml")
     assert spec == [["RandZoom", {"prob": 1, "min_zoom": 0.5, "max_zoom": 0.6}], ["RandGaussianNoise", {}]]
     for dims in (2, 3):
@@ -139,6 +142,19 @@ def test_a_file_s_transforms_are_used(tmp_path):
             [sample_of(blocks(64 if dims == 2 else 32, dims), 3)], 16, 1, 0, transform=Augmentation(spec, dims, 16)
         )
         assert patches[0, 0][1].sum(dim=0).max() == 1
+
+
+def test_a_run_is_resumed_with_the_same_patches_alone(tmp_path, capsys):
+    folder = write_nuclei(tmp_path / "data", count=3)
+    command = ("train", "--data", folder, "--out", tmp_path / "out", "--features", "4,8", "--patch", "32", "--device", "cpu")
+    assert run(*command, "--epochs", "1", "--augment", "strong", "--foreground", "0.5") == 0
+    for options, key in {
+        ("--augment", "strong"): "foreground=0.5, now None",
+        ("--foreground", "0.5"): "transforms set",
+        ("--foreground", "0.5", "--augment", "none"): "flips=None, now False",
+        ("--foreground", "0.5", "--augment", "strong", "--normalise", "dataset"): "another model",
+    }.items():
+        assert key in fails(capsys, *command, "--epochs", "2", "--resume", *options)
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, monkeypatch):

@@ -17,6 +17,7 @@ from unetpp_fast.common.errors import InputError
 from unetpp_fast.data import samples
 from unetpp_fast.data.images import read_normalised, read_values
 from unetpp_fast.data.masks import read_mask
+from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import Patches
 from unetpp_fast.data.readers.liver import SliceSample
 from unetpp_fast.models import normalisation
@@ -134,7 +135,7 @@ def test_numbers_that_do_not_fit(arguments):
 def test_statistics_of_a_data_set_train_and_predict(tmp_path):
     """Mean and standard deviation over all pixels; samples, network and checkpoint have them, and predictions agree."""
     data = write_nuclei(tmp_path / "data", count=3)
-    found, _ = samples.find_samples(data)
+    found, _ = find_samples(data)
     values = np.stack([read_values(sample.image) for sample in found])
     given = samples.dataset_normalisation(found)
     assert given.mean == pytest.approx([values.mean()]) and given.std == pytest.approx([values.std()])

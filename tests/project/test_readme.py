@@ -71,7 +71,8 @@ def test_a_tutorial_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
         for line in [line for line in code.splitlines() if line.startswith("unetpp-fast ")]:
             arguments = shlex.split(line, comments=True)[1:]
             options = parser.build_parser().parse_args(arguments)
-            files = [path for path in (vars(options).get(name) for name in ("data", "images", "checkpoint")) if path]
+            named = [vars(options).get(name) or [] for name in ("data", "images", "checkpoint")]
+            files = [path for value in named for path in (value if isinstance(value, list) else [value])]
             if all(path.exists() for path in files) and arguments[0] != "bench":
                 assert command_line.run(*arguments) == 0
 

@@ -73,7 +73,7 @@ def test_a_training_of_masks_leaves_a_page(tmp_path, capsys):
         "UNet++, 1,714 parameters" in shown.text
         and "trained on 2 images, validated on 4. Finished, 2 of 2 epochs." in shown.text
     )
-    for words in ("a<b", "class, mean over the images", "4 of 4 validation images were predicted", "learning rate", "torch"):
+    for words in ("a<b", "class, over all pixels", "4 of 4 validation images were predicted", "learning rate", "torch"):
         assert words in shown.text
     titles = [tag[1]["aria-label"] for tag in shown.tags if tag[0] == "svg"]
     assert titles == ["Loss", "IoU and Dice"]

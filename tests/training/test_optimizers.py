@@ -79,8 +79,10 @@ def test_the_learning_rate_rises_linearly_and_falls_by_its_formula(name, curve, 
     assert rates(name, warm_up, steps) == pytest.approx(rising + [2.0 * curve(step / after) for step in range(after)])
 
 
-@pytest.mark.parametrize("number", [1, 6])
-@pytest.mark.parametrize("extra", [{}, {"optimizer": "sgd", "schedule": "poly", "monitor": "loss"}, {"reproducible": True}])
+@pytest.mark.parametrize(
+    ("number", "extra"),
+    [(1, {}), (6, {"optimizer": "sgd", "schedule": "poly", "monitor": "loss"}), (6, {"reproducible": True})],
+)
 def test_a_resumed_run_with_everything_equals_an_unbroken_one(folder, tmp_path, number, extra):
     """Stopped within an epoch, in the warm-up and after it."""
     recipe = {**FULL, **extra}

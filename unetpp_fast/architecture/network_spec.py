@@ -21,7 +21,7 @@ class NetworkSpec(Protocol):
     recompute: whether backward passes recompute the inside of nodes.
     exclusive: whether the classes that it was trained on exclude one another.
     normalisation: how the images that it was trained on were prepared (`models.normalisation`), or None.
-    multiple: every spatial axis of the image is a multiple of it.
+    multiple, multiples: every spatial axis of the image is a multiple of the former, or of its own of the latter.
     """
 
     out_channels: int
@@ -48,6 +48,9 @@ class NetworkSpec(Protocol):
 
     @property
     def multiple(self) -> int: ...
+
+    @property
+    def multiples(self) -> tuple[int, ...]: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 

@@ -16,6 +16,7 @@ from ..models.architectures import UNet, UNetPlusPlus
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.tiled_prediction import parse_bytes
+from ..training.losses import checked_weights
 
 Commands = argparse._SubParsersAction
 Run = Callable[[argparse.Namespace], int | None]
@@ -116,6 +117,18 @@ def width_list(text: str) -> tuple[int, ...]:
     return _integers(text, ",", "a list of widths such as 32,64,128,256,512")
 
 
+def class_weights(text: str) -> str | tuple[float, ...]:
+    """`balanced`, or `1,2.5` as (1.0, 2.5)."""
+    if text == "balanced":
+        return text
+    try:
+        return checked_weights([float(part) for part in text.split(",")])
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither balanced nor a list of positive weights such as 1,2,4"
+        ) from None
+
+
 def label(text: str) -> int | None:
     """`255` as 255, `none` as None."""
     if text == "none":
@@ -123,6 +136,11 @@ def label(text: str) -> int | None:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a value of a label map such as 255, or none")
     return int(text)
+
+
+def augmentation(text: str) -> str | Path:
+    """none, light and strong as they are, all else as a path."""
+    return text if text in ("none", "light", "strong") else Path(text)
 
 
 def byte_count(text: str) -> int:

@@ -18,9 +18,9 @@ from ..common import messages
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..training import processes
-from . import bench, compare, completion, config, demo, info, predict, train
+from . import app, bench, compare, completion, config, demo, info, predict, train
 
-COMMANDS = (demo, train, compare, predict, bench, info, completion)
+COMMANDS = (demo, train, compare, predict, app, bench, info, completion)
 BEGIN = """begin with:
   unetpp-fast demo
   unetpp-fast train --data DATA --out RUN

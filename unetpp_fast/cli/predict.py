@@ -19,11 +19,13 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..data import prediction_files
 from ..data.images import STANDARD, scaled, standardise, write_png
+from ..data.postprocessing import postprocess
 from ..experiments import pictures
 from ..models import tiled_prediction
 from ..models.architectures import AnyNetwork
 from ..models.ensemble import Ensemble
 from ..training import checkpoint
+from ..training.classes import class_names, palette
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
 FAILED = 2
@@ -45,6 +47,11 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")
     predict.add_argument("--level", type=int, help="head to use (fast) or the last to use (accurate); default: the deepest")
     predict.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is foreground")
+    predict.add_argument("--flips", action="store_true", help="mean over the mirror images too: 4 passes, of a volume 8")
+    predict = command.add_argument_group("cleaning, of each mask or class")
+    predict.add_argument("--min-size", type=int, default=0, help="drop connected parts of fewer pixels or voxels")
+    predict.add_argument("--keep-largest", type=int, help="keep only so many connected parts, the largest ones")
+    predict.add_argument("--fill-holes", action="store_true", help="fill the holes")
     predict = command.add_argument_group("large images")
     predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
     predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
@@ -73,10 +80,12 @@ def run(options: argparse.Namespace) -> int:
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
+    if _cleaning(options):
+        postprocess(np.zeros((1, 1), bool), **_cleaning(options))  # raises before anything is predicted
     network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
-    job = Job(network, options, class_names(network, content), size, _palette(network, about))
+    job = Job(network, options, class_names(network, content), size, palette(network, about))
     images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
@@ -105,6 +114,10 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
         masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:
         masks, probabilities = _predict_file(job, source)
+    if cleaning := _cleaning(options):
+        for part in source.parts(masks):
+            for mask in part:
+                mask[...] = postprocess(mask, **cleaning)
     if job.palette:
         source.write_labels(out / "masks", name, masks[0], job.palette)
     for index, label in enumerate(job.classes):
@@ -122,50 +135,18 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     return source.is_picture
 
 
-def _palette(network: AnyNetwork | Ensemble, about: dict) -> list[list[int]] | None:
-    """The colours of exclusive classes in a checkpoint.
-
-    Raises:
-        InputError: they are not three bytes for each class.
-    """
-    if not about.get("exclusive"):
-        return None
-    colours = about.get("palette")
-    known = isinstance(colours, list) and len(colours) == network.out_channels
-    if not known or any(bytes_of(colour) is None for colour in colours):
-        raise InputError(f"the checkpoint's palette is {colours!r}: expected {network.out_channels} colours of three bytes")
-    return colours
-
-
-def bytes_of(colour: Any) -> bytes | None:
-    """Three bytes, or None."""
-    try:
-        return bytes(colour) if len(colour) == 3 else None
-    except (TypeError, ValueError):
-        return None
-
-
-def class_names(network: AnyNetwork | Ensemble, content: dict) -> list[str]:
-    """The names of the classes in a checkpoint, or their numbers.
-
-    Raises:
-        InputError: a name cannot be that of a folder, or there are not as many as the network has outputs.
-    """
-    about = content.get("about") or {}
-    classes = about.get("classes") or [str(index) for index in range(network.out_channels)]
-    plain = isinstance(classes, list) and all(
-        isinstance(name, str) and Path(name).name == name and name not in ("", "..") for name in classes
-    )
-    if not plain or len(classes) != network.out_channels:
-        raise InputError(f"the checkpoint's classes are {classes!r}: expected {network.out_channels} plain name(s)")
-    return classes
+def _cleaning(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `postprocess` that the options give."""
+    found = {"keep_largest": options.keep_largest, "min_size": options.min_size, "fill_holes": options.fill_holes}
+    return found if options.keep_largest is not None or options.min_size or options.fill_holes else {}
 
 
 def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray, np.ndarray | None]:
     """Masks, bool `[classes, *S]`, or labels, uint8 `[1, *S]`, of a file, and probabilities, float32
     `[classes, *S]`, or None; memory-mapped."""
     network, options, exclusive = job.network, job.options, job.palette is not None
-    chosen = {"mode": options.mode, "level": options.level, "activation": "softmax" if exclusive else "sigmoid"}
+    chosen = {"mode": options.mode, "level": options.level, "flips": options.flips}
+    chosen["activation"] = "softmax" if exclusive else "sigmoid"
     images = source.images()
     size, tile = images[0].shape[1:], options.tile
     if tile is None and options.max_memory is not None:
@@ -199,6 +180,6 @@ def _predict_scaled(
     for image, part in zip(source.images(), source.parts(probabilities), strict=True):
         small = scaled(source.stored.real(image).astype(np.float32), (side, side))
         x = torch.from_numpy(standardise(small))[None].to(device)
-        prediction = network.predict(x, mode=options.mode, level=options.level)[0]
+        prediction = network.predict(x, mode=options.mode, level=options.level, flips=options.flips)[0]
         part[:] = scaled(prediction.cpu().numpy(), image.shape[1:])
     return probabilities > options.threshold, probabilities

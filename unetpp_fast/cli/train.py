@@ -22,7 +22,7 @@ from ..data.augmentation import STRONG, Augmentation, read_spec
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import check_samples, dataset_normalisation, groups, split, with_normalisation
+from ..data.samples import check_samples, class_pixels, dataset_normalisation, groups, split, with_normalisation
 from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
@@ -32,6 +32,7 @@ from ..training.loggers import LOGGERS
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
+from ..training.weighted_losses import balanced_weights
 from . import config, cross_validation
 from .arguments import Commands, add_command, build_network, label_options
 from .training_options import add_options, check_encoder, with_defaults
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         if options.folds is None:
             _check_out(options)
         folder, channels = _read_data(options)
+        cross_validation.check_data(options, folder)
         options.patch = options.patch or PATCH[folder.spatial_dims]
 
         def train(job: argparse.Namespace, part: Folder) -> int:
@@ -94,6 +96,24 @@ def _recipe(options: argparse.Namespace, dtype: str) -> Recipe:
     )  # fmt: skip
 
 
+def _loss(options: argparse.Namespace, folder: Folder) -> nn.Module:
+    """The loss of the options, its class weights taken from the training images if they ask for it.
+
+    Raises:
+        InputError: an option does not fit the data.
+    """
+    weights = options.class_weights
+    if weights == "balanced":
+        weights = balanced_weights(class_pixels(folder.samples), folder.classes)
+        shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(folder.classes, weights, strict=True))
+        _say(f"weights of the classes: {shown}")
+    elif weights is not None and len(weights) != len(folder.classes):
+        names = ", ".join(folder.classes)
+        raise InputError(f"--class-weights gives {len(weights)} numbers for {len(folder.classes)} classes: {names}")
+    settings = {"background": options.background, "head_weights": options.head_weights}
+    return choose_loss(options.loss, folder.exclusive, weights=weights, **settings)
+
+
 def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channels: int, device: torch.device) -> Trainer:
     """The trainer of the options, resumed if they ask for it; prints what it trains."""
     if folder.validation is None:
@@ -103,7 +123,7 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
         folder = _normalised(folder, options)
     training, validation = folder.samples, folder.validation
     classes, task = folder.classes, TASKS.get(options.task)
-    loss = choose_loss(options.loss, folder.exclusive)
+    loss = _loss(options, folder)
     torch.manual_seed(options.seed)
     extra = {"dropout": options.dropout, "spatial_dims": folder.spatial_dims}
     if options.arch == "unet++":
@@ -168,7 +188,7 @@ def _patches(training: list, folder: Folder, spatial_dims: int, options: argpars
     """The patches of the options, which change at random as --augment says."""
     transform = None
     if options.augment not in ("none", "light"):
-        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(Path(options.augment))
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(options.augment)
         transform = Augmentation(spec, spatial_dims, options.patch)
     return Patches(
         training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
@@ -191,7 +211,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     if options.task:
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
-    folder = read_folder(options.data, names, ignore)
+    folder = read_folder(options.data, names, ignore, 0 if options.folds else options.fold or 0)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
@@ -225,7 +245,7 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
     if processes.is_first():
         _say(f"report: {training_run.write_if_possible(trainer, settings)}")
-    if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
+    if processes.is_first() and len(trainer.about["classes"]) > 1 and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
 
@@ -238,8 +258,9 @@ def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
 
 
 def _per_class(content: dict) -> str:
-    """The scores of the best epoch, a line per class; a class that occurs nowhere has none."""
-    rows = zip(content["about"]["classes"], content["scores"]["class_iou"], content["scores"]["class_dice"], strict=True)
+    """The scores of the best epoch, a line per class; a class that occurs nowhere has none, nor have runs of before."""
+    scores = content.get("scores", {"class_iou": [], "class_dice": []})
+    rows = zip(content["about"]["classes"], scores["class_iou"], scores["class_dice"], strict="scores" in content)
     return "\n".join(
         f"  {name}: " + (f"IoU {iou:.4f}, Dice {dice:.4f}" if iou == iou else "not in the validation images")
         for name, iou, dice in rows

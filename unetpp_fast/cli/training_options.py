@@ -13,7 +13,18 @@ from ..training.loggers import LOGGERS
 from ..training.loss_table import LOSSES
 from ..training.optimizers import LEARNING_RATES, OPTIMIZERS, SCHEDULES
 from ..training.recipe import MONITORS
-from .arguments import ENCODER_OPTIONS, add_device, add_label_maps, add_task, byte_count, engine_options, width_list
+from ..training.weighted_losses import HEAD_WEIGHTS
+from .arguments import (
+    ENCODER_OPTIONS,
+    add_device,
+    add_label_maps,
+    add_task,
+    augmentation,
+    byte_count,
+    class_weights,
+    engine_options,
+    width_list,
+)
 
 
 def add_options(train: argparse.ArgumentParser) -> None:
@@ -41,7 +52,9 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--folds", type=int, metavar="K", help="train K networks, each validated on another part of the images"
     )
-    train.add_argument("--fold", type=int, metavar="NUMBER", help="train only this one of the folds, from 0")
+    train.add_argument(
+        "--fold", type=int, metavar="NUMBER", help="train only this one of the folds, or of those of the data"
+    )
     train.add_argument("--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too, beside log.csv")
     train.add_argument("--tensorboard", action="store_true", help="the same as --log tensorboard")
 
@@ -60,7 +73,7 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
         help="patches per image and epoch (default: 4, or the task's)",
     )  # fmt: skip
     train.add_argument(
-        "--augment", metavar="NAME", default="light",
+        "--augment", type=augmentation, metavar="NAME", default="light",
         help="none, light (flips and 90-degree turns), strong (turns, scale, elastic, contrast, noise), or a YAML file",
     )  # fmt: skip
     train.add_argument(
@@ -124,6 +137,17 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
     """Adds the options of the loss and of label maps."""
     train = command.add_argument_group("loss and label maps")
     train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
+    train.add_argument(
+        "--class-weights", type=class_weights, help="balanced (by their pixels in the training images), or numbers: 1,2,4"
+    )
+    train.add_argument(
+        "--background", action=argparse.BooleanOptionalAction, default=True,
+        help="whether the loss counts the class 0 of label maps (default: yes; ce-dice: in its Dice)",
+    )  # fmt: skip
+    train.add_argument(
+        "--head-weights", choices=list(HEAD_WEIGHTS), default="equal",
+        help="of the heads of deep supervision: halving counts each half as much as the next deeper one",
+    )  # fmt: skip
     add_label_maps(train)
 
 

@@ -33,6 +33,7 @@ from ..models.prediction import (
     evaluating,
     logits_of_any_size,
     mean_probabilities,
+    over_flips,
     small_image,
 )
 from . import encoder_layers
@@ -82,17 +83,20 @@ class Optimized(Engine):
         columns = heads if network.deep_supervision and not self.pruned else heads[-1:]
         return network.shaped(self._logits(x, columns))
 
-    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None, flips: bool = False) -> Tensor:
         """Probabilities `[N, out_channels, *S]`, at least in float32, for `[N, C, *S]` of any size.
 
         In mode "accurate" the mean over the heads up to this module's level, in mode "fast" the head at that level.
         activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the model was trained.
+        flips: as of `Network.predict`.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
         x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
+        if flips:
+            return over_flips(lambda image: self.predict(image, activation), x)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         heads = self.network.topology.heads
@@ -172,10 +176,12 @@ class OptimizedModule(Engine):
             return self._called(self.network, x)
         return self.network.shaped(self._logits(x, all_heads=self.network.deep_supervision and not self.pruned))
 
-    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None, flips: bool = False) -> Tensor:
         """Probabilities for any size; see `Optimized.predict`."""
         x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
+        if flips:
+            return over_flips(lambda image: self.predict(image, activation), x)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         all_heads = self.mode == "accurate"

@@ -22,13 +22,14 @@ from .batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups",
     "padding_mode", "num_features", "channels", "eps", "affine", "track_running_stats", "negative_slope", "mode",
-    "align_corners", "odd_sizes", "gated_input",
+    "align_corners", "odd_sizes", "gated_input", "factors", "num_groups", "approximate", "num_parameters",
 )  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = ("forward", "_call_impl", "_conv_forward", "join", "convolve")  # what a call of a layer goes through
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {SyncedBatchNorm2d: nn.BatchNorm2d, SyncedBatchNorm3d: nn.BatchNorm3d}
 _CLASSES = (
-    nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout, nn.Identity,
+    nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm,
+    nn.Dropout, nn.Identity,
     InstanceNorm, Interpolate, NodeModule, PixelShuffle, ChannelSpatialGate,
     GatedNode, *{entry.layer for entry in ACTIVATIONS.values()},
 )  # fmt: skip

@@ -34,14 +34,19 @@ class UNetPlusPlus(Network):
         in_channels, out_channels: channels of the image and classes of the mask.
         spatial_dims: 2 or 3.
         features: width of each level, finest first; depth is `len(features) - 1` (1 to 6).
-        norm: None (the paper), "batch" or "instance"; `("batch", {"eps": 1e-3})` sets keywords.
-        act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
+        norm: None (the paper), "batch", "instance" or `("group", {"num_groups": 8})`; `("batch", {"eps": 1e-3})` sets
+            keywords.
+        act: "relu", `("leaky_relu", {"negative_slope": 0.01})`, "prelu", "gelu" or "silu"; the last three, as group norm,
+            run on the reference.
         upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear" (all channels are
             passed on), `("linear", {"align_corners": True})`. `"project": True` adds a 1x1 convolution to the level's
             width before the interpolation. "pixelshuffle": the channels of a 3x3 convolution
             become pixels (`architecture.layers.PixelShuffle`).
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
+        strides, kernels: None, or per axis the stride, 1 or 2, from each level to the next, and the taps, 1 or 3, at each
+            level: for volumes of unlike axes, as `strides=[(1, 2, 2), (2, 2, 2)], kernels=[(1, 3, 3)] + [(3, 3, 3)] * 2`.
+            Each axis of S must then be a multiple of its number of `multiples`.
         backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.
         encoder: None, or what gives the first column of the grid: a name of timm (extra `encoders`) or a module that returns
             a pyramid of maps. The result is then an `EncodedNetwork`; `over_encoder` says what further arguments it takes.
@@ -71,12 +76,14 @@ class UNetPlusPlus(Network):
         dropout: float = 0.0,
         deep_supervision: bool = False,
         backend: str = "auto",
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
         encoder: None = None,
     ):
         topology = Topology.nested(
             in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision,
             up_width=_up_width(features, upsample),
-        )  # fmt: skip
+        ).over_levels(strides, kernels)  # fmt: skip
         super().__init__(
             topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout,
             deep_supervision=deep_supervision, backend=backend,
@@ -168,8 +175,11 @@ class UNet(Network):
         upsample: Option = "deconv",
         dropout: float = 0.0,
         backend: str = "auto",
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
     ):
         topology = Topology.plain(in_channels, features, spatial_dims=spatial_dims, up_width=_up_width(features, upsample))
+        topology = topology.over_levels(strides, kernels)
         super().__init__(topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, backend=backend)
 
 

@@ -145,6 +145,11 @@ class EncodedNetwork(Pretrained, nn.Module):
         """Every spatial axis of the image must be a multiple of this."""
         return 2 * self.topology.multiple
 
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """`multiple` for each axis."""
+        return (self.multiple,) * self.topology.spatial_dims
+
     def forward(self, x: Tensor) -> Outputs:
         """Logits `[N, out_channels, *S]` for `[N, C, *S]`, with `deep_supervision` a list, X(0,1) first; or their form.
 
@@ -256,9 +261,16 @@ class EncodedNetwork(Pretrained, nn.Module):
         part.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in mine)
         return part
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        mode: str = "accurate",
+        level: int | None = None,
+        activation: str | None = None,
+        flips: bool = False,
+    ) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size, as `Network.predict`."""
-        return prediction.predict(self, x, mode, level, activation)
+        return prediction.predict(self, x, mode, level, activation, flips)
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size`: PyTorch's count of the

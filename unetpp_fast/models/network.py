@@ -86,8 +86,12 @@ class Network(Pretrained, nn.Module):
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             up = (topology.low_width(node), node.up_width) if node.column else None
-            stride = 2 if downsample == "stride" and node.level and not node.column else 1
-            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, stride=stride, **shared)
+            shape: dict[str, Any] = {"kernel": topology.kernel(node)} if node.kernel else {}
+            if node.column and topology.strides:
+                shape["factors"] = topology.stride(node.level + 1)
+            elif downsample == "stride" and node.level and not node.column:
+                shape["stride"] = topology.stride(node.level)
+            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, **shape, **shared)
         self.heads = nn.ModuleDict()
         for column in sorted({*topology.heads, *spare_heads}):
             head = topology[0, column]
@@ -187,7 +191,14 @@ class Network(Pretrained, nn.Module):
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
         return all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        mode: str = "accurate",
+        level: int | None = None,
+        activation: str | None = None,
+        flips: bool = False,
+    ) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
@@ -198,11 +209,12 @@ class Network(Pretrained, nn.Module):
             level: default the deepest head.
             activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the network was
                 trained (`exclusive`).
+            flips: whether to take the mean over the mirror images too (test-time augmentation): 4 passes, of a volume 8.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        return prediction.predict(self, x, mode, level, activation)
+        return prediction.predict(self, x, mode, level, activation, flips)
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
@@ -211,8 +223,13 @@ class Network(Pretrained, nn.Module):
 
     @property
     def multiple(self) -> int:
-        """Every spatial axis of the image must be a multiple of this."""
+        """Every spatial axis of the image may be a multiple of this."""
         return self.topology.multiple
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Each spatial axis of the image must be a multiple of its number."""
+        return self.topology.multiples
 
     @property
     def spare_heads(self) -> list[int]:

@@ -65,7 +65,7 @@ def predict_tiled(
             weights, `image` and `out` are not counted. Ignored if `tile` is given.
         out: array, memmap or tensor `[N, out_channels, *S]`, floating point, to write the probabilities into.
         progress: show a progress bar.
-        **options: for `model.predict`: mode, level, activation.
+        **options: for `model.predict`: mode, level, activation, flips.
 
     Returns:
         `out`, or a new tensor on the CPU, in float32 (float64 for a model in float64).
@@ -150,15 +150,20 @@ def make_grid(
     Raises:
         ValueError: an argument is out of range.
     """
-    multiple = multiple_of(model)
+    multiples = multiples_of(model)
     tiles = [tile] * len(size) if tile is None or isinstance(tile, int) else list(tile)
-    if len(tiles) != len(size) or any(side is not None and (side < 1 or side % multiple) for side in tiles):
-        raise ValueError(f"tile must be a positive multiple of {multiple} (2^depth), or {len(size)} of them, not {tile!r}")
+    fits = len(tiles) == len(size) and all(
+        side is None or (side > 0 and side % step == 0) for side, step in zip(tiles, multiples, strict=True)
+    )
+    if not fits:
+        what = f"{multiples[0]} (2^depth)" if len(set(multiples)) == 1 else f"{multiples}"
+        raise ValueError(f"tile must be a positive multiple of {what}, or {len(size)} of them, not {tile!r}")
     if not 0.0 <= overlap < 1.0:
         raise ValueError(f"overlap must be 0 or more and below 1, not {overlap!r}")
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {BLENDS}, not {blend!r}")
-    return [_axis(length, side or length, overlap, multiple, blend) for length, side in zip(size, tiles, strict=True)]
+    axes = zip(size, tiles, multiples, strict=True)
+    return [_axis(length, side or length, overlap, multiple, blend) for length, side, multiple in axes]
 
 
 def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Axis:
@@ -184,10 +189,10 @@ def choose_tile(
     Raises:
         ValueError: even the smallest tile needs more, or the model's memory cannot be counted.
     """
-    multiple, budget = multiple_of(model), parse_bytes(max_memory)
-    padded = [_round_up(length, multiple) for length in size]
+    multiples, budget = multiples_of(model), parse_bytes(max_memory)
+    padded, multiple = list(map(_round_up, size, multiples)), max(multiples)
     for side in range(max(padded), 0, -multiple):
-        tile = tuple(min(side, length) for length in padded)
+        tile = tuple(min(side // step * step or step, length) for length, step in zip(padded, multiples, strict=True))
         needed = memory(model, tile, size, options)
         if needed <= budget:
             return tile
@@ -219,17 +224,19 @@ def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: 
     width, on_cpu = max(4, like.dtype.itemsize), like.device.type == "cpu"
     kept = peak = 0
     for node in topology.nodes:
-        sides = [max(1, side >> node.level) for side in tile]
+        sides = [max(1, side // by) for side, by in zip(tile, topology.shrunk(node.level), strict=True)]
         pixels = math.prod(sides)
         for cin, cout in topology.convolutions(node):
             unfolds = on_cpu and (width == 8 or (len(sides) == 3 and cin * sides[0] * sides[1] <= UNFOLDED))
-            copies = 1 + 3 ** len(sides) if unfolds else 2
+            copies = 1 + math.prod(topology.kernel(node)) if unfolds else 2
             peak = max(peak, kept + pixels * (copies * cin + 2 * cout))
         kept += pixels * node.width
     heads = (3 * len(topology.heads) + 2) * network.out_channels
     image = 24 * topology.in_channels  # bytes: as read, in float64, and in the model's precision
     maps = width * peak * (HEAP if on_cpu else 1)
     band = width * network.out_channels * tile[0] * math.prod(size[1:])
+    if (options or {}).get("flips"):  # the mirror image and its result, beside the sum
+        image += width * (topology.in_channels + 2 * network.out_channels)
     return maps + (width * heads + image) * math.prod(tile) + band + (RESERVE if on_cpu else 0)
 
 
@@ -246,9 +253,9 @@ def parse_bytes(text: int | str) -> int:
     return count
 
 
-def multiple_of(model: nn.Module) -> int:
-    """What every axis of the model's input is padded to a multiple of."""
-    return network_of(model).multiple
+def multiples_of(model: nn.Module) -> tuple[int, ...]:
+    """What each axis of the model's input is padded to a multiple of."""
+    return network_of(model).multiples
 
 
 def network_of(model: nn.Module) -> nn.Module:

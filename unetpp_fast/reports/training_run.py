@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..common.errors import first_line
 from ..common.version import __version__
 from ..models.architectures import parameter_count
 from ..training.checkpoint import load_model
+from ..training.recipe import MONITORS
 from ..training.trainer import Trainer
 from . import examples, page
 from .charts import Line, line_chart
@@ -114,7 +115,7 @@ class _Best:
 
 
 def _text(trainer: Trainer, settings: Mapping[str, Any], stopped: bool, best: _Best | None) -> str:
-    sections = [("", _figures(trainer)), ("Curves", _curves(trainer.history))]
+    sections = [("", _figures(trainer)), ("Curves", _curves(trainer))]
     if best:
         sections += [
             ("Classes", f"<div class='pair'>{best.per_class()}{best.confusion()}</div>"),
@@ -139,20 +140,26 @@ def _state(trainer: Trainer, stopped: bool) -> str:
     if stopped:
         return f"Stopped after {of}; --resume continues it."
     if trainer.epoch < trainer.recipe.epochs and trainer.validation:
-        return f"Ended after {of}: no better validation IoU for {trainer.stale} epochs."
+        return f"Ended after {of}: no better validation {_monitor(trainer)} for {trainer.stale} epochs."
     return f"Finished, {of}." if trainer.epoch >= trainer.recipe.epochs else f"After {of}."
 
 
-def _best_row(history: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
-    judged = [row for row in history if math.isfinite(row.get("val_iou", math.nan))]
-    return max(judged, key=lambda row: row["val_iou"]) if judged else None
+def _monitor(trainer: Trainer) -> str:
+    """The score that chooses the best epoch."""
+    return {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
+
+
+def _best_row(trainer: Trainer) -> Mapping[str, float] | None:
+    key = f"val_{trainer.recipe.monitor}"
+    judged = [row for row in trainer.history if math.isfinite(row.get(key, math.nan))]
+    return MONITORS[trainer.recipe.monitor](judged, key=lambda row: row[key]) if judged else None
 
 
 def _figures(trainer: Trainer) -> str:
     """The figures of the best epoch, or of the last one without validation."""
     if not trainer.history:
         return "<p>No epoch is finished yet.</p>"
-    row = _best_row(trainer.history)
+    row = _best_row(trainer)
     if row is None:
         last = trainer.history[-1]
         return page.tiles({"training loss": _number(last["train_loss"]), "training IoU": _number(last["train_iou"])})
@@ -160,11 +167,12 @@ def _figures(trainer: Trainer) -> str:
     return page.tiles({**{name: _number(value) for name, value in values.items()}, "best epoch": f"{row['epoch']:g}"})
 
 
-def _curves(history: Sequence[Mapping[str, float]]) -> str:
+def _curves(trainer: Trainer) -> str:
     """Loss and scores over the epochs, and every other column of the log in a chart of its own."""
+    history = trainer.history
     if not history:
         return ""
-    best = _best_row(history)
+    best = _best_row(trainer)
     groups = dict(CURVES)
     known = {column for columns in CURVES.values() for column in columns}
     for column in history[-1]:

@@ -19,7 +19,7 @@ from ..models.prediction import evaluating, logits_of_any_size, mean_probabiliti
 from . import processes
 from .exclusive import class_scores, confusion
 from .loss_table import is_exclusive
-from .metrics import dice_score, iou_score
+from .metrics import dice_score, iou_score, overlap_scores, overlaps
 
 MEMORY = "2G"
 TILES = {2: 512, 3: 96}  # of networks over an encoder, whose memory nobody can count; by the number of axes
@@ -47,12 +47,13 @@ def evaluate(
             whose logits are blended (`tiled_prediction`). Weights, images and masks are not counted.
 
     Returns:
-        Keys "iou" and "dice", and "loss" if one is given. With an exclusive loss they are means over the classes, of scores
-        over all pixels of all images (`exclusive.class_scores`), and "class_iou", "class_dice" and "confusion" are lists.
+        Keys "iou" and "dice", and "loss" if one is given. Of several classes, "class_iou" and "class_dice" are lists of
+        scores over all pixels of all images; a class without a pixel in the masks and the predictions has NaN. With an
+        exclusive loss "iou" and "dice" are the means of these, and "confusion" is a matrix (`exclusive.class_scores`).
     """
     exclusive, count = loss is not None and is_exclusive(loss), network.out_channels
     rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each process fills its rows
-    pixels = torch.zeros(count, count, dtype=torch.float64)
+    pixels = torch.zeros(count, max(count, 2), dtype=torch.float64)  # a confusion matrix, or overlaps in two columns
     with evaluating(network):
         for index in range(processes.rank(), len(samples), processes.size()):
             image, mask = samples[index].load()
@@ -63,11 +64,14 @@ def evaluate(
             if exclusive:
                 pixels += confusion(probabilities, mask).cpu()
                 continue
+            pixels[:, :2] += overlaps(probabilities, mask).cpu()
             rows[index, 1] = float(iou_score(probabilities, mask))
             rows[index, 2] = float(dice_score(probabilities, mask))
     means = dict(zip(("loss", "iou", "dice"), processes.summed(rows).mean(dim=0).tolist(), strict=True))
     if exclusive:
         means |= _of_classes(processes.summed(pixels))
+    elif count > 1:
+        means |= {f"class_{key}": values for key, values in overlap_scores(processes.summed(pixels)[:, :2]).items()}
     return {key: value for key, value in means.items() if loss or key != "loss"}
 
 

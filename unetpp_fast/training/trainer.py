@@ -57,7 +57,7 @@ class Trainer:
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
             returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
             show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
-            one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
+            one-hot, and the largest logit is chosen. `best.pt` holds the scores of each of several classes ("scores").
 
         max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
 
@@ -261,7 +261,7 @@ class Trainer:
         network = self.network if resumable else self.train_step.validated
         content: dict[str, Any] = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
-        content |= {"scores": self.scores} if "confusion" in self.scores else {}
+        content |= {"scores": self.scores} if "class_iou" in self.scores else {}
         if resumable:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             content |= {

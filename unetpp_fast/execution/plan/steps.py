@@ -172,6 +172,8 @@ def unsupported(topology: Topology, options: Options | None = None) -> str:
 
     Its prefixes must be the leading channels of their level, and some backend must be able to compute its options.
     """
+    if topology.strides or any(node.kernel for node in topology.nodes):
+        return "strides and kernels that differ between axes run on the reference"
     reasons = [options_unsupported(options or {}, backend) for backend in ENGINES]
     if all(reasons):
         return reasons[0]
