@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from support.medical_files import AFFINE, cut, write_itk, write_nifti, write_picture, write_series
 
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data import prediction_files
 from unetpp_fast.data.file_formats import read_stored
-from unetpp_fast.data.images import standardise
+from unetpp_fast.data.images import STANDARD, standardise
 from unetpp_fast.data.layouts import read_folder
 from unetpp_fast.data.samples import check_samples
 
@@ -279,6 +281,24 @@ def test_damaged_series_are_named(damage, says, tmp_path):
     damage(tmp_path / "a")
     with pytest.raises(InputError, match=says):
         read_stored(tmp_path / "a")
+
+
+def test_white_is_zero_and_single_files_of_dicom(tmp_path):
+    """A file of one plane is an image, in training and for a network in 2D alike; MONOCHROME1 is turned over."""
+    pixels = write_series(tmp_path / "images", (2, 6, 8))
+    for index, path in enumerate(sorted((tmp_path / "images").iterdir(), reverse=True)):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        np.save(tmp_path / f"masks/{path.stem}.npy", (pixels[index] > 0).astype(np.uint8))
+        if index:
+            header = pydicom.dcmread(path)
+            header.PhotometricInterpretation = "MONOCHROME1"
+            header.save_as(path)
+    folder = read_folder(tmp_path)
+    assert folder.found == "found 2 images with masks of 1 class" and folder.spatial_dims == 2
+    turned, plain = (sample.load()[0] for sample in folder.samples)
+    assert np.array_equal(plain, standardise(pixels[:1])) and np.allclose(turned, standardise(-pixels[1:]), atol=1e-6)
+    source = prediction_files.read(folder.samples[0].image, 2, 1)
+    assert np.allclose(prediction_files.Prepared(source, source.images()[0], STANDARD)[0, :, :, :], turned, atol=1e-6)
 
 
 @pytest.mark.parametrize(
