@@ -109,7 +109,11 @@ def flatten_label(root: Path) -> None:
 
 
 def regions(root: Path) -> None:
-    (root / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 2], "core": 2}}')
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 3], "core": 3}}')
+
+
+def ignored_regions(root: Path) -> None:
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 2], "ignore": 3}}')
 
 
 def gap(root: Path) -> None:
@@ -129,7 +133,8 @@ DAMAGE = {
     put_nan: r"case_b_0000\.nii\.gz holds NaN",
     lose_label: r"case_b_0000\.nii\.gz has no mask in .*labelsTr \(1 such",
     flatten_label: r"case_b\.nii\.gz is an image but .* is a volume",
-    regions: r"'whole' is a region of \[1, 2\]",
+    regions: r"with the value 2, which is in none of the regions \{'whole': \[1, 3\], 'core': \[3\]\}",
+    ignored_regions: "expected whole numbers, and no ignored value",
     gap: r"expected 0, 1, 2, \.\.\. without a gap",
 }
 
@@ -158,6 +163,22 @@ def test_nnunet_without_its_json_with_colours_and_with_a_test_set(tmp_path):
     names = {"0": "R", "1": "G", "2": "B"}
     (colours / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": {"background": 0, "a": 1}}))
     assert check_samples(read_folder(colours).samples) == 3
+
+
+def test_regions_of_nnunet_overlap(tmp_path):
+    write_nnunet(tmp_path)
+    labels = {"background": 0, "whole tumor": [1, 2], "core": [2]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels, "regions_class_order": [1, 2]}))
+    folder = read_folder(tmp_path)
+    assert (
+        folder.found
+        == "found 3 volumes with label maps of 2 regions that may overlap (whole tumor, core), 2 channels (0, 1)"
+    )
+    assert not folder.exclusive and folder.classes == ["whole tumor", "core"] and check_samples(folder.samples) == 2
+    image, (whole, core) = folder.samples[0].load()
+    assert np.array_equal(whole, LABELS > 0) and np.array_equal(core, LABELS > 1)
+    assert np.array_equal(image, standardise(VALUES)) and np.array_equal(folder.samples[0].values(), VALUES)
+    assert read_folder(tmp_path, ["background", "edema", "core"]).exclusive
 
 
 def write_list(root: Path, content: dict, name: str = "dataset.json") -> Path:
