@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..architecture.precision import autocast
 from ..data.samples import ArraySample, Sample
 from ..experiments.pictures import COLOURS, overlay, stretch
 from ..models.network import Network
+from ..models.prediction import mean_probabilities
+from ..training.evaluation import MEMORY, logits
 from .page import LONGEST
 
 CORRECT, MISSED, EXTRA, OTHER = ((232, 232, 232), (60, 140, 255), (255, 90, 60), (250, 200, 40))
@@ -55,10 +56,9 @@ def _spread(count: int) -> list[int]:
 
 def predicted(network: Network, image: np.ndarray, dtype: str, exclusive: bool) -> np.ndarray:
     """Masks, bool `[classes, *S]`, of a standardised image `[C, *S]`."""
-    device = next(network.parameters()).device
-    with autocast(device, dtype):
-        x = torch.from_numpy(image)[None].to(device)
-        values = network.predict(x, activation="softmax" if exclusive else "sigmoid")[0].float().cpu()
+    with torch.no_grad():
+        outputs = logits(network, image, dtype, MEMORY)  # in tiles, if the validation took some
+        values = mean_probabilities(outputs, "softmax" if exclusive else "sigmoid")[0].float().cpu()
     if not exclusive:
         return (values > 0.5).numpy()
     return (values.argmax(dim=0) == torch.arange(len(values)).view(-1, *[1] * (values.ndim - 1))).numpy()
