@@ -20,8 +20,10 @@ def nnunet_folder(root: Path, ignore: int | None) -> Parts | None:
     """
     if not ((root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()):
         return None
-    path, content = root / "dataset.json", {}
-    names, ignored, regions = None, ignore, None
+    path = root / "dataset.json"
+    content: Mapping[str, Any] = {}
+    names: list[str] | None = None
+    ignored, regions = ignore, None
     if path.exists():
         content = _read(path)
         regions = _regions(path, content)
