@@ -130,6 +130,7 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
+    network: Any
     if options.init_from:
         network = checkpoint.initial_network(options.init_from, channels, len(classes), extra["spatial_dims"]).to(device)
     else:
