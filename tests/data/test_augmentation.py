@@ -51,6 +51,8 @@ def test_image_and_label_map_move_alike(dims, spec, outside):
         pure = image.max(axis=0) > 0.999
         assert pure.mean() > 0.3
         assert np.array_equal(image.argmax(axis=0)[pure], mask.argmax(axis=0)[pure]) and mask[:, pure].sum(axis=0).min() == 1
+        inside = np.abs(image.sum(axis=0) + 1) < 1e-4  # 1 - 1 - 1, between pixels of different classes too
+        assert (mask[:, inside].sum(axis=0) == 1).all() and inside.mean() > 0.5
         empty = (np.abs(image) < 1e-6).all(axis=0)  # zero, which no pixel of the image is
         emptied += empty.sum()
         assert (mask[:, empty].sum(axis=0) == (outside is not None)).all() and mask.sum(axis=0).max() == 1
