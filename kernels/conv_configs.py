@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Config:
         return self.num_stages * (self.pixels + self.block_co) * self.block_k * dtype.itemsize
 
 
-def tile_counts(units: tuple[int, int, int], config: Config) -> list[int]:
+def tile_counts(units: tuple[int, int, int], config: Any) -> list[int]:
     """Tiles along D, H and W; `config` may be any with `block_d`, `block_h` and `block_w`."""
     blocks = config.block_d, config.block_h, config.block_w
     return [ceil_div(unit, block) for unit, block in zip(units, blocks, strict=True)]
@@ -130,7 +131,8 @@ def default_config(
     if not interpreted:
         return configs(units, images, co, axes, phased, dtype)[0]
     block_k, block_co = (min(limit, max(16, power_of_two(count))) for count, limit in ((k, 256), (co, 128)))
-    return Config(*interpreted_tile(units, (8, 64, 64), max(block_k, block_co)), block_k, block_co, 4, 1)
+    block_d, block_h, block_w = interpreted_tile(units, (8, 64, 64), max(block_k, block_co))
+    return Config(block_d, block_h, block_w, block_k, block_co, 4, 1)
 
 
 def interpreted_tile(units: tuple[int, int, int], limits: tuple[int, int, int], channels: int) -> list[int]:

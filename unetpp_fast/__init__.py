@@ -9,11 +9,15 @@ torch.Size([1, 1, 100, 130])
 import importlib.util
 
 if importlib.util.find_spec("unetpp_fast.kernels") is None:
-    raise ImportError("unetpp_fast.kernels is missing, as in a clone that is not installed: pip install -e .")
+    raise ImportError(
+        "unetpp_fast.kernels is missing: Python has found a clone of the repository before the installed package; leave its"
+        " folder, or install the clone itself, pip install --no-build-isolation -e ."
+    )
 
 from .architecture.topology import Node, Topology
 from .common.version import __version__
 from .converters.converter import convert, to_state_dict
+from .data.postprocessing import postprocess
 from .deployment.optimized import load_optimized, optimize
 from .execution.dispatch import tune
 from .execution.explanation import explain
@@ -55,6 +59,7 @@ __all__ = [
     "load_optimized",
     "optimize",
     "parameter_count",
+    "postprocess",
     "predict_tiled",
     "to_state_dict",
     "tune",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_an_ensemble_is_the_mean_of_its_members_of_any_size():
     torch.testing.assert_close(uf.predict_tiled(Ensemble(members[:1]), x, tile=8), uf.predict_tiled(members[0], x, tile=8))
     with pytest.raises(InputError, match="different classes cannot predict together: 2 and 1"):
         Ensemble([members[0], build(uf.UNetPlusPlus, 1, 1, features=(3, 3))])
+
+
+def test_a_fold_of_the_data_is_chosen(folder, tmp_path, capsys):
+    """As nnU-Net's splits_final.json lists them; without --folds the run lies in --out itself."""
+    shutil.copytree(folder, tmp_path / "data")
+    names = sorted(path.stem for path in (folder / "images").iterdir())
+    folds = [{"train": names[1:], "val": names[:1]}, {"train": names[:-1], "val": names[-1:]}]
+    (tmp_path / "data/splits_final.json").write_text(json.dumps(folds))
+    assert run(*command(tmp_path / "data", tmp_path / "out", "--fold", "1", "--epochs", "1")) == 0
+    assert load_checkpoint(tmp_path / "out/best.pt")["about"]["validation"] == names[-1:]
+    text = fails(capsys, *command(tmp_path / "data", tmp_path / "more", "--folds", "2"))
+    assert "leave --folds out (--fold chooses one of its folds)" in text
 
 
 def test_mistakes_are_one_line(folder, folds, tmp_path, capsys):

@@ -67,7 +67,7 @@ def test_folds_of_nnunet(tmp_path):
     assert names(read_folder(root).validation) == ["a"]
     folder = read_folder(root, fold=1)
     assert names(folder.samples) == ["a", "c"] and names(folder.validation) == ["b", "d"]
-    assert folder.found.endswith("2 of them for validation, split by splits_final.json, fold 1 of 2")
+    assert folder.found.endswith("2 of them for validation, split by splits_final.json, fold 1 of 2") and folder.has_folds
     with pytest.raises(InputError, match=r"splits_final\.json holds the folds 0 to 1: there is no fold 2"):
         read_folder(root, fold=2)
 
@@ -99,8 +99,9 @@ def test_training_and_test_without_validation(tmp_path):
         ({"train.txt": "a\na\n"}, r"train\.txt names 'a' twice, for training: an image has one place"),
         ({"train.txt": "\n"}, r"train\.txt names no image"),
         ({"train.txt": b"\xff\xfe\xff"}, r"train\.txt cannot be read as a list"),
-        ({"splits_final.json": "["}, r"splits_final\.json is no list of"),
-        ({"splits_final.json": '[{"train": [1], "val": []}]'}, r"splits_final\.json is no list of .*an id is no text"),
+        ({"splits_final.json": "["}, r"splits_final\.json cannot be read as JSON"),
+        ({"splits_final.json": '[{"train": [1], "val": []}]'}, r"splits_final\.json must be a list of folds"),
+        ({"splits_final.json": "[]"}, r"splits_final\.json must be a list of folds"),
         ({"splits_final.json": '[{"train": ["a"], "val": []}]'}, "has no images for training or for validation"),
     ],
 )

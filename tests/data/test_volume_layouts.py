@@ -195,14 +195,17 @@ def test_lists_of_monai_with_folds_channels_and_parts(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
     folder = read_folder(tmp_path, fold=1)
     assert folder.found == (
-        "found 3 volumes with label maps of 4 classes (background, 1, 2, 3), 1 of them for validation, listed in list.json"
+        "found 3 volumes with label maps of 4 classes (background, 1, 2, 3), 1 of them for validation, "
+        "listed in list.json, fold 1"
     )
+    with pytest.raises(InputError, match=r"list\.json has the folds 0, 1, 2: there is no fold 7"):
+        read_folder(tmp_path, fold=7)
     assert [sample.name for sample in (*folder.samples, *folder.validation)] == ["x/seg", "z/seg", "y/seg"]
     assert check_samples(folder.samples) == 2
     entries[2]["image"] = "z/0.nii"
     (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
     with pytest.raises(InputError, match=r"lists 2 file\(s\) of 0\.nii but 1 of 0\.nii: a channel is missing"):
-        read_folder(tmp_path, fold=7)
+        read_folder(tmp_path, fold=1)
 
 
 def test_a_list_of_nnunets_first_version(tmp_path):

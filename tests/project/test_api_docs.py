@@ -18,10 +18,17 @@ NAMES = [name for name in uf.__all__ if name != "__version__"]
 CANNOT_FAIL = {"Node", "parameter_count"}
 PAPERS = {
     "UNetPlusPlus": "1807.10165", "from_paper": "1807.10165", "BCEDiceLoss": "1807.10165", "Topology": "1807.10165",
-    "backbone": "1807.10165", "UNet": "1505.04597",
+    "backbone": "1807.10165", "UNet": "1505.04597", "FocalLoss": "1708.02002", "TverskyLoss": "1706.05721",
+    "DeepSupervision": "1807.10165",
 }  # fmt: skip
 SHAPE = r"\[N, |a scalar|of a module|size"
 UNIT = r"floating point|float32|float64|precision|pixels|channels|bytes|dtype|probabilit|logits|values in"
+
+
+def own(what: type, name: str) -> FunctionType | None:
+    """A method of a class that this package defines."""
+    found = getattr(what, name, None) if inspect.isclass(what) else None
+    return found if found is not None and found.__module__.startswith("unetpp_fast") else None
 
 
 def said(name: str) -> str:
@@ -29,13 +36,13 @@ def said(name: str) -> str:
     what = getattr(uf, name)
     if not inspect.isclass(what):
         return what.__doc__
-    shown = [what, *(vars(what)[method] for method in ("forward", "predict") if method in vars(what))]
+    shown = [what, *(method for name in ("forward", "predict") if (method := own(what, name)))]
     return "\n".join(part.__doc__ for part in shown)
 
 
 def takes_tensors(name: str) -> bool:
     what = getattr(uf, name)
-    functions = [what] if isinstance(what, FunctionType) else [vars(what)["forward"]] if "forward" in vars(what) else []
+    functions = [what] if isinstance(what, FunctionType) else [method for method in [own(what, "forward")] if method]
     return any("Tensor" in str(hint) or name == "image" for function in functions
                for name, hint in inspect.get_annotations(function).items() if name != "return")  # fmt: skip
 

@@ -18,10 +18,14 @@ FILE = "folds.json"
 
 def check(options: argparse.Namespace) -> None:
     """Raises InputError for options of folds that do not go together."""
-    if options.fold is not None and options.folds is None:
-        raise InputError("--fold needs --folds, the number of all folds")
     if options.folds is not None and not 0 <= (options.fold or 0) < options.folds:
         raise InputError(f"--fold must be 0 to {options.folds - 1}, not {options.fold}")
+
+
+def check_data(options: argparse.Namespace, folder: Folder) -> None:
+    """Raises InputError if --fold chooses among folds that there are not."""
+    if options.fold is not None and options.folds is None and not folder.has_folds:
+        raise InputError("--fold needs --folds, the number of all folds: the data have none of their own")
 
 
 def run(
@@ -46,6 +50,7 @@ def run(
     if folder.validation is not None:
         raise InputError(
             f"--folds splits all images, but {options.data} has validation images of its own: leave --folds out"
+            + (" (--fold chooses one of its folds)" if folder.has_folds else "")
         )
     folds = _folds(options, folder)
     chosen = range(options.folds) if options.fold is None else [options.fold]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..data import prediction_files
 from ..data.images import STANDARD, scaled, standardise, write_png
+from ..data.postprocessing import postprocess
 from ..experiments import pictures
 from ..models import tiled_prediction
+from ..models.architectures import AnyNetwork
 from ..models.ensemble import Ensemble
-from ..models.network import Network
 from ..training import checkpoint
 from ..training.classes import class_names, palette
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
@@ -45,6 +47,11 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")
     predict.add_argument("--level", type=int, help="head to use (fast) or the last to use (accurate); default: the deepest")
     predict.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is foreground")
+    predict.add_argument("--flips", action="store_true", help="mean over the mirror images too: 4 passes, of a volume 8")
+    predict = command.add_argument_group("cleaning, of each mask or class")
+    predict.add_argument("--min-size", type=int, default=0, help="drop connected parts of fewer pixels or voxels")
+    predict.add_argument("--keep-largest", type=int, help="keep only so many connected parts, the largest ones")
+    predict.add_argument("--fill-holes", action="store_true", help="fill the holes")
     predict = command.add_argument_group("large images")
     predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
     predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
@@ -59,7 +66,7 @@ class Job:
     """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
     are written as label maps; otherwise None."""
 
-    network: Network | Ensemble
+    network: AnyNetwork | Ensemble
     options: argparse.Namespace
     classes: list[str]
     size: int | None
@@ -73,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
+    if _cleaning(options):
+        postprocess(np.zeros((1, 1), bool), **_cleaning(options))  # raises before anything is predicted
     network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
     size = (about.get("prepare") or {}).get("size")
@@ -92,8 +101,8 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(str(error)) from error
     overlays = f", {options.out / 'overlays'}" if drawn else ""
     messages.say(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
-    for error in refused:
-        print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
+    for one in refused:
+        print(f"unetpp-fast predict: error: {one}", file=sys.stderr)
     return FAILED if refused else 0
 
 
@@ -105,6 +114,10 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
         masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:
         masks, probabilities = _predict_file(job, source)
+    if cleaning := _cleaning(options):
+        for part in source.parts(masks):
+            for mask in part:
+                mask[...] = postprocess(mask, **cleaning)
     if job.palette:
         source.write_labels(out / "masks", name, masks[0], job.palette)
     for index, label in enumerate(job.classes):
@@ -122,11 +135,18 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     return source.is_picture
 
 
+def _cleaning(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `postprocess` that the options give."""
+    found = {"keep_largest": options.keep_largest, "min_size": options.min_size, "fill_holes": options.fill_holes}
+    return found if options.keep_largest is not None or options.min_size or options.fill_holes else {}
+
+
 def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray, np.ndarray | None]:
     """Masks, bool `[classes, *S]`, or labels, uint8 `[1, *S]`, of a file, and probabilities, float32
     `[classes, *S]`, or None; memory-mapped."""
     network, options, exclusive = job.network, job.options, job.palette is not None
-    chosen = {"mode": options.mode, "level": options.level, "activation": "softmax" if exclusive else "sigmoid"}
+    chosen = {"mode": options.mode, "level": options.level, "flips": options.flips}
+    chosen["activation"] = "softmax" if exclusive else "sigmoid"
     images = source.images()
     size, tile = images[0].shape[1:], options.tile
     if tile is None and options.max_memory is not None:
@@ -152,7 +172,7 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
 
 
 def _predict_scaled(
-    network: Network, source: prediction_files.Source, options: argparse.Namespace, side: int
+    network: AnyNetwork | Ensemble, source: prediction_files.Source, options: argparse.Namespace, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_predict_file`, for a model that was trained on images scaled to `side` x `side` pixels."""
     device = next(network.parameters()).device
@@ -160,6 +180,6 @@ def _predict_scaled(
     for image, part in zip(source.images(), source.parts(probabilities), strict=True):
         small = scaled(source.stored.real(image).astype(np.float32), (side, side))
         x = torch.from_numpy(standardise(small))[None].to(device)
-        prediction = network.predict(x, mode=options.mode, level=options.level)[0]
+        prediction = network.predict(x, mode=options.mode, level=options.level, flips=options.flips)[0]
         part[:] = scaled(prediction.cpu().numpy(), image.shape[1:])
     return probabilities > options.threshold, probabilities

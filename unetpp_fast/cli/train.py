@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         if options.folds is None:
             _check_out(options)
         folder, channels = _read_data(options)
+        cross_validation.check_data(options, folder)
         options.patch = options.patch or PATCH[folder.spatial_dims]
 
         def train(job: argparse.Namespace, part: Folder) -> int:
@@ -129,6 +130,7 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
+    network: Any
     if options.init_from:
         network = checkpoint.initial_network(options.init_from, channels, len(classes), extra["spatial_dims"]).to(device)
     else:
@@ -209,7 +211,7 @@ def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     if options.task:
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
-    folder = read_folder(options.data, names, ignore)
+    folder = read_folder(options.data, names, ignore, 0 if options.folds else options.fold or 0)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 

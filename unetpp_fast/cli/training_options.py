@@ -52,7 +52,9 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--folds", type=int, metavar="K", help="train K networks, each validated on another part of the images"
     )
-    train.add_argument("--fold", type=int, metavar="NUMBER", help="train only this one of the folds, from 0")
+    train.add_argument(
+        "--fold", type=int, metavar="NUMBER", help="train only this one of the folds, or of those of the data"
+    )
     train.add_argument("--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too, beside log.csv")
     train.add_argument("--tensorboard", action="store_true", help="the same as --log tensorboard")
 

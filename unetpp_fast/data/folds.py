@@ -46,11 +46,11 @@ def write_folds(path: Path, folds: Sequence[Fold]) -> None:
     write_atomic(path, lambda stream: stream.write((json.dumps(list(folds), indent=1) + "\n").encode()))
 
 
-def read_folds(path: Path, samples: Sequence[Any], count: int) -> list[Fold]:
-    """Folds that were kept, or written by hand.
+def load_folds(path: Path) -> list[Fold]:
+    """The folds in a file, whatever they name.
 
     Raises:
-        InputError: they are not `count` folds of these samples.
+        InputError: it holds none.
     """
     try:
         folds = json.loads(path.read_text())
@@ -58,6 +58,19 @@ def read_folds(path: Path, samples: Sequence[Any], count: int) -> list[Fold]:
         raise InputError(f"{path} cannot be read as JSON ({error}): remove it") from error
     if not isinstance(folds, list) or not all(isinstance(fold, dict) and {"train", "val"} <= fold.keys() for fold in folds):
         raise InputError(f'{path} must be a list of folds {{"train": [names], "val": [names]}}')
+    lists = [fold[part] for fold in folds for part in ("train", "val")]
+    if not folds or not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        raise InputError(f'{path} must be a list of folds {{"train": [names], "val": [names]}}')
+    return folds
+
+
+def read_folds(path: Path, samples: Sequence[Any], count: int) -> list[Fold]:
+    """Folds that were kept, or written by hand.
+
+    Raises:
+        InputError: they are not `count` folds of these samples.
+    """
+    folds = load_folds(path)
     if len(folds) != count:
         raise InputError(f"{path} holds {len(folds)} folds: use --folds {len(folds)}, or choose another --out")
     known = {sample.name for sample in samples}

@@ -27,6 +27,7 @@ class Folder:
     test: samples that are for neither training nor validation.
     spatial_dims: 2 for images, 3 for volumes.
     channel_files: the number of files of an image if they are called `<id>_0000`, `<id>_0001`, ...; 0 for one file `<id>`.
+    has_folds: whether the data come with several splits, of which this is one.
     """
 
     samples: list
@@ -39,6 +40,7 @@ class Folder:
     test: list | None = None
     spatial_dims: int = 2
     channel_files: int = 0
+    has_folds: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Parts:
     """The images of a folder that is recognised: all, to be split, or those of training with others beside.
 
     names: of the classes of label maps, if files of the layout tell. ignore: likewise, the value of ignored pixels.
-    notes: what else the line for the user says. channel_files: as in `Folder`.
+    notes: what else the line for the user says. channel_files, has_folds: as in `Folder`.
     """
 
     training: Pairs
@@ -116,6 +118,7 @@ class Parts:
     ignore: int | None = None
     notes: tuple[str, ...] = ()
     channel_files: int = 0
+    has_folds: bool = False
 
     def all(self) -> list[Pairs]:
         """The parts that exist."""
@@ -175,8 +178,9 @@ def _folder(
     notes += [f"{len(test)} for testing"] if test is not None else []
     found = ", ".join([*notes, *parts.notes, *ignored])
     return Folder(
-        made[0], classes, found, validation=validation, test=test, spatial_dims=dims, channel_files=parts.channel_files
-    )
+        made[0], classes, found, validation=validation, test=test, spatial_dims=dims,
+        channel_files=parts.channel_files, has_folds=parts.has_folds,
+    )  # fmt: skip
 
 
 def _count(classes: Sequence[str]) -> str:

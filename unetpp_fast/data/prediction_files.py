@@ -155,10 +155,10 @@ def find(place: Path, channel_files: int = 0) -> dict[str, tuple[Path, ...]]:
     elif place.is_file() or is_series(place):
         return {id_of(place): (place,)}
     else:
-        files = find_images(place, all_endings())
+        found = find_images(place, all_endings())
         if not channel_files:
-            return single_files(files)
-        images = channels_by_id(files)
+            return single_files(found)
+        images = channels_by_id(found)
     if all(list(files) == [-1] for files in images.values()) and channel_files == 1:
         return {key: (files[-1],) for key, files in images.items()}
     for key, files in images.items():

@@ -6,13 +6,14 @@ splits_final.json              of nnU-Net: a list of {"train": [...], "val": [..
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError, first_line
 from .file_formats import id_of
+from .folds import load_folds
 from .pairs import Parts
 
 PLACES = ("", "ImageSets/Segmentation", "splits", "split")
@@ -40,10 +41,10 @@ def apply_split(root: Path, parts: Parts, fold: int = 0) -> Parts:
         listed.pop("test", None)
     ids = {part: [_id(name, whole.images, where(part)) for name in names] for part, names in listed.items()}
     _check_apart(ids, where)
-    divided = {part: whole.only(chosen) for part, chosen in ids.items()}
+    divided: dict[str, Any] = {part: whole.only(chosen) for part, chosen in ids.items()}
     left = len(whole.images) - sum(map(len, ids.values()))
     notes = (f"split by {what}", *([f"{left} left out"] if left else []))
-    return replace(parts, **divided, notes=(*parts.notes, *notes))
+    return replace(parts, **divided, notes=(*parts.notes, *notes), has_folds=what.startswith(FOLDS))
 
 
 def _text_files(root: Path) -> tuple[str, Listed, Callable[[str], Path]] | None:
@@ -70,13 +71,7 @@ def _lines(path: Path) -> list[str]:
 def _folds(path: Path, fold: int) -> tuple[str, Listed, Callable[[str], Path]] | None:
     if not path.is_file():
         return None
-    try:
-        folds = json.loads(path.read_text(encoding="utf-8"))
-        listed = [{"training": list(one["train"]), "validation": list(one["val"])} for one in folds]
-        if not all(isinstance(name, str) for one in listed for names in one.values() for name in names):
-            raise ValueError("an id is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path} is no list of {{"train": [...], "val": [...]}} ({first_line(error)})') from error
+    listed = [{"training": one["train"], "validation": one["val"]} for one in load_folds(path)]
     if not 0 <= fold < len(listed):
         raise InputError(f"{path} holds the folds 0 to {len(listed) - 1}: there is no fold {fold}")
     if not listed[fold]["training"] or not listed[fold]["validation"]:
@@ -93,7 +88,7 @@ def _id(name: str, known: Iterable[str], path: Path) -> str:
     raise InputError(f"{path} names {name!r}, which is no image of the folder; ids are such as {next(iter(known))!r}")
 
 
-def _check_apart(ids: dict[str, Sequence[str]], where: Callable[[str], Path]) -> None:
+def _check_apart(ids: Mapping[str, Sequence[str]], where: Callable[[str], Path]) -> None:
     """Raises InputError if an image is named twice."""
     seen: dict[str, str] = {}
     for part, names in ids.items():

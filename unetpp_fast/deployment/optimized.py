@@ -33,6 +33,7 @@ from ..models.prediction import (
     evaluating,
     logits_of_any_size,
     mean_probabilities,
+    over_flips,
     small_image,
 )
 from . import encoder_layers
@@ -49,6 +50,8 @@ class Optimized(Engine):
     Its `state_dict()` holds the weights and everything that `unetpp_fast.load_optimized` needs to rebuild it. Do not change
     weights in any other way than by `load_state_dict` and `to`. Several threads and streams may call it at once.
     """
+
+    network: Network
 
     def __init__(self, network: Network, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__(network, dtype)
@@ -80,17 +83,20 @@ class Optimized(Engine):
         columns = heads if network.deep_supervision and not self.pruned else heads[-1:]
         return network.shaped(self._logits(x, columns))
 
-    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None, flips: bool = False) -> Tensor:
         """Probabilities `[N, out_channels, *S]`, at least in float32, for `[N, C, *S]` of any size.
 
         In mode "accurate" the mean over the heads up to this module's level, in mode "fast" the head at that level.
         activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the model was trained.
+        flips: as of `Network.predict`.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
         x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
+        if flips:
+            return over_flips(lambda image: self.predict(image, activation), x)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         heads = self.network.topology.heads
@@ -146,12 +152,15 @@ class OptimizedModule(Engine):
     norms folded, on a CPU with those convolutions by the kernels that were measured to be faster so; the rest as in
     `Optimized`. Its `state_dict()` holds the weights, not the code of the encoder."""
 
+    network: EncodedNetwork
+
     def __init__(self, network: EncodedNetwork, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__(network, dtype)
         self.pruned, self.mode = pruned, mode
         self.layout = torch.channels_last if network.topology.spatial_dims == 2 else torch.channels_last_3d
         network.encoder, self.norms = folded_encoder(network.encoder, network.sample())
-        network.encoder = network.encoder.requires_grad_(False).to(memory_format=self.layout)
+        encoder: Any = network.encoder.requires_grad_(False)
+        network.encoder = encoder.to(memory_format=self.layout)
         if dispatch.CPU_KERNELS[0] and network.sample().device.type == "cpu":
             network.encoder = encoder_layers.with_layers(network.encoder, network.sample())
 
@@ -167,10 +176,12 @@ class OptimizedModule(Engine):
             return self._called(self.network, x)
         return self.network.shaped(self._logits(x, all_heads=self.network.deep_supervision and not self.pruned))
 
-    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None, flips: bool = False) -> Tensor:
         """Probabilities for any size; see `Optimized.predict`."""
         x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
+        if flips:
+            return over_flips(lambda image: self.predict(image, activation), x)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         all_heads = self.mode == "accurate"
@@ -270,7 +281,7 @@ def optimize(
     return fast
 
 
-def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _own_copy(network: Any, dtype: torch.dtype | None) -> Any:
     """A copy, at least in float32: weights are rounded only after folding."""
     with torch.inference_mode(False), torch.no_grad():
         network = copy.deepcopy(network)
@@ -289,7 +300,7 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
     Raises:
         InputError: the file does not exist, is damaged, or is not of an optimized module.
     """
-    state = source
+    state: Any = source
     if not isinstance(source, Mapping):
         state = torch_files.read(source, "state_dict", device)
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None

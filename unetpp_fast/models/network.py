@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,14 +72,21 @@ class Network(Pretrained, nn.Module):
         if downsample not in DOWNSAMPLES:
             raise ValueError(f"downsample must be one of {DOWNSAMPLES}, not {downsample!r}")
         self.form = check_form(form)
-        shared = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias, "odd_sizes": odd_sizes}
-        self.options = {**shared, "downsample": downsample, "head_bias": head_bias}
+        shared: dict[str, Any] = {
+            "norm": norm,
+            "act": act,
+            "upsample": upsample,
+            "dropout": dropout,
+            "bias": bias,
+            "odd_sizes": odd_sizes,
+        }
+        self.options: dict[str, Any] = {**shared, "downsample": downsample, "head_bias": head_bias}
         self.backend = dispatch.check(backend)
         dims = topology.spatial_dims
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             up = (topology.low_width(node), node.up_width) if node.column else None
-            shape = {"kernel": topology.kernel(node)} if node.kernel else {}
+            shape: dict[str, Any] = {"kernel": topology.kernel(node)} if node.kernel else {}
             if node.column and topology.strides:
                 shape["factors"] = topology.stride(node.level + 1)
             elif downsample == "stride" and node.level and not node.column:
@@ -109,7 +116,7 @@ class Network(Pretrained, nn.Module):
             self.built = built(self)
         self.refresh_handle()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
         super()._apply(fn, recurse)  # what .to(), .cuda() and .half() go through
         dispatch.prepare(self)
         return self
@@ -184,7 +191,14 @@ class Network(Pretrained, nn.Module):
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
         return all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        mode: str = "accurate",
+        level: int | None = None,
+        activation: str | None = None,
+        flips: bool = False,
+    ) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
@@ -195,11 +209,12 @@ class Network(Pretrained, nn.Module):
             level: default the deepest head.
             activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the network was
                 trained (`exclusive`).
+            flips: whether to take the mean over the mirror images too (test-time augmentation): 4 passes, of a volume 8.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        return prediction.predict(self, x, mode, level, activation)
+        return prediction.predict(self, x, mode, level, activation, flips)
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..architecture.input_checks import check_input, leaves_one_value
@@ -32,11 +34,12 @@ def pad_to_multiple(x: Tensor, multiple: int | Sequence[int]) -> Tensor:
 
 def crop(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """The leading `size` of the spatial axes of `x`."""
-    return x[(..., *(slice(0, axis) for axis in size))]
+    where: Any = (..., *(slice(0, axis) for axis in size))
+    return x[where]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards every module has its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     if any(mode for _, mode in modes):
@@ -76,12 +79,28 @@ def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
         raise ValueError("the image contains NaN or infinite values: replace them first, e.g. x.nan_to_num()")
 
 
-def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None) -> Tensor:
+def over_flips(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The mean of `run` `[N, C, *S]` over the image and all its mirror images, each turned back: 4 of an image, 8 of a
+    volume."""
+    axes = range(2, x.ndim)
+    flips = [chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
+    total = None
+    for chosen in flips:
+        result = run(x.flip(chosen)).flip(chosen) if chosen else run(x)
+        total = result if total is None else total + result
+    return total / len(flips)
+
+
+def predict(
+    network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None, flips: bool = False
+) -> Tensor:
     """See `Network.predict`."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
     activation, x = activation_of(network, activation), prepared_tensor(network, x)
     check_image(network, x, activation)
+    if flips:
+        return over_flips(lambda image: predict(network, image, mode, level, activation), x)
     heads = network.topology.heads
     level = heads[-1] if level is None else level
     if "forward" in network.__dict__:  # of this instance alone: it computes all heads

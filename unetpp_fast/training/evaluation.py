@@ -89,7 +89,10 @@ def logits(network: Network, image: np.ndarray, dtype: str, max_memory: int | st
         wide = torch.promote_types(next(network.parameters()).dtype, torch.float32)
         blended = torch.empty(1, heads * network.out_channels, *size, dtype=wide)
         grid = tiled_prediction.make_grid(network, size, tile)
-        joined = {"run": lambda part: torch.cat(logits_of_any_size(network, part), dim=1), "channels": blended.shape[1]}
+        joined: dict[str, Any] = {
+            "run": lambda part: torch.cat(logits_of_any_size(network, part), dim=1),
+            "channels": blended.shape[1],
+        }
         for _, first, band in tiled_prediction.bands(network, image[None], grid, **joined):
             blended[0, :, first : first + band.shape[1]] = band
     return list(blended.to(device).split(network.out_channels, dim=1))

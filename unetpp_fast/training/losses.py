@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ class ClassWeighted(nn.Module):
         shape, computed in float32 at least.
 
         Raises:
-            ValueError: shapes differ, the batch is empty, the number of weights is another, or a target of overlapping
-                classes leaves [0, 1] (on a GPU and in graphs the loss is then NaN).
+            ValueError: shapes differ, the batch is empty, the number of weights is another, exclusive classes are fewer
+                than two, or a target of overlapping classes has values outside [0, 1]. On a GPU and in graphs, where a
+                look at the values would wait, the loss is then NaN.
         """
         heads = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if not heads:
@@ -47,7 +49,7 @@ class ClassWeighted(nn.Module):
             check_pair(logits, target, "outputs")
         check_classes(heads[0], self.exclusive, self.weights)
         valid = None if self.exclusive else check_unit(target, "the target", "a mask of 0 and 255 is (mask > 0).float()")
-        loss = sum(self._image_losses(*self._flat(logits, target)).mean() for logits in heads) / len(heads)
+        loss: Any = sum(self._image_losses(*self._flat(logits, target)).mean() for logits in heads) / len(heads)
         return loss if valid is None else loss.where(valid, torch.nan)
 
     def _flat(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +82,9 @@ class BCEDiceLoss(ClassWeighted):
 
         loss_b = ½ mean(-y log p - (1 - y) log(1 - p)) + 1 - (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth)
 
-    This is eq. 2 with the full cross-entropy (the paper prints only y log p) and with 1 added, so that the loss is not
-    negative. It is computed in float32, or in float64 for float64 logits.
+    This is eq. 2 of the paper of UNet++ (https://arxiv.org/abs/1807.10165) with the full cross-entropy (the paper prints
+    only y log p) and with 1 added, so that the loss is not negative. It is computed in float32, or in float64 for
+    float64 logits.
 
     Args:
         smooth: avoids a division by zero for images without foreground.

@@ -226,7 +226,7 @@ class Trainer:
         self._check_weights()
         if self.validation:
             self._save("last.pt", resumable=True)  # validating may fail
-        settings = {"dtype": self.recipe.dtype, "loss": self.loss, "max_memory": self.max_memory}
+        settings: dict[str, Any] = {"dtype": self.recipe.dtype, "loss": self.loss, "max_memory": self.max_memory}
         self.scores = {}
         if self.validation:
             with self.train_step.evaluating():
@@ -259,7 +259,7 @@ class Trainer:
         if not self.out or not processes.is_first():
             return
         network = self.network if resumable else self.train_step.validated
-        content = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
+        content: dict[str, Any] = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
         content |= {"scores": self.scores} if "class_iou" in self.scores else {}
         if resumable:

@@ -19,7 +19,8 @@ HEAD_WEIGHTS = ("equal", "halving")
 
 
 class FocalLoss(ClassWeighted):
-    """Cross-entropy in which pixels that are right already count little (Lin et al., 2017, eq. 5).
+    """Cross-entropy in which pixels that are right already count little (Lin et al., 2017,
+    https://arxiv.org/abs/1708.02002, eq. 5).
 
     With p_t the probability of what is true, of a pixel and a class (sigmoid), or of the pixel's class (softmax)::
 
@@ -31,7 +32,9 @@ class FocalLoss(ClassWeighted):
     Args:
         gamma: at least 0; 0 gives cross-entropy.
         alpha: between 0 and 1, of overlapping classes: foreground counts alpha times, background 1 - alpha times.
-        exclusive, weights, background: as in `ClassWeighted`.
+        exclusive: whether the classes exclude one another (softmax), or may overlap (sigmoid).
+        weights: one positive number per class; None: all count alike.
+        background: whether class 0 of exclusive classes counts.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class FocalLoss(ClassWeighted):
 
 
 class TverskyLoss(ClassWeighted):
-    """One minus the Tversky index, in which missed and false pixels count differently (Salehi et al., 2017, eq. 3).
+    """One minus the Tversky index, in which missed and false pixels count differently (Salehi et al., 2017,
+    https://arxiv.org/abs/1706.05721, eq. 3).
 
     Of an image and a class with probabilities p and target y, over the pixels (that belong to a class)::
 
@@ -81,7 +85,9 @@ class TverskyLoss(ClassWeighted):
     Args:
         alpha: weight of false pixels. beta: of missed ones; 0.3 and 0.7 are the paper's best, 0.5 and 0.5 give Dice.
         smooth: as in `BCEDiceLoss`.
-        exclusive, weights, background: as in `ClassWeighted`.
+        exclusive: whether the classes exclude one another (softmax), or may overlap (sigmoid).
+        weights: one positive number per class; None: all count alike.
+        background: whether class 0 of exclusive classes counts.
     """
 
     def __init__(
@@ -116,8 +122,8 @@ class DeepSupervision(nn.Module):
 
     Args:
         loss: a module, such as MONAI's, that takes logits `[N, C, *S]` and a target of that shape.
-        weights: "equal", the paper's (Zhou et al., 2018); "halving": the deepest head, which is the last, counts most and
-            each before it half as much as the next (Isensee et al., 2021). They add up to 1.
+        weights: "equal", the paper's (Zhou et al., 2018, https://arxiv.org/abs/1807.10165); "halving": the deepest head, the
+            last, counts most and each before it half as much as the next (Isensee et al., 2021). They add up to 1.
     """
 
     def __init__(self, loss: nn.Module, weights: str = "equal"):
@@ -128,7 +134,11 @@ class DeepSupervision(nn.Module):
         self.exclusive = bool(getattr(loss, "exclusive", False))
 
     def forward(self, outputs: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
-        """A scalar of logits `[N, C, *S]`, or a list of them with the deepest head last."""
+        """A scalar of logits `[N, C, *S]`, or a list of them with the deepest head last, and a target of that shape.
+
+        Raises:
+            ValueError: the list is empty; and what the loss raises.
+        """
         heads = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if not heads:
             raise ValueError("the list of outputs is empty: pass the logits of at least one head")

@@ -39,11 +39,15 @@ def file_list(place: Path, ignore: int | None, fold: int = 0) -> Parts | None:
             files = tuple(file for name in _texts(path, entry["image"]) for file in _image_files(path, name))
             label = _file(path, *_texts(path, entry["label"])[:1])
             parts.setdefault(wanted, {})[ids[_texts(path, entry["label"])[0]]] = files, label
-    made = {part: _pairs(path, entries) for part, entries in parts.items()}
+    folds = sorted({entry["fold"] for entry in content["training"] if "fold" in entry})
+    if folds and fold not in folds:
+        raise InputError(f"{path} has the folds {', '.join(map(str, folds))}: there is no fold {fold}")
+    made: dict[str, Any] = {part: _pairs(path, entries) for part, entries in parts.items()}
     if "training" not in made:
         raise InputError(f"{path} lists no image for training outside fold {fold}")
     names = _names(path, content.get("labels"))
-    return Parts(**made, names=names, ignore=ignore, notes=(f"listed in {path.name}",))
+    note = f"listed in {path.name}" + (f", fold {fold}" if folds else "")
+    return Parts(**made, names=names, ignore=ignore, notes=(note,), has_folds=bool(folds))
 
 
 def _find(place: Path) -> tuple[Path | None, Mapping[str, Any]]:

@@ -20,7 +20,8 @@ def nnunet_folder(root: Path, ignore: int | None) -> Parts | None:
     """
     if not ((root / "imagesTr").is_dir() and (root / "labelsTr").is_dir()):
         return None
-    path, content = root / "dataset.json", {}
+    path = root / "dataset.json"
+    content: Mapping[str, Any] = {}
     names, ignored = None, ignore
     if path.exists():
         content = _read(path)
