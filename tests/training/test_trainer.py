@@ -98,7 +98,7 @@ def test_a_run_learns_and_logs_every_epoch(folder, tmp_path):
     with open(tmp_path / "log.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [{key: float(value) for key, value in row.items()} for row in rows] == history
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv", "scores.json"]
 
 
 def test_best_is_the_epoch_with_the_highest_validation_iou(folder, tmp_path):
