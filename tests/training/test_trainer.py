@@ -373,11 +373,12 @@ def test_a_recipe_that_cannot_train_is_refused(wrong):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains_and_resumes(folder, tmp_path, dtype):
-    """With float16 the loss scale is resumed too."""
-    history = make_trainer(folder, tmp_path / "whole", dtype=dtype).fit(progress=False)
+    """With float16 the loss scale is resumed too. Gradients are clipped after it is divided out."""
+    more = {"dtype": dtype, "clip": 0.5, "ema": 0.9, "warm_up": 0.5}
+    history = make_trainer(folder, tmp_path / "whole", **more).fit(progress=False)
     assert all(np.isfinite(row["train_loss"]) for row in history)
-    make_trainer(folder, tmp_path / "resumed", epochs=1, dtype=dtype).fit(progress=False)
-    resumed = make_trainer(folder, tmp_path / "resumed", dtype=dtype)
+    make_trainer(folder, tmp_path / "resumed", epochs=1, **more).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "resumed", **more)
     resumed.resume()
     resumed.fit(progress=False)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
