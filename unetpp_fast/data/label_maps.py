@@ -12,7 +12,7 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .images import STANDARD
-from .inputs import read_drawn_labels, read_inputs
+from .inputs import read_drawn_labels, read_inputs, spacing_of
 
 IGNORED = 255  # as in VOC and Cityscapes
 MOST = 254
@@ -43,6 +43,10 @@ class LabelSample:
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
         return image, one_hot
+
+    def spacing(self) -> tuple[float, ...] | None:
+        """As `Sample.spacing`."""
+        return spacing_of(self.labels)
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`."""
