@@ -119,6 +119,7 @@ def test_values_names_and_ignored_pixels(tmp_path):
             "put the images into images/ itself, or into images/train and images/val",
         ),
         (["imagesTr/a.png"], r"put the masks of imagesTr/<id>\.png into labelsTr/<id>\.png"),
+        (["p/t1.npy", "p/seg.npy"], r'list the files in dataset\.json as \{"training"'),
         (["a.json"], r'list the files in dataset\.json as \{"training"'),
     ],
 )
@@ -126,7 +127,7 @@ def test_what_is_not_recognised_is_described(files, says, tmp_path):
     for name in files:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("text") if path.suffix in (".md", ".txt", ".json") else Image.fromarray(LABELS).save(path)
+        path.write_text("text") if path.suffix in (".md", ".txt", ".json", ".npy") else Image.fromarray(LABELS).save(path)
     with pytest.raises(InputError, match=says):
         read_folder(tmp_path)
     with pytest.raises(InputError, match="nowhere is not a folder"):

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from . import itk
-from .file_formats import all_endings, ending_of, files_by_id, find_images, holds_mask
+from .file_formats import all_endings, ending_of, files_by_id, find_images, holds_mask, volume_endings
 from .pairs import MARKS, Folder, Pairs, Parts, by_image, class_folders, folder_of, single_files
 from .readers.coco import coco_folder
 from .readers.decathlon import file_list
@@ -158,6 +158,7 @@ def _nearest(root: Path, inside: Sequence[Path], endings: Counter) -> str:
         ending = next(ending for ending in endings if ending in all_endings())
         mark = ".png" if ending in (".jpg", ".jpeg") else ending
         return f"name the mask of <id>{ending} <id>_mask{mark}, or use the folders images/ and masks/"
-    if ".json" in endings:
+    per_case = any(ending_of(file, volume_endings()) for path in inside if path.is_dir() for file in path.iterdir())
+    if ".json" in endings or per_case:
         return 'list the files in dataset.json as {"training": [{"image": ..., "label": ...}]}'
     return KNOWN
