@@ -32,6 +32,7 @@ from .encoders import make_encoder
 from .own_forward import check_prunable, own_forward, sharing
 from .prediction import evaluating
 from .pretrained import Pretrained
+from .recomputed import recomputing
 
 
 class ChannelSpatialGate(nn.Module):
@@ -249,7 +250,8 @@ class EncodedNetwork(Pretrained, nn.Module):
         Raises:
             ValueError: the encoder gives other maps.
         """
-        maps = list(self.encoder(x))[1:]
+        with recomputing(x):
+            maps = list(self.encoder(x))[1:]
         if torch.compiler.is_compiling():  # a comparison would fix the sizes of a graph
             return maps
         expected = []
