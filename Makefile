@@ -17,12 +17,12 @@ TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libc10.so
 GPU_TRITON ?=
 WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 
-.PHONY: demo test bench figures static wheel gpu-check gpu-prepare lint format clean
+.PHONY: demo test bench figures static docs wheel gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
-test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP)
+test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP) .venv/gradio
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/bench
@@ -30,6 +30,10 @@ bench: .venv/bench
 
 figures: .venv/bench
 	$(BIN)/python benchmarks/figures.py
+
+# The pages as HTML in build/docs; a warning, such as a link to nothing, is an error.
+docs: .venv/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 # Least times on a GPU, computed from the compiled kernels; needs nvcc and no GPU.
 static: .venv/test
@@ -64,7 +68,7 @@ clean:
 	rm -rf .venv build dist *.egg-info demo
 
 # What is installed is remembered as an empty file, made anew when setup.py changes.
-.venv/demo .venv/test .venv/bench .venv/release: .venv/%: setup.py pyproject.toml | .venv/base
+.venv/demo .venv/test .venv/bench .venv/docs .venv/release: .venv/%: setup.py pyproject.toml | .venv/base
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
@@ -76,6 +80,10 @@ clean:
 # Another Triton beside the newest, which pip picks: tests compile the kernels by the oldest supported one too.
 .venv/triton-%: | .venv/base
 	-$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+
+# What the page of `unetpp-fast app` needs; apart, because it wants an older Pillow.
+.venv/gradio: | .venv/base
+	-$(BIN)/python -m pip install --quiet --target $@ "gradio>=6"
 
 # segmentation_models_pytorch and what it imports, which the tests compare with. Apart, because no
 # torchvision fits every torch: its Python code is enough. The rest of what they import is in the extra test.

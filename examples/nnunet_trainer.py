@@ -7,9 +7,7 @@ nnUNetv2_train DATASET 2d 0 -tr nnUNetTrainerUNetPlusPlus
 
 From a plan it takes the number of stages (3 to 7; of more, the first 7), their widths, the norm, the activation and whether
 convolutions have a bias. Each node has two convolutions, whatever the plan says of convolutions or residual blocks.
-Strides have to be 2 on every axis of these stages, and kernels 3: most 2D plans, and 3D plans whose axes are alike in
-spacing and in size. A plan with others is refused: choose its `2d` configuration, plan with an isotropic
-`-overwrite_target_spacing`, or leave out of `plans.json` the last stages, where they alone halve only some axes.
+Strides of 1 and 2 and kernels of 1 and 3 may differ between axes, as in plans for anisotropic volumes.
 """
 
 from __future__ import annotations
@@ -40,18 +38,20 @@ def network_from_plan(
     stages = stages_of(plan["strides"])
     strides, kernels = plan["strides"][:stages], plan["kernel_sizes"][:stages]
     dims = len(strides[0])
-    halved = [[1] * dims] + [[2] * dims] * (stages - 1)
-    if [list(stride) for stride in strides] != halved or any(taps != 3 for kernel in kernels for taps in kernel):
+    topology = Topology.nested(in_channels, plan["features_per_stage"][:stages], spatial_dims=dims, all_heads=True)
+    try:
+        topology = topology.over_levels(strides[1:], kernels)
+    except ValueError as error:
+        raise InputError(f"UNet++ does not have what this plan asks for: {error}") from error
+    if set(strides[0]) != {1}:
         raise InputError(
-            f"UNet++ halves every axis at every stage and has kernels of 3, but this plan has strides {plan['strides']} and"
-            f" kernels {plan['kernel_sizes']}: use its 2d configuration, plan with an isotropic target spacing, or leave out"
-            " the last stages, where they alone halve only some axes"
+            f"UNet++ has its first level at the image's size, but this plan begins with a stride of {strides[0]}"
         )
     if plan.get("dropout_op") is not None:
         raise InputError(f"this plan drops channels ({plan['dropout_op']}), which UNet++ does not: set dropout_op to null")
     bias = bool(plan.get("conv_bias", False))
     return Network(
-        Topology.nested(in_channels, plan["features_per_stage"][:stages], spatial_dims=dims, all_heads=True),
+        topology,
         out_channels,
         norm=norm_of(plan),
         act=act_of(plan),
@@ -87,9 +87,11 @@ def act_of(plan: Mapping[str, Any]) -> Option:
     name, given = str(plan.get("nonlin")).split(".")[-1], plan.get("nonlin_kwargs") or {}
     if name == "LeakyReLU":
         return "leaky_relu", {"negative_slope": given.get("negative_slope", 0.01)}
-    if name == "ReLU":
-        return "relu"
-    raise InputError(f"this plan's activation is {plan.get('nonlin')}: UNet++ takes LeakyReLU or ReLU")
+    if name in ("ReLU", "GELU", "SiLU"):
+        return name.lower()
+    if name == "PReLU":
+        return "prelu", {key: given[key] for key in ("num_parameters", "init") if key in given}
+    raise InputError(f"this plan's activation is {plan.get('nonlin')}: UNet++ takes LeakyReLU, ReLU, PReLU, GELU or SiLU")
 
 
 class nnUNetTrainerUNetPlusPlus(nnUNetTrainer):

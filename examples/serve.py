@@ -35,8 +35,8 @@ def predict(network: torch.nn.Module, body: bytes) -> bytes:
         _check_size(*Image.open(io.BytesIO(body)).size)  # a second header may have changed it
     except OSError as error:
         raise ValueError("the body is a PNG that cannot be read") from error
-    image = images.read_image(io.BytesIO(body))
-    probabilities = network.predict(torch.from_numpy(images.standardise(image))[None])
+    image = images.read_normalised(io.BytesIO(body), network.normalisation or images.STANDARD)
+    probabilities = network.predict(torch.from_numpy(image)[None])
     if network.exclusive:
         mask = probabilities[0].argmax(dim=0).to(torch.uint8).numpy()
     else:
@@ -54,7 +54,7 @@ def make_server(checkpoint: Path, port: int) -> ThreadingHTTPServer:
     """A server on 127.0.0.1; loading the checkpoint runs no code from it.
 
     Raises:
-        InputError: the checkpoint was trained on images that need a preparation, which this example does not do.
+        InputError: the checkpoint was trained on images that were scaled, or on Hounsfield units, which no PNG holds.
     """
     (network, content), lock = load_model(checkpoint), threading.Lock()
     if preparation := content.get("about", {}).get("prepare"):

@@ -14,6 +14,7 @@ if importlib.util.find_spec("unetpp_fast.kernels") is None:
 from .architecture.topology import Node, Topology
 from .common.version import __version__
 from .converters.converter import convert, to_state_dict
+from .data.postprocessing import postprocess
 from .deployment.optimized import load_optimized, optimize
 from .execution.dispatch import tune
 from .execution.explanation import explain
@@ -21,20 +22,26 @@ from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_coun
 from .models.encoder_network import EncodedNetwork
 from .models.feature_pyramid import backbone
 from .models.network import Network
+from .models.normalisation import Normalisation
 from .models.pretrained import from_pretrained
 from .models.tiled_prediction import predict_tiled
 from .training.captured import capture
 from .training.exclusive import CrossEntropyDiceLoss
 from .training.losses import BCEDiceLoss
 from .training.metrics import dice_score, iou_score
+from .training.weighted_losses import DeepSupervision, FocalLoss, TverskyLoss
 
 __all__ = [
     "BCEDiceLoss",
     "CrossEntropyDiceLoss",
+    "DeepSupervision",
     "EncodedNetwork",
+    "FocalLoss",
     "Network",
     "Node",
+    "Normalisation",
     "Topology",
+    "TverskyLoss",
     "UNet",
     "UNetPlusPlus",
     "__version__",
@@ -49,6 +56,7 @@ __all__ = [
     "load_optimized",
     "optimize",
     "parameter_count",
+    "postprocess",
     "predict_tiled",
     "to_state_dict",
     "tune",

@@ -45,6 +45,30 @@ def test_it_is_saved_optimized_and_converted(softplus):
     assert act_option(PEERS["monai"], nn.Softplus(beta=3.0)) == ("softplus", {"beta": 3.0})
 
 
+@pytest.mark.parametrize(("given", "says"), [
+    ({"act": ("prelu", {"init": 0.1})}, "activations with learned slopes run on the reference"),
+    ({"act": "gelu"}, "activations whose derivative is not told by the sign of their output run on the reference"),
+    ({"act": "silu", "norm": ("group", {"num_groups": 2})}, "norms over groups of channels run on the reference"),
+], ids=str)  # fmt: skip
+def test_options_of_the_reference(given, says):
+    model, x = build(uf.UNetPlusPlus, 1, 1, features=(4, 6), backend="cpu", **given), make_input(2, 1, 4, 6)
+    assert says in uf.explain(model, x)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    slopes = [name for name, _ in model.named_parameters() if "act" in name]
+    assert len(slopes) == (6 if "prelu" in str(given) else 0)  # one for each convolution
+    again = uf.Network.from_config(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    with torch.no_grad():
+        assert_close_relative(uf.optimize(model.eval())(x), model(x), FLOAT32)
+
+
+def test_groups_that_do_not_divide_the_widths():
+    with pytest.raises(ValueError, match=r"group norm splits 6 channels into num_groups=4: choose a divisor of all widths"):
+        uf.UNet(features=(4, 6), norm=("group", {"num_groups": 4}))
+
+
 def test_an_option_of_one_backend_runs_there_and_says_why_it_does_not_elsewhere(monkeypatch):
     def only_naive(backend: str, keywords: options.Keywords) -> str:
         return "" if backend == "triton" else f"the {backend} backend has no such activation"

@@ -93,7 +93,7 @@ def test_pruned_needs_a_head(level: object) -> None:
 
 
 def test_pruned_past_the_last_head() -> None:
-    with pytest.raises(ValueError, match=r"cannot prune to level 3: this network has heads at level 1, 2$"):
+    with pytest.raises(ValueError, match=r"no head at level 3: this network has heads at level 1, 2$"):
         Topology.nested(1, (2, 3, 4), all_heads=True).pruned(3)
 
 

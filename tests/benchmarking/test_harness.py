@@ -319,7 +319,15 @@ def test_a_changed_row_fails_the_check(tmp_path):
     on_gpu = {"cuda": "13.0", "device": "A GPU"}
     kernel = {"bench": "kernel", "model": "conv", "level": 0, "mode": None, "gb_s": 3.0, "share_of_ceiling": 0.5}
     ceilings = {"ceiling_tflops": 700.0, "ceiling_gb_s": 3000.0, "flop": 100, "bytes": 4}
-    rows = [row(**on_gpu, level=level, batch=batch) for level in (1, 2, 3, 4) for batch in (1, 4)]
+    both = ("compile", "fused")
+    rows = [
+        row(**on_gpu, level=n, batch=batch, impl=name, peak_mb=5.0)
+        for n in (1, 2, 3, 4)
+        for batch in (1, 4)
+        for name in both
+    ]
+    rows += [row(**on_gpu, bench="training", level=4, mode="accurate", impl=name, peak_mb=7.0) for name in both]
+    rows += [row(**on_gpu, bench="inference", model="smp-unet++-resnet34", level=4, impl=name) for name in both]
     records.merge(folder / "cpu.json", [row()])
     where = page, pictures, folder, trained
     figures.write(*where)
@@ -331,8 +339,8 @@ def test_a_changed_row_fails_the_check(tmp_path):
     names = {name: (pictures / f"{name}-gpu.png").read_bytes() for name in figures.KINDS}
     records.merge(path, [row(**on_gpu, level=4, batch=1, median_ms=2.5, ratio_to={"eager": 1.2})])
     text = " ".join(figures.check(*where))
-    assert all(name in text for name in ("performance.md", "speedup-gpu.png", "batch-gpu.png", "levels-gpu.png"))
-    assert "roofline" not in text and "cpu.png" not in text
+    assert all(name in text for name in ("performance.md", "inference-gpu.png", "batch-gpu.png", "levels-gpu.png"))
+    assert not any(name in text for name in ("roofline", "training", "encoders", "cpu.png"))
     figures.write(*where)
     assert figures.check(*where) == [] and (pictures / "roofline-gpu.png").read_bytes() == names["roofline"]
     path.unlink()

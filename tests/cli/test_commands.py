@@ -86,7 +86,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
             ("train", "--data", "DATA", "--out", "OUT", "--patch-size", "32", "--zz"),
             "train: error: unrecognized arguments: --patch-size 32 --zz; did you mean --batch-size or --patch",
         ),
-        (("bench", "--quux"), "bench: error: unrecognized arguments: --quux (see unetpp-fast bench --help)"),
+        (("bench", "--zzzz"), "bench: error: unrecognized arguments: --zzzz (see unetpp-fast bench --help)"),
         (("--zz", "info"), "unetpp-fast: error: unrecognized arguments: --zz"),
         (("train", "--data", "nowhere", "--out", "x"), "nowhere is not a folder"),
         (("train", "--data", "DATA", "--out", "OUT", "--features", "4,x"), "'4,x' is not a list of widths"),
@@ -108,7 +108,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("train", "--data", "DATA", "--out", "OUT", *SMALL, "--patch", "2", "--batch-size", "11"), "shape (1, 3, 2, 2)"),
         (("demo", "--seed", "-1"), "seed must be at least 0"),
         (("demo", "--out", "GREY"), "cannot write to the folder"),
-        (("predict", "--checkpoint", "RUN", "--images", "DATA/images", "--out", "OUT"), "is a folder: name a file in it"),
+        (("predict", "--checkpoint", "DATA", "--images", "DATA/images", "--out", "OUT"), "is a folder: name a file in it"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "1.1"), "between 0"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "nan"), "between 0"),
         (("predict", "--checkpoint", "none.pt", "--images", "DATA/images", "--out", "OUT"), "none.pt does not exist"),
@@ -159,7 +159,8 @@ def test_help_shows_every_flag(capsys, command):
 
 def test_help_shows_every_command(capsys):
     assert run("--help") == 0
-    assert "{demo,train,compare,predict,bench,info}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(f"\n    {name}" in text for name in ("demo", "train", "compare", "predict", "bench", "info", "completion"))
 
 
 def test_choices_are_those_of_the_tables(capsys):

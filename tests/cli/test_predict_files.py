@@ -248,5 +248,5 @@ def test_statistics_by_chunks_equal_those_of_the_whole(monkeypatch, tmp_path):
     source = prediction_files.read(tmp_path / "x.npy", 3, 2)
     monkeypatch.setattr(prediction_files, "CHUNK_BYTES", 8 * 2 * 40 * 50 * 7)
     (image,) = source.images()
-    part = prediction_files.Prepared(source, image, {})[0, :, 3:9, :, 4:5]
+    part = prediction_files.Prepared(source, image, images.STANDARD)[0, :, 3:9, :, 4:5]
     np.testing.assert_allclose(part, images.standardise(values(2, 30, 40, 50))[:, 3:9, :, 4:5], rtol=1e-6, atol=1e-7)

@@ -23,6 +23,7 @@ ODD = (5, 6, 10, 14, 18, 7)
 ODDER = (3, 5, 7, 9, 11, 4)
 SIZES = {2: (16, 32), 3: (16, 16, 32)}
 AFFINE = ("instance", {"affine": True})
+GROUP = ("group", {"num_groups": 1, "eps": 1e-3})
 BARE = "instance"  # without scale and shift
 LEAKY = ("LeakyReLU", {"negative_slope": 0.1, "inplace": True})
 UPSAMPLES = ["deconv", "nontrainable", "pixelshuffle"]
@@ -57,6 +58,7 @@ def test_3d(upsample: str, norm: Any) -> None:
     {"act": "relu", "bias": False}, {"act": ("leakyrelu", {"negative_slope": 0.3})},
     {"norm": ("batch", {"eps": 1e-2, "momentum": 0.3})}, {"norm": ("instance", {"affine": True, "eps": 0.1})},
     {"norm": None}, {"dropout": 0.4}, {"dropout": 0.4, "act": "relu", "norm": "batch"},
+    {"act": ("prelu", {"init": 0.1}), "dropout": 0.4}, {"act": "gelu", "norm": GROUP}, {"act": "swish", "norm": "batch"},
 ], ids=str)  # fmt: skip
 def test_other_options(options: dict) -> None:
     """In training mode dropout draws the same numbers, before the activation in MONAI and after it here, which commute."""
@@ -101,7 +103,10 @@ def test_the_engine_runs_it(upsample: str, size: tuple[int, ...]) -> None:
     assert_same_inference(ours.eval(), x)
 
 
-@pytest.mark.parametrize(("options", "reason"), [({"norm": BARE}, "without scale and shift")])
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"norm": BARE}, "without scale and shift"), ({"act": "prelu"}, "activations with learned slopes run on the reference"),
+    ({"norm": GROUP}, "norms over groups of channels"), ({"act": "gelu"}, "whose derivative is not told by the sign"),
+])  # fmt: skip
 def test_the_engine_refuses_it_with_a_reason(options: dict, reason: str) -> None:
     ours = uf.convert(monai(**options))
     assert ours.structure is None
@@ -184,8 +189,9 @@ def test_what_a_state_dict_leaves_open() -> None:
 
 
 @pytest.mark.parametrize(("options", "reason"), [
-    ({"act": "prelu"}, "its activation is PReLU; unetpp_fast has ReLU and LeakyReLU"),
-    ({"norm": ("group", {"num_groups": 1})}, "its norm is GroupNorm"),
+    ({"act": "mish"}, "its activation is Mish; unetpp_fast has ReLU, LeakyReLU, PReLU, GELU and SiLU"),
+    ({"act": "swish", "dropout": 0.5}, "it drops values before the activation, .* not the same for silu"),
+    ({"norm": ("localresponse", {"size": 2})}, "its norm is LocalResponseNorm"),
     ({"norm": ("batch", {"affine": False})}, "batch norm lacks scale and shift"),
     ({"norm": ("instance", {"affine": True, "track_running_stats": True})}, "running statistics"),
     ({"upsample": "deconvgroup"}, "neither deconv nor nontrainable nor pixelshuffle"),

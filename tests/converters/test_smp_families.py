@@ -1,7 +1,7 @@
 """The families of encoders that smp has, in float32: a converted network is about as near to float64 as smp's own.
 
 For outputs and the gradients of every parameter, the encoder's too, by the reference and by the CPU kernels.
-Encoders with a level of no channels (mit, tu-convnext) have no conversion yet: smp itself refuses most of them.
+Of mit and tu-convnext the first map has no channels.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 import torch
 from support import cpu_kernels
 from support.encoders import by
-from support.helpers import build, gradients, make_input, weighted_sum
-from support.peer_libraries import library
+from support.helpers import gradients, make_input, weighted_sum
 from support.settled import randomise_norms, settle
+from support.smp_networks import of_smp
 from torch import Tensor, nn
 
 import unetpp_fast as uf
@@ -29,15 +29,8 @@ FAMILIES = [
     ("resnet18", 4, 1, None, "nearest"), ("resnext50_32x4d", 3, 2, None, "bilinear"),
     ("efficientnet-b0", 5, 4, None, "nearest"), ("mobilenet_v2", 5, 3, "scse", "bilinear"),
     ("vgg11_bn", 3, 1, "scse", "nearest"), ("densenet121", 3, 3, None, "nearest"),
-    ("tu-resnet18", 3, 2, None, "bilinear"),
+    ("tu-resnet18", 3, 2, None, "bilinear"), ("mit_b0", 4, 3, None, "bilinear"), ("tu-convnext_atto", 5, 1, None, "nearest"),
 ]  # fmt: skip
-
-
-def of_smp(name: str, depth: int, channels: int, gate: str | None, interpolation: str) -> nn.Module:
-    options = {"encoder_weights": None, "classes": 2, "decoder_channels": (48, 40, 32, 24, 16)[-depth:]}
-    options |= {"decoder_attention_type": gate, "decoder_interpolation": interpolation}
-    make = library("segmentation_models_pytorch").UnetPlusPlus
-    return build(make, name, encoder_depth=depth, in_channels=channels, **options).eval()
 
 
 def passes(model: nn.Module, run, x: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data import prediction_files
 from unetpp_fast.data.decoding import ORIENTATION
-from unetpp_fast.data.images import read_image, standardise
+from unetpp_fast.data.images import STANDARD, read_image, standardise
 from unetpp_fast.data.masks import read_mask
 from unetpp_fast.data.samples import Sample
 from unetpp_fast.training.checkpoint import save_checkpoint
@@ -99,7 +99,7 @@ def predicted(path: Path, channels: int) -> np.ndarray:
     """What `predict` gives to the network."""
     source = prediction_files.read(path, 2, channels)
     (image,) = source.images()
-    return prediction_files.Prepared(source, image, {})[0, :, :, :]
+    return prediction_files.Prepared(source, image, STANDARD)[0, :, :, :]
 
 
 @pytest.mark.parametrize("name", KINDS)

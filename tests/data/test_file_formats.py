@@ -24,9 +24,7 @@ def write_text(stream, values: np.ndarray, stored: Stored | None = None) -> None
     stream.write(" ".join(str(value) for value in values.ravel()).encode())
 
 
-TEXT = FileFormat(
-    "text", (".vol.txt",), lambda path: Stored(path, read_text(path), "ZYX"), write_text, foreground=7, read_volume=read_text
-)
+TEXT = FileFormat("text", (".vol.txt",), lambda path: Stored(path, read_text(path), "ZYX"), write_text, foreground=7)
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def text_volumes(tmp_path, monkeypatch):
 
 def test_an_added_format_is_predicted(text_volumes):
     files = prediction_files.find(text_volumes / "images")
-    assert list(files) == ["a", "b"] and prediction_files.find(files["b"]) == {"b": files["b"]}
+    assert list(files) == ["a", "b"] and prediction_files.find(*files["b"]) == {"b": files["b"]}
     source = prediction_files.read(files["a"], 3, 1)
     assert source.shape == (2, 3, 4) and not source.is_picture
     source.write(text_volumes / "out", "a", source.values > 12)

@@ -11,8 +11,9 @@ from support.folders import write_nuclei
 from support.medical_files import write_picture
 
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.class_names import read_names
 from unetpp_fast.data.label_maps import voc_palette
-from unetpp_fast.data.layouts import read_folder, read_names
+from unetpp_fast.data.layouts import read_folder
 
 LABELS = (np.arange(48) // 12).reshape(6, 8).astype(np.uint8)
 BINARY = (LABELS > 1) * np.uint8(255)
@@ -63,7 +64,7 @@ def test_nnunet(tmp_path):
     assert folder.found == "found 2 images with label maps of 3 classes (background, a, b), 3 is ignored"
     assert not folder.samples[0].load()[1][:, LABELS == 3].any() and folder.samples[0].name == "a"
     write_picture(tmp_path / "imagesTr/a_0001.png", GREY)
-    with pytest.raises(InputError, match=r"a_0001\.png: expected one file per image"):
+    with pytest.raises(InputError, match=r"image b has no channel _0001; there is b_0000\.png"):
         read_folder(tmp_path)
     for text in ('{"labels": {"a": [1, 2]}}', "{}", "["):
         (tmp_path / "dataset.json").write_text(text)
@@ -107,7 +108,7 @@ def test_values_names_and_ignored_pixels(tmp_path):
         (["images/a.png"], r"it holds images/; nearest: put the masks of images/<id>\.png into masks/<id>\.png"),
         (["labels/a.png"], r"it holds labels/; nearest: put the images of labels/"),
         (["images/a.png", "masks/a.txt"], r"masks/ holds no image \(\.png"),
-        (["a.png", "b.png"], r"it holds 2 file\(s\) \.png; nearest: name the mask of <id>\.jpg <id>_mask\.png"),
+        (["a.png", "b.png"], r"it holds 2 file\(s\) \.png; nearest: name the mask of <id>\.png <id>_mask\.png"),
         (["x/a.png", "readme.md"], r"it holds x/, 1 file\(s\) \.md; nearest: images/"),
         (["images/a.png", "images/b.png", "masks/a.png"], r"b\.png has no mask in .*masks \(1 such"),
     ],

@@ -11,7 +11,8 @@ from support.folders import SIDE, write_nuclei
 from support.medical_files import write_liver
 
 from unetpp_fast.common.errors import InputError
-from unetpp_fast.data.samples import check_samples, find_samples, split
+from unetpp_fast.data.pairs import find_samples
+from unetpp_fast.data.samples import check_samples, split
 from unetpp_fast.data.tasks import TASKS
 
 

@@ -286,7 +286,7 @@ def test_odd_sizes_run_where_the_model_takes_them():
     [
         ({"mode": "quick"}, "mode must be"),
         ({"dtype": torch.int8}, "dtype must be"),
-        ({"level": 7}, "cannot prune to level 7"),
+        ({"level": 7}, "no head at level 7"),
     ],
 )
 def test_unknown_settings_are_refused(settings, message):

@@ -91,7 +91,7 @@ def test_weights_that_move_or_change_are_composed_again(monkeypatch):
 
 
 def test_one_head_has_no_levels():
-    with pytest.raises(ValueError, match="cannot prune to level 1: this network has heads at level 2;"):
+    with pytest.raises(ValueError, match="no head at level 1: this network has heads at level 2;"):
         uf.optimize(encoded(), level=1)
 
 

@@ -15,6 +15,7 @@ from support.helpers import (
     FLOAT64,
     assert_close_relative,
     assert_gradients_close,
+    build,
     gradients,
     make_input,
     weighted_sum,
@@ -205,12 +206,46 @@ def test_explain_names_what_runs_each_node(backend, monkeypatch):
     assert "the encoder's map" in lines[1] and "X(1,2)" in lines[-1]
 
 
-def test_gates_run_on_the_reference_and_explain_says_so():
-    topology = uf.Topology.nested(3, (16, 18), up_width=lambda low_width, level: low_width)
-    model, x = EncodedNetwork(Pyramid(3, (16, 18), 2), topology, 16, 2, attention=True), make_input(1, 3, 16, 24)
+def gated(axes: int = 2, starts_lower: bool = False, **options) -> EncodedNetwork:
+    """With scSE gates, which squeeze 16 channels into one, and two heads."""
+    widths = (16, 18, 17)[: 5 - axes]  # fewer pixels in 3D: else each image has values too near to a choice
+    topology = uf.Topology.nested(
+        3, widths, spatial_dims=axes, all_heads=True, widths={(0, len(widths) - 1): 19},
+        up_width=lambda low_width, level: low_width,
+    )  # fmt: skip
+    topology = topology.without_finest_map() if starts_lower else topology
+    encoder = Pyramid(3, widths, axes, starts_lower)
+    return build(lambda: EncodedNetwork(encoder, topology, 16, 2, attention=True, deep_supervision=True, **options))
+
+
+GATED = [
+    {}, {"axes": 3, "upsample": "deconv"}, {"norm": None, "bias": True, "act": LEAKY}, {"starts_lower": True},
+    {"norm": "instance", "upsample": ("linear", {"project": True})},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", GATED, ids=str)
+@pytest.mark.parametrize("ops", OPS)
+def test_gates(ops, options, train):
+    model = gated(**options).train(train)
+    for last in model.lasts.values():
+        last.attention1.requires_grad_(False)  # has weights, as in smp, and never runs
+    check(model, ops, batch=2, lowest=(1, 2, 1))
+
+
+@cpu_kernels.needs_library()
+def test_explain_tells_of_gates(monkeypatch):
+    monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
+    model, x = gated().eval(), make_input(1, 3, 16, 24)
+    model.backend = "cpu"
+    text = uf.explain(model, x)
+    assert text.count("in one gated map; its output is gated by PyTorch's operators") == 3 and "reference" not in text
     with torch.no_grad():
-        assert model(x).shape == (1, 2, 16, 24)
-    assert "reference (scSE gates run on the reference)" in uf.explain(model, x)
+        for mine, exact in zip(model(x), by("reference")(copy.deepcopy(model).double(), x.double()), strict=True):
+            assert_close_relative(mine, exact, 10 * FLOAT32)
+    model.nodes["x0_1"].attention1.register_forward_hook(lambda *_: None)
+    assert "a layer was replaced, changed or given hooks: nodes.x1_1.attention1 has hooks" in uf.explain(model, x)
 
 
 @cpu_kernels.needs_library()

@@ -9,12 +9,15 @@ import re
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support.medical_files import write_stage1
+from support.folders import write_nuclei
+from support.medical_files import write_picture, write_stage1
 
 import unetpp_fast as uf
 from unetpp_fast.cli import parser
+from unetpp_fast.data import tasks
 from unetpp_fast.data.patches import Patches
 from unetpp_fast.data.tasks import TASKS
 from unetpp_fast.experiments import demo, paper_table
@@ -134,6 +137,51 @@ def test_the_best_epoch_is_tested_on_held_out_images(tmp_path, monkeypatch):
     (row,) = paper_table.run(material, [4], 0.0625, tmp_path / "out", torch.device("cpu"), {})
     assert seen == [material.test] and loaded == [tmp_path / "out/unet-4/best.pt"]
     assert row["iou"] == 0.5 and row["epochs"] == 2 and row["seed"] == 4
+
+
+@pytest.mark.parametrize("kind", ["labels", "classes", "volumes"])
+def test_every_layout_is_compared_with_the_split_it_comes_with(kind, tmp_path, monkeypatch, capsys):
+    """Label maps are scored per class, and volumes take networks in 3D."""
+    data, line = write_layout(tmp_path / "data", kind)
+    monkeypatch.setattr(paper_table, "CONTENDERS", paper_table.CONTENDERS[:1])
+    monkeypatch.setitem(tasks.PATCH, 3, 16)
+    tested = []
+    evaluate = paper_table.evaluate
+
+    def record(network, samples, **options):
+        tested.append((network, [sample.name for sample in samples], evaluate(network, samples, **options)))
+        return tested[0][2]
+
+    monkeypatch.setattr(paper_table, "evaluate", record)
+    arguments = ("--data", data, "--out", tmp_path / "out", "--width", "0.03", "--epochs", "1", "--seeds", "0")
+    assert run("compare", *arguments, "--device", "cpu") == 0
+    assert line in capsys.readouterr().out
+    ((network, names, scores),) = tested
+    assert names == ["test/c"] if kind == "labels" else len(names) == 1
+    assert network.topology.spatial_dims == (3 if kind == "volumes" else 2)
+    assert (len(scores["class_iou"]) == 4) if kind == "labels" else network.out_channels == (2 if kind == "classes" else 1)
+    assert float(read(tmp_path / "out")[0]["iou"]) == scores["iou"]
+    assert run("compare", *arguments, "--task", "nuclei", "--classes", "x") == 2
+    assert "leave it out with --task" in capsys.readouterr().err
+
+
+def write_layout(root: Path, kind: str) -> tuple[Path, str]:
+    """A data set and the line that says what it is."""
+    if kind == "classes":
+        return write_nuclei(root, count=4, classes=("a", "b")), "found 4 images with masks of 2 classes (a, b)"
+    if kind == "volumes":
+        for key in "abcd":
+            for folder in ("images", "masks"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                volume = np.random.default_rng(ord(key)).normal(size=(8, 16, 16))
+                np.save(root / folder / f"{key}.npy", volume if folder == "images" else (volume > 0).astype(np.uint8))
+        return root, "found 4 volumes with masks of 1 class"
+    labels = (np.arange(48 * 48) // 576).reshape(48, 48).astype(np.uint8)
+    for key, part in zip("abc", ("train", "val", "test"), strict=True):
+        write_picture(root / part / f"images/{key}.png", labels * 60)
+        write_picture(root / part / f"labels/{key}.png", labels)
+    found = "found 3 images with label maps of 4 classes (background, 1, 2, 3), 1 of them for validation, 1 for testing"
+    return root, found
 
 
 @pytest.mark.parametrize(

@@ -54,15 +54,16 @@ def test_the_widths_are_those_of_smp():
     assert isinstance(copy.deepcopy(uf.UNetPlusPlus(features=(2, 3))), uf.UNetPlusPlus)
 
 
-@pytest.mark.parametrize("heads", ["all", "first"])
+@pytest.mark.parametrize("heads", ["all", "first", "from a quarter"])
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("ops", OPS)
 def test_a_head_on_every_column_by_the_engine(ops, axes, heads):
-    """Outputs and every gradient against the reference in float64; also where one head alone has a gradient."""
-    model = encoded(axes=axes, deep_supervision=True)
+    """Outputs and every gradient against the reference in float64; also where one head alone has a gradient, and over an
+    encoder without a map at half the size."""
+    model = encoded(axes=axes, deep_supervision=True, starts_lower=heads == "from a quarter")
     x, exact = image(model, *((1, (1, 2, 1)) if axes == 3 else (2,))), ops == "naive"
     bound = FLOAT64 if exact else 10 * FLOAT32
-    if heads == "all":
+    if heads != "first":
         assert_same(model.double() if exact else model, x.double() if exact else x, ops, bound)
         return
     wide, found = copy.deepcopy(model).double(), []
@@ -135,7 +136,7 @@ def test_both_modes_of_predict(monkeypatch):
     with Recorder() as recorder:  # nothing beyond the head
         model.predict(make_input(1, 3, 16, 16), "fast")
     assert len([1 for _, output in recorder.convolutions.elements() if output[-1] == 16]) == 3
-    with pytest.raises(ValueError, match=r"cannot prune to level 4: this network has heads at level 1, 2, 3$"):
+    with pytest.raises(ValueError, match=r"no head at level 4: this network has heads at level 1, 2, 3$"):
         model.predict(x, level=4)
 
 
@@ -224,7 +225,7 @@ def test_an_encoder_whose_stages_cannot_be_told_apart_runs_as_a_whole_and_says_s
 @pytest.mark.parametrize(("options", "says"), [
     ({"encoder": Kinds("tensor")}, r"gives maps of 2x2: there is none at 1/2 of the size; set choose"),
     ({"encoder": Kinds("last axis")}, "there is none at 1/2 of the size"),
-    ({"encoder": Kinds("skips")}, "gives maps of 16x16, 4x4, 2x2: there is none at 1/2"),
+    ({"encoder": Kinds("skips"), "encoder_depth": 4}, "gives maps of 32x32, 8x8, 4x4: there is none at 1/2"),
     ({"encoder": Kinds("list"), "encoder_depth": 4}, "none at 1/16 of the size; set encoder_depth=3, or choose"),
     ({"encoder": nn.Linear(3, 4)}, "does not take an image of shape"),
     ({"encoder": 34}, "a name of timm or a module, not int"),

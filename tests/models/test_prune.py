@@ -120,7 +120,7 @@ def test_training_a_pruned_network_trains_the_whole() -> None:
 def test_no_head_at_the_level(maker: type) -> None:
     model = build(maker, 2, 1, features=FEATURES)
     for level in (0, 1, 2, 4):
-        with pytest.raises(ValueError, match=f"cannot prune to level {level}: .* at level 3; .*deep_supervision=True"):
+        with pytest.raises(ValueError, match=f"no head at level {level}: .* at level 3; .*deep_supervision=True"):
             model.prune(level)
     x = make_input(1, 2, 16, 16)
     assert torch.equal(model.eval().prune(3)(x), model(x))

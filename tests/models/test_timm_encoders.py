@@ -28,7 +28,7 @@ def over(name: str, depth: int = 5, channels: int = 3, **options):
 
 @pytest.mark.parametrize(("name", "depth", "channels"), [
     ("resnet18", 5, 1), ("resnet18", 3, 3), ("efficientnet_b0", 5, 4), ("densenet121", 3, 3),
-    ("mobilenetv3_small_050", 4, 3),
+    ("mobilenetv3_small_050", 4, 3), ("convnext_atto", 5, 3), ("convnext_atto", 4, 1),
 ])  # fmt: skip
 def test_pruned_to_the_stages_of_the_encoder(timm, name, depth, channels):
     """What is left of the encoder is as large as timm makes one with fewer maps, or smaller; its head keeps every bit."""
@@ -54,15 +54,17 @@ def test_names_that_timm_does_not_know(timm):
         uf.UNetPlusPlus(encoder="resnet43")
     with pytest.raises(InputError, match="timm has no model 'efficientnet-b0': did you mean 'efficientnet_b0'"):
         uf.UNetPlusPlus(encoder="efficientnet-b0")
-    with pytest.raises(InputError, match="timm gives no 5 maps of 'convnext_atto'"):
-        uf.UNetPlusPlus(encoder="convnext_atto")
-    with pytest.raises(InputError, match="there is none at 1/2 of the size"):
-        uf.UNetPlusPlus(encoder="convnext_atto", encoder_depth=4)
+    with pytest.raises(InputError, match="timm gives no 6 maps of 'convnext_atto'"):
+        uf.UNetPlusPlus(encoder="convnext_atto", encoder_depth=6, decoder_channels=(8,) * 6)
 
 
 def test_weights_that_cannot_be_had(timm, monkeypatch):
+    make = timm.create_model
+
     def offline(*args, pretrained, **options):
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
+        if pretrained:
+            raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
+        return make(*args, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(InputError, match=r"the ImageNet weights of 'resnet18' cannot be had \(We couldn't connect to .*"
@@ -103,10 +105,14 @@ def test_the_names_of_smp():
     model = over("resnet18").eval()
     with pytest.raises(ValueError, match=r"which has one head: prune\(level\) it first"):
         uf.to_state_dict(model, "smp")
-    for level, widths in ((4, DECODER), (2, (64, 64, 6))):
-        small = model.prune(level)
+    starts_lower = over("convnext_atto").eval()  # its first map is at 1/4
+    for whole, name, level, widths in (
+        (model, "tu-resnet18", 4, DECODER), (model, "tu-resnet18", 2, (64, 64, 6)),
+        (starts_lower, "tu-convnext_atto", 4, DECODER), (starts_lower, "tu-convnext_atto", 2, (40, 8, 6)),
+    ):  # fmt: skip
+        small = whole.prune(level)
         theirs = smp.UnetPlusPlus(
-            "tu-resnet18", encoder_weights=None, classes=2, encoder_depth=level + 1, decoder_channels=widths
+            name, encoder_weights=None, classes=2, encoder_depth=level + 1, decoder_channels=widths
         ).eval()
         theirs.load_state_dict(uf.to_state_dict(small, "smp"))
         x = make_input(1, 3, 64, 64)

@@ -13,7 +13,7 @@ ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 STOPS = re.findall(r"^\d+\. `([\w/.]+)` · `([\w.]+)`", ARCHITECTURE, flags=re.MULTILINE)
 CHANGES = (
-    "an activation", "an up-sampling", "a kernel configuration", "a peer", "a reader", "a command-line flag",
+    "an activation", "an up-sampling", "an operator", "a kernel configuration", "a peer", "a reader", "a command-line flag",
     "a benchmark implementation", "a loss", "an encoder", "a precision",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Each may import those before it. A module directly in the package stands above all of them.
 LAYERS = (
     "kernels", "common", "architecture", "execution.plan", "execution.fused", "execution.cpu", "execution", "models", "data",
-    "converters", "training", "deployment", "experiments", "benchmarking", "cli", "",
+    "converters", "training", "deployment", "experiments", "reports", "webapp", "benchmarking", "cli", "",
 )  # fmt: skip
 # What the parts of `execution` stand on, although it lies beside them.
 GROUND = {"execution." + name for name in ("acceptance", "batch_statistics", "built", "call", "reference", "source_hash")}

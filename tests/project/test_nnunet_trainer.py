@@ -166,17 +166,25 @@ def test_a_plan_of_eight_stages_becomes_seven(example):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]}, r"\[1, 2, 2\]"),
-        ({"kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]}, r"kernels \[\[1, 3, 3\]"),
+        ({"strides": [[1, 1, 1], [1, 2, 2], [4, 2, 2], [2, 2, 2]]}, r"asks for: strides must be 3 tuples .*\[4, 2, 2\]"),
+        ({"strides": [[1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]]}, r"begins with a stride of \[1, 2, 2\]"),
+        ({"kernel_sizes": [[1, 5, 5], [3, 3, 3], [3, 3, 3], [3, 3, 3]]}, r"kernels must be 4 tuples .*\[1, 5, 5\]"),
         ({"strides": [[1, 1, 1], [2, 2, 2]]}, "at least 3 stages"),
         ({"dropout_op": "torch.nn.Dropout3d"}, "Dropout3d"),
         ({"norm_op": "torch.nn.GroupNorm"}, "GroupNorm"),
-        ({"nonlin": "torch.nn.GELU"}, "GELU"),
+        ({"nonlin": "torch.nn.Mish"}, "Mish"),
     ],
 )
 def test_other_plans_are_refused_with_the_reason(example, other, says):
     with pytest.raises(ValueError, match=says):
         example.network_from_plan(plan(3, **other), 1, 2)
+
+
+def test_a_plan_for_unlike_axes(example):
+    shapes = {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]], "kernel_sizes": [[1, 3, 3]] + [[3, 3, 3]] * 3}
+    trainer = trainer_of(example, plan(3, **shapes))
+    assert trainer.network.multiples == (4, 8, 8)
+    assert [head.shape for head in trainer.network(torch.randn(1, 1, 4, 16, 8))] == [(1, 3, 4, 16, 8)] * 3
 
 
 def test_norms_and_activations_of_a_plan(example):

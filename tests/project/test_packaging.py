@@ -1,13 +1,15 @@
-"""The built wheel in a separate environment, and the rules of the source tree."""
+"""The source distribution, the wheel built from it in an environment without a compiler, and the rules of the tree."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -16,33 +18,78 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
-import pathlib, sys, torch
+import pathlib, shutil, sys, torch
 import unetpp_fast as uf, unetpp_fast.kernels
 from unetpp_fast.experiments import demo
 for module in (uf, uf.kernels):
     assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module.__file__
 assert demo.example("nuclei/image.png").is_relative_to(sys.prefix)
-assert uf.UNetPlusPlus(1, features=(4, 8)).predict(torch.rand(1, 1, 9, 13)).shape == (1, 1, 9, 13)
-print("fine", uf.__version__)
+assert not any(map(shutil.which, ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")))
+torch.manual_seed(0)
+model = uf.UNetPlusPlus(1, features=(8, 16), backend=sys.argv[1])
+x = torch.rand(1, 1, 16, 16)
+loss = uf.BCEDiceLoss()(model(x), (x > 0.5).float())
+loss.backward()
+print("fine", uf.__version__, loss.item(), sum(p.grad.double().square().sum() for p in model.parameters()).item())
 """
+SOURCES = (
+    "LICENSE", "README.md", "setup.py", "pyproject.toml", "CITATION.cff", "csrc/build.py", "csrc/kernels.cu",
+    "csrc/cpu/conv.h", "csrc/emulation/server.cpp", "kernels/naive.py", "unetpp_fast/py.typed", "examples/serve.py",
+    "examples/nuclei/image.png", "examples/nuclei/LICENSE.stardist.txt",
+)  # fmt: skip
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def run(*command: str | Path, **options) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "UNETPP_FAST_BUILD")}
+    environment |= options.pop("environment", {})
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the tree without the files that git ignores."""
-    source, out = tmp_path_factory.mktemp("wheel") / "source", tmp_path_factory.mktemp("out")
-    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", *ignored))
+def source(tmp_path_factory) -> Path:
+    """What the source distribution unpacks to, made from a copy of the tree without the files that git ignores."""
+    tree, out = tmp_path_factory.mktemp("tree") / "tree", tmp_path_factory.mktemp("sdist")
+    ignored = (ROOT / ".gitignore").read_text().split()
+    anywhere = [pattern.rstrip("/") for pattern in ignored if not pattern.startswith("/")]
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", *anywhere))
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
+    run(sys.executable, "-c", build, cwd=tree, environment={"UNETPP_FAST_BUILD": "none"})
+    (packed,) = out.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(out, filter="data")
+    return out / packed.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """A wheel built from the source distribution, with the CPU kernels if there is a compiler."""
+    out = tmp_path_factory.mktemp("out")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """Of an environment with the wheel. Fresh except for torch, numpy and pip, which a path file lends: this does not test
+    their download."""
+    folder = tmp_path_factory.mktemp("fresh") / "env"
+    venv.create(folder)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)
+    return python
+
+
+def test_the_source_distribution_is_complete(source):
+    assert not [name for name in SOURCES if not (source / name).is_file()]
+    for folder in ("csrc", "kernels", "examples", "unetpp_fast"):
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so")]
+        assert not sorted(path for path in files if not (source / path.relative_to(ROOT)).is_file())
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
@@ -54,16 +101,32 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
-def test_the_wheel_runs_in_a_fresh_environment(wheel, tmp_path):
-    """Fresh except for torch, numpy and pip, which a path file lends: this does not test their download."""
-    venv.create(tmp_path / "env")
-    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)
-    assert run(python, "-c", CHECK, cwd=tmp_path).startswith("fine")
-    assert "reference" in run(python, "-m", "unetpp_fast.info", cwd=tmp_path)
-    assert "predict" in run(tmp_path / "env/bin/unetpp-fast", "--help", cwd=tmp_path)
+@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="the CPU kernels need a compiler, auditwheel Linux")
+def test_the_wheel_becomes_one_for_every_linux(wheel, tmp_path):
+    """By the command of `make wheel`. The library needs torch's, which are not packed in, and is not bound to a Python."""
+    pytest.importorskip("auditwheel")
+    torch_libraries = re.search(r"^TORCH_LIBRARIES := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    excluded = [part for name in torch_libraries for part in ("--exclude", name)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tmp_path, *excluded, wheel, environment={"PATH": path})
+    (repaired,) = tmp_path.glob("*.whl")
+    assert "-py3-none-manylinux_" in repaired.name
+    libraries = [name for name in zipfile.ZipFile(repaired).namelist() if ".so" in name]
+    assert libraries == ["unetpp_fast/execution/fused/unetpp_fast_cpu.so"]
+
+
+def test_the_wheel_runs_without_a_compiler(python, tmp_path):
+    """Its CPU kernels too, which compute what the reference does; PATH leads to this environment alone."""
+    alone = {"PATH": str(python.parent)}
+    loss, gradients = {}, {}
+    for backend in ("reference", "cpu") if COMPILER else ("reference",):
+        said = run(python, "-c", CHECK, backend, cwd=tmp_path, environment=alone).split()
+        assert said[0] == "fine"
+        loss[backend], gradients[backend] = map(float, said[2:])
+    assert list(loss.values()) == pytest.approx([loss["reference"]] * len(loss), rel=1e-5)
+    assert list(gradients.values()) == pytest.approx([gradients["reference"]] * len(loss), rel=1e-3)
+    assert "reference" in run(python, "-m", "unetpp_fast.info", cwd=tmp_path, environment=alone)
+    assert "predict" in run(python.parent / "unetpp-fast", "--help", cwd=tmp_path, environment=alone)
 
 
 def test_a_bare_import_of_kernels_is_refused():

@@ -1,8 +1,9 @@
-"""The README and the pages of docs/: their Python runs, their links exist, and the commands are in the Makefile."""
+"""The README and the pages of docs/: their Python runs, and so do the commands of the tutorials; their links exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 from monai.networks.nets import BasicUNetPlusPlus
+from support import command_line
+from support.peer_libraries import library
 
 import unetpp_fast as uf
+from unetpp_fast.cli import parser
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+}
 LINKS = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
 FEATURES = (4, 4, 4, 4, 4, 4)
 
@@ -37,10 +43,11 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/convert.md": monai_model,
     "docs/training.md": training,
 }
+TUTORIALS = sorted(page for page in PAGES if page.startswith("docs/tutorials/"))
 NEEDS_A_NETWORK = {"docs/encoders.md": "the weights of ImageNet", "docs/hub.md": "the Hub"}  # these are only compiled
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text and page not in TUTORIALS])
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     variables = GIVEN.get(page, dict)()
@@ -48,6 +55,26 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
         program = compile(code, page, "exec")
         if page not in NEEDS_A_NETWORK:
             exec(program, variables)
+
+
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_a_tutorial_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """Its Python, and its `unetpp-fast` commands on files that it has made; of others the options are checked."""
+    monkeypatch.chdir(tmp_path)
+    if "import segmentation_models_pytorch" in PAGES[page]:
+        library("segmentation_models_pytorch")
+    variables: dict[str, Any] = {}
+    for kind, code in re.findall(r"```(python|sh)\n(.+?)```", PAGES[page], re.DOTALL):
+        if kind == "python":
+            exec(compile(code, page, "exec"), variables)
+            continue
+        for line in [line for line in code.splitlines() if line.startswith("unetpp-fast ")]:
+            arguments = shlex.split(line, comments=True)[1:]
+            options = parser.build_parser().parse_args(arguments)
+            named = [vars(options).get(name) or [] for name in ("data", "images", "checkpoint")]
+            files = [path for value in named for path in (value if isinstance(value, list) else [value])]
+            if all(path.exists() for path in files) and arguments[0] != "bench":
+                assert command_line.run(*arguments) == 0
 
 
 def test_the_example_is_short_and_gives_masks_of_the_size():
@@ -68,8 +95,12 @@ def test_the_files_that_a_page_names_exist(page):
     assert all((ROOT / name).exists() for name in re.findall(r"`(unetpp_fast/[\w./]+)`", PAGES[page]))
 
 
-def test_every_page_is_linked_from_the_readme():
-    assert set(PAGES) - {"README.md"} <= set(re.findall(r"\]\(([^)#]+)", README))
+def test_every_page_is_in_the_contents():
+    """Sphinx says so too, where it is installed."""
+    contents = re.findall(r"```{toctree}.+?```", PAGES["docs/index.md"], re.DOTALL)
+    listed = {f"docs/{name}.md" for name in re.findall(r"^[\w/-]+$", "\n".join(contents), re.MULTILINE)}
+    assert listed == set(PAGES) - {"README.md", "docs/index.md"}
+    assert "docs/index.md" in re.findall(r"\]\(([^)#]+)", README)
 
 
 def test_its_two_commands_are_in_the_makefile():

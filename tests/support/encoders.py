@@ -21,10 +21,12 @@ OWN_WIDTHS = {(0, 1): 4, (1, 1): 9, (0, 2): 3}  # of nodes beside their level's 
 
 
 class Pyramid(nn.Module):
-    """The image, then a strided convolution, a batch norm and a GELU per level."""
+    """The image, then a strided convolution, a batch norm and a GELU per level; with `starts_lower` the first of these maps
+    is given without channels."""
 
-    def __init__(self, channels: int, widths: tuple[int, ...], axes: int):
+    def __init__(self, channels: int, widths: tuple[int, ...], axes: int, starts_lower: bool = False):
         super().__init__()
+        self.starts_lower = starts_lower
         conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[axes - 2]
         self.convs = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairwise((channels, *widths)))
         self.norms = nn.ModuleList(norm(width) for width in widths)
@@ -33,11 +35,13 @@ class Pyramid(nn.Module):
         maps = [x]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             maps.append(F.gelu(norm(conv(maps[-1]))))
+        if self.starts_lower:
+            maps[1] = maps[1][:, :0]
         return maps
 
 
-def encoded(depth: int = 2, axes: int = 2, channels: int = 3, **options) -> EncodedNetwork:
-    """A network with `depth` + 1 maps of an encoder, whose nodes have widths of their own."""
+def encoded(depth: int = 2, axes: int = 2, channels: int = 3, starts_lower: bool = False, **options) -> EncodedNetwork:
+    """A network with `depth` + 1 maps of an encoder, one less if it `starts_lower`, whose nodes have widths of their own."""
     widths = WIDTHS[depth]
     topology = Topology.nested(
         channels,
@@ -47,7 +51,8 @@ def encoded(depth: int = 2, axes: int = 2, channels: int = 3, **options) -> Enco
         up_width=lambda low_width, level: low_width,
         widths={position: width for position, width in OWN_WIDTHS.items() if sum(position) <= depth},
     )
-    return build(lambda: EncodedNetwork(Pyramid(channels, widths, axes), topology, 4, 2, **options))
+    topology = topology.without_finest_map() if starts_lower else topology
+    return build(lambda: EncodedNetwork(Pyramid(channels, widths, axes, starts_lower), topology, 4, 2, **options))
 
 
 def by(ops: str):
@@ -80,7 +85,7 @@ def assert_same(model: EncodedNetwork, x: Tensor, ops: str, bound: float) -> Non
         weighted_sum(outputs).backward()
         results.append((outputs, mine.grad, gradients(net), dict(net.named_buffers())))
     (outputs, gx, of_parameters, buffers), (actual, actual_gx, actual_of_parameters, actual_buffers) = results
-    assert len(of_parameters) == len(list(model.parameters()))
+    assert len(of_parameters) == len([one for one in model.parameters() if one.requires_grad])
     assert_close_relative(actual, outputs, bound)
     assert_close_relative(actual_gx, gx, bound)
     assert_gradients_close(actual_of_parameters, of_parameters, bound)

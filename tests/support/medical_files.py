@@ -8,6 +8,7 @@ from xml.sax.saxutils import escape
 import nibabel
 import numpy as np
 import pydicom
+import SimpleITK as sitk
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -71,6 +72,26 @@ def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE, slo
     image.header.set_slope_inter(slope, inter)
     nibabel.save(image, path)
     return path
+
+
+def write_itk(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    """Writes `[z, y, x]` through SimpleITK; affine: as in NIfTI, without turns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing(np.diag(affine)[:3].tolist())
+    image.SetDirection(np.diag([-1.0, -1.0, 1.0]).ravel().tolist())
+    image.SetOrigin((affine[:3, 3] * (-1, -1, 1)).tolist())
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def write_series(folder: Path, shape: tuple[int, int, int], start: int = 0) -> np.ndarray:
+    """A CT series whose files are not in slice order; returns its Hounsfield units, `[z, y, x]`."""
+    pixels = np.random.default_rng(start).integers(-900, 900, shape)
+    series = generate_uid()
+    for index, plane in enumerate(pixels):
+        write_slice(folder / f"{start + shape[0] - index}.dcm", plane, 2.5 * index, series, "p")
+    return pixels
 
 
 def write_liver(root: Path, count: int = 3, shape: tuple[int, int, int] = (40, 32, 4), ending: str = "nii") -> Path:

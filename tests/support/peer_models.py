@@ -74,9 +74,13 @@ class NestedUNet(nn.Module):
 
 
 class NnBlock(nn.Module):
-    def __init__(self, cin: int, cout: int, dims: int, stride: int = 1, norm: str = "instance", dropout: float = 0.0):
+    def __init__(
+        self, cin: int, cout: int, dims: int, stride=1, norm: str = "instance", dropout: float = 0.0, kernel=(3, 3, 3)
+    ):
         super().__init__()
-        self.conv = (nn.Conv2d, nn.Conv3d)[dims - 2](cin, cout, 3, stride=stride, padding=1)
+        kernel = kernel[:dims]
+        padding = [taps // 2 for taps in kernel]
+        self.conv = (nn.Conv2d, nn.Conv3d)[dims - 2](cin, cout, kernel, stride=stride, padding=padding)
         self.dropout = (nn.Dropout2d, nn.Dropout3d)[dims - 2](dropout) if dropout else None
         kinds = {"instance": (nn.InstanceNorm2d, nn.InstanceNorm3d), "batch": (nn.BatchNorm2d, nn.BatchNorm3d)}
         options = {"eps": 1e-5, "affine": True}
@@ -98,7 +102,10 @@ class NnStack(nn.Module):
 
 
 class NnUnet(nn.Module):
-    """nnU-Net++: `loc{z}.{u}` is X(4-z-u,u+1), `seg_outputs.{n}` is the head on X(0,5-n); the deepest output comes first."""
+    """nnU-Net++: `loc{z}.{u}` is X(4-z-u,u+1), `seg_outputs.{n}` is the head on X(0,5-n); the deepest output comes first.
+
+    strides: `pool_op_kernel_sizes`; kernels: `conv_kernel_sizes`. As in nnU-Net, X(i,j) has the kernel of level i + 1.
+    """
 
     def __init__(
         self,
@@ -109,6 +116,8 @@ class NnUnet(nn.Module):
         deep_supervision: bool = True,
         final: str = "none",
         head_bias: bool = False,
+        strides=(2,) * 5,
+        kernels=((3, 3, 3),) * 6,
         **block,
     ):
         super().__init__()
@@ -118,19 +127,20 @@ class NnUnet(nn.Module):
         self.final_nonlin = {"none": lambda x: x, "softmax": lambda x: F.softmax(x, 1), "tanh": torch.tanh}[final]
         conv, deconv = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[dims - 2]
 
-        def make(cin: int, cout: int, stride: int = 1) -> NnBlock:
-            return NnBlock(cin, cout, dims, stride, **block)
+        def make(level: int, cin: int, cout: int, stride=1) -> NnBlock:
+            return NnBlock(cin, cout, dims, stride, kernel=kernels[level], **block)
 
-        encoder = [NnStack(make(channels, f[0]), make(f[0], f[0]))]
-        encoder += [NnStack(make(f[i - 1], f[i], 2), make(f[i], f[i])) for i in range(1, 5)]
-        encoder.append(nn.Sequential(NnStack(make(f[4], f[5], 2)), NnStack(make(f[5], f[5]))))
+        encoder = [NnStack(make(0, channels, f[0]), make(0, f[0], f[0]))]
+        encoder += [NnStack(make(i, f[i - 1], f[i], strides[i - 1]), make(i, f[i], f[i])) for i in range(1, 5)]
+        encoder.append(nn.Sequential(NnStack(make(5, f[4], f[5], strides[4])), NnStack(make(5, f[5], f[5]))))
         self.conv_blocks_context = nn.ModuleList(encoder)
         for z in range(5):
             nodes, ups = [], []
             for u in range(5 - z):
                 i = 4 - z - u
-                nodes.append(nn.Sequential(NnStack(make(f[i] * (u + 2), f[i])), NnStack(make(f[i], f[i]))))
-                ups.append(deconv(f[i + 1], f[i], 2, 2, bias=False))
+                inner = NnStack(make(i + 1, f[i] * (u + 2), f[i])), NnStack(make(i + 1, f[i], f[i]))
+                nodes.append(nn.Sequential(*inner))
+                ups.append(deconv(f[i + 1], f[i], strides[i], strides[i], bias=False))
             setattr(self, f"loc{z}", nn.ModuleList(nodes))
             setattr(self, f"up{z}", nn.ModuleList(ups))
         self.seg_outputs = nn.ModuleList(conv(f[0], classes, 1, bias=head_bias) for _ in range(5))

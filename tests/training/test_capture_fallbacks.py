@@ -211,6 +211,9 @@ def test_an_empty_batch_and_a_step_inside_another_capture_are_plain(monkeypatch)
     assert not stubs.log and not step.reason
 
 
+EVERYTHING = {"optimizer": "sgd", "schedule": "poly", "warm_up": 1.5, "clip": 0.5, "ema": 0.9}
+
+
 def make_trainer(out: Path | None = None, backend: str = "reference", **recipe) -> Trainer:
     """A trainer of a tiny network on four images of blobs; batches of three images and a last one of two."""
     network = build(uf.UNetPlusPlus, 1, 1, features=(4, 8), dropout=0.2, deep_supervision=True, backend=backend)
@@ -225,14 +228,19 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "log.csv").read_text() == (other / "log.csv").read_text()
     a, b = (load_checkpoint(folder / "last.pt") for folder in (one, other))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"] | b["model"])
-    assert a["scaler"] == b["scaler"] and torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+    assert all(torch.equal(value, b["ema"][key]) for key, value in a.get("ema", {}).items())
+    assert (
+        a["scaler"] == b["scaler"]
+        and a.get("schedule") == b.get("schedule")
+        and torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+    )
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize(
     ("recipe", "graphs"),
-    [({}, 2), ({"accumulate": 2}, 3), ({"dtype": "bfloat16"}, 2), ({"dtype": "float16"}, 2)],
+    [({}, 2), ({"accumulate": 2, **EVERYTHING}, 3), ({"dtype": "bfloat16"}, 2), ({"dtype": "float16"}, 2)],
     ids=["float32", "accumulate", "bfloat16", "float16"],
 )
 def test_the_trainer_captures_its_steps_by_itself(tmp_path, recipe, graphs):

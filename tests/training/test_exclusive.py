@@ -88,9 +88,9 @@ def test_what_does_not_fit():
         uf.CrossEntropyDiceLoss()(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="must have the same shape"):
         uf.CrossEntropyDiceLoss()(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2))
-    with pytest.raises(InputError, match=r"--loss bce-dice does not fit label maps.*use ce-dice or ce"):
+    with pytest.raises(InputError, match=r"--loss bce-dice does not fit label maps.*use ce-dice, ce, focal or tversky"):
         choose_loss("bce-dice", exclusive=True)
-    with pytest.raises(InputError, match=r"--loss ce does not fit masks.*use bce-dice"):
+    with pytest.raises(InputError, match=r"--loss ce does not fit masks.*use bce-dice, focal or tversky"):
         choose_loss("ce", exclusive=False)
     assert repr(choose_loss("ce", exclusive=True)) == "CrossEntropyDiceLoss(entropy=1.0, dice=0.0, smooth=1e-05)"
 

@@ -21,8 +21,9 @@ import unetpp_fast as uf
 from unetpp_fast.cli import parser, train
 from unetpp_fast.common import atomic_files
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import BatchLoader, Patches
-from unetpp_fast.data.samples import ArraySample, find_samples
+from unetpp_fast.data.samples import ArraySample
 from unetpp_fast.execution import reference
 from unetpp_fast.training import checkpoint, memory_budget, processes, run_folder
 from unetpp_fast.training.checkpoint import load_checkpoint
@@ -265,7 +266,8 @@ def test_a_run_s_folder(folder, tmp_path, capsys):
     memory = ("--max-memory", "5M", "--accumulate", "2", "--recompute")
     command = ("train", "--data", folder, "--out", tmp_path, *SMALL, *memory)
     assert run(*command) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "config.json", "curves.png", "last.pt", "log.csv"]
+    expected = ["best.pt", "config.json", "curves.png", "last.pt", "log.csv", "report.html", "run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
     batch = load_checkpoint(tmp_path / "last.pt")["recipe"]["batch_size"]
     assert f"batches of {batch}: {batch // 2} image(s) at a time fit into 5M" in capsys.readouterr().out
     config = json.loads((tmp_path / "config.json").read_text())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from support.helpers import FLOAT32, assert_close_relative, make_input
+from support.helpers import FLOAT32, assert_close_relative, build, make_input
 from torch import Tensor
 
 import unetpp_fast as uf
+from unetpp_fast.data.samples import ArraySample
+from unetpp_fast.training.evaluation import evaluate
 
 Pixels = set[tuple[int, ...]]
 
@@ -117,3 +121,29 @@ def test_logits_and_masks_of_other_values_are_refused(score, of_sets) -> None:
         score(torch.tensor([-3.0, 2.0]).repeat(8).view(1, 1, 4, 4), mask)
     with pytest.raises(ValueError, match=r"the target has values from 0 to 255, .*mask > 0"):
         score(mask, torch.tensor([0, 255], dtype=torch.uint8).repeat(8).view(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(12, 13), (4, 6, 5)])
+def test_several_classes_are_scored_one_by_one(shape):
+    """Over all pixels of all images; a class that is nowhere has no score."""
+    network = build(uf.UNetPlusPlus, 1, 3, features=(3, 4), spatial_dims=len(shape)).eval()
+    (head,) = network.heads.values()
+    with torch.no_grad():
+        head.bias[2] = -99.0  # never predicted
+    random = np.random.default_rng(0)
+    samples = []
+    for name in "ab":
+        image, mask = random.normal(size=(1, *shape)).astype(np.float32), random.random((3, *shape)) > 0.5
+        mask[2] = False
+        samples.append(ArraySample(name, image, mask))
+    found = evaluate(network, samples)
+    images = [torch.from_numpy(sample.load()[0])[None] for sample in samples]
+    masks = [(network.predict(image)[0] > 0.5).numpy() for image in images]
+    for label in range(2):
+        both = sum((mask[label] & sample.mask[label]).sum() for mask, sample in zip(masks, samples, strict=True))
+        total = sum(mask[label].sum() + sample.mask[label].sum() for mask, sample in zip(masks, samples, strict=True))
+        assert found["class_iou"][label] == pytest.approx(both / (total - both))
+        assert found["class_dice"][label] == pytest.approx(2 * both / total)
+    assert math.isnan(found["class_iou"][2]) and math.isnan(found["class_dice"][2]) and len(found["class_iou"]) == 3
+    single = build(uf.UNetPlusPlus, 1, 1, spatial_dims=len(shape), features=(3, 4))
+    assert "class_iou" not in evaluate(single, [ArraySample("a", image, mask[:1])])

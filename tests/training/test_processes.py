@@ -59,6 +59,9 @@ class Doubles(Patches):
         return image.double(), mask.double()
 
 
+EVERYTHING = {"optimizer": "adamw", "schedule": "cosine", "warm_up": 0.5, "clip": 0.5, "ema": 0.9}
+
+
 def validation() -> list[ArraySample]:
     _, right = demo.halves()
     return [ArraySample(str(i), right.image[..., 40 * i :][..., :40, :40], right.mask[..., :40, :40]) for i in range(3)]
@@ -81,6 +84,7 @@ def make_trainer(name: str, out: Path | None = None, **recipe) -> Trainer:
     wide = name not in ("demo", "kernels", "dropout") and not same
     patches = (Doubles if wide else Patches)([left], side, per_image=draws, seed=1)
     recipe = {"batch_size": batch, "accumulate": {"accumulated": 3, "reproducible": 2}.get(name, 1), "epochs": 2, **recipe}
+    recipe |= EVERYTHING if name in ("accumulated", "reproducible") else {}
     recipe |= {"learning_rate": 1e-3} if wide else {"reproducible": same}
     recipe |= {"epochs": 1} if name in ("demo", "kernels") else {}
     samples = validation() if name in ("demo", "dropout") else []
@@ -90,7 +94,8 @@ def make_trainer(name: str, out: Path | None = None, **recipe) -> Trainer:
 def trained(name: str) -> dict:
     trainer = make_trainer(name)
     history = trainer.fit(progress=False)
-    return {"weights": dict(trainer.network.state_dict()), "history": history}
+    averaged = {f"average of {key}": value for key, value in trainer.train_step.validated.state_dict().items()}
+    return {"weights": {**trainer.network.state_dict(), **averaged}, "history": history}
 
 
 def demo_weights() -> dict:

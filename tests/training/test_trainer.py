@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,22 @@ from torch import nn
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import Patches
-from unetpp_fast.data.samples import find_samples
 from unetpp_fast.training import evaluation
 from unetpp_fast.training import trainer as trainer_module
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from unetpp_fast.training.trainer import Interrupted, Recipe, Trainer
 
-EPOCHS = 20  # of runs that are killed after two
+EPOCHS = 8  # of runs that are killed after two
 COMMAND = ("train", "--features", "4,8", "--patch", "32", "--batch-size", "2", "--dropout", "0.2", "--device", "cpu")
+
+
+EVERYTHING = (
+    "--augment", "strong" if find_spec("monai") else "light", "--foreground", "0.5", "--normalise", "dataset", "--optimizer",
+    "adamw", "--schedule", "cosine", "--warm-up", "1.5", "--clip", "0.5", "--ema", "0.9", "--accumulate", "2", "--monitor",
+    "loss",
+)  # fmt: skip
 
 
 class WeightedEntropy(nn.Module):
@@ -76,7 +84,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a | b)
     a, b = (load_checkpoint(folder / "last.pt") for folder in (one, other))
     assert a["progress"] == b["progress"] and a["best"] == b["best"] and a["history"] == b["history"]
-    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+    assert torch.equal(a["random"]["cpu"], b["random"]["cpu"]) and a.get("schedule") == b.get("schedule")
+    assert all(torch.equal(value, b["ema"][key]) for key, value in a.get("ema", {}).items())
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(state[name], b["optimizer"]["state"][key][name]) for name in state)
 
@@ -104,7 +113,9 @@ def test_best_is_the_epoch_with_the_highest_validation_iou(folder, tmp_path):
 
 def test_training_stops_early_when_validation_does_not_improve(folder, tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
-    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: {"loss": 1.0, "iou": next(scores), "dice": 0.0})
+    monkeypatch.setattr(
+        trainer_module.evaluation, "evaluate", lambda *_, **__: {"loss": 1.0, "iou": next(scores), "dice": 0.0}
+    )
     trainer = make_trainer(folder, tmp_path, epochs=5, patience=2)
     assert len(trainer.fit(progress=False)) == 4
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
@@ -167,10 +178,10 @@ def test_a_run_that_fails_in_its_first_validation_resumes_exactly(folder, tmp_pa
     make_trainer(folder, tmp_path / "whole").fit(progress=False)
 
     def fails(*_, **__):
-        raise torch.OutOfMemoryError("validating whole images")
+        raise torch.OutOfMemoryError("validating")
 
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr(trainer_module, "evaluate", fails)
+        patched.setattr(trainer_module.evaluation, "evaluate", fails)
         make_trainer(folder, tmp_path / "broken").fit(progress=False)
     content = load_checkpoint(tmp_path / "broken/last.pt")
     assert content["epoch"] == 0 and content["progress"]["step"] == 4
@@ -184,7 +195,7 @@ def test_a_run_that_fails_in_its_first_validation_resumes_exactly(folder, tmp_pa
 def arguments(folder: Path, out: Path) -> list[str]:
     """A training long enough to be killed in its first epochs."""
     settings = ["--epochs", str(EPOCHS), "--patches-per-image", "6", "--patience", str(EPOCHS)]
-    return [*COMMAND, "--data", str(folder), "--out", str(out), *settings]
+    return [*COMMAND, "--data", str(folder), "--out", str(out), *settings, *EVERYTHING]
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen:

@@ -39,6 +39,13 @@ def make_norm(option: Option | None, channels: int, spatial_dims: int) -> nn.Mod
     name, keywords = parse_option(option, "norm", NORMS)
     if name == "instance":
         return InstanceNorm(channels, **keywords)
+    if name == "group":
+        groups = keywords["num_groups"]
+        if not isinstance(groups, int) or groups < 1 or channels % groups:
+            raise ValueError(
+                f"group norm splits {channels} channels into num_groups={groups!r}: choose a divisor of all widths"
+            )
+        return nn.GroupNorm(num_channels=channels, **keywords)
     return (nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d)(channels, **keywords)
 
 
@@ -48,28 +55,46 @@ def make_activation(option: Option) -> nn.Module:
     return ACTIVATIONS[name].layer(**keywords)
 
 
-def make_conv(cin: int, cout: int, spatial_dims: int, kernel: int, bias: bool = True, stride: int = 1) -> nn.Module:
+def is_learned(option: Option) -> bool:
+    """Whether an activation has parameters of its own."""
+    return ACTIVATIONS[parse_option(option, "act", ACTIVATIONS)[0]].learned
+
+
+PerAxis = int | tuple[int, ...]
+
+
+def make_conv(cin: int, cout: int, spatial_dims: int, kernel: PerAxis, bias: bool = True, stride: PerAxis = 1) -> nn.Module:
     conv = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
-    return conv(cin, cout, kernel, stride=stride, padding=kernel // 2, bias=bias)
+    padding = kernel // 2 if isinstance(kernel, int) else tuple(taps // 2 for taps in kernel)
+    return conv(cin, cout, kernel, stride=stride, padding=padding, bias=bias)
 
 
 class Interpolate(nn.Module):
-    """Doubles every axis by nearest-neighbour or linear interpolation, after a 1x1 convolution if `project`."""
+    """Enlarges every axis by its factor, by nearest-neighbour or linear interpolation, after a 1x1 convolution if
+    `project`."""
 
     def __init__(
-        self, mode: str, cin: int, cout: int, spatial_dims: int, align_corners: bool = False, project: bool = False
+        self,
+        mode: str,
+        cin: int,
+        cout: int,
+        spatial_dims: int,
+        align_corners: bool = False,
+        project: bool = False,
+        factors: PerAxis = 2,
     ):
         super().__init__()
+        self.factors = factors if isinstance(factors, int) else tuple(map(float, factors))
         linear = {2: "bilinear", 3: "trilinear"}[spatial_dims]
         self.mode = linear if mode == "linear" else mode
         self.align_corners = bool(align_corners) if mode == "linear" else None
         self.project = make_conv(cin, cout, spatial_dims, 1) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(self.project(x), scale_factor=2, mode=self.mode, align_corners=self.align_corners)
+        return F.interpolate(self.project(x), scale_factor=self.factors, mode=self.mode, align_corners=self.align_corners)
 
     def extra_repr(self) -> str:
-        return f"mode={self.mode}, align_corners={self.align_corners}"
+        return f"mode={self.mode}, align_corners={self.align_corners}, factors={self.factors}"
 
 
 class PixelShuffle(nn.Module):
@@ -90,22 +115,29 @@ class PixelShuffle(nn.Module):
         return pool(F.pad(x, (1, 0) * dims), 2, stride=1)
 
 
-def make_upsample(option: Option, cin: int, cout: int, spatial_dims: int) -> nn.Module:
-    """The layer of an up-sampling in `options.UPSAMPLES`: [N, cin, *S] -> [N, cout, *2S]."""
+def make_upsample(option: Option, cin: int, cout: int, spatial_dims: int, factors: PerAxis = 2) -> nn.Module:
+    """The layer of an up-sampling in `options.UPSAMPLES`: [N, cin, *S] -> [N, cout, *2S], or by other factors per axis.
+
+    Raises:
+        ValueError: pixelshuffle with another factor than 2.
+    """
     name, keywords = parse_option(option, "upsample", UPSAMPLES)
     if name == "deconv":
         deconv = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
-        return deconv(cin, cout, kernel_size=2, stride=2, **keywords)
+        return deconv(cin, cout, kernel_size=factors, stride=factors, **keywords)
     if name == "pixelshuffle":
+        if factors != 2:
+            raise ValueError(f"pixelshuffle doubles every axis, and strides ask for {factors}: use another upsample")
         return PixelShuffle(cin, cout, spatial_dims)
-    return Interpolate(name, cin, cout, spatial_dims, **keywords)
+    return Interpolate(name, cin, cout, spatial_dims, factors=factors, **keywords)
 
 
 class NodeModule(nn.Module):
     """X(i,j): [conv 3x3, norm, activation, dropout] twice, over the prefix and the up-sampled node below.
 
     Shapes: prefix maps `[N, C_k, *S]`, low source `[N, C, *S/2]`, result `[N, width, *S]`. With `stride` 2 the first
-    convolution halves every axis; with `odd_sizes` the up-sampled map repeats its last pixel where S is odd.
+    convolution halves every axis; with `odd_sizes` the up-sampled map repeats its last pixel where S is odd. `kernel`,
+    `stride` and `factors`, by which the low source is enlarged, may differ between axes.
     """
 
     def __init__(
@@ -118,19 +150,22 @@ class NodeModule(nn.Module):
         upsample: Option,
         dropout: float,
         bias: bool,
-        stride: int = 1,
+        stride: PerAxis = 1,
         odd_sizes: bool = False,
+        kernel: PerAxis = 3,
+        factors: PerAxis = 2,
     ):
         super().__init__()
         self.odd_sizes = odd_sizes
         if up:
-            self.up = make_upsample(upsample, *up, spatial_dims)
+            self.up = make_upsample(upsample, *up, spatial_dims, factors)
         (in1, out1), (in2, out2) = convolutions
-        self.conv1 = make_conv(in1, out1, spatial_dims, 3, bias, stride)
+        self.conv1 = make_conv(in1, out1, spatial_dims, kernel, bias, stride)
         self.norm1 = make_norm(norm, out1, spatial_dims)
-        self.conv2 = make_conv(in2, out2, spatial_dims, 3, bias)
+        self.conv2 = make_conv(in2, out2, spatial_dims, kernel, bias)
         self.norm2 = make_norm(norm, out2, spatial_dims)
         self.act = make_activation(act)
+        self.act2 = make_activation(act) if is_learned(act) else None  # else both convolutions have the one before
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, prefix: list[Tensor], low: Tensor | None = None) -> Tensor:
@@ -150,7 +185,7 @@ class NodeModule(nn.Module):
     def convolve(self, x: Tensor) -> Tensor:
         """Both convolutions, each with norm, activation and dropout."""
         x = self.dropout(self.act(self.norm1(self.conv1(x))))
-        return self.dropout(self.act(self.norm2(self.conv2(x))))
+        return self.dropout((self.act if self.act2 is None else self.act2)(self.norm2(self.conv2(x))))
 
 
 @torch.no_grad()
@@ -161,7 +196,7 @@ def initialise(module: nn.Module, act: Option) -> None:
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             fan_in = layer.weight[0].numel()
-            nn.init.normal_(layer.weight, std=(gain if layer.kernel_size[0] == 3 else 1.0) / math.sqrt(fan_in))
+            nn.init.normal_(layer.weight, std=(gain if max(layer.kernel_size) == 3 else 1.0) / math.sqrt(fan_in))
         elif isinstance(layer, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
             # With stride = kernel each output pixel meets one tap: the fan-in is the channel count.
             nn.init.normal_(layer.weight, std=1.0 / math.sqrt(layer.in_channels))

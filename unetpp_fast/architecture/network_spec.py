@@ -20,7 +20,8 @@ class NetworkSpec(Protocol):
     sync_group: the name of the process group over which batch norms take their statistics, "" for this process only.
     recompute: whether backward passes recompute the inside of nodes.
     exclusive: whether the classes that it was trained on exclude one another.
-    multiple: every spatial axis of the image is a multiple of it.
+    normalisation: how the images that it was trained on were prepared (`models.normalisation`), or None.
+    multiple, multiples: every spatial axis of the image is a multiple of the former, or of its own of the latter.
     """
 
     topology: Topology
@@ -32,7 +33,9 @@ class NetworkSpec(Protocol):
     sync_group: str
     recompute: bool
     exclusive: bool
+    normalisation: Any
     multiple: int
+    multiples: tuple[int, ...]
     training: bool
     nodes: nn.ModuleDict
     heads: nn.ModuleDict

@@ -45,11 +45,14 @@ class Entry:
 @dataclass(frozen=True)
 class Activation(Entry):
     """layer: the module, made with the keywords. slope: of the leaky ReLU that the backends compute, 0 for ReLU. gain: for
-    the initial weights (He et al., 2015)."""
+    the initial weights (He et al., 2015). learned: it has parameters, so each convolution has its own. scales: whether
+    act(k x) = k act(x) for k > 0."""
 
     layer: type[nn.Module] = nn.ReLU
     slope: Callable[[Keywords], float] = lambda keywords: 0.0
     gain: Callable[[Keywords], float] = lambda keywords: nn.init.calculate_gain("relu")
+    learned: bool = False
+    scales: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def _instance_unsupported(backend: str, keywords: Keywords) -> str:
     return "" if keywords["affine"] else "norms without scale and shift run on the reference"
 
 
+SMOOTH = "activations whose derivative is not told by the sign of their output"
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(),
     "leaky_relu": Activation(
@@ -82,10 +86,22 @@ ACTIVATIONS: dict[str, Activation] = {
         slope=lambda keywords: keywords["negative_slope"],
         gain=lambda keywords: nn.init.calculate_gain("leaky_relu", keywords["negative_slope"]),
     ),
+    "prelu": Activation(
+        {"num_parameters": 1, "init": 0.25},
+        reference_only("activations with learned slopes"),
+        layer=nn.PReLU,
+        gain=lambda keywords: nn.init.calculate_gain("leaky_relu", keywords["init"]),
+        learned=True,
+    ),
+    "gelu": Activation({"approximate": "none"}, reference_only(SMOOTH), layer=nn.GELU, scales=False),
+    "silu": Activation({}, reference_only(SMOOTH), layer=nn.SiLU, scales=False),
 }
 NORMS: dict[str, Norm] = {
     "batch": Norm({"eps": 1e-5, "momentum": 0.1}),
     "instance": Norm({"eps": 1e-5, "affine": True}, _instance_unsupported, per_image=True),
+    "group": Norm(
+        {"num_groups": 8, "eps": 1e-5, "affine": True}, reference_only("norms over groups of channels"), per_image=True
+    ),
 }
 UPSAMPLES: dict[str, Upsample] = {
     "deconv": Upsample({"bias": True}, reduces=lambda keywords: True, phases=True),
@@ -149,8 +165,6 @@ def unsupported(options: Mapping[str, Any], backend: str) -> str:
             name, keywords = parse_option(options[what], what, table)
             if reason := table[name].unsupported(backend, keywords):
                 return reason
-    if options.get("attention"):
-        return "scSE gates run on the reference"
     act, keywords = parse_option(options.get("act", "relu"), "act", ACTIVATIONS)
     if options.get("norm") is None and ACTIVATIONS[act].slope(keywords) < 0:
         return "without a norm, the engine needs a slope >= 0: an output that tells the sign of its input"

@@ -24,8 +24,13 @@ Position = tuple[int, int]
 class Node:
     """X(level, column): two convolutions over the prefix and the up-sampled node one level below.
 
-    `prefix`: the columns of the same level that it reads (0..column-1 for a nested node). `up_width`: the channels of the
-    up-sampled X(level+1, column-1), 0 in the encoder.
+    Args:
+        level: the map has 1/2^level of the image's size.
+        column: 0 in the encoder.
+        width: its channels.
+        prefix: the columns of the same level that it reads (0..column-1 for a nested node).
+        up_width: the channels of the up-sampled X(level+1, column-1), 0 in the encoder.
+        kernel: of its convolutions, 1 or 3 per axis; None for 3 on all.
     """
 
     level: int
@@ -33,13 +38,16 @@ class Node:
     width: int
     prefix: tuple[int, ...] = ()
     up_width: int = 0
+    kernel: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
+        """Of its module in a network, "x0_1" for X(0,1)."""
         return f"x{self.level}_{self.column}"
 
     @property
     def position(self) -> Position:
+        """(level, column)."""
         return self.level, self.column
 
     @property
@@ -50,9 +58,20 @@ class Node:
 
 @dataclass(frozen=True)
 class Topology:
-    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head.
+    """A grid of nodes in an order in which they can be computed, and the columns of level 0 that have a head (Zhou et al.,
+    2018, https://arxiv.org/abs/1807.10165, eq. 1).
 
-    given: the maps of column 0 are not computed, but given by an encoder (`over_maps`).
+    Args:
+        in_channels, spatial_dims: of the image; 2 or 3 axes.
+        nodes: in an order in which each comes after what it reads.
+        heads: columns of level 0 with a head.
+        given: the maps of column 0 are not computed, but given by an encoder (`over_maps`).
+        strides: by how much each axis shrinks from a level to the next, 1 or 2, from level 0 down; () for 2 on all axes
+            (`over_levels`).
+
+    Raises:
+        ValueError: `nested` and `plain`: a width or count is out of range.
+        KeyError: `topology[i, j]`: there is no such node.
     """
 
     in_channels: int
@@ -60,6 +79,7 @@ class Topology:
     nodes: tuple[Node, ...]
     heads: tuple[int, ...]
     given: bool = False
+    strides: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def nested(
@@ -113,12 +133,48 @@ class Topology:
 
     @property
     def depth(self) -> int:
+        """The deepest level; 4 in the paper."""
         return max(node.level for node in self.nodes)
+
+    def over_levels(
+        self, strides: Sequence[Sequence[int]] | None = None, kernels: Sequence[Sequence[int]] | None = None
+    ) -> Topology:
+        """The same grid with other strides and kernels, as nnU-Net plans them for volumes of unlike axes.
+
+        Args:
+            strides: per axis, 1 or 2, from each level to the next one below; default 2.
+            kernels: per axis, 1 or 3, of the nodes of each level; default 3.
+
+        Raises:
+            ValueError: they do not have one entry per axis for these levels, or are other numbers.
+        """
+        strides = _per_axis("strides", strides, self.depth, self.spatial_dims, (1, 2))
+        kernels = _per_axis("kernels", kernels, self.depth + 1, self.spatial_dims, (1, 3))
+        nodes = [dataclasses.replace(node, kernel=kernels[node.level]) if kernels else node for node in self.nodes]
+        return dataclasses.replace(self, nodes=tuple(map(_plainly, nodes)), strides=_unless_all(strides, 2))
+
+    def stride(self, level: int) -> tuple[int, ...]:
+        """By how much each axis shrinks from the level above to this one."""
+        return self.strides[level - 1] if self.strides else (2,) * self.spatial_dims
+
+    def kernel(self, node: Node) -> tuple[int, ...]:
+        """The taps of a node's convolutions along each axis."""
+        return node.kernel or (3,) * self.spatial_dims
+
+    def shrunk(self, level: int) -> tuple[int, ...]:
+        """By how much each axis of a level is smaller than that of the image."""
+        factors = [self.stride(below) for below in range(1, level + 1)]
+        return tuple(math.prod(axis) for axis in zip(*factors, strict=True)) or (1,) * self.spatial_dims
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Each spatial axis must be a multiple of its number, 2^depth where every level halves it."""
+        return self.shrunk(self.depth)
 
     @property
     def multiple(self) -> int:
-        """2^depth: every spatial axis must be a multiple of it."""
-        return 2**self.depth
+        """The largest of `multiples`, of which each is a divisor."""
+        return max(self.multiples)
 
     def __getitem__(self, position: Position) -> Node:
         for node in self.nodes:
@@ -147,7 +203,7 @@ class Topology:
         if level not in self.heads:
             have = ", ".join(str(head) for head in self.heads)
             raise ValueError(
-                f"cannot prune to level {level!r}: this network has heads at level {have}"
+                f"no head at level {level!r}: this network has heads at level {have}"
                 + ("; UNetPlusPlus(deep_supervision=True) has one at every level" if len(self.heads) < self.depth else "")
             )
         wanted = {(0, level)}
@@ -181,16 +237,17 @@ class Topology:
         """
         if len(size) != self.spatial_dims:
             raise ValueError(f"size {tuple(size)} does not have {self.spatial_dims} axes")
-        taps, multiply_adds = 3**self.spatial_dims, 0
+        multiply_adds = 0
         for node in self.nodes:
             if self.given and not node.column:
                 continue
-            pixels = math.prod(axis // 2**node.level for axis in size)
+            taps = math.prod(self.kernel(node))
+            pixels = math.prod(axis // by for axis, by in zip(size, self.shrunk(node.level), strict=True))
             multiply_adds += pixels * sum(taps * cin * cout for cin, cout in self.convolutions(node))
             if node.column and (deconv or project or pixelshuffle):
                 # A deconv has one tap per pixel here, a 1x1 convolution one per pixel below, a shuffled 3x3 all of them.
-                below = math.prod(axis // 2 ** (node.level + 1) for axis in size)
-                places = pixels if deconv else taps * 2**self.spatial_dims * below if pixelshuffle else below
+                below = math.prod(axis // by for axis, by in zip(size, self.shrunk(node.level + 1), strict=True))
+                places = pixels if deconv else 3**self.spatial_dims * 2**self.spatial_dims * below if pixelshuffle else below
                 multiply_adds += places * self.low_width(node) * node.up_width
         pixels = math.prod(size) * head_taps**self.spatial_dims
         multiply_adds += sum(pixels * self[0, head].width * out_channels for head in self.heads)
@@ -210,19 +267,43 @@ class Topology:
         heads = tuple(column + 1 for column in self.heads)
         return Topology(self.in_channels, self.spatial_dims, tuple(nodes), heads, given=True)
 
+    def without_finest_map(self) -> Topology:
+        """The nest over an encoder whose maps begin one level down, at a quarter of the image's size.
+
+        Of level 0 only the nodes under a head are left, and each reads nothing but the node below.
+        """
+        kept = (node for node in self.nodes if node.level or node.column in self.heads)
+        nodes = tuple(node if node.level else dataclasses.replace(node, prefix=()) for node in kept)
+        return dataclasses.replace(self, nodes=nodes)
+
+    @property
+    def first_widths(self) -> tuple[int, ...]:
+        """Channels of X(i,0) for each level, 0 where there is none."""
+        widths = {node.level: node.width for node in self.nodes if not node.column}
+        return tuple(widths.get(level, 0) for level in range(self.depth + 1))
+
     def to_dict(self) -> dict:
         """Plain lists and numbers, for checkpoints; the inverse of `from_dict`."""
+        nodes = [
+            [n.level, n.column, n.width, list(n.prefix), n.up_width, *([list(n.kernel)] if n.kernel else [])]
+            for n in self.nodes
+        ]
         return {
             "in_channels": self.in_channels,
             "spatial_dims": self.spatial_dims,
-            "nodes": [[n.level, n.column, n.width, list(n.prefix), n.up_width] for n in self.nodes],
+            "nodes": nodes,
             "heads": list(self.heads),
+            **({"strides": [list(stride) for stride in self.strides]} if self.strides else {}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Topology:
-        nodes = tuple(Node(i, j, width, tuple(prefix), up) for i, j, width, prefix, up in data["nodes"])
-        return cls(data["in_channels"], data["spatial_dims"], nodes, tuple(data["heads"]))
+        """The topology of which `to_dict` returned `data`."""
+        nodes = tuple(
+            Node(i, j, width, tuple(prefix), up, *map(tuple, kernel)) for i, j, width, prefix, up, *kernel in data["nodes"]
+        )
+        strides = tuple(map(tuple, data.get("strides", ())))
+        return cls(data["in_channels"], data["spatial_dims"], nodes, tuple(data["heads"]), strides=strides)
 
 
 def check_features(features: Sequence[int]) -> int:
@@ -235,6 +316,33 @@ def check_features(features: Sequence[int]) -> int:
     if not good or not 2 <= levels <= MAX_DEPTH + 1:
         raise ValueError(f"features must be 2 to {MAX_DEPTH + 1} positive integers, one width per level, not {features!r}")
     return levels
+
+
+def _per_axis(
+    name: str, values: Sequence[Sequence[int]] | None, count: int, axes: int, known: tuple[int, int]
+) -> tuple[tuple[int, ...], ...]:
+    """`values` as tuples, () for None, after checking that there are `count` of them with a known number for each axis."""
+    if values is None:
+        return ()
+    try:
+        found = tuple(map(tuple, values))
+        good = len(found) == count and all(len(one) == axes and set(one) <= set(known) for one in found)
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(
+            f"{name} must be {count} tuples of {axes} numbers, each {known[0]} or {known[1]}, one per axis, not {values!r}"
+        )
+    return found
+
+
+def _unless_all(values: tuple[tuple[int, ...], ...], usual: int) -> tuple[tuple[int, ...], ...]:
+    return () if all(one == usual for value in values for one in value) else values
+
+
+def _plainly(node: Node) -> Node:
+    """The node without a kernel that says what is usual."""
+    return dataclasses.replace(node, kernel=None) if set(node.kernel or (3,)) == {3} else node
 
 
 def _is_count(value: object) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..architecture.options import ENGINES, Entry
 from ..architecture.precision import TRAINED
 from ..common.errors import InputError
+from ..data.class_names import read_names
 from ..data.tasks import TASKS
 from ..models.architectures import UNet, UNetPlusPlus
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
 from ..models.tiled_prediction import parse_bytes
+from ..training.losses import checked_weights
 
 Commands = argparse._SubParsersAction
 Run = Callable[[argparse.Namespace], int | None]
@@ -29,17 +32,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """The parser of a command that `run` runs; `text` describes it."""
+def add_command(
+    commands: Commands, name: str, run: Run, text: str, usage: str = "", config: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of a command that `run` runs.
+
+    Args:
+        text: what the command does.
+        usage: its usual arguments.
+        config: whether its options may stand in a file.
+    """
     command = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
-    command.set_defaults(run=run)
+    command.usage = f"{command.prog} {usage} [options]".replace("  ", " ")
+    command.set_defaults(run=run, parser=command)
+    if config:
+        command.add_argument("--config", type=Path, metavar="FILE", help="YAML with options; the command line wins")
+    talk = command.add_mutually_exclusive_group()
+    talk.add_argument("-q", "--quiet", action="store_true", help="print results and errors alone")
+    talk.add_argument("-v", "--verbose", action="store_true", help="print settings too, and the whole trace of an error")
     return command
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Adds --device and --dtype."""
-    command.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
-    command.add_argument(
+    device = command.add_argument_group("device")
+    device.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
+    device.add_argument(
         "--dtype", default="auto", choices=["auto", *TRAINED], help="auto: bfloat16 on a GPU that supports it, else float32"
     )
 
@@ -50,6 +68,23 @@ def add_task(command: argparse.ArgumentParser) -> None:
         "--task", choices=list(TASKS),
         help="a data set of the paper as its provider ships it, with the paper's network and patch size",
     )  # fmt: skip
+
+
+def add_label_maps(command: argparse._ActionsContainer) -> None:
+    """Adds --classes and --ignore-index."""
+    command.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
+    command.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
+
+
+def label_options(options: argparse.Namespace) -> tuple[list[str] | None, int | None]:
+    """The names of the classes and the ignored value that `read_folder` takes.
+
+    Raises:
+        InputError: the file cannot be read, or stands beside --task.
+    """
+    if options.classes and options.task:
+        raise InputError("--classes names the values of label maps: leave it out with --task")
+    return read_names(options.classes) if options.classes else None, options.ignore_index
 
 
 def engine_options(table: Mapping[str, Entry]) -> list[str]:
@@ -82,6 +117,18 @@ def width_list(text: str) -> tuple[int, ...]:
     return _integers(text, ",", "a list of widths such as 32,64,128,256,512")
 
 
+def class_weights(text: str) -> str | tuple[float, ...]:
+    """`balanced`, or `1,2.5` as (1.0, 2.5)."""
+    if text == "balanced":
+        return text
+    try:
+        return checked_weights([float(part) for part in text.split(",")])
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither balanced nor a list of positive weights such as 1,2,4"
+        ) from None
+
+
 def label(text: str) -> int | None:
     """`255` as 255, `none` as None."""
     if text == "none":
@@ -89,6 +136,11 @@ def label(text: str) -> int | None:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a value of a label map such as 255, or none")
     return int(text)
+
+
+def augmentation(text: str) -> str | Path:
+    """none, light and strong as they are, all else as a path."""
+    return text if text in ("none", "light", "strong") else Path(text)
 
 
 def byte_count(text: str) -> int:

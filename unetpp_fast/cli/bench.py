@@ -21,8 +21,8 @@ from .arguments import Commands, add_command, add_device, build_network, engine_
 
 def add_parser(commands: Commands) -> None:
     """Adds `bench` to the commands."""
-    bench = add_command(commands, "bench", run, "Time this package against PyTorch on this machine, for one network.")
-    add_device(bench)
+    command = add_command(commands, "bench", run, "Time this package against PyTorch on this machine, for one network.")
+    bench = command.add_argument_group("network")
     bench.add_argument(
         "--checkpoint", type=Path, help="best.pt of a training, in place of the options from --arch to --upsample"
     )
@@ -34,9 +34,11 @@ def add_parser(commands: Commands) -> None:
     )
     bench.add_argument("--upsample", choices=engine_options(UPSAMPLES), default="deconv", help="up-sampling")
     bench.add_argument("--level", type=int, help="prune UNet++ to this level (default: not pruned)")
+    bench = command.add_argument_group("measurement")
     bench.add_argument("--size", type=image_size, default="512", help="512, 512x384, or 64x64x64 for a network in 3D")
     bench.add_argument("--batch", type=int, default=1, help="images per batch")
     bench.add_argument("--seconds", type=float, default=5.0, help="time for each comparison, which has at least 7 rounds")
+    add_device(command)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -16,10 +16,9 @@ EXPERIMENTS = {"image": demo, "volume": volume_demo}
 
 def add_parser(commands: Commands) -> None:
     """Adds `demo` to the commands."""
-    command = add_command(
-        commands, "demo", run, "Train U-Net and UNet++ on part of the sample data, evaluate them on the rest, prune, draw."
-    )
-    add_device(command)
+    text = "Train U-Net and UNet++ on part of the sample data, evaluate them on the rest, prune, draw."
+    parser = add_command(commands, "demo", run, text)
+    command = parser.add_argument_group("demo")
     command.add_argument(
         "--task", choices=list(EXPERIMENTS), default="image", help="one half of a real image, or planes of a stack in 3D"
     )
@@ -29,6 +28,7 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
     )
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:

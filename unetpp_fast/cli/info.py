@@ -19,7 +19,9 @@ from .arguments import Commands, add_command
 
 def add_parser(commands: Commands) -> None:
     """Adds `info` to the commands."""
-    add_command(commands, "info", run, "Print versions, devices, backends, and whether a GPU has run these kernels.")
+    add_command(
+        commands, "info", run, "Print versions, devices, backends, and whether a GPU has run these kernels.", config=False
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import numpy as np
 import torch
 
 from ..architecture.precision import autocast, choose_dtype
+from ..common import messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..data import prediction_files
-from ..data.images import scaled, standardise, write_png
+from ..data.images import STANDARD, scaled, standardise, write_png
+from ..data.postprocessing import postprocess
 from ..experiments import pictures
 from ..models import tiled_prediction
+from ..models.ensemble import Ensemble
 from ..models.network import Network
 from ..training import checkpoint
+from ..training.classes import class_names, palette
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
 
 FAILED = 2
@@ -28,30 +33,43 @@ FAILED = 2
 
 def add_parser(commands: Commands) -> None:
     """Adds `predict` to the commands."""
-    predict = add_command(commands, "predict", run, "Write masks or a label map of each image, in its format.")
-    add_device(predict)
-    predict.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or another UNet++'s weights")
+    text = "Write masks or a label map of each image, in its format."
+    command = add_command(commands, "predict", run, text, usage="--checkpoint RUN/best.pt --images IMAGES --out OUT")
+    predict = command.add_argument_group("data and results")
+    predict.add_argument(
+        "--checkpoint", type=Path, nargs="+", required=True,
+        help="best.pt, or another UNet++'s weights; several, or the folder of a cross-validation, predict together",
+    )  # fmt: skip
     predict.add_argument("--images", type=Path, required=True, help="an image, volume or stack of planes, or a folder")
     predict.add_argument("--out", type=Path, required=True, help="folder for masks/<class>/<id>, overlays/<id>.png")
+    predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
+    predict = command.add_argument_group("prediction")
     predict.add_argument("--mode", choices=["accurate", "fast"], default="accurate", help="mean over the heads, or one head")
     predict.add_argument("--level", type=int, help="head to use (fast) or the last to use (accurate); default: the deepest")
     predict.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is foreground")
-    predict.add_argument("--probabilities", action="store_true", help="write probabilities/<class>/<id> too")
+    predict.add_argument("--flips", action="store_true", help="mean over the mirror images too: 4 passes, of a volume 8")
+    predict = command.add_argument_group("cleaning, of each mask or class")
+    predict.add_argument("--min-size", type=int, default=0, help="drop connected parts of fewer pixels or voxels")
+    predict.add_argument("--keep-largest", type=int, help="keep only so many connected parts, the largest ones")
+    predict.add_argument("--fill-holes", action="store_true", help="fill the holes")
+    predict = command.add_argument_group("large images")
     predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
     predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
     predict.add_argument(
         "--max-memory", type=byte_count, help="512M, 2G: choose tiles that need no more; default: one tile per image"
     )
+    add_device(command)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all files share. palette: of exclusive classes, which are written as label maps; otherwise None."""
+    """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
+    are written as label maps; otherwise None."""
 
-    network: Network
+    network: Network | Ensemble
     options: argparse.Namespace
     classes: list[str]
-    prepare: dict[str, Any]
+    size: int | None
     palette: list[list[int]] | None
 
 
@@ -62,16 +80,19 @@ def run(options: argparse.Namespace) -> int:
     dtype = choose_dtype(options.dtype, device)
     if not 0.0 <= options.threshold <= 1.0:
         raise InputError(f"--threshold must be between 0 and 1, not {options.threshold}")
-    network, content = checkpoint.load_model(options.checkpoint, device)
+    if _cleaning(options):
+        postprocess(np.zeros((1, 1), bool), **_cleaning(options))  # raises before anything is predicted
+    network, content = checkpoint.load_ensemble(options.checkpoint, device)
     about = content.get("about") or {}
-    job = Job(network, options, class_names(network, content), about.get("prepare", {}), _palette(network, about))
-    images = prediction_files.find(options.images)
+    size = (about.get("prepare") or {}).get("size")
+    job = Job(network, options, class_names(network, content), size, palette(network, about))
+    images = prediction_files.find(options.images, about.get("channel_files", 0))
     refused: list[InputError] = []
     drawn = False
-    for name, path in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
+    for name, files in progress_bar(images.items(), desc="predicting", unit="file", disable=None):
         try:
             with autocast(device, dtype):
-                drawn |= _predict_one(job, name, path)
+                drawn |= _predict_one(job, name, files)
         except InputError as error:
             if len(images) == 1 or isinstance(error, OSError):  # nothing can be written
                 raise
@@ -79,20 +100,24 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:  # an option does not fit
             raise InputError(str(error)) from error
     overlays = f", {options.out / 'overlays'}" if drawn else ""
-    print(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
+    messages.say(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
     for error in refused:
         print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
     return FAILED if refused else 0
 
 
-def _predict_one(job: Job, name: str, path: Path) -> bool:
-    """Predicts and writes a file; returns whether it has an overlay."""
+def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
+    """Predicts and writes an image; returns whether it has an overlay."""
     options, out = job.options, job.options.out
-    source = prediction_files.read(path, job.network.topology.spatial_dims, job.network.topology.in_channels)
-    if "size" in job.prepare:
-        masks, probabilities = _predict_scaled(job.network, source, options, job.prepare["size"])
+    source = prediction_files.read(files, job.network.topology.spatial_dims, job.network.topology.in_channels)
+    if job.size:
+        masks, probabilities = _predict_scaled(job.network, source, options, job.size)
     else:
         masks, probabilities = _predict_file(job, source)
+    if cleaning := _cleaning(options):
+        for part in source.parts(masks):
+            for mask in part:
+                mask[...] = postprocess(mask, **cleaning)
     if job.palette:
         source.write_labels(out / "masks", name, masks[0], job.palette)
     for index, label in enumerate(job.classes):
@@ -110,64 +135,33 @@ def _predict_one(job: Job, name: str, path: Path) -> bool:
     return source.is_picture
 
 
-def _palette(network: Network, about: dict) -> list[list[int]] | None:
-    """The colours of exclusive classes in a checkpoint.
-
-    Raises:
-        InputError: they are not three bytes for each class.
-    """
-    if not about.get("exclusive"):
-        return None
-    colours = about.get("palette")
-    known = isinstance(colours, list) and len(colours) == network.out_channels
-    if not known or any(bytes_of(colour) is None for colour in colours):
-        raise InputError(f"the checkpoint's palette is {colours!r}: expected {network.out_channels} colours of three bytes")
-    return colours
-
-
-def bytes_of(colour: Any) -> bytes | None:
-    """Three bytes, or None."""
-    try:
-        return bytes(colour) if len(colour) == 3 else None
-    except (TypeError, ValueError):
-        return None
-
-
-def class_names(network: Network, content: dict) -> list[str]:
-    """The names of the classes in a checkpoint, or their numbers.
-
-    Raises:
-        InputError: a name cannot be that of a folder, or there are not as many as the network has outputs.
-    """
-    about = content.get("about") or {}
-    classes = about.get("classes") or [str(index) for index in range(network.out_channels)]
-    plain = isinstance(classes, list) and all(
-        isinstance(name, str) and Path(name).name == name and name not in ("", "..") for name in classes
-    )
-    if not plain or len(classes) != network.out_channels:
-        raise InputError(f"the checkpoint's classes are {classes!r}: expected {network.out_channels} plain name(s)")
-    return classes
+def _cleaning(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `postprocess` that the options give."""
+    found = {"keep_largest": options.keep_largest, "min_size": options.min_size, "fill_holes": options.fill_holes}
+    return found if options.keep_largest is not None or options.min_size or options.fill_holes else {}
 
 
 def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray, np.ndarray | None]:
     """Masks, bool `[classes, *S]`, or labels, uint8 `[1, *S]`, of a file, and probabilities, float32
     `[classes, *S]`, or None; memory-mapped."""
     network, options, exclusive = job.network, job.options, job.palette is not None
-    chosen = {"mode": options.mode, "level": options.level, "activation": "softmax" if exclusive else "sigmoid"}
+    chosen = {"mode": options.mode, "level": options.level, "flips": options.flips}
+    chosen["activation"] = "softmax" if exclusive else "sigmoid"
     images = source.images()
     size, tile = images[0].shape[1:], options.tile
     if tile is None and options.max_memory is not None:
         tile = tiled_prediction.choose_tile(network, size, options.max_memory, chosen)
     grid = tiled_prediction.make_grid(network, size, tile[0] if tile and len(tile) == 1 else tile, options.overlap)
     network.topology.pruned(network.topology.heads[-1] if options.level is None else options.level)
-    prepared = [prediction_files.Prepared(source, image, job.prepare) for image in images]
+    normalisation = network.normalisation or STANDARD  # also for another library's weights, which carry none
+    prepared = [prediction_files.Prepared(source, image, normalisation) for image in images]
     shape = (network.out_channels, *source.shape)
     masks = prediction_files.spool(
         (1, *source.shape) if exclusive else shape, np.uint8 if exclusive else np.bool_, options.out
     )
     probabilities = prediction_files.spool(shape, np.float32, options.out) if options.probabilities else None
     kept = source.parts(probabilities) if options.probabilities else [None] * len(images)
-    bar = sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
+    bar = messages.shown() and sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
     for image, mask, values in zip(prepared, source.parts(masks), kept, strict=True):
         for _, first, band in tiled_prediction.bands(network, image, grid, progress=bar, **chosen):
             rows = slice(first, first + band.shape[1])
@@ -186,6 +180,6 @@ def _predict_scaled(
     for image, part in zip(source.images(), source.parts(probabilities), strict=True):
         small = scaled(source.stored.real(image).astype(np.float32), (side, side))
         x = torch.from_numpy(standardise(small))[None].to(device)
-        prediction = network.predict(x, mode=options.mode, level=options.level)[0]
+        prediction = network.predict(x, mode=options.mode, level=options.level, flips=options.flips)[0]
         part[:] = scaled(prediction.cpu().numpy(), image.shape[1:])
     return probabilities > options.threshold, probabilities

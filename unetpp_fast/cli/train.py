@@ -3,165 +3,129 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..architecture.input_checks import check_input
-from ..architecture.options import NORMS, UPSAMPLES
 from ..architecture.precision import choose_dtype
-from ..common import atomic_files
+from ..common import atomic_files, messages
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
-from ..data.layouts import Folder, read_folder, read_names
+from ..data.augmentation import STRONG, Augmentation, read_spec
+from ..data.layouts import read_folder
+from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import check_samples, groups, split
-from ..data.tasks import TASKS
-from ..models.architectures import PAPER_FEATURES, parameter_count
+from ..data.samples import check_samples, class_pixels, dataset_normalisation, groups, split, with_normalisation
+from ..data.tasks import PATCH, TASKS
+from ..models.architectures import parameter_count
 from ..models.network import Network
-from ..training import captured, checkpoint, memory_budget, processes, run_folder
-from ..training.loss_table import LOSSES, choose_loss
+from ..reports import training_run
+from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
+from ..training.loggers import LOGGERS
+from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
-from .arguments import (
-    ENCODER_OPTIONS,
-    Commands,
-    add_command,
-    add_device,
-    add_task,
-    build_network,
-    byte_count,
-    engine_options,
-    label,
-    width_list,
-)
+from ..training.weighted_losses import balanced_weights
+from . import config, cross_validation
+from .arguments import Commands, add_command, build_network, label_options
+from .training_options import add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
     """Adds `train` to the commands."""
-    train = add_command(commands, "train", run, "Train on a folder of images with masks or label maps.")
-    add_device(train)
-    train.add_argument(
-        "--data", type=Path, required=True, help="a folder with images/ and masks/ (docs/data.md), or the data of --task"
-    )
-    add_task(train)
-    _add_classes(train)
-    train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
-    train.add_argument("--resume", action="store_true", help="continue the training in --out")
-    train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
-    _add_network(train)
-    _add_encoder(train)
-    train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
-    batch = train.add_mutually_exclusive_group()
-    batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
-    batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
-    train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
-    train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
-    train.add_argument(
-        "--capture", action=argparse.BooleanOptionalAction, default=True,
-        help="on a GPU: steps as CUDA graphs, one launch each (default: yes, without --max-memory)",
-    )  # fmt: skip
-    train.add_argument(
-        "--reproducible", action="store_true", help="on a CPU: the same weights for any number of processes and threads"
-    )
-    train.add_argument("--learning-rate", type=float, default=3e-4, help="of Adam")
-    train.add_argument("--patience", type=int, default=20, help="epochs without a better validation IoU before it stops")
-    train.add_argument(
-        "--patch", type=int, default=argparse.SUPPRESS, help="side of the random patches (default: 96, or the task's)"
-    )
-    train.add_argument(
-        "--patches-per-image", type=int, default=argparse.SUPPRESS,
-        help="patches per image and epoch (default: 4, or the task's)",
-    )  # fmt: skip
-    train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
-    train.add_argument("--seed", type=int, default=0, help="of the weights, the patches and the validation images")
-    train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
-    train.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard too")
-
-
-def _add_classes(train: argparse.ArgumentParser) -> None:
-    """Adds the options of the loss and of label maps."""
-    train.add_argument("--loss", choices=list(LOSSES), help="default: bce-dice for masks, ce-dice for label maps")
-    train.add_argument("--classes", type=Path, help="names.txt or .json: the classes of label maps, that of 0 first")
-    train.add_argument("--ignore-index", type=label, default=255, help="value of label maps that is left out, or none")
-
-
-def _add_network(train: argparse.ArgumentParser) -> None:
-    """Adds the options of the network. Those with SUPPRESS get their defaults from `with_defaults`."""
-    train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++", help="the network")
-    train.add_argument(
-        "--features", type=width_list, default=argparse.SUPPRESS,
-        help="widths, finest level first (default: the paper's)",
-    )  # fmt: skip
-    train.add_argument(
-        "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,
-        help="norm after each convolution (default: batch; with --task: none)",
-    )  # fmt: skip
-    train.add_argument(
-        "--upsample", choices=engine_options(UPSAMPLES), default=argparse.SUPPRESS,
-        help="up-sampling (default: deconv; over an encoder nearest)",
-    )  # fmt: skip
-    train.add_argument("--dropout", type=float, default=argparse.SUPPRESS, help="probability (default: 0; with --task: 0.5)")
-    train.add_argument(
-        "--deep-supervision", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-        help="a head at each depth of UNet++, needed to prune it (default: yes; with --task: no)",
-    )  # fmt: skip
-
-
-def _add_encoder(train: argparse.ArgumentParser) -> None:
-    """Adds the options of a network over an encoder."""
-    train.add_argument("--encoder", help="a name of timm, such as resnet34, in place of --features: UNet++ over it")
-    train.add_argument("--encoder-weights", help="imagenet, or a file with its weights (default: none)")
-    train.add_argument("--encoder-depth", type=int, help="the number of its maps (default: 5)")
-    train.add_argument("--decoder-channels", type=width_list, help="widths, deepest first (default: 256,128,64,32,16)")
-    train.add_argument("--freeze-encoder", action="store_true", help="train everything but the encoder")
-
-
-def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
-    """The options of `train`, with the defaults that depend on --task and --arch."""
-    nested = options.arch == "unet++"
-    defaults = {"norm": "batch", "dropout": 0.0, "patch": 96, "patches_per_image": 4, "deep_supervision": nested}
-    if options.task:
-        task = TASKS[options.task]
-        defaults = {"norm": "none", "dropout": 0.5, "patch": task.patch, "patches_per_image": task.per_image}
-        defaults["deep_supervision"] = False
-    defaults |= {"features": PAPER_FEATURES[options.arch], "upsample": "nearest" if options.encoder else "deconv"}
-    return argparse.Namespace(**{**defaults, **vars(options)})
+    text = "Train on a folder of images with masks or label maps."
+    train = add_command(commands, "train", run, text, usage="--data DATA --out RUN")
+    add_options(train)
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains on a folder and prints where the result is; returns the exit code."""
-    _check_encoder(options)
+    check_encoder(options)
+    cross_validation.check(options)
     options = with_defaults(options)
+    if options.config and "out" not in options.given and not options.resume:
+        options.out = _free_folder(options.out)
     with processes.joined(options.device) as name:
         device = choose_device(name)
-        return _fit(_trainer(options, device, choose_dtype(options.dtype, device)), options)
+        recipe = _recipe(options, choose_dtype(options.dtype, device))
+        if options.folds is None:
+            _check_out(options)
+        folder, channels = _read_data(options)
+        cross_validation.check_data(options, folder)
+        options.patch = options.patch or PATCH[folder.spatial_dims]
+
+        def train(job: argparse.Namespace, part: Folder) -> int:
+            return _fit(_trainer(job, recipe, part, channels, device), job)
+
+        if options.folds is not None:
+            return cross_validation.run(options, _normalised(folder, options), _check_out, train, _say)
+        return train(options, folder)
 
 
-def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> Trainer:
-    """The trainer of the options, resumed if they ask for it; prints what it trains."""
+def _free_folder(out: Path) -> Path:
+    """`out`, or if it holds a training the first of `out-2`, `out-3`, … that does not: a file of options is repeated."""
+    names = (out.with_name(f"{out.name}-{number}") if number > 1 else out for number in itertools.count(1))
+    taken = ("last.pt", cross_validation.FILE)
+    return next(folder for folder in names if not any((folder / name).exists() for name in taken))
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    """Raises InputError if --out holds a training that is not to be resumed, or none that is."""
     last = options.out / "last.pt"
     if last.exists() and not options.resume:
         raise InputError(f"{options.out} already holds a training: add --resume to continue it, or choose another --out")
     if options.resume and not last.exists():
         raise InputError(f"there is nothing to resume: {last} does not exist")
-    recipe = Recipe(
+
+
+def _recipe(options: argparse.Namespace, dtype: str) -> Recipe:
+    """The recipe of the options. Errors as `Recipe`."""
+    return Recipe(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
+        optimizer=options.optimizer, weight_decay=options.weight_decay, schedule=options.schedule, warm_up=options.warm_up,
+        clip=options.clip, ema=options.ema, monitor=options.monitor,
     )  # fmt: skip
-    folder, channels = _read_data(options)
-    training, validation = folder.samples, folder.validation
-    if validation is None:
+
+
+def _loss(options: argparse.Namespace, folder: Folder) -> nn.Module:
+    """The loss of the options, its class weights taken from the training images if they ask for it.
+
+    Raises:
+        InputError: an option does not fit the data.
+    """
+    weights = options.class_weights
+    if weights == "balanced":
+        weights = balanced_weights(class_pixels(folder.samples), folder.classes)
+        shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(folder.classes, weights, strict=True))
+        _say(f"weights of the classes: {shown}")
+    elif weights is not None and len(weights) != len(folder.classes):
+        names = ", ".join(folder.classes)
+        raise InputError(f"--class-weights gives {len(weights)} numbers for {len(folder.classes)} classes: {names}")
+    settings = {"background": options.background, "head_weights": options.head_weights}
+    return choose_loss(options.loss, folder.exclusive, weights=weights, **settings)
+
+
+def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channels: int, device: torch.device) -> Trainer:
+    """The trainer of the options, resumed if they ask for it; prints what it trains."""
+    if folder.validation is None:
         training, validation = split(folder.samples, options.val_fraction, options.seed)
+        folder = replace(folder, samples=training, validation=validation)
+    if options.folds is None:
+        folder = _normalised(folder, options)
+    training, validation = folder.samples, folder.validation
     classes, task = folder.classes, TASKS.get(options.task)
-    loss = choose_loss(options.loss, folder.exclusive)
+    loss = _loss(options, folder)
     torch.manual_seed(options.seed)
-    extra = {"dropout": options.dropout, "spatial_dims": task.spatial_dims if task else 2}
+    extra = {"dropout": options.dropout, "spatial_dims": folder.spatial_dims}
     if options.arch == "unet++":
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
@@ -175,8 +139,8 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     network.recompute = options.recompute
     if options.freeze_encoder:
         network.freeze_encoder()
-    patches = Patches(training, options.patch, options.patches_per_image, options.seed)
     _check_patches(network, options)
+    patches = _patches(training, folder, network.topology.spatial_dims, options)
     recipe = _with_batch_size(recipe, network, patches, options, loss)
     _check_batches(network, patches, recipe)
     atomic_files.check_folder(options.out)
@@ -190,30 +154,63 @@ def _trainer(options: argparse.Namespace, device: torch.device, dtype: str) -> T
     }
     if folder.exclusive:
         about |= {"exclusive": True, "palette": folder.palette, "ignore": folder.ignore}
-    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss)
+    about |= _augmented(patches)
+    if folder.channel_files:
+        about["channel_files"] = folder.channel_files
+    within = options.max_memory or evaluation.MEMORY
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, max_memory=within)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))
     if options.capture and not recipe.capture and device.type == captured.DEVICE:
         _say("--max-memory: steps are computed kernel by kernel, because CUDA graphs keep their memory between steps")
     name = f"{options.arch} over {options.encoder}" if options.encoder else options.arch
-    together = f", {processes.size()} processes" if processes.size() > 1 else ""
+    together = f"{device}, {recipe.dtype}" + (f", {processes.size()} processes" if processes.size() > 1 else "")
+    what = "volumes" if folder.spatial_dims == 3 else "images"
     _say(
-        f"{name}: {parameter_count(network):,} parameters, {len(training)} images to train, "
-        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {device}, {dtype}{together}"
+        f"{name}: {parameter_count(network):,} parameters, {len(training)} {what} to train, "
+        f"{len(validation)} to validate, {channels} channel(s), classes {', '.join(classes)}, {together}"
     )
     return trainer
 
 
+def _normalised(folder: Folder, options: argparse.Namespace) -> Folder:
+    """The folder with its images prepared as --normalise says, by those to train on: all folds alike, as in nnU-Net."""
+    if options.normalise == "image":
+        return folder
+    normalisation = dataset_normalisation(folder.samples)
+    samples, validation = (part and with_normalisation(part, normalisation) for part in (folder.samples, folder.validation))
+    return replace(folder, samples=samples, validation=validation)
+
+
+def _patches(training: list, folder: Folder, spatial_dims: int, options: argparse.Namespace) -> Patches:
+    """The patches of the options, which change at random as --augment says."""
+    transform = None
+    if options.augment not in ("none", "light"):
+        spec = STRONG[spatial_dims] if options.augment == "strong" else read_spec(options.augment)
+        transform = Augmentation(spec, spatial_dims, options.patch)
+    return Patches(
+        training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
+        transform=transform, foreground=options.foreground, background=0 if folder.exclusive else None,
+        outside=0 if folder.exclusive and folder.ignore is None else None,
+    )  # fmt: skip
+
+
+def _augmented(patches: Patches) -> dict[str, Any]:
+    """What a checkpoint says of the patches, so that a run is resumed with the same: nothing if they are the usual ones."""
+    about: dict[str, Any] = {} if patches.augment else {"flips": False}
+    if patches.transform:
+        about["transforms"] = patches.transform.spec
+    return about | ({"foreground": patches.foreground} if patches.foreground else {})
+
+
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     """The samples that the options name, and the number of channels of the images; says what was found."""
+    names, ignore = label_options(options)
     if options.task:
-        if options.classes:
-            raise InputError("--classes names the values of label maps: leave it out with --task")
         samples, classes, channels = TASKS[options.task].read(options.data)
-        return Folder(samples, classes, ""), channels
-    names = read_names(options.classes) if options.classes else None
-    folder = read_folder(options.data, names, options.ignore_index)
+        return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
+    folder = read_folder(options.data, names, ignore, 0 if options.folds else options.fold or 0)
     _say(folder.found)
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
@@ -222,30 +219,47 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     """Runs a training and writes its folder; returns the exit code."""
     last, report = options.out / "last.pt", None
     if processes.is_first():
-        report = run_folder.Report(options.out, trainer.history, options.tensorboard)
+        settings = config.settings(options, **_instead(options, trainer))
+        wanted = dict.fromkeys([*options.log, *(["tensorboard"] if options.tensorboard else [])])
+        loggers = [LOGGERS[name](options.out, settings, len(trainer.history)) for name in wanted]
+        report = run_folder.Report(options.out, trainer.history, loggers)
         if not (options.out / "config.json").exists():
-            settings = {key: value for key, value in vars(options).items() if key not in ("run", "command", "resume")}
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
-            run_folder.write_config(options.out / "config.json", {**settings, **recipe, **about})
+            run_folder.write_config(options.out / "config.json", {**config.settings(options), **recipe, **about})
+            config.write(options.out / "run.yaml", options, **_instead(options, trainer))
+    failed = True
     try:
-        trainer.fit(after_epoch=report)
+        trainer.fit(progress=messages.shown(), after_epoch=report)
+        failed = False
     except Interrupted:
         if processes.is_first():
             print(f"stopped; its state is in {last}: the same command with --resume continues", file=sys.stderr)
+            training_run.write_if_possible(trainer, settings, stopped=True)
         return 130
     finally:
         if report:
-            report.close()
-    _say(f"best validation IoU {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
-    if processes.is_first() and "exclusive" in trainer.about and (options.out / "best.pt").exists():
+            report.close(failed)
+    score = {"iou": "IoU", "dice": "Dice"}.get(trainer.recipe.monitor, trainer.recipe.monitor)
+    _say(f"best validation {score} {trainer.best:.4f}: {options.out / 'best.pt'}; log: {options.out / 'log.csv'}")
+    if processes.is_first():
+        _say(f"report: {training_run.write_if_possible(trainer, settings)}")
+    if processes.is_first() and len(trainer.about["classes"]) > 1 and (options.out / "best.pt").exists():
         _say(_per_class(checkpoint.load_checkpoint(options.out / "best.pt")))
     return 0
 
 
+def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
+    instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
+    instead |= {"out": options.out.parent} if options.folds else {}
+    return {**instead, "features": None} if options.encoder or options.init_from else instead
+
+
 def _per_class(content: dict) -> str:
-    """The scores of the best epoch, a line per class; a class that occurs nowhere has none."""
-    rows = zip(content["about"]["classes"], content["scores"]["class_iou"], content["scores"]["class_dice"], strict=True)
+    """The scores of the best epoch, a line per class; a class that occurs nowhere has none, nor have runs of before."""
+    scores = content.get("scores", {"class_iou": [], "class_dice": []})
+    rows = zip(content["about"]["classes"], scores["class_iou"], scores["class_dice"], strict="scores" in content)
     return "\n".join(
         f"  {name}: " + (f"IoU {iou:.4f}, Dice {dice:.4f}" if iou == iou else "not in the validation images")
         for name, iou, dice in rows
@@ -254,7 +268,7 @@ def _per_class(content: dict) -> str:
 
 def _say(text: str) -> None:
     if processes.is_first():
-        print(text, flush=True)
+        messages.say(text)
 
 
 def _with_batch_size(
@@ -271,23 +285,11 @@ def _with_batch_size(
     size = (options.patch,) * network.topology.spatial_dims
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
-    fitting = memory_budget.largest_batch(network, size, options.max_memory, recipe.dtype, most, loss)
+    average = sum(tensor.nbytes for tensor in network.state_dict().values()) if recipe.ema else 0
+    fitting = memory_budget.largest_batch(network, size, options.max_memory - average, recipe.dtype, most, loss)
     batch_size = min(fitting * times, len(patches))
     _say(f"batches of {batch_size}: {fitting} image(s) at a time fit into {options.max_memory / 2**20:.0f}M")
     return replace(recipe, batch_size=batch_size)
-
-
-def _check_encoder(options: argparse.Namespace) -> None:
-    """Raises InputError for options that do not go with --encoder, or without it."""
-    if options.encoder is None:
-        given = [name for name in (*ENCODER_OPTIONS, "freeze_encoder") if getattr(options, name)]
-        if given:
-            raise InputError(f"--{given[0].replace('_', '-')} needs --encoder")
-    elif options.arch != "unet++" or hasattr(options, "features"):
-        what = "--features" if hasattr(options, "features") else f"--arch {options.arch}"
-        raise InputError(f"--encoder does not go with {what}: it makes a unet++ as wide as the encoder's maps")
-    elif options.reproducible:
-        raise InputError("--reproducible does not go with --encoder, whose layers are another library's")
 
 
 def _check_patches(network: Network, options: argparse.Namespace) -> None:

@@ -1,16 +1,19 @@
-"""Progress bars, shown if tqdm is installed."""
+"""Progress bars, shown if tqdm is installed and the command is not quiet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from . import messages
 from .errors import InputError
 from .extras import need
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> Any:
-    """tqdm's bar with these options; without tqdm, a bar with the same methods that shows nothing."""
+    """tqdm's bar with these options; without tqdm, or with --quiet, a bar with the same methods that shows nothing."""
+    if not messages.shown():
+        return SilentBar(iterable, **options)
     try:
         return need("tqdm", "commands").tqdm(iterable, **options)
     except InputError:

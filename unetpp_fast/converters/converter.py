@@ -110,7 +110,7 @@ def to_state_dict(model: Network | EncodedNetwork, peer: str) -> dict[str, Tenso
         peer: "monai", "nested-unet" (bigmb's too), "unet-zoo", "nnunet", "smp" or "keras".
 
     Returns:
-        Copies that the peer's `load_state_dict(..., strict=True)` takes; for Keras, arrays by `layer/kernel:0`.
+        Copies that the peer's `load_state_dict(..., strict=True)` takes; for Keras, arrays under the names of its weights.
 
     Raises:
         ValueError: there is no such peer, or the model cannot be one of it; the message says what differs.

@@ -1,4 +1,4 @@
-"""MONAI's `BasicUNetPlusPlus`: 2D and 3D, any of its up-samplings, batch or instance norm.
+"""MONAI's `BasicUNetPlusPlus`: 2D and 3D, any of its up-samplings, batch, instance or group norm, ReLUs, GELU and swish.
 
 From monai/networks/nets/basic_unetplusplus.py and blocks/upsample.py (1.6). Five levels; X(0,4) is features[5] wide;
 up-sampling halves the number of channels (rounded down), except on level 0, where it keeps them. "nontrainable" has a 1x1
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architecture.options import ACTIVATIONS, parse_option
 from ..architecture.topology import Node, Topology
 from ..models.network import Network
 from .peer import Peer, State, act_option, build, check_widths, nest, norm_of_names, norm_option, read_topology, same
@@ -39,6 +40,8 @@ class Monai(Peer):
                 return None
             return f"upcat_{i}_{j}.upsample.{PARTS[part]}"
         place = f"upcat_{i}_{j}.convs" if j else f"conv_{i}_0.convs" if i else "conv_0_0"
+        if part.startswith("act"):
+            return f"{place}.conv_{1 if part == 'act2' else 0}.adn.A"
         return f"{place}.conv_{int(part[-1]) - 1}.{'conv' if part.startswith('conv') else 'adn.N'}"
 
     def head(self, column: int, topology: Topology) -> str:
@@ -53,11 +56,15 @@ class Monai(Peer):
                 "its up-sampling is neither deconv nor nontrainable nor pixelshuffle, or its weights are missing"
             )
         check_widths(self, topology, lambda low, width, level: low // 2 if level else low, free=[(0, 4)])
+        act = given.get("act", ("leaky_relu", {"negative_slope": 0.1}))
+        name = parse_option(act, "act", ACTIVATIONS)[0]
+        if given.get("dropout", 0.0) > 0 and not ACTIVATIONS[name].scales:
+            raise self.fail(f"it drops values before the activation, unetpp_fast after it, which is not the same for {name}")
         return build(
             topology,
             self.tensor(state, "final_conv_0_4.weight").shape[0],
             norm=norm_of_names(self, state, "conv_0_0.conv_0.adn.N", given),
-            act=given.get("act", ("leaky_relu", {"negative_slope": 0.1})),
+            act=act,
             upsample=UPSAMPLES[kinds[0]],
             dropout=given.get("dropout", 0.0),
             bias="conv_0_0.conv_0.conv.bias" in state,

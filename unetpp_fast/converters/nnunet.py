@@ -1,12 +1,13 @@
 """nnU-Net++'s `Generic_UNetPlusPlus`: six levels, 2D and 3D, strided convolutions between them, instance or batch norm.
 
 Transposed convolutions have no bias, and heads usually have none. Its class always builds five heads; a state_dict is
-converted to what its trainers use: logits and deep supervision. Only factors of 2 and 3x3 kernels are supported: a plan
-with others (common for anisotropic volumes) is refused.
+converted to what its trainers use: logits and deep supervision. Strides of 1 or 2 and kernels of 1 or 3 may differ between
+axes, as plans for anisotropic volumes have them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ class NnUnet(Peer):
             raise self.fail("it has more than six levels, which its own forward pass does not run")
         topology = read_topology(self, state, nest(DEPTH), tuple(range(1, DEPTH + 1)))
         check_widths(self, topology, lambda low, width, level: width)
-        self._check_kernels(state)
+        topology = self._with_shapes(topology, state)
         several = bool(given.get("deep_supervision", True))
         forms = {"plain": "deepest_first", "softmax": "softmax_deepest_first"}
         return build(
@@ -62,14 +63,27 @@ class NnUnet(Peer):
             form=forms[given.get("final", "plain")],
         )
 
-    def _check_kernels(self, state: State) -> None:
-        for name, tensor in state.items():
-            size = 2 if name.startswith("up") else 1 if name.startswith("seg_outputs") else 3
-            if tensor.ndim > 1 and any(taps != size for taps in tensor.shape[2:]):
-                have, want = ("x".join(map(str, taps)) for taps in (tensor.shape[2:], [size] * (tensor.ndim - 2)))
+    def _with_shapes(self, topology: Topology, state: State) -> Topology:
+        """The topology with the strides and kernels of these weights."""
+        nodes, strides = [], {}
+        for node in topology.nodes:
+            names = [f"{self.module(node, part)}.weight" for part in ("conv1", "conv2")]
+            kernel = same(self, [tuple(self.tensor(state, name).shape[2:]) for name in names], f"the kernels of {names}")
+            if not set(kernel) <= {1, 3}:
                 raise self.fail(
-                    f"{name} has a {have} kernel; unetpp_fast has {want} there and halves every axis at every level"
+                    f"{names[0]} has a {'x'.join(map(str, kernel))} kernel; unetpp_fast has 3 and 1 along an axis"
                 )
+            nodes.append(dataclasses.replace(node, kernel=None if set(kernel) == {3} else kernel))
+            if node.column:
+                shape = tuple(self.tensor(state, f"{self.module(node, 'up')}.weight").shape[2:])
+                strides.setdefault(node.level, []).append(shape)
+        levels = [same(self, strides[level], f"the strides below level {level}") for level in range(topology.depth)]
+        if any(self.tensor(state, f"seg_outputs.{place}.weight").shape[2:].numel() != 1 for place in range(DEPTH)):
+            raise self.fail("its heads have kernels of more than one pixel")
+        try:
+            return dataclasses.replace(topology.over_levels(levels), nodes=tuple(nodes))
+        except ValueError as error:
+            raise self.fail(str(error)) from error
 
     def inspect(self, module: nn.Module) -> dict[str, Any]:
         blocks = [block for block in module.modules() if hasattr(block, "instnorm") and hasattr(block, "lrelu")]

@@ -21,7 +21,14 @@ from ..models.network import Network
 
 State = Mapping[str, Tensor]
 # The PyTorch layers of our norms; the keywords in `NORMS` are attributes of the same names.
-NORM_LAYERS = {"batch": (nn.BatchNorm2d, nn.BatchNorm3d), "instance": (nn.InstanceNorm2d, nn.InstanceNorm3d)}
+NORM_LAYERS = {
+    "batch": (nn.BatchNorm2d, nn.BatchNorm3d),
+    "instance": (nn.InstanceNorm2d, nn.InstanceNorm3d),
+    "group": (nn.GroupNorm,),
+}
+
+
+SWISHES = ("Swish", "MemoryEfficientSwish")  # MONAI's
 
 
 @dataclass(frozen=True)
@@ -288,7 +295,7 @@ def norm_option(peer: Peer, norm: nn.Module) -> Option | None:
     name = next((name for name, layers in NORM_LAYERS.items() if type(norm) in layers), None)
     if name is None:
         raise peer.fail(f"its norm is {type(norm).__name__}; unetpp_fast has {_listed([f'{name} norm' for name in NORMS])}")
-    if NORMS[name].per_image and norm.track_running_stats:
+    if NORMS[name].per_image and getattr(norm, "track_running_stats", False):
         raise peer.fail(f"its {name} norm uses running statistics")
     if not NORMS[name].per_image and not (norm.affine and norm.track_running_stats):
         raise peer.fail(f"its {name} norm lacks scale and shift or running statistics")
@@ -301,6 +308,8 @@ def act_option(peer: Peer, act: nn.Module) -> Option:
         if type(act) is entry.layer:
             keywords = {keyword: getattr(act, keyword) for keyword in entry.keywords}
             return (name, keywords) if keywords else name
+    if type(act).__name__ in SWISHES and getattr(act, "alpha", 1.0) == 1.0:
+        return "silu"
     layers = _listed([entry.layer.__name__ for entry in ACTIVATIONS.values()])
     raise peer.fail(f"its activation is {type(act).__name__}; unetpp_fast has {layers}")
 
@@ -318,6 +327,7 @@ def norm_of_names(peer: Peer, state: State, name: str, given: Mapping[str, Any])
         return kind
     norm = given["norm"]
     named = norm_name(norm)
-    if named != kind and (kind or named not in (None, "instance")):
+    shown = "instance" if named == "group" else named  # which has weights of the same names
+    if shown != kind and (kind or shown not in (None, "instance")):
         raise peer.fail(f"norm={norm!r} was given, but the names of its weights show {kind or 'none with weights'}")
     return norm

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,10 @@ class Smp(Peer):
         decoder, head = module.decoder, module.segmentation_head
         if getattr(module, "classification_head", None) is not None:
             raise self.fail("aux_params: the classification head has no counterpart; set model.classification_head = None")
-        blocks = decoder.blocks
-        depth = max(int(name.rpartition("_")[2]) for name in blocks)
+        depth = max(int(name.rpartition("_")[2]) for name in decoder.blocks)
+        blocks = {name: block for name, block in decoder.blocks.items() if block.conv1 is not None}  # without channels
         widths = list(module.encoder.out_channels)[1:]
-        if len(widths) != depth + 1 or 0 in widths:
+        if len(widths) != depth + 1 or 0 in widths[1:]:
             raise self.fail(
                 f"its encoder gives maps of {widths} channels, and its decoder has {depth} levels above the lowest"
             )
@@ -77,10 +77,14 @@ class Smp(Peer):
         network.unused = copy.deepcopy(center) if center is not None and center.state_dict() else None
         return network
 
-    def _topology(self, blocks: nn.ModuleDict, depth: int, encoder: list[int], in_channels: int) -> Topology:
-        width = {(i, j): blocks[_block_name(i, j, depth)].conv1[0].out_channels if j else encoder[i] for i, j in nest(depth)}
+    def _topology(self, blocks: Mapping[str, nn.Module], depth: int, encoder: list[int], in_channels: int) -> Topology:
+        width = dict.fromkeys(nest(depth), 0)
+        for i, j in width:
+            block = blocks.get(_block_name(i, j, depth)) if j else None
+            width[i, j] = block.conv1[0].out_channels if block else 0 if j else encoder[i]
         nodes = [Node(i, j, width[i, j], tuple(range(j)), width[i + 1, j - 1] if j else 0) for i, j in nest(depth)]
-        return Topology(in_channels, blocks["x_0_0"].conv1[0].weight.ndim - 2, tuple(nodes), (depth,))
+        topology = Topology(in_channels, blocks["x_0_0"].conv1[0].weight.ndim - 2, tuple(nodes), (depth,))
+        return topology if encoder[0] else topology.without_finest_map()
 
     def _upsample(self, block: nn.Module) -> Option:
         mode = getattr(block, "interpolation_mode", "nearest")

@@ -1,15 +1,16 @@
 """The file formats of images and volumes: `FORMATS`.
 
-To add a format, add one entry. `predict` then reads and writes it; training takes its files as images and masks if
-`images` is set, and as volumes if there is a `read_volume`.
+To add a format, add one entry. `predict` then reads and writes it, and training takes its files as images and masks.
 """
 
 from __future__ import annotations
 
 import gzip
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,9 +18,8 @@ import numpy as np
 
 from ..common.errors import InputError, first_line
 from ..common.extras import need
-from . import nifti
+from . import itk
 from .decoding import read_picture
-from .images import check_finite
 from .stored import Stored
 
 
@@ -30,14 +30,13 @@ class FileFormat:
     Args:
         name: with its article, for error messages.
         endings: of the files, in lower case.
-        read: reads a file for prediction.
+        read: reads a file.
         write: writes a mask (uint8) or probabilities (float32) in the format of a file that was read.
         written_as: ending of the files written; "" for that of the file read.
         foreground: value of the foreground in a mask.
         is_picture: whether the files are meant to be looked at; `predict` adds an overlay.
-        images: whether training takes the files as images and masks.
-        read_volume: for training: a file as float32 `[z, y, x]`, all of it checked. None: training takes no such volumes.
-        check_grid: raises InputError unless a volume and its mask, two paths, have the same grid.
+        images: whether the files are pictures, decoded by the rules of `decoding` and, if masks, of `masks`.
+        read_mask: reads a mask or label map, if not as `read`.
     """
 
     name: str
@@ -48,8 +47,7 @@ class FileFormat:
     foreground: int = 1
     is_picture: bool = False
     images: bool = False
-    read_volume: Callable[[Path], np.ndarray] | None = None
-    check_grid: Callable[[Path, Path], None] = lambda image, mask: None
+    read_mask: Callable[[Path], Stored] | None = None
 
 
 def _write_picture(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
@@ -72,24 +70,16 @@ def _write_npy(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
     np.save(stream, values, allow_pickle=False)
 
 
-def _read_npy_volume(path: Path) -> np.ndarray:
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as a NumPy array ({first_line(error)}): replace it") from error
-    if values.ndim != 3:
-        raise InputError(f"{path} has {values.ndim} axes {values.shape}: expected a volume with three")
-    return check_finite(values.astype(np.float32), path)
-
-
-def _read_npz(path: Path) -> Stored:
+def _read_npz(path: Path, wanted: tuple[str, ...] = ("image",)) -> Stored:
     if not zipfile.is_zipfile(path):
         raise ValueError("not a zip archive")
     with np.load(path, allow_pickle=False) as archive:
         names = archive.files
-        if len(names) != 1 and "image" not in names:
-            raise InputError(f"{path} holds {len(names)} arrays ({', '.join(names)}): call the one to predict `image`")
-        return Stored(path, archive["image" if "image" in names else names[0]])
+        chosen = [name for name in wanted if name in names] or names
+        if len(chosen) != 1 and chosen is names:
+            what = "the one to predict `image`" if "image" in wanted else "the mask `mask`, the image `image`"
+            raise InputError(f"{path} holds {len(names)} arrays ({', '.join(names)}): call {what}")
+        return Stored(path, archive[chosen[0]])
 
 
 def _write_npz(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
@@ -101,7 +91,7 @@ def _read_nifti(path: Path) -> Stored:
     image = need("nibabel", "nifti").load(path)
     values = image.dataobj.get_unscaled()
     slope, offset = float(image.dataobj.slope), float(image.dataobj.inter)
-    return Stored(path, values.T, "CZYX"[-values.ndim :], image, slope, offset)
+    return Stored(path, values.T, "CZYX"[-values.ndim :], image, slope, offset, affine=image.affine)
 
 
 def _write_nifti(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
@@ -115,6 +105,8 @@ def _write_nifti(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
         image.to_stream(packed)
 
 
+CHANNEL = re.compile(r"(.+)_(\d{4})")
+MASK_ARRAYS = ("mask", "label", "labels")
 FORMATS: tuple[FileFormat, ...] = (
     FileFormat(
         "an image",
@@ -127,17 +119,15 @@ FORMATS: tuple[FileFormat, ...] = (
         images=True,
     ),
     FileFormat("TIFF", (".tif", ".tiff"), read_picture, _write_tiff, foreground=255, images=True),
-    FileFormat("an array", (".npy",), _read_npy, _write_npy, read_volume=_read_npy_volume),
-    FileFormat("an archive of arrays", (".npz",), _read_npz, _write_npz),
-    FileFormat(
-        "NIfTI",
-        (".nii", ".nii.gz"),
-        _read_nifti,
-        _write_nifti,
-        read_volume=nifti.read_volume,
-        check_grid=nifti.check_grid,
-    ),
+    FileFormat("an array", (".npy",), _read_npy, _write_npy),
+    FileFormat("an archive of arrays", (".npz",), _read_npz, _write_npz, read_mask=partial(_read_npz, wanted=MASK_ARRAYS)),
+    FileFormat("NIfTI", (".nii", ".nii.gz"), _read_nifti, _write_nifti),
+    FileFormat("MetaImage", (".mha", ".mhd"), itk.read, partial(itk.write, ending=".mha"), written_as=".mha"),
+    FileFormat("NRRD", (".nrrd", ".nhdr"), itk.read, partial(itk.write, ending=".nrrd"), written_as=".nrrd"),
+    FileFormat("DICOM", itk.DICOM_ENDINGS, itk.read, partial(itk.write, ending=".nii.gz"), written_as=".nii.gz"),
 )
+# A folder of slices. DICOM has no plain masks, so they are written as NIfTI, with the grid of the series.
+SERIES = FileFormat("a DICOM series", (), itk.read_series, partial(itk.write, ending=".nii.gz"), written_as=".nii.gz")
 
 
 def all_endings() -> tuple[str, ...]:
@@ -146,13 +136,13 @@ def all_endings() -> tuple[str, ...]:
 
 
 def image_endings() -> tuple[str, ...]:
-    """The endings of the formats in which training takes images and masks."""
+    """The endings of pictures."""
     return tuple(ending for form in FORMATS if form.images for ending in form.endings)
 
 
 def volume_endings() -> tuple[str, ...]:
-    """The endings of the formats in which training takes volumes."""
-    return tuple(ending for form in FORMATS if form.read_volume for ending in form.endings)
+    """The endings of volumes and arrays."""
+    return tuple(ending for form in FORMATS if not form.images for ending in form.endings)
 
 
 def ending_of(path: Path, endings: tuple[str, ...]) -> str:
@@ -160,22 +150,47 @@ def ending_of(path: Path, endings: tuple[str, ...]) -> str:
     return next((ending for ending in endings if path.name.lower().endswith(ending)), "")
 
 
+def id_of(path: Path) -> str:
+    """The name of a file without the ending of its format."""
+    return path.name[: len(path.name) - len(ending_of(path, all_endings()))]
+
+
 def format_of(path: Path) -> FileFormat:
-    """The format of a file, by its ending.
+    """The format of a file, by its ending, or of a folder of DICOM slices.
 
     Raises:
         InputError: the ending is unknown.
     """
+    if itk.is_series(path):
+        return SERIES
     ending = ending_of(path, all_endings())
     if not ending:
         raise InputError(f"{path} has an unknown format: known are {', '.join(all_endings())}")
     return next(form for form in FORMATS if ending in form.endings)
 
 
+def read_stored(path: Path, mask: bool = False) -> Stored:
+    """A file of any format as its array; `mask`: it is a mask or label map.
+
+    Raises:
+        InputError: the file is missing, damaged, or of an unknown format.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    form = format_of(path)
+    try:
+        return ((form.read_mask if mask else None) or form.read)(path)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can make a reader fail in any way
+        raise InputError(f"{path} cannot be read as {form.name} ({first_line(error)}): replace or remove it") from error
+
+
 def files_by_id(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     """The files of a folder with one of these endings, by id (the name without the ending), sorted.
 
-    Hidden files are ignored. Empty if there is no such folder.
+    If the endings include DICOM's, folders of its slices count as files. Hidden files are ignored. Empty if there is no such
+    folder.
 
     Raises:
         InputError: two files have the same id.
@@ -183,8 +198,9 @@ def files_by_id(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         ending = ending_of(path, endings)
-        if ending and not path.name.startswith("."):
-            name = path.name[: -len(ending)]
+        is_series = not ending and ".dcm" in endings and itk.is_series(path)
+        if (ending or is_series) and not path.name.startswith("."):
+            name = path.name[: len(path.name) - len(ending)]
             if name in files:
                 raise InputError(f"{files[name]} and {path} have the same id: keep one of them")
             files[name] = path
@@ -204,3 +220,12 @@ def find_images(folder: Path, endings: tuple[str, ...] | None = None) -> dict[st
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(endings)})")
     return files
+
+
+def channels_by_id(files: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
+    """nnU-Net's `<id>_0000`, `<id>_0001`, ..., a file per channel, by id and number; a file without one has -1."""
+    images: dict[str, dict[int, Path]] = {}
+    for name, path in files.items():
+        match = CHANNEL.fullmatch(name)
+        images.setdefault(match[1] if match else name, {})[int(match[2]) if match else -1] = path
+    return images

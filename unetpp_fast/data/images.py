@@ -13,8 +13,13 @@ from torch.nn import functional as F
 from ..common.atomic_files import write_atomic
 from ..common.errors import InputError
 from ..common.extras import need
+from ..models.normalisation import Normalisation
+from ..models.normalisation import rescale as rescale
+from ..models.normalisation import standardise as standardise
 from .decoding import read_picture
 from .stored import path_of
+
+STANDARD = Normalisation()
 
 
 def read_image(path: Path | BinaryIO) -> np.ndarray:
@@ -25,16 +30,20 @@ def read_image(path: Path | BinaryIO) -> np.ndarray:
     Raises:
         InputError: the file is missing, is not an image, holds a stack, or holds NaN or infinity.
     """
-    return _read(path).astype(np.float32)
+    return read_values(path).astype(np.float32)
 
 
-def read_standardised(path: Path) -> np.ndarray:
-    """`standardise` of an image file, computed before values are rounded to float32; errors as `read_image`."""
-    return standardise(_read(path))
+def read_normalised(path: Path | BinaryIO, normalisation: Normalisation = STANDARD) -> np.ndarray:
+    """An image file prepared for a network, float32 `[C, H, W]`; computed before values are rounded to float32.
+
+    Raises:
+        InputError: as `read_image`, or the normalisation is for other channels.
+    """
+    return normalisation(read_values(path))
 
 
-def _read(path: Path | BinaryIO) -> np.ndarray:
-    """As `read_image`, float64."""
+def read_values(path: Path | BinaryIO) -> np.ndarray:
+    """As `read_image`, float64, before values are rounded."""
     stored = read_picture(path)
     if "Z" in stored.axes:
         pages = stored.values.shape[stored.axes.index("Z")]
@@ -67,30 +76,13 @@ def check_size(mask_path: Path, mask: np.ndarray, image_path: Path, image: np.nd
     """Raises InputError unless the mask `[*S]` has the size of the image `[C, *S]`."""
     if mask.shape != image.shape[1:]:
         have, want = _size(mask.shape), _size(image.shape[1:])
-        turned = mask.shape == image.shape[1:][::-1]
+        turned = mask.ndim == 2 and mask.shape == image.shape[1:][::-1]
         hint = "draw it on the upright image, turned by its orientation tag" if turned else "they must have the same size"
         raise InputError(f"mask {mask_path} is {have} but its image {image_path} is {want}: {hint}")
 
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def standardise(image: np.ndarray) -> np.ndarray:
-    """Scales each channel of `[C, *S]` to mean 0 and standard deviation 1 over its pixels; a constant channel to 0."""
-    axes = tuple(range(1, image.ndim))
-    mean = image.mean(axis=axes, keepdims=True, dtype=np.float64)
-    std = image.std(axis=axes, keepdims=True, dtype=np.float64)
-    return ((image - mean) / np.maximum(std, 1e-6)).astype(np.float32)
-
-
-def rescale(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Clips values (Hounsfield units, for CT) to `window` and maps it to -1..1, as float32.
-
-    Unlike `standardise`, the result is the same for a slice, a crop and a whole volume.
-    """
-    low, high = window
-    return ((np.clip(image, low, high) - low) * (2 / (high - low)) - 1).astype(np.float32)
 
 
 def scaled(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,17 +1,18 @@
-"""Images with label maps: one file per image, whose pixels hold the number of their class."""
+"""Images and volumes with label maps: one file each, whose pixels hold the number of their class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..common.errors import InputError
 from ..common.progress import progress_bar
-from .images import check_size, read_standardised
-from .masks import read_label_map, read_labels
+from ..models.normalisation import Normalisation
+from .images import STANDARD
+from .inputs import read_drawn_labels, read_inputs
 
 IGNORED = 255  # as in VOC and Cityscapes
 MOST = 254
@@ -19,53 +20,68 @@ MOST = 254
 
 @dataclass(frozen=True)
 class LabelSample:
-    """An image and its label map; read when needed."""
+    """An image or volume and its label map; read when needed. channels: further files of the image."""
 
     name: str
     image: Path
     labels: Path
     classes: int
     ignore: int | None
+    channels: tuple[Path, ...] = field(default=(), kw_only=True)
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, H, W]`, and one-hot labels, bool `[classes, H, W]`; ignored pixels have no class.
+        """Normalised image, float32 `[C, *S]`, and one-hot labels, bool `[classes, *S]`; ignored pixels have no class.
 
         Raises:
-            InputError: a file cannot be read, the sizes differ, or a label is none of the classes.
+            InputError: a file cannot be read, the sizes or grids differ, or a label is none of the classes.
         """
-        image, labels = read_standardised(self.image), read_labels(self.labels)
-        check_size(self.labels, labels, self.image, image)
-        one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, 1, 1)
+        drawn = read_drawn_labels(self.labels)
+        image, labels = self.normalisation(read_inputs((self.image, *self.channels), drawn)), drawn.values
+        one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, *[1] * labels.ndim)
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
         return image, one_hot
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, *S]`."""
+        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels))
 
 
 @dataclass(frozen=True)
 class Seen:
     """What the label maps of a folder hold.
 
-    values: all values, sorted. palette: of the first file that has one, `[entries, 3]`. pairs: whether some file holds 1 and
-    255 together.
+    values: all values, sorted. palette: of the first file that has one, `[entries, 3]`. together: whether some file holds 1
+    and 255. spatial_dims: 2 for images, 3 for volumes.
     """
 
     values: tuple[int, ...]
     palette: np.ndarray | None
     together: bool
+    spatial_dims: int
 
 
 def survey(files: Sequence[Path]) -> Seen:
-    """Reads all label maps once. Errors as `read_label_map`."""
+    """Reads all label maps once.
+
+    Raises:
+        InputError: as `read_drawn_labels`, or some are images and others volumes.
+    """
     values: dict[int, Path] = {}
+    dims: dict[int, Path] = {}
     palette, together = None, False
     for path in progress_bar(files, desc="reading labels", unit="file", disable=None):
-        labels, colours = read_label_map(path)
-        found = np.flatnonzero(np.bincount(labels.ravel(), minlength=1)).tolist()
-        palette = colours if palette is None else palette
+        drawn = read_drawn_labels(path)
+        found = np.unique(drawn.values).tolist()
+        palette = drawn.palette if palette is None else palette
         together = together or {1, IGNORED} <= set(found)
         values |= {value: values.get(value, path) for value in found}
-    return Seen(tuple(sorted(values)), palette, together)
+        dims.setdefault(drawn.values.ndim, path)
+    if len(dims) > 1:
+        raise InputError(f"{dims[2]} is an image but {dims[3]} is a volume: train on one kind at a time")
+    return Seen(tuple(sorted(values)), palette, together, next(iter(dims), 2))
 
 
 def is_binary(seen: Seen) -> bool:

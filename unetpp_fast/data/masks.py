@@ -37,7 +37,7 @@ def read_mask(path: Path) -> np.ndarray:
     colours = _colours(decoded, path)
     if decoded.alpha is None or _constant(decoded.alpha[None]):
         return _by_colours(colours, decoded, path)
-    opaque = _two_valued(decoded.alpha, decoded.alpha.dtype == np.uint8, path, "transparency ")
+    opaque = two_valued(decoded.alpha, decoded.alpha.dtype == np.uint8, path, "transparency ")
     if _constant(colours):
         return opaque
     mask = _by_colours(colours, decoded, path)
@@ -62,14 +62,19 @@ def read_label_map(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if decoded.lossy:
         raise InputError(f"label map {path} is a JPEG, which changes values: save it as PNG from the original labels")
     if decoded.palette is not None:
-        return _numbers(decoded.values, path), decoded.palette
+        return whole_numbers(decoded.values, path), decoded.palette
     planes = _colours(decoded, path)
     if not (planes == planes[0]).all():
         raise InputError(f"label map {path} holds colours: save it with a palette, or as grey values 0, 1, 2, ...")
-    return _numbers(planes[0], path), None
+    return whole_numbers(planes[0], path), None
 
 
-def _numbers(values: np.ndarray, path: Path) -> np.ndarray:
+def whole_numbers(values: np.ndarray, path: Path) -> np.ndarray:
+    """The values of a label map as uint8, or int32 if there are any above 255.
+
+    Raises:
+        InputError: a value is negative, no whole number, or does not fit into 31 bits.
+    """
     wrong = values[(values < 0) | (values != np.floor(values)) | (values >= 2**31)]
     if wrong.size:
         raise InputError(f"label map {path} holds {wrong[0]:.6g}: labels are 0, 1, 2, ...; 255 is ignored")
@@ -102,7 +107,7 @@ def _by_colours(planes: np.ndarray, decoded: Decoded, path: Path) -> np.ndarray:
     if decoded.lossy:
         return _of_jpeg(planes.max(axis=0), path)
     if (planes == planes[0]).all():
-        return _two_valued(planes[0], decoded.values.dtype == np.uint8, path)
+        return two_valued(planes[0], decoded.values.dtype == np.uint8, path)
     mask = (planes != 0).any(axis=0)
     colours = planes[:, mask]
     if not (colours == colours[:, :1]).all():
@@ -112,8 +117,12 @@ def _by_colours(planes: np.ndarray, decoded: Decoded, path: Path) -> np.ndarray:
     return mask
 
 
-def _two_valued(values: np.ndarray, is_byte: bool, path: Path, what: str = "") -> np.ndarray:
-    """Where `values` are not 0."""
+def two_valued(values: np.ndarray, is_byte: bool, path: Path, what: str = "") -> np.ndarray:
+    """Where the values of a mask are not 0.
+
+    Raises:
+        InputError: they are more than 0 and one other value, by the rules above.
+    """
     largest = values.max(initial=0)
     present = largest in (0, *PRESENT) or (is_byte and largest >= BRIGHT)
     if not present or ((values != 0) & (values != largest)).any():

@@ -5,7 +5,6 @@ The axes keep the order and directions of the file: `[x, y, z]` in NIfTI is `[z,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..common.errors import InputError, first_line
 from ..common.extras import need
+from .geometry import check_affines, times
 from .images import check_finite
 
 
@@ -45,17 +45,8 @@ def check_geometry(image: Any, mask: Any, image_path: Path, mask_path: Path) -> 
     """Raises InputError unless both nibabel images have the same grid: shape, spacing, directions and origin."""
     pair = f"mask {mask_path} and volume {image_path}"
     if image.shape != mask.shape:
-        raise InputError(f"{pair} differ in shape: {_times(mask.shape)} and {_times(image.shape)} voxels")
-    spacing, mask_spacing = (np.array(volume.header.get_zooms()[:3], float) for volume in (image, mask))
-    if not np.allclose(spacing, mask_spacing, rtol=1e-3):
-        raise InputError(f"{pair} differ in spacing: {_times(mask_spacing)} and {_times(spacing)} mm; resample the mask")
-    if np.abs(image.affine - mask.affine).max() > 0.1 * spacing.min():
-        raise InputError(f"{pair} differ in affine: the mask is turned or shifted; if it is not, copy the volume's header")
-
-
-def check_grid(image_path: Path, mask_path: Path) -> None:
-    """`check_geometry` of two files; errors also as `open_nifti`."""
-    check_geometry(open_nifti(image_path), open_nifti(mask_path), image_path, mask_path)
+        raise InputError(f"{pair} differ in shape: {times(mask.shape)} and {times(image.shape)} voxels")
+    check_affines(image.affine, mask.affine, image_path, mask_path)
 
 
 def read_part(path: Path, volume: Any, window: tuple[slice, ...] = (slice(None),) * 3) -> np.ndarray:
@@ -73,11 +64,6 @@ def read_part(path: Path, volume: Any, window: tuple[slice, ...] = (slice(None),
     return check_finite(values.T, path)
 
 
-def read_volume(path: Path) -> np.ndarray:
-    """A NIfTI file as float32 `[z, y, x]`; errors as `open_nifti` and `read_part`."""
-    return read_part(path, open_nifti(path))
-
-
 def to_labels(path: Path, values: np.ndarray) -> np.ndarray:
     """The values of a mask, of any type, as bool: 1 and above is foreground.
 
@@ -88,7 +74,3 @@ def to_labels(path: Path, values: np.ndarray) -> np.ndarray:
     if len(wrong):
         raise InputError(f"mask {path} holds {wrong[0]:.6g}: labels are 0, 1, 2, ...; round or threshold it")
     return values > 0.5
-
-
-def _times(sizes: Iterable[float]) -> str:
-    return "x".join(f"{size:.4g}" for size in sizes)

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError, first_line
+from .augmentation import Augmentation
 from .samples import ArraySample, Sample
 
 CACHE_BYTES = 2**31
+PLACES = 1000  # pixels of each class of an image from which one is chosen, spread evenly
+TRANSFORM_STREAM = 1  # the random numbers of transforms are not those of the place of a patch
 SECONDS_TO_NOTICE = 5.0  # at most, between the death of a worker process and the signal
 
 
 class Patches(torch.utils.data.Dataset):
-    """Random square or cubic patches with flips and, within the last two axes, 90-degree rotations.
+    """Random square or cubic patches with flips and, within the last two axes, 90-degree rotations, and further changes.
 
     A patch depends only on (seed, epoch, draw), so a resumed training draws the same patches, with any number of workers.
     Images smaller than the patch are padded by repeating their border.
@@ -28,10 +31,25 @@ class Patches(torch.utils.data.Dataset):
         per_image: draws from each image per epoch.
         seed: of all random choices.
         augment: whether to flip and rotate.
+        transform: further random changes, before these.
+        foreground: share of the patches that hold a pixel of a class chosen at random from those of the image, 0 to 1.
+        background: the class that does not count as foreground; None if all do (masks).
+        outside: the class of pixels that a transform brings in from outside of the image; None: they have none.
+
+    Raises:
+        InputError: a share is out of range.
     """
 
-    def __init__(self, samples: Sequence[Sample | ArraySample], patch: int, per_image: int, seed: int, augment: bool = True):
+    def __init__(
+        self, samples: Sequence[Sample | ArraySample], patch: int, per_image: int, seed: int, augment: bool = True,
+        transform: Augmentation | None = None, foreground: float = 0.0, background: int | None = None,
+        outside: int | None = None,
+    ):  # fmt: skip
+        if not 0.0 <= foreground <= 1.0:
+            raise InputError(f"the share of patches with foreground must be between 0 and 1, not {foreground}")
         self.samples, self.patch, self.per_image, self.seed, self.augment = samples, patch, per_image, seed, augment
+        self.transform, self.foreground, self.background, self.outside = transform, foreground, background, outside
+        self._places: dict[int, list[np.ndarray]] = {}
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._cached_bytes = 0
 
@@ -53,10 +71,18 @@ class Patches(torch.utils.data.Dataset):
         """Image float32 `[C, patch, ...]` and mask float32 `[classes, patch, ...]` for (epoch, draw)."""
         epoch, draw = item
         random = np.random.default_rng((self.seed, epoch, draw))
-        image, mask = (self._enlarge(values) for values in self.load(draw % len(self.samples)))
+        index = draw % len(self.samples)
+        image, mask = (self._enlarge(values) for values in self.load(index))
         starts = [int(random.integers(size - self.patch + 1)) for size in image.shape[1:]]
-        window = (slice(None), *(slice(start, start + self.patch) for start in starts))
-        image, mask = image[window], mask[window]
+        if self.foreground and random.random() < self.foreground:
+            starts = self._starts_of_foreground(index, mask, random) or starts
+        if self.transform:
+            around = (self._around(values, starts, self.transform.margin) for values in (image, mask))
+            image, mask = self.transform(*around, (self.seed, epoch, draw, TRANSFORM_STREAM))
+            if self.outside is not None:
+                mask[self.outside] |= ~mask.any(axis=0)
+        else:
+            image, mask = (self._around(values, starts, 0) for values in (image, mask))
         if self.augment:
             turns, flip = int(random.integers(4)), bool(random.integers(2))
             image, mask = (np.rot90(values, turns, axes=(-2, -1)) for values in (image, mask))
@@ -65,6 +91,30 @@ class Patches(torch.utils.data.Dataset):
             if image.ndim == 4 and random.integers(2):
                 image, mask = image[:, ::-1], mask[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(mask, np.float32))
+
+    def _around(self, values: np.ndarray, starts: list[int], margin: int) -> np.ndarray:
+        """The patch that begins at `starts`, with a margin on each side that is zero outside of the image."""
+        inner, missing = [], []
+        for start, size in zip(starts, values.shape[1:], strict=True):
+            first, last = start - margin, start + self.patch + margin
+            inner.append(slice(max(first, 0), min(last, size)))
+            missing.append((max(-first, 0), max(last - size, 0)))
+        part = values[(slice(None), *inner)]
+        return np.pad(part, [(0, 0), *missing]) if any(map(any, missing)) else part
+
+    def _starts_of_foreground(self, index: int, mask: np.ndarray, random: np.random.Generator) -> list[int]:
+        """Where a patch begins that holds a pixel of a class of this sample; [] if it has no foreground."""
+        if index not in self._places:
+            classes = [np.flatnonzero(values) for number, values in enumerate(mask) if number != self.background]
+            places = [found[np.linspace(0, len(found) - 1, PLACES).astype(int)] for found in classes if len(found)]
+            self._places[index] = [np.unique(found) for found in places]
+        if not self._places[index]:
+            return []
+        places = self._places[index][random.integers(len(self._places[index]))]
+        pixel = np.unravel_index(places[random.integers(len(places))], mask.shape[1:])
+        lowest = [max(0, int(at) - self.patch + 1) for at in pixel]
+        highest = [min(int(at), size - self.patch) for at, size in zip(pixel, mask.shape[1:], strict=True)]
+        return [int(random.integers(low, high + 1)) for low, high in zip(lowest, highest, strict=True)]
 
     def _enlarge(self, values: np.ndarray) -> np.ndarray:
         missing = [max(0, self.patch - size) for size in values.shape[1:]]

@@ -1,28 +1,41 @@
 """The files that `unetpp-fast predict` reads and writes, in any format of `file_formats`.
 
-A file becomes an array with one letter per axis: C channels, Z planes, Y rows, X columns. A model for volumes takes Z, Y
-and X together; one for images takes the planes one by one. Inputs are mapped into memory if their format allows it, and
-predictions are collected in a mapped temporary file, so that neither has to fit into memory.
+A file, or the files of an image's channels, become an array with one letter per axis: C channels, Z planes, Y rows, X
+columns. A model for volumes takes Z, Y and X together; one for images takes the planes one by one. Inputs are mapped into
+memory if their format allows it, and predictions are collected in a mapped temporary file, so that neither has to fit into
+memory.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..common.atomic_files import write_atomic
-from ..common.errors import InputError, first_line
-from .file_formats import FileFormat, all_endings, ending_of, find_images, format_of
-from .images import check_finite, rescale, write_palette_png
+from ..common.errors import InputError
+from ..models.normalisation import CHUNK_BYTES, Normalisation
+from .file_formats import (
+    FileFormat,
+    all_endings,
+    channels_by_id,
+    ending_of,
+    files_by_id,
+    find_images,
+    format_of,
+    id_of,
+    read_stored,
+)
+from .geometry import check_affines
+from .images import check_finite, write_palette_png
+from .itk import is_series
+from .pairs import single_files
 from .stored import Stored
 
-CHUNK_BYTES = 2**22
 # By the number of axes of the model and of the array: the axes that an array without names may have; the first that fits.
 LAYOUTS = {
     (2, 2): ("YX",), (2, 3): ("CYX", "YXC", "ZYX"), (2, 4): ("ZCYX", "ZYXC"), (3, 3): ("ZYX",), (3, 4): ("CZYX", "ZYXC"),
@@ -94,25 +107,25 @@ class Source:
 
 
 class Prepared:
-    """An image of a source, `[1, C, *S]`, prepared as in training; slicing it computes the slice.
+    """An image of a source, `[1, C, *S]`, prepared as in training; slicing it computes the slice. Unlike `NormalisedImages`
+    it knows what the file says its values stand for.
 
     Args:
         source: the file.
         values: one of `source.images()`.
-        prepare: from the checkpoint (see `tasks.Task`): with a "window" values are prepared by `images.rescale`, otherwise
-            by `images.standardise`.
+        normalisation: of the network.
 
     Raises:
-        InputError: the image holds NaN or infinity.
+        InputError: the image holds NaN or infinity, or the normalisation is for other channels.
     """
 
-    def __init__(self, source: Source, values: np.ndarray, prepare: Mapping[str, Any]):
-        self.values, self.shape, self.window = values, (1, *values.shape), prepare.get("window")
-        self.stored = source.stored
-        axes, count = tuple(range(1, values.ndim)), values[0].size
-        self.mean = sum(chunk.sum(axis=axes, keepdims=True) for chunk in self._chunks()) / count
-        squares = sum(((chunk - self.mean) ** 2).sum(axis=axes, keepdims=True) for chunk in self._chunks())
-        self.std = check_finite(np.maximum(np.sqrt(squares / count), 1e-6), source.stored.path)
+    def __init__(self, source: Source, values: np.ndarray, normalisation: Normalisation):
+        self.values, self.shape, self.stored = values, (1, *values.shape), source.stored
+        self.physical = normalisation.kind == "window"
+        normalisation.check_channels(len(values))
+        for chunk in self._chunks():
+            check_finite(chunk, source.stored.path)
+        self.prepare = normalisation.fitted(self._chunks)
 
     def _chunks(self) -> Iterator[np.ndarray]:
         row = 8 * self.values[:, :1].size
@@ -121,43 +134,65 @@ class Prepared:
             yield self._real(self.values[:, first : first + rows])
 
     def _real(self, values: np.ndarray) -> np.ndarray:
-        return self.stored.real(values, physical=bool(self.window))
+        return self.stored.real(values, self.physical)
 
     def __getitem__(self, where: tuple[int | slice, ...]) -> np.ndarray:
         """float32 `[C, *tile]` at (0, slice, ...)."""
-        values = self._real(self.values[where[1:]])
-        if self.window:
-            return rescale(values, self.window)
-        return ((values - self.mean) / self.std).astype(np.float32)
+        return self.prepare(self._real(self.values[where[1:]]))
 
 
-def find(place: Path) -> dict[str, Path]:
-    """The file `place`, or the files in this folder, by id (the name without its ending).
+def find(place: Path, channel_files: int = 0) -> dict[str, tuple[Path, ...]]:
+    """The file or DICOM series `place`, or those in this folder, by id (the name without its ending).
+
+    channel_files: if not 0, an image is as many files, `<id>_0000`, `<id>_0001`, ...; `place` may then be the first of them.
 
     Raises:
-        InputError: as `file_formats.find_images`.
+        InputError: as `file_formats.find_images`, or a channel is missing.
     """
-    if not place.is_file():
-        return find_images(place, all_endings())
-    ending = ending_of(place, all_endings())
-    return {place.name[: len(place.name) - len(ending)]: place}
+    if place.is_file() and channel_files:
+        beside = channels_by_id(files_by_id(place.parent, all_endings()))
+        images = {key: files for key, files in beside.items() if place in files.values()}
+    elif place.is_file() or is_series(place):
+        return {id_of(place): (place,)}
+    else:
+        files = find_images(place, all_endings())
+        if not channel_files:
+            return single_files(files)
+        images = channels_by_id(files)
+    if all(list(files) == [-1] for files in images.values()) and channel_files == 1:
+        return {key: (files[-1],) for key, files in images.items()}
+    for key, files in images.items():
+        missing = [number for number in range(channel_files) if number not in files]
+        if missing:
+            other = next(iter(files.values()))
+            raise InputError(
+                f"{place}: image {key} has no file {key}_{missing[0]:04d}, only {other.name}: the model takes "
+                f"{channel_files} files for an image"
+            )
+    return {key: tuple(files[number] for number in range(channel_files)) for key, files in images.items()}
 
 
-def read(path: Path, spatial_dims: int, channels: int) -> Source:
-    """A file for a model with `spatial_dims` spatial axes and `channels` input channels.
+def read(files: Path | Sequence[Path], spatial_dims: int, channels: int) -> Source:
+    """A file, or those of an image's channels, for a model with `spatial_dims` spatial axes and `channels` input channels.
 
     Raises:
         InputError: the file cannot be read, or its axes or channels do not fit the model.
     """
-    if not path.is_file():
+    paths = [files] if isinstance(files, Path) else list(files)
+    parts = [_read_one(path, spatial_dims, channels if len(paths) == 1 else 1) for path in paths]
+    path, form = paths[0], format_of(paths[0])
+    stored, axes = parts[0] if len(parts) == 1 else _together(paths, parts)
+    have = stored.values.shape[axes.index("C")] if "C" in axes else 1
+    if have != channels:
+        raise InputError(f"{path} has {have} channel(s), the model takes {channels}: convert the image")
+    return Source(stored, axes, spatial_dims, form)
+
+
+def _read_one(path: Path, spatial_dims: int, channels: int) -> tuple[Stored, str]:
+    """A file and its axes."""
+    if not path.is_file() and not is_series(path):
         raise InputError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    form = format_of(path)
-    try:
-        stored = form.read(path)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can make a reader fail in any way
-        raise InputError(f"{path} cannot be read as {form.name} ({first_line(error)}): replace or remove it") from error
+    stored = read_stored(path)
     values = stored.values
     if values.dtype.kind not in "biuf" or not values.size:
         raise InputError(f"{path} holds no image: {values.dtype} values of shape {values.shape}")
@@ -165,10 +200,26 @@ def read(path: Path, spatial_dims: int, channels: int) -> Source:
     spatial = len(axes.replace("C", ""))
     if spatial < spatial_dims or spatial > 3:
         raise InputError(f"{path} has the axes {axes}, the model takes {'images' if spatial_dims == 2 else 'volumes'}")
-    have = values.shape[axes.index("C")] if "C" in axes else 1
-    if have != channels:
-        raise InputError(f"{path} has {have} channel(s), the model takes {channels}: convert the image")
-    return Source(stored, axes, spatial_dims, form)
+    return stored, axes
+
+
+def _together(paths: Sequence[Path], parts: Sequence[tuple[Stored, str]]) -> tuple[Stored, str]:
+    """One array of the files of an image, with what they stand for as its values.
+
+    Raises:
+        InputError: they differ in size or grid.
+    """
+    first, axes = parts[0]
+    spatial = axes.replace("C", "")
+    arrays = []
+    for path, (stored, letters) in zip(paths, parts, strict=True):
+        values = stored.real(stored.values)
+        values = np.moveaxis(values, letters.index("C"), 0) if "C" in letters else values[None]
+        if letters.replace("C", "") != spatial or (arrays and values.shape[1:] != arrays[0].shape[1:]):
+            raise InputError(f"{path} and {paths[0]} differ in shape: {stored.values.shape} and {first.values.shape}")
+        check_affines(first.affine, stored.affine, paths[0], path, what="channel")
+        arrays.append(values)
+    return replace(first, values=np.concatenate(arrays), axes="C" + spatial, slope=1.0, offset=0.0, scale=1.0), "C" + spatial
 
 
 def _guess_axes(path: Path, shape: tuple[int, ...], spatial_dims: int, channels: int) -> str:

@@ -1,87 +1,92 @@
-"""Images with masks, and their split into training and validation.
-
-The layout of a folder is that of pytorch-nested-unet::
-
-    images/<id>.png        grey or colour, 8 or 16 bit
-    masks/<class>/<id>.png one file per class and image
-"""
+"""Images with masks, and their split into training and validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.extras import need
-from .file_formats import find_images
-from .images import check_size, read_standardised, standardise
-from .masks import read_mask
+from ..common.progress import progress_bar
+from ..models.normalisation import Normalisation
+from .images import STANDARD
+from .inputs import read_drawn_mask, read_inputs, stack_masks
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its masks, one file per class; read when needed."""
+    """An image or volume and its masks, one file per class; read when needed. channels: further files of the image."""
 
     name: str
     image: Path
     masks: tuple[Path, ...]
+    channels: tuple[Path, ...] = field(default=(), kw_only=True)
+    normalisation: Normalisation | None = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, H, W]`, and mask, bool `[classes, H, W]`.
+        """Normalised image, float32 `[C, *S]`, and mask, bool `[classes, *S]`.
 
         Raises:
-            InputError: a file cannot be read, or the sizes differ.
+            InputError: a file cannot be read, or the sizes or grids differ.
         """
-        image = read_standardised(self.image)
-        masks = []
-        for path in self.masks:
-            mask = read_mask(path)
-            check_size(path, mask, self.image, image)
-            masks.append(mask)
-        return image, np.stack(masks)
+        masks = [read_drawn_mask(path) for path in self.masks]
+        return self.normalisation(read_inputs((self.image, *self.channels), masks[0])), stack_masks(masks)
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised, float64 `[C, *S]`; errors as `load`."""
+        return read_inputs((self.image, *self.channels), read_drawn_mask(self.masks[0]))
 
 
 @dataclass(frozen=True)
 class ArraySample:
-    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet standardised, and mask `[classes, *S]`."""
+    """Like `Sample`, from arrays in memory: image float32 `[C, *S]`, not yet normalised, and mask `[classes, *S]`."""
 
     name: str
     image: np.ndarray
     mask: np.ndarray
+    normalisation: Normalisation = field(default=STANDARD, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image and mask."""
-        return standardise(self.image), self.mask
+        """Normalised image and mask."""
+        return self.normalisation(self.image), self.mask
+
+    def values(self) -> np.ndarray:
+        """The image before it is normalised."""
+        return self.image
 
 
 Dataset = tuple[list, list[str]]  # samples and the names of their classes
 
 
-def find_samples(root: Path) -> Dataset:
-    """Every image under `root` with its masks, sorted by id, and the names of the classes.
+def dataset_normalisation(samples: Sequence[Sample | ArraySample]) -> Normalisation:
+    """Mean and standard deviation of each channel over all pixels of all samples, which are read once: of those that train.
 
     Raises:
-        InputError: a folder is missing or empty, or an image has no mask.
+        InputError: the samples are of a task that prepares images in a way of its own, or as `Normalisation.of_dataset`.
     """
-    pictures, folder = root / "images", root / "masks"
-    if not pictures.is_dir():
-        raise InputError(f"{pictures} is not a folder: expected {pictures}/<id>.png and {folder}/<class>/<id>.png")
-    images = find_images(pictures)
-    inside = folder.iterdir() if folder.is_dir() else []
-    classes = sorted(path.name for path in inside if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise InputError(f"{folder} holds no folder of masks: expected {folder}/<class>/<id>.png, e.g. {folder}/0/")
-    masks = {name: find_images(folder / name) for name in classes}
-    for name in classes:
-        missing = sorted(set(images) - set(masks[name]))
-        if missing:
-            first = images[missing[0]]
-            raise InputError(f"image {first} has no mask {folder / name / missing[0]}.png ({len(missing)} such image(s))")
-    samples = [Sample(key, path, tuple(masks[name][key] for name in classes)) for key, path in images.items()]
-    return samples, classes
+    _check_free(samples)
+    return Normalisation.of_dataset(sample.values() for sample in progress_bar(samples, desc="statistics", disable=None))
+
+
+def class_pixels(samples: Sequence[Any]) -> list[int]:
+    """The pixels or voxels of each class in all masks, which are read once."""
+    masks = (sample.load()[1] for sample in progress_bar(samples, desc="counting classes", disable=None))
+    return sum((mask > 0).reshape(len(mask), -1).sum(axis=1) for mask in masks).tolist()
+
+
+def with_normalisation(samples: Sequence[Any], normalisation: Normalisation) -> list[Any]:
+    """These samples, prepared by it; `Trainer` then notes it in the network. Errors as `dataset_normalisation`."""
+    _check_free(samples)
+    return [replace(sample, normalisation=normalisation) for sample in samples]
+
+
+def _check_free(samples: Sequence[Any]) -> None:
+    own = next((sample for sample in samples if getattr(sample, "values", None) is None), None)
+    if own is not None:
+        raise InputError(f"{own.name} is prepared as its task prescribes: leave the normalisation out")
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -129,7 +134,7 @@ def check_samples(samples: Sequence[Sample]) -> int:
     """
     channels: dict[int, str] = {}
     foreground = False
-    for sample in need("tqdm", "commands").tqdm(samples, desc="checking", unit="image", disable=None, leave=False):
+    for sample in progress_bar(samples, desc="checking", unit="image", disable=None, leave=False):
         image, mask = sample.load()
         channels.setdefault(image.shape[0], str(sample.image))
         foreground = foreground or bool(mask.any())

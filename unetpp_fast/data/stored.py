@@ -18,6 +18,8 @@ class Stored:
     header: what the format needs to write such a file again.
     scale: a further factor for models of pictures, so that 8-bit and 16-bit values lie in 0..1; models of physical values
         (a window of Hounsfield units) take values without it.
+    affine: where the voxels of a volume lie: the matrix from voxels x, y, z to mm to the right, front and top, `[4, 4]`;
+        None if the format has none.
     """
 
     path: Any
@@ -27,6 +29,7 @@ class Stored:
     slope: float = 1.0
     offset: float = 0.0
     scale: float = 1.0
+    affine: np.ndarray | None = None
 
     def real(self, values: np.ndarray, physical: bool = False) -> np.ndarray:
         """What a part of `values` stands for, float64."""

@@ -6,7 +6,7 @@ Nothing is downloaded. `TASKS["liver"].read(folder)` checks the folder and retur
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .readers.liver import LIVER_WINDOW, liver_volumes
 from .readers.nodule_crops import LUNG_WINDOW, crop_folders
 from .readers.nuclei import nuclei_folders, nuclei_stage1
 from .readers.polyp import FRAME_SIZE, polyp_frames
-from .samples import Dataset, check_samples, find_samples
+from .samples import Dataset, check_samples
 
 Reader = Callable[[Path], Dataset | None]  # None: the folder has another layout
 
@@ -92,5 +92,12 @@ _NODULE = Task(
     ),
     {"window": LUNG_WINDOW},
 )  # fmt: skip
-FOLDER = replace(_NUCLEI, name="folder", layouts=(("", find_samples),))  # the user's own images
+PATCH = {2: 96, 3: 64}  # side of the patches of the user's own images, and of their volumes
+
+
+def own_folder(spatial_dims: int) -> Task:
+    """What stands for a task where the data are the user's own (`layouts.read_folder`)."""
+    return Task("folder", spatial_dims, PATCH[spatial_dims], _NUCLEI.per_image, "", ())
+
+
 TASKS = {task.name: task for task in (_NUCLEI, _POLYP, _LIVER, _NODULE)}

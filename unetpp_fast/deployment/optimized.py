@@ -24,6 +24,7 @@ from ..execution.fused import tuning
 from ..kernels.naive import dot_precision
 from ..models.encoder_network import EncodedNetwork
 from ..models.network import Network
+from ..models.normalisation import prepared_tensor
 from ..models.own_forward import check_prunable
 from ..models.prediction import (
     MODES,
@@ -32,6 +33,7 @@ from ..models.prediction import (
     evaluating,
     logits_of_any_size,
     mean_probabilities,
+    over_flips,
     small_image,
 )
 from . import encoder_layers
@@ -79,17 +81,20 @@ class Optimized(Engine):
         columns = heads if network.deep_supervision and not self.pruned else heads[-1:]
         return network.shaped(self._logits(x, columns))
 
-    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None, flips: bool = False) -> Tensor:
         """Probabilities `[N, out_channels, *S]`, at least in float32, for `[N, C, *S]` of any size.
 
         In mode "accurate" the mean over the heads up to this module's level, in mode "fast" the head at that level.
         activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the model was trained.
+        flips: as of `Network.predict`.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        x, activation = self._cast(x), activation_of(self.network, activation)
+        x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
+        if flips:
+            return over_flips(lambda image: self.predict(image, activation), x)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         heads = self.network.topology.heads
@@ -166,10 +171,12 @@ class OptimizedModule(Engine):
             return self._called(self.network, x)
         return self.network.shaped(self._logits(x, all_heads=self.network.deep_supervision and not self.pruned))
 
-    def predict(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def predict(self, x: Tensor, activation: str | None = None, flips: bool = False) -> Tensor:
         """Probabilities for any size; see `Optimized.predict`."""
-        x, activation = self._cast(x), activation_of(self.network, activation)
+        x, activation = self._cast(prepared_tensor(self.network, x)), activation_of(self.network, activation)
         check_image(self.network, x, activation)
+        if flips:
+            return over_flips(lambda image: self.predict(image, activation), x)
         if self.as_is:
             return self._called(self.network.predict, x, mode=self.mode, activation=activation)
         all_heads = self.mode == "accurate"
@@ -280,6 +287,10 @@ def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | torch.device = "cpu") -> Optimized:
     """Rebuilds a module from its `state_dict()` or a file with it; no code in a file can run (`weights_only`).
+
+    Args:
+        source: the dictionary, or the file's path.
+        device: to put the module on; texts as PyTorch takes them, "cuda:1".
 
     Raises:
         InputError: the file does not exist, is damaged, or is not of an optimized module.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..architecture.gates import ChannelSpatialGate, GatedNode
 from ..architecture.layers import InstanceNorm, Interpolate, NodeModule, PixelShuffle
 from ..architecture.network_spec import NetworkSpec
 from ..architecture.options import ACTIVATIONS
@@ -20,14 +21,16 @@ from .batch_statistics import SyncedBatchNorm2d, SyncedBatchNorm3d
 SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups",
     "padding_mode", "num_features", "channels", "eps", "affine", "track_running_stats", "negative_slope", "mode",
-    "align_corners", "odd_sizes",
+    "align_corners", "odd_sizes", "gated_input", "factors", "num_groups", "approximate", "num_parameters",
 )  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = ("forward", "_call_impl", "_conv_forward", "join", "convolve")  # what a call of a layer goes through
 _PLAIN = {SyncedBatchNorm2d: nn.BatchNorm2d, SyncedBatchNorm3d: nn.BatchNorm3d}
 _CLASSES = (
-    nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout, nn.Identity,
-    InstanceNorm, Interpolate, NodeModule, PixelShuffle, *{entry.layer for entry in ACTIVATIONS.values()},
+    nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm,
+    nn.Dropout, nn.Identity,
+    InstanceNorm, Interpolate, NodeModule, PixelShuffle, ChannelSpatialGate,
+    GatedNode, *{entry.layer for entry in ACTIVATIONS.values()},
 )  # fmt: skip
 _OWN_METHODS = [(kind, name, getattr(kind, name)) for kind in _CLASSES for name in METHODS if hasattr(kind, name)]
 Facts = tuple  # of a layer: its type, how many parameters and buffers it has, and its settings

@@ -157,9 +157,9 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
         progress: show a progress bar.
 
     Returns:
-        For "inference" (and "training"): "backend", the fastest that is right; "right", whether outputs (and gradients) are
-        within twice the reference's error against float64; "ratio", the reference's time over the kernels'; "reference_ms",
-        "fused_ms".
+        A dictionary by "inference" (and "training") of "backend", the fastest that is right; "right", whether outputs (and
+        gradients) are within twice the reference's error against float64; "ratio", the reference's time over the kernels';
+        "reference_ms", "fused_ms".
 
     Raises:
         RuntimeError: the kernels cannot run `network(x)` here; the message says why.

@@ -38,7 +38,8 @@ def node_maps(network: NetworkSpec, x: Inputs) -> dict[tuple[int, int], Tensor]:
             low = maps[node.low]
         else:
             above = maps[node.level - 1, 0] if node.level else inputs[0]
-            prefix = [pool(above, 2) if node.level and not strided else above]
+            by = topology.stride(node.level) if topology.strides else 2
+            prefix = [pool(above, by) if node.level and not strided else above]
             low = None
         maps[node.position] = _node(network.nodes[node.name], prefix, low, network.recompute and torch.is_grad_enabled())
     return maps

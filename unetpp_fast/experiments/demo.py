@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..architecture.precision import autocast
+from ..common import messages
 from ..common.atomic_files import check_folder
 from ..common.errors import InputError
 from ..common.extras import need
@@ -85,7 +86,7 @@ def run(
     rows, masks = compare(left, right, recipe, out, device, patch=PATCH, loss=loss, features=FEATURES)
     if processes.is_first():
         pictures.qualitative(out / "qualitative.png", right.image, right.mask[0], masks)
-        print(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
+        messages.say(f"pictures: {out / 'qualitative.png'}, {out / 'speed_accuracy.png'}")
     return rows
 
 
@@ -152,10 +153,10 @@ def trained(
     network = build(1, 1, **options).to(device)
     patches = Patches([sample], patch, per_image=recipe.batch_size * STEPS_PER_EPOCH, seed=recipe.seed)
     size = "x".join([str(patch)] * network.topology.spatial_dims)
-    say = print if processes.is_first() else lambda text: None
+    say = messages.say if processes.is_first() else lambda text: None
     say(f"training {name} on {len(patches) * recipe.epochs} patches of {size}")
     began = time.perf_counter()
-    Trainer(network, patches, [], recipe, loss=loss).fit()
+    Trainer(network, patches, [], recipe, loss=loss).fit(progress=messages.shown())
     say(f"{name} trained in {time.perf_counter() - began:.0f} s")
     return network.eval()
 

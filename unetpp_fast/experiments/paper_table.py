@@ -17,13 +17,16 @@ import torch
 from ..common.atomic_files import check_folder, write_atomic
 from ..common.errors import InputError
 from ..common.progress import progress_bar
+from ..data.layouts import read_folder
+from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import groups, split
-from ..data.tasks import FOLDER, Task
+from ..data.samples import check_samples, groups, split
+from ..data.tasks import Task, own_folder
 from ..models.architectures import PAPER_FEATURES, UNet, UNetPlusPlus, parameter_count
 from ..models.network import Network
 from ..training.checkpoint import load_model
 from ..training.evaluation import evaluate
+from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Trainer
 from . import demo
@@ -57,6 +60,8 @@ class Material:
     training, validation, test: samples; without `validation` there is no early stopping.
     per_image: patches per sample and epoch.
     network: keywords of every network.
+    exclusive: whether the classes exclude each other.
+    found: one line on what a folder holds.
     """
 
     training: Sequence
@@ -68,6 +73,8 @@ class Material:
     per_image: int
     network: Mapping[str, Any]
     recipe: Recipe
+    exclusive: bool = False
+    found: str = ""
 
 
 def from_sample(epochs: int | None, dtype: str) -> Material:
@@ -78,17 +85,41 @@ def from_sample(epochs: int | None, dtype: str) -> Material:
     left, right = demo.halves()
     recipe = Recipe(epochs=10 if epochs is None else epochs, learning_rate=1e-3, dtype=dtype)
     patches = recipe.batch_size * demo.STEPS_PER_EPOCH
-    return Material([left], [], [right], 1, 1, FOLDER, patches, {"norm": "batch"}, recipe)
+    return Material([left], [], [right], 1, 1, own_folder(2), patches, {"norm": "batch"}, recipe)
 
 
-def from_folder(root: Path, task: Task, epochs: int | None, dtype: str) -> Material:
-    """A fifth of the data for testing, a fifth of the rest for early stopping, equal for all seeds; the paper's recipe."""
-    samples, classes, channels = task.read(root)
-    rest, test = split(samples, TEST_SHARE, 0)
-    training, validation = split(rest, VALIDATION_SHARE, 0)
+def from_folder(
+    root: Path,
+    task: Task | None,
+    epochs: int | None,
+    dtype: str,
+    names: Sequence[str] | None = None,
+    ignore: int | None = 255,
+) -> Material:
+    """A fifth of the data for testing, a fifth of the rest for early stopping, equal for all seeds; the paper's recipe.
+
+    A split that the data come with is used.
+
+    task: None for a folder in one of the layouts of `read_folder`. names, ignore: as there.
+    """
+    if task:
+        samples, classes, channels = task.read(root)
+        folder = Folder(samples, classes, "")
+    else:
+        folder = read_folder(root, names, ignore)
+        task = own_folder(folder.spatial_dims)
+        channels = check_samples([*folder.samples, *(folder.validation or []), *(folder.test or [])])
+    training, validation, test = folder.samples, folder.validation, folder.test
+    if test is None:
+        training, test = split(training, TEST_SHARE, 0)
+    if validation is None:
+        training, validation = split(training, VALIDATION_SHARE, 0)
     recipe = Recipe(epochs=100 if epochs is None else epochs, dtype=dtype)
     network = {"norm": None, "dropout": 0.5}
-    return Material(training, validation, test, channels, len(classes), task, task.per_image, network, recipe)
+    parts = (training, validation, test)
+    return Material(
+        *parts, channels, len(folder.classes), task, task.per_image, network, recipe, folder.exclusive, folder.found
+    )
 
 
 def run(
@@ -160,7 +191,8 @@ def _train(
     network = build(contender, material, width).to(device)
     folder = out / f"{contender.folder}-{seed}"
     patches = Patches(material.training, material.task.patch, material.per_image, seed)
-    trainer = Trainer(network, patches, material.validation, replace(material.recipe, seed=seed), folder)
+    loss = choose_loss(None, material.exclusive)
+    trainer = Trainer(network, patches, material.validation, replace(material.recipe, seed=seed), folder, loss=loss)
     if (folder / "last.pt").exists():
         trainer.resume()
     began = time.perf_counter()
@@ -168,7 +200,7 @@ def _train(
     seconds = time.perf_counter() - began
     if material.validation:
         network, _ = load_model(folder / "best.pt", device)
-    scores = evaluate(network, material.test, dtype=material.recipe.dtype)
+    scores = evaluate(network, material.test, dtype=material.recipe.dtype, loss=loss)
     values = (contender.name, seed, parameter_count(network), scores["iou"], scores["dice"], len(history), seconds)
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ..common import messages
 from ..data.samples import ArraySample
 from ..training import processes
 from . import demo, pictures
@@ -49,5 +50,5 @@ def run(
     rows, masks = demo.compare(lower, upper, recipe, out, device, patch=PATCH, loss=loss, **options)
     if processes.is_first():
         pictures.planes(out / "planes.png", upper.image[0], upper.mask[0], masks, SHOWN)
-        print(f"pictures: {out / 'planes.png'}, {out / 'speed_accuracy.png'}")
+        messages.say(f"pictures: {out / 'planes.png'}, {out / 'speed_accuracy.png'}")
     return rows

@@ -26,23 +26,34 @@ ENCODER_OPTIONS = {"encoder_weights", "encoder_depth", "decoder_channels", "atte
 
 
 class UNetPlusPlus(Network):
-    """UNet++ (Zhou et al., 2018): U-Net with nested, dense skip pathways.
+    """UNet++ (Zhou et al., 2018, https://arxiv.org/abs/1807.10165): U-Net with nested, dense skip pathways.
+
+    It maps images `[N, in_channels, *S]`, floating point, to logits `[N, out_channels, *S]`: see `Network.forward`.
 
     Args:
         in_channels, out_channels: channels of the image and classes of the mask.
         spatial_dims: 2 or 3.
         features: width of each level, finest first; depth is `len(features) - 1` (1 to 6).
-        norm: None (the paper), "batch" or "instance"; `("batch", {"eps": 1e-3})` sets keywords.
-        act: "relu" or `("leaky_relu", {"negative_slope": 0.01})`.
+        norm: None (the paper), "batch", "instance" or `("group", {"num_groups": 8})`; `("batch", {"eps": 1e-3})` sets
+            keywords.
+        act: "relu", `("leaky_relu", {"negative_slope": 0.01})`, "prelu", "gelu" or "silu"; the last three, as group norm,
+            run on the reference.
         upsample: "deconv" (2x2 transposed convolution to the level's width), "nearest" or "linear" (all channels are
             passed on), `("linear", {"align_corners": True})`. `"project": True` adds a 1x1 convolution to the level's
             width before the interpolation. "pixelshuffle": the channels of a 3x3 convolution
             become pixels (`architecture.layers.PixelShuffle`).
         dropout: probability, after each activation.
         deep_supervision: a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
+        strides, kernels: None, or per axis the stride, 1 or 2, from each level to the next, and the taps, 1 or 3, at each
+            level: for volumes of unlike axes, as `strides=[(1, 2, 2), (2, 2, 2)], kernels=[(1, 3, 3)] + [(3, 3, 3)] * 2`.
+            Each axis of S must then be a multiple of its number of `multiples`.
         backend: "auto" or a name in `unetpp_fast.execution.dispatch.BACKENDS`.
         encoder: None, or what gives the first column of the grid: a name of timm (extra `encoders`) or a module that returns
             a pyramid of maps. The result is then an `EncodedNetwork`; `over_encoder` says what further arguments it takes.
+
+    Raises:
+        ValueError: an option, a width or a count is unknown or out of range; the message says what is allowed.
+        TypeError: an argument of the other kind of network.
     """
 
     def __new__(cls, *args: Any, encoder: str | nn.Module | None = None, **options: Any):
@@ -65,12 +76,14 @@ class UNetPlusPlus(Network):
         dropout: float = 0.0,
         deep_supervision: bool = False,
         backend: str = "auto",
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
         encoder: None = None,
     ):
         topology = Topology.nested(
             in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision,
             up_width=_up_width(features, upsample),
-        )  # fmt: skip
+        ).over_levels(strides, kernels)  # fmt: skip
         super().__init__(
             topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout,
             deep_supervision=deep_supervision, backend=backend,
@@ -100,7 +113,8 @@ def over_encoder(
         encoder, encoder_weights, encoder_depth: `encoder`, `weights` and `depth` of `make_encoder`: a name of timm or a
             module; "imagenet", a file or None; the number of its maps, 2 to 7.
         decoder_channels: widths of X(i,depth - i), deepest first, then that of the last blocks at the image size; of more
-            than `encoder_depth` the last ones. All other nodes are as wide as the encoder's map of their level.
+            than `encoder_depth` the last ones. All other nodes are as wide as the encoder's map of their level; where that
+            begins at 1/4 of the size, each X(0,j) is as wide as the last of them and reads X(1,j-1) alone.
         attention: None or "scse", gates on the input and output of each node.
         norm, act, upsample, dropout, backend: as in `UNetPlusPlus`; convolutions before a norm have no bias.
         deep_supervision: a last block and a head on every X(0,j), j >= 1, and a list of outputs; needed to prune.
@@ -119,11 +133,13 @@ def over_encoder(
             f" {decoder_channels!r}"
         )
     *widths, last_width = decoder_channels[-encoder_depth:]
-    depth = encoder_depth - 1
+    depth, starts_lower = encoder_depth - 1, not features[0]
+    features = (widths[-1], *features[1:]) if starts_lower else features
     topology = Topology.nested(
         in_channels, features, spatial_dims=spatial_dims, all_heads=deep_supervision, up_width=_up_width(features, upsample),
         widths={(depth - 1 - place, place + 1): width for place, width in enumerate(widths)},
     )  # fmt: skip
+    topology = topology.without_finest_map() if starts_lower else topology
     return EncodedNetwork(
         body, topology, last_width, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, bias=norm is None,
         attention=attention is not None, deep_supervision=deep_supervision, backend=backend,
@@ -140,7 +156,12 @@ def from_config(config: Mapping[str, Any], backend: str = "auto") -> Network | E
 
 
 class UNet(Network):
-    """U-Net on the same grid: the first column and the last diagonal. Arguments as in `UNetPlusPlus`."""
+    """U-Net (Ronneberger et al., 2015, https://arxiv.org/abs/1505.04597) on the same grid: the first column and the last
+    diagonal.
+
+    It maps images `[N, in_channels, *S]`, floating point, to logits `[N, out_channels, *S]`. Arguments and errors as in
+    `UNetPlusPlus`.
+    """
 
     def __init__(
         self,
@@ -154,8 +175,11 @@ class UNet(Network):
         upsample: Option = "deconv",
         dropout: float = 0.0,
         backend: str = "auto",
+        strides: Sequence[Sequence[int]] | None = None,
+        kernels: Sequence[Sequence[int]] | None = None,
     ):
         topology = Topology.plain(in_channels, features, spatial_dims=spatial_dims, up_width=_up_width(features, upsample))
+        topology = topology.over_levels(strides, kernels)
         super().__init__(topology, out_channels, norm=norm, act=act, upsample=upsample, dropout=dropout, backend=backend)
 
 
@@ -166,12 +190,17 @@ def from_paper(
     spatial_dims: int = 2,
     deep_supervision: bool = False,
 ) -> Network:
-    """A network of the paper's comparison (table 2): no norm, ReLU, dropout 0.5, transposed convolutions.
+    """A network of the comparison in the paper of UNet++ (https://arxiv.org/abs/1807.10165, table 2): no norm, ReLU,
+    dropout 0.5, transposed convolutions.
 
     Args:
         name: "unet" (7,759,521 parameters with one channel and one class), "wide_unet" (9,282,246; the paper
             prints 9.13 M) or "unet++" (9,041,601 with one head).
+        in_channels, out_channels, spatial_dims: as in `UNetPlusPlus`.
         deep_supervision: heads on X(0,1)..X(0,4); "unet++" only.
+
+    Raises:
+        ValueError: there is no such network, or another than "unet++" is to have deep supervision.
     """
     if name not in PAPER_FEATURES:
         raise ValueError(f"from_paper knows {sorted(PAPER_FEATURES)}, not {name!r}")
@@ -191,5 +220,5 @@ def _up_width(features: Sequence[int], upsample: Option):
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Trainable parameters of a module."""
+    """The number of trainable parameters of `model`, any module, each shared one once; frozen ones are not counted."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

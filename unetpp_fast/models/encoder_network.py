@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..architecture.gates import GatedNode
 from ..architecture.input_checks import check_input
 from ..architecture.layers import NodeModule, initialise, make_conv
 from ..architecture.options import Option, learned_upsample
@@ -24,86 +25,15 @@ from ..architecture.output_forms import FORMS, Outputs, check_form
 from ..architecture.topology import Topology
 from ..common.errors import InputError
 from ..execution import dispatch
-from ..execution.built import Built, built, changed
-from ..execution.fused.structure import structure_of
+from ..execution.built import Built, changed
 from . import prediction
 from .encoder_parts import Encoder, truncated
 from .encoders import make_encoder
+from .nest import Nest
 from .own_forward import check_prunable, own_forward, sharing
 from .prediction import evaluating
-from .pretrained import Pretrained
+from .pretrained import TRAINED_ON, Pretrained
 from .recomputed import recomputing
-
-
-class ChannelSpatialGate(nn.Module):
-    """The input scaled per channel plus the input scaled per pixel (scSE; Roy et al., 2018): `[N, C, *S]` to the same."""
-
-    def __init__(self, channels: int, spatial_dims: int, reduction: int = 16):
-        super().__init__()
-        self.squeeze = make_conv(channels, channels // reduction, spatial_dims, 1)
-        self.excite = make_conv(channels // reduction, channels, spatial_dims, 1)
-        self.pixel = make_conv(channels, 1, spatial_dims, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        means = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)
-        by_channel = self.excite(self.squeeze(means).relu()).sigmoid()
-        return x * by_channel + x * self.pixel(x).sigmoid()
-
-
-class GatedNode(NodeModule):
-    """A node with a `ChannelSpatialGate` on the input of its first convolution, if that includes a skip connection, and one
-    on its output."""
-
-    def __init__(self, convolutions: tuple, up: tuple[int, int], spatial_dims: int, **options):
-        super().__init__(convolutions, up, spatial_dims, **options)
-        (inputs, width), _ = convolutions
-        self.attention1 = ChannelSpatialGate(inputs, spatial_dims)
-        self.attention2 = ChannelSpatialGate(width, spatial_dims)
-
-    def forward(self, prefix: list[Tensor], low: Tensor | None = None) -> Tensor:
-        x = self.join(prefix, low)
-        return self.attention2(self.convolve(self.attention1(x) if prefix else x))
-
-
-class Nest(nn.Module):
-    """All of an `EncodedNetwork` but its encoder, on the same modules, as the backends take it (`NetworkSpec`): a network
-    whose input are the encoder's maps.
-
-    Its levels are counted from the image's size, so node x0_1 of the `EncodedNetwork` is X(1,1) here, and its last block
-    after X(0,j) is X(0,j + 1) (`Topology.over_maps`).
-    """
-
-    def __init__(self, whole: EncodedNetwork):
-        super().__init__()
-        nodes = whole.topology.nodes
-        self.topology, self.out_channels = whole.topology.over_maps(whole.last_width), whole.out_channels
-        unused = {"odd_sizes": False, "downsample": "pool", "head_bias": True}
-        self.options = {**whole.options, **unused, "attention": whole.attention, "head_taps": 3}
-        self.follow(whole)
-        names = {whole.topology[0, column].name: self.topology[0, column + 1].name for column in whole.topology.heads}
-        inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
-        self.nodes = nn.ModuleDict({**inner, **{mine: whole.lasts[name] for name, mine in names.items()}})
-        self.heads = nn.ModuleDict({mine: whole.heads[name] for name, mine in names.items()})
-        kept = {"nodes", "heads", *(f"nodes.{name}" for name in self.nodes), *(f"heads.{name}" for name in self.heads)}
-        recorded = {name: facts for name, facts in whole.built.items() if ".".join(name.split(".")[:2]) in kept}
-        self.built = recorded or built(self)
-        self.refresh_handle()
-
-    def refresh_handle(self) -> None:
-        """As `Network.refresh_handle`."""
-        self.structure = structure_of(self)
-
-    def follow(self, whole: EncodedNetwork) -> None:
-        """Takes over the settings of `whole` that have changed; a graph can hold it only where none has."""
-        for name in ("backend", "training", "sync_group", "recompute"):
-            if getattr(self, name, None) != getattr(whole, name):
-                setattr(self, name, getattr(whole, name))
-
-    def is_of(self, whole: EncodedNetwork) -> bool:
-        """Whether these are still the modules of `whole`."""
-        theirs = [*whole.nodes.values(), *whole.lasts.values(), *whole.heads.values()]
-        mine = [*self.nodes.values(), *self.heads.values()]
-        return len(mine) == len(theirs) and all(one is other for one, other in zip(mine, theirs, strict=True))
 
 
 class EncodedNetwork(Pretrained, nn.Module):
@@ -111,7 +41,7 @@ class EncodedNetwork(Pretrained, nn.Module):
 
     Args:
         encoder: maps `[N, C, *S]` to a list of `[N, C_k, *S / 2^k]`, k = 0, 1, ... `topology.depth` + 1. The first, at the
-            image size, is not used.
+            image size, is not used, nor is the second where the topology has no X(0,0): C_1 is 0 then.
         topology: the nest; its level i has the encoder's map at 1/2^(i+1), and its column 0 is the encoder's.
         last_width: channels of the last blocks, at the image size.
         out_channels: classes of the mask.
@@ -122,7 +52,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         unused: a module kept for its weights and never run.
     """
 
-    sync_group, recompute, exclusive = "", False, False  # as in `Network`
+    sync_group, recompute = "", False  # as in `Network`
 
     def __init__(
         self,
@@ -155,7 +85,8 @@ class EncodedNetwork(Pretrained, nn.Module):
         self.lasts, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for node in (topology[0, column] for column in topology.heads):
             convolutions = (node.width, last_width), (last_width, last_width)
-            self.lasts[node.name] = kind(convolutions, (node.width, node.width), dims, **self.options)
+            gated = {"gated_input": False} if attention else {}
+            self.lasts[node.name] = kind(convolutions, (node.width, node.width), dims, **gated, **self.options)
             self.heads[node.name] = make_conv(last_width, out_channels, dims, 3)
         initialise(self, act)
         self.encoder, self.unused, self.encoder_frozen = encoder, unused, False
@@ -215,6 +146,11 @@ class EncodedNetwork(Pretrained, nn.Module):
         """Every spatial axis of the image must be a multiple of this."""
         return 2 * self.topology.multiple
 
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """`multiple` for each axis."""
+        return (self.multiple,) * self.topology.spatial_dims
+
     def forward(self, x: Tensor) -> Outputs:
         """Logits `[N, out_channels, *S]` for `[N, C, *S]`, with `deep_supervision` a list, X(0,1) first; or their form.
 
@@ -245,19 +181,23 @@ class EncodedNetwork(Pretrained, nn.Module):
     package_methods: ClassVar[dict[str, Callable]] = {"forward": forward, "logits": logits}
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1.
+        """The encoder's maps that the nest reads: `[N, C_k, *S / 2^k]`, k = 1, 2, ... `topology.depth` + 1; those of an
+        encoder that begins at a quarter of the size without the first.
 
         Raises:
             ValueError: the encoder gives other maps.
         """
+        widths = self.topology.first_widths
         with recomputing(x):
             maps = list(self.encoder(x))[1:]
+        if not widths[0]:
+            del maps[0]  # it has no channels
         if torch.compiler.is_compiling():  # a comparison would fix the sizes of a graph
             return maps
         expected = []
-        for level in range(self.topology.depth + 1):
-            size = [side >> (level + 1) for side in x.shape[2:]]
-            expected.append((x.shape[0], self.topology[level, 0].width, *size))
+        for level, width in enumerate(widths):
+            if width:
+                expected.append((x.shape[0], width, *(side >> (level + 1) for side in x.shape[2:])))
         if [tuple(one.shape) for one in maps] != expected:
             given = [tuple(one.shape) for one in maps]
             raise ValueError(f"the encoder gives maps of {given} after the first, the nest takes {expected}")
@@ -324,9 +264,16 @@ class EncodedNetwork(Pretrained, nn.Module):
         part.__dict__.update((name, value) for name, value in self.__dict__.items() if name not in mine)
         return part
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        mode: str = "accurate",
+        level: int | None = None,
+        activation: str | None = None,
+        flips: bool = False,
+    ) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size, as `Network.predict`."""
-        return prediction.predict(self, x, mode, level, activation)
+        return prediction.predict(self, x, mode, level, activation, flips)
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size`: PyTorch's count of the
@@ -346,7 +293,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         why = own_forward(self) or changed(self.nest)
         return {
             **({"changed": why} if why else {}),
-            **({"exclusive": True} if self.exclusive else {}),
+            **self._trained_on(),
             "encoder": self.encoder.name if isinstance(self.encoder, Encoder) else None,
             "encoder_frozen": self.encoder_frozen,
             "topology": self.topology.to_dict(),
@@ -367,8 +314,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         Raises:
             InputError: the config names no encoder and none is given; or timm is missing.
         """
-        rest = dict(config)
-        exclusive = rest.pop("exclusive", False)
+        rest = {key: value for key, value in config.items() if key not in TRAINED_ON}
         name, frozen, topology = rest.pop("encoder"), rest.pop("encoder_frozen"), Topology.from_dict(rest.pop("topology"))
         if name is None and encoder is None:
             raise InputError(
@@ -378,11 +324,11 @@ class EncodedNetwork(Pretrained, nn.Module):
         given, widths = make_encoder(
             name or encoder, in_channels=topology.in_channels, spatial_dims=topology.spatial_dims, depth=topology.depth + 1
         )
-        expected = tuple(topology[level, 0].width for level in range(topology.depth + 1))
-        if widths != expected:
+        if widths != topology.first_widths:
+            expected = topology.first_widths
             raise InputError(f"the encoder has maps of {widths} channels, the network was made for {expected}")
         network = cls(given, topology, **rest, backend=backend)
-        network.exclusive = exclusive
+        network._take_over(config)
         return network.freeze_encoder() if frozen else network
 
     def extra_repr(self) -> str:

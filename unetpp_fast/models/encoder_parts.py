@@ -13,22 +13,24 @@ from .prediction import evaluating
 
 
 class Encoder(nn.Module):
-    """An encoder as `EncodedNetwork` takes it: `[N, C, *S]` to the image and its maps at 1/2, 1/4, ... of the size.
+    """An encoder as `EncodedNetwork` takes it: `[N, C, *S]` to the image and its maps at 1/2, 1/4, ... of the size; of one
+    that begins at 1/4 the first has no channels.
 
     Attributes:
         body: the module, of another library; it returns a list, a tuple or a dictionary of maps.
-        places: which of its maps are given, finest first.
+        places: which of its maps are given, finest first; None for the first of an encoder that begins at 1/4.
         name: of timm, None for a module of any other kind.
         remark: why a part of an encoder computes more than its maps need; "" if it does not.
     """
 
-    def __init__(self, body: nn.Module, places: tuple[int, ...], name: str | None = None, remark: str = ""):
+    def __init__(self, body: nn.Module, places: tuple[int | None, ...], name: str | None = None, remark: str = ""):
         super().__init__()
         self.body, self.places, self.name, self.remark = body, places, name, remark
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = maps_of(self.body, x)
-        return [x, *(maps[place] for place in self.places)]
+        halved = x.new_empty(x.shape[0], 0, *(side // 2 for side in x.shape[2:])) if self.places[0] is None else None
+        return [x, *(halved if place is None else maps[place] for place in self.places)]
 
     def extra_repr(self) -> str:
         return f"{self.name or type(self.body).__name__}, maps {list(self.places)}"
@@ -59,6 +61,7 @@ def truncated(encoder: nn.Module, depth: int, x: Tensor) -> Encoder:
     whole = encoder if isinstance(encoder, Encoder) else Encoder(encoder, tuple(range(1, depth + 1)))
     body, places = whole.body, whole.places[:depth]
     result = Encoder(body, places, whole.name)
+    places = tuple(place for place in places if place is not None)
     result.training = encoder.training
     try:
         with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):

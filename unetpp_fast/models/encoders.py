@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ def make_encoder(
     depth: int = 5,
     weights: str | os.PathLike | None = None,
 ) -> tuple[Encoder, tuple[int, ...]]:
-    """An encoder of `depth` maps, and their channels, finest first.
+    """An encoder of `depth` maps, and their channels, finest first; 0 for the first of an encoder that begins at 1/4.
 
     Args:
         encoder: a name in `timm.list_models()`, or a module that maps `[N, in_channels, *S]` to a list, tuple or dictionary
-            of maps; there must be one at each of 1/2, 1/4, ... 1/2^depth of the size, others are not used. The module is
-            not copied; what none of these maps needs does not become a part of the network.
+            of maps; there must be one at each of 1/2, 1/4, ... 1/2^depth of the size, that at 1/2 may be missing, others are
+            not used. The module is not copied; what none of these maps needs does not become a part of the network.
         weights: "imagenet" (those that timm has), a file with a state_dict (.pth or .safetensors; of a whole classifier
             too), or None.
 
@@ -66,23 +67,29 @@ def _from_timm(name: str, in_channels: int, depth: int, pretrained: bool) -> nn.
         near = difflib.get_close_matches(name.replace("-", "_"), timm.list_models(), n=3)
         known = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() names them"
         raise InputError(f"timm has no model {name!r}: {known}")
-    body = None
-    for count in (depth, depth + 1):  # some, such as vgg, have a map of the image's size before the others
+    make = partial(timm.create_model, name, features_only=True, in_chans=in_channels)
+
+    def with_maps(count: int) -> tuple[nn.Module | None, Exception | None]:
         try:
-            body = timm.create_model(
-                name, pretrained=pretrained, features_only=True, in_chans=in_channels, out_indices=tuple(range(count))
-            )
-        except Exception as error:  # timm and the hub raise many kinds
-            if pretrained:
-                how = "give a file, encoder_weights='weights.pth', or None"
-                raise InputError(f"the ImageNet weights of {name!r} cannot be had ({first_line(error)}): {how}") from error
-            if body is None:
-                why = f"{type(error).__name__}: {first_line(error)}"
-                raise InputError(f"timm gives no {depth} maps of {name!r} ({why}): choose another encoder_depth") from error
-            break
-        if max(body.feature_info.reduction()) >= 2**depth:
-            break
-    return body
+            return make(pretrained=False, out_indices=tuple(range(count))), None
+        except Exception as error:  # timm raises many kinds
+            return None, error
+
+    body, failed = with_maps(depth)
+    if body is None:  # some, such as convnext, have no map at 1/2
+        body, _ = with_maps(depth - 1)
+    elif max(body.feature_info.reduction()) < 2**depth:  # and some, such as vgg, one of the image's size before it
+        body = with_maps(depth + 1)[0] or body
+    if body is None:
+        why = f"{type(failed).__name__}: {first_line(failed)}"
+        raise InputError(f"timm gives no {depth} maps of {name!r} ({why}): choose another encoder_depth") from failed
+    if not pretrained:
+        return body
+    try:
+        return make(pretrained=True, out_indices=tuple(range(len(body.feature_info.reduction()))))
+    except Exception as error:  # and the hub many more
+        how = "give a file, encoder_weights='weights.pth', or None"
+        raise InputError(f"the ImageNet weights of {name!r} cannot be had ({first_line(error)}): {how}") from error
 
 
 def _sample(body: nn.Module, in_channels: int, spatial_dims: int, depth: int) -> Tensor:
@@ -93,8 +100,9 @@ def _sample(body: nn.Module, in_channels: int, spatial_dims: int, depth: int) ->
     return x if like is None else x.to(like)
 
 
-def _pyramid(body: nn.Module, x: Tensor, depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which of an encoder's maps are at 1/2, ... 1/2^depth of the size of `x`, and their channels."""
+def _pyramid(body: nn.Module, x: Tensor, depth: int) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """Which of an encoder's maps are at 1/2, ... 1/2^depth of the size of `x`, and their channels; None and 0 where there is
+    none at 1/2."""
     try:
         with evaluating(body):
             maps = maps_of(body, x)
@@ -108,15 +116,16 @@ def _pyramid(body: nn.Module, x: Tensor, depth: int) -> tuple[tuple[int, ...], t
     sizes = [tuple(one.shape[2:]) for one in maps]
     wanted = [tuple(side >> level for side in x.shape[2:]) for level in range(1, depth + 1)]
     missing = [level for level, size in enumerate(wanted, start=1) if size not in sizes]
-    if missing:
+    if missing and missing != [1]:
         shapes = ", ".join("x".join(map(str, size)) for size in sizes)
         shorter = f"encoder_depth={missing[0] - 1}, or choose" if missing[0] > 2 else "choose"
         raise InputError(
             f"of an image of {'x'.join(map(str, x.shape[2:]))} pixels the encoder gives maps of {shapes}: there is none at"
             f" 1/{2 ** missing[0]} of the size; set {shorter} an encoder that halves the size from map to map"
         )
-    places = [len(sizes) - 1 - sizes[::-1].index(size) for size in wanted]  # the last, deepest one of each size
-    return tuple(places), tuple(maps[place].shape[1] for place in places)
+    # the last, deepest one of each size
+    places = [len(sizes) - 1 - sizes[::-1].index(size) if size in sizes else None for size in wanted]
+    return tuple(places), tuple(0 if place is None else maps[place].shape[1] for place in places)
 
 
 @torch.no_grad()

@@ -74,5 +74,19 @@ class Backbone(nn.Module):
 
 
 def backbone(model: Network, out_channels: int | None = None) -> Backbone:
-    """The feature pyramid of a model, for torchvision's `MaskRCNN(backbone, num_classes)`; see `Backbone`."""
+    """The feature pyramid of a model, for torchvision's `MaskRCNN(backbone, num_classes)`; the paper of UNet++
+    (https://arxiv.org/abs/1807.10165) suggests the pair.
+
+    The module maps `[N, in_channels, *S]`, floating point, to `[N, out_channels, *S / 2^i]` by the name of each level i: the
+    last diagonal X(0,d), X(1,d-1), ..., X(d,0) of a network of depth d.
+
+    Args:
+        model: the network, whose nodes it shares.
+        out_channels: of every map, by a 1x1 convolution each. None: 256, or the common width, without convolutions, if all
+            maps have the same width.
+
+    Raises:
+        TypeError: the network is over an encoder. ValueError: a node of the diagonal is missing, or the model has hooks or a
+            `forward` of its own.
+    """
     return Backbone(model, out_channels)

@@ -17,7 +17,7 @@ from ..execution.built import built, changed
 from ..execution.fused.structure import structure_of
 from . import prediction
 from .own_forward import check_prunable, own_forward, sharing
-from .pretrained import Pretrained
+from .pretrained import TRAINED_ON, Pretrained
 
 
 class Network(Pretrained, nn.Module):
@@ -26,17 +26,21 @@ class Network(Pretrained, nn.Module):
     Input `[N, in_channels, *S]`, floating point, every axis of S a multiple of 2^depth. Output: logits
     `[N, out_channels, *S]`, or a list with one per head, with `deep_supervision`.
 
-    Args, beyond those of `UNetPlusPlus` (other implementations of UNet++ need them):
+    Args:
+        topology: the nodes and the heads.
+        out_channels, norm, act, upsample, dropout, deep_supervision, backend: as in `UNetPlusPlus`.
         bias, head_bias: whether the 3x3 convolutions, and the heads, have a bias.
         downsample: "pool" (2x2 maxima) or "stride" (the first convolution of a level halves the map).
         odd_sizes: also accept sizes that are not a multiple of 2^depth: pooling drops the last pixel of an odd axis, an
             up-sampled map repeats its last one. The engine then up-samples low sources into maps (`fused/upsampling.py`).
         form: how `forward` returns the logits, a name in `unetpp_fast.architecture.output_forms`.
         spare_heads: columns of level 0 whose heads are kept, frozen, and never run.
+
+    Raises:
+        ValueError: an option is unknown or out of range; the message says what is allowed.
     """
 
     sync_group = ""  # the process group over which batch norms take statistics; set by `sync_batch_norm`
-    exclusive = False  # its classes exclude one another: set by a training with such a loss, and kept in `config`
     recompute = False  # backward passes recompute the inside of nodes instead of keeping it: less memory, more time
 
     def __init__(
@@ -75,8 +79,12 @@ class Network(Pretrained, nn.Module):
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             up = (topology.low_width(node), node.up_width) if node.column else None
-            stride = 2 if downsample == "stride" and node.level and not node.column else 1
-            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, stride=stride, **shared)
+            shape = {"kernel": topology.kernel(node)} if node.kernel else {}
+            if node.column and topology.strides:
+                shape["factors"] = topology.stride(node.level + 1)
+            elif downsample == "stride" and node.level and not node.column:
+                shape["stride"] = topology.stride(node.level)
+            self.nodes[node.name] = NodeModule(topology.convolutions(node), up, dims, **shape, **shared)
         self.heads = nn.ModuleDict()
         for column in sorted({*topology.heads, *spare_heads}):
             head = topology[0, column]
@@ -176,21 +184,30 @@ class Network(Pretrained, nn.Module):
         mine, theirs = (self.nodes, self.heads), (whole.nodes, whole.heads)
         return all(theirs[k][name] is module for k, modules in enumerate(mine) for name, module in modules.items())
 
-    def predict(self, x: Tensor, mode: str = "accurate", level: int | None = None, activation: str | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        mode: str = "accurate",
+        level: int | None = None,
+        activation: str | None = None,
+        flips: bool = False,
+    ) -> Tensor:
         """Probabilities `[N, out_channels, *S]` for any size: padded and cropped inside, in eval mode, without gradients.
 
         Args:
-            x: `[N, in_channels, *S]`, floating point, finite. From half precision the probabilities are float32.
+            x: `[N, in_channels, *S]`, floating point, finite; or whole numbers, which are prepared as in training
+                (`normalisation`). From half precision the probabilities are float32.
             mode: "accurate": the mean over the heads up to `level`; "fast": only the head at `level`,
                 and only the nodes it needs (sec. 3 of the paper).
             level: default the deepest head.
             activation: "sigmoid" (classes overlap) or "softmax" (classes exclude one another); default as the network was
                 trained (`exclusive`).
+            flips: whether to take the mean over the mirror images too (test-time augmentation): 4 passes, of a volume 8.
 
         Raises:
             TypeError, ValueError: x has the wrong type, rank or channels, or contains NaN; an argument is unknown.
         """
-        return prediction.predict(self, x, mode, level, activation)
+        return prediction.predict(self, x, mode, level, activation, flips)
 
     def gflop(self, size: Sequence[int]) -> float:
         """10^9 floating-point operations of one image's forward pass at `size` (see `Topology.gflop`)."""
@@ -199,8 +216,13 @@ class Network(Pretrained, nn.Module):
 
     @property
     def multiple(self) -> int:
-        """Every spatial axis of the image must be a multiple of this."""
+        """Every spatial axis of the image may be a multiple of this."""
         return self.topology.multiple
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Each spatial axis of the image must be a multiple of its number."""
+        return self.topology.multiples
 
     @property
     def spare_heads(self) -> list[int]:
@@ -215,7 +237,7 @@ class Network(Pretrained, nn.Module):
         why = own_forward(self) or changed(self)
         return {
             **({"changed": why} if why else {}),
-            **({"exclusive": True} if self.exclusive else {}),
+            **self._trained_on(),
             "topology": self.topology.to_dict(),
             "out_channels": self.out_channels,
             "deep_supervision": self.deep_supervision,
@@ -236,9 +258,9 @@ class Network(Pretrained, nn.Module):
                 f"the network was changed after it was built, and its settings do not describe it ({config['changed']}):"
                 " make it as you did and load its state_dict"
             )
-        rest = {key: value for key, value in config.items() if key not in ("topology", "exclusive")}
+        rest = {key: value for key, value in config.items() if key not in ("topology", *TRAINED_ON)}
         network = Network(Topology.from_dict(config["topology"]), **rest, backend=backend)
-        network.exclusive = config.get("exclusive", False)
+        network._take_over(config)
         return network
 
     def extra_repr(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,15 +13,18 @@ from torch.nn import functional as F
 
 from ..architecture.input_checks import check_input, leaves_one_value
 from ..architecture.network_spec import NetworkSpec
+from .normalisation import prepared_tensor
 from .own_forward import logits_of_call, own_forward
 
 MODES = ("accurate", "fast")
 PROBABILITIES = ("sigmoid", "softmax")
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """`x` `[N, C, *S]` with border pixels repeated at the end of each axis up to the next multiple."""
-    missing = [-size % multiple for size in x.shape[2:]]
+def pad_to_multiple(x: Tensor, multiple: int | Sequence[int]) -> Tensor:
+    """`x` `[N, C, *S]` with border pixels repeated at the end of each axis up to the next multiple of a number, or of one
+    per axis."""
+    multiples = [multiple] * (x.ndim - 2) if isinstance(multiple, int) else multiple
+    missing = [-size % step for size, step in zip(x.shape[2:], multiples, strict=True)]
     if not any(missing):
         return x
     padding = [amount for size in reversed(missing) for amount in (0, size)]
@@ -51,10 +55,10 @@ def logits_of_any_size(network: NetworkSpec, x: Tensor, run: Callable[[Tensor], 
 
     run: replaces `network.logits`; by default a network with hooks or its own `forward` is called.
     """
-    multiple = network.multiple
-    padded = pad_to_multiple(x, multiple)
+    multiples = network.multiples
+    padded = pad_to_multiple(x, multiples)
     if leaves_one_value(network, padded):  # instance norm has no statistics of one pixel: give it two
-        padded = F.pad(padded, (0, multiple) + (0, 0) * (x.ndim - 3), mode="replicate")
+        padded = F.pad(padded, (0, multiples[-1]) + (0, 0) * (x.ndim - 3), mode="replicate")
     run = run or ((lambda image: logits_of_call(network, image)) if own_forward(network) else network.logits)
     return [crop(logits, x.shape[2:]) for logits in run(padded)]
 
@@ -73,12 +77,28 @@ def check_image(network: NetworkSpec, x: Tensor, activation: str) -> None:
         raise ValueError("the image contains NaN or infinite values: replace them first, e.g. x.nan_to_num()")
 
 
-def predict(network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None) -> Tensor:
+def over_flips(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The mean of `run` `[N, C, *S]` over the image and all its mirror images, each turned back: 4 of an image, 8 of a
+    volume."""
+    axes = range(2, x.ndim)
+    flips = [chosen for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
+    total = None
+    for chosen in flips:
+        result = run(x.flip(chosen)).flip(chosen) if chosen else run(x)
+        total = result if total is None else total + result
+    return total / len(flips)
+
+
+def predict(
+    network: NetworkSpec, x: Tensor, mode: str, level: int | None, activation: str | None, flips: bool = False
+) -> Tensor:
     """See `Network.predict`."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
-    activation = activation_of(network, activation)
+    activation, x = activation_of(network, activation), prepared_tensor(network, x)
     check_image(network, x, activation)
+    if flips:
+        return over_flips(lambda image: predict(network, image, mode, level, activation), x)
     heads = network.topology.heads
     level = heads[-1] if level is None else level
     if "forward" in network.__dict__:  # of this instance alone: it computes all heads

@@ -21,10 +21,12 @@ from ..common.errors import InputError, first_line
 from ..common.extras import need
 from ..common.version import __version__
 from .model_card import model_card
+from .normalisation import Normalisation
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 EXTRA = "hub"
+TRAINED_ON = ("exclusive", "normalisation")  # of a config: no arguments of the network
 
 
 class Pretrained:
@@ -34,11 +36,23 @@ class Pretrained:
     """
 
     kinds: ClassVar[dict[str, type]] = {}
+    exclusive = False  # its classes exclude one another: set by a training with such a loss
+    normalisation: Normalisation | None = None  # how whole numbers are prepared: set by a training
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "from_config" in cls.__dict__:
             Pretrained.kinds[cls.__name__] = cls
+
+    def _trained_on(self) -> dict[str, Any]:
+        """What a training has set, for `config`."""
+        found = {"exclusive": True} if self.exclusive else {}
+        return found | ({"normalisation": self.normalisation.config} if self.normalisation else {})
+
+    def _take_over(self, config: Mapping[str, Any]) -> None:
+        """Sets what `_trained_on` gave."""
+        self.exclusive = config.get("exclusive", False)
+        self.normalisation = Normalisation.from_config(config.get("normalisation"))
 
     def save_pretrained(self, folder: str | os.PathLike, *, run: str | os.PathLike | None = None) -> Path:
         """Writes `model.safetensors`, `README.md` and `config.json`, each atomically and the config last.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..architecture.input_checks import check_input
 from ..architecture.wrappers import network_of as network_of_module
 from ..architecture.wrappers import unwrapped
 from ..common.extras import need
+from .normalisation import prepared
 
 BLENDS = ("gaussian", "constant")
 SIGMA = 1 / 8  # of a tile, as in MONAI's sliding_window_inference and nnU-Net
@@ -53,7 +54,8 @@ def predict_tiled(
     Args:
         model: a network, or the result of `convert` or `optimize`.
         image: `[N, in_channels, *S]`: a tensor, a numpy array or memmap, or anything with a `shape` that returns arrays
-            for slices (zarr, h5py). Tiles are converted to the model's precision; values are not changed.
+            for slices (zarr, h5py). Floating-point values are converted to the model's precision and not changed; whole
+            numbers are prepared as in training (`normalisation`), with statistics taken band by band.
         tile: size in pixels, for all axes or one per axis, multiples of 2^depth; default the largest within `max_memory`.
         overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too; the step is rounded down
             to a multiple of 2^depth.
@@ -63,13 +65,14 @@ def predict_tiled(
             weights, `image` and `out` are not counted. Ignored if `tile` is given.
         out: array, memmap or tensor `[N, out_channels, *S]`, floating point, to write the probabilities into.
         progress: show a progress bar.
-        **options: for `model.predict`: mode, level, activation.
+        **options: for `model.predict`: mode, level, activation, flips.
 
     Returns:
         `out`, or a new tensor on the CPU, in float32 (float64 for a model in float64).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, the image contains NaN, or `max_memory` is too small for any tile.
+        TypeError, ValueError: an argument does not fit, the image contains NaN, it holds whole numbers but the network
+            carries no normalisation, or `max_memory` is too small for any tile.
     """
     model = unwrapped(model)
     if not hasattr(model, "predict"):
@@ -77,6 +80,7 @@ def predict_tiled(
     shape = tuple(image.shape)
     network = network_of(model)
     check_input(network, torch.empty(shape, dtype=_sample(model).dtype, device="meta"), any_size=True)
+    image = prepared(network, image)
     if tile is None:
         tile = choose_tile(model, shape[2:], max_memory, options)
     grid = make_grid(model, shape[2:], tile, overlap, blend)
@@ -94,27 +98,39 @@ def predict_tiled(
 
 
 def bands(
-    model: nn.Module, image: Any, grid: Sequence[Axis], *, progress: bool = False, **options: Any
+    model: nn.Module,
+    image: Any,
+    grid: Sequence[Axis],
+    *,
+    run: Callable[[Tensor], Tensor] | None = None,
+    channels: int | None = None,
+    progress: bool = False,
+    **options: Any,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Finished rows of the probabilities of `image` `[N, in_channels, *S]` over a grid of `make_grid`, in order.
 
+    Args:
+        run: blended in place of the probabilities: a tile `[1, in_channels, *tile]` to `[1, channels, *tile]`.
+        channels: of `run`; default out_channels.
+
     Yields:
-        Which image, the first row (along the first axis of S), and `[out_channels, rows, ...]` on the CPU. The tensor
+        Which image, the first row (along the first axis of S), and `[channels, rows, ...]` on the CPU. The tensor
         is reused: copy what you keep.
     """
+    run = run or (lambda part: model.predict(part, **options))
     rows, *others = grid
     size = [axis[-1][0].stop for axis in grid]
     like = _sample(model)
     height = max(where.stop - where.start for where, _ in rows)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    band = torch.zeros(network_of(model).out_channels, height, *size[1:], dtype=dtype)
+    band = torch.zeros(channels or network_of(model).out_channels, height, *size[1:], dtype=dtype)
     total = image.shape[0] * math.prod(map(len, grid))
     bar = need("tqdm", "commands").tqdm(total=total, desc="tiles", unit="tile", leave=False) if progress else None
     with bar if progress else nullcontext():
         for index, (number, (where, weights)) in itertools.product(range(image.shape[0]), enumerate(rows)):
             for rest in itertools.product(*others):
                 window = (where, *(part for part, _ in rest))
-                part = model.predict(_read(image[(index, slice(None), *window)], like), **options)[0].to(band)
+                part = run(_read(image[(index, slice(None), *window)], like))[0].to(band)
                 for axis, factors in enumerate((weights, *(axis_weights for _, axis_weights in rest)), start=1):
                     part *= factors.to(part).view(-1, *[1] * (part.ndim - axis - 1))
                 band[(slice(None), slice(where.stop - where.start), *window[1:])] += part
@@ -134,15 +150,20 @@ def make_grid(
     Raises:
         ValueError: an argument is out of range.
     """
-    multiple = multiple_of(model)
+    multiples = multiples_of(model)
     tiles = [tile] * len(size) if tile is None or isinstance(tile, int) else list(tile)
-    if len(tiles) != len(size) or any(side is not None and (side < 1 or side % multiple) for side in tiles):
-        raise ValueError(f"tile must be a positive multiple of {multiple} (2^depth), or {len(size)} of them, not {tile!r}")
+    fits = len(tiles) == len(size) and all(
+        side is None or (side > 0 and side % step == 0) for side, step in zip(tiles, multiples, strict=True)
+    )
+    if not fits:
+        what = f"{multiples[0]} (2^depth)" if len(set(multiples)) == 1 else f"{multiples}"
+        raise ValueError(f"tile must be a positive multiple of {what}, or {len(size)} of them, not {tile!r}")
     if not 0.0 <= overlap < 1.0:
         raise ValueError(f"overlap must be 0 or more and below 1, not {overlap!r}")
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {BLENDS}, not {blend!r}")
-    return [_axis(length, side or length, overlap, multiple, blend) for length, side in zip(size, tiles, strict=True)]
+    axes = zip(size, tiles, multiples, strict=True)
+    return [_axis(length, side or length, overlap, multiple, blend) for length, side, multiple in axes]
 
 
 def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Axis:
@@ -168,10 +189,10 @@ def choose_tile(
     Raises:
         ValueError: even the smallest tile needs more, or the model's memory cannot be counted.
     """
-    multiple, budget = multiple_of(model), parse_bytes(max_memory)
-    padded = [_round_up(length, multiple) for length in size]
+    multiples, budget = multiples_of(model), parse_bytes(max_memory)
+    padded, multiple = list(map(_round_up, size, multiples)), max(multiples)
     for side in range(max(padded), 0, -multiple):
-        tile = tuple(min(side, length) for length in padded)
+        tile = tuple(min(side // step * step or step, length) for length, step in zip(padded, multiples, strict=True))
         needed = memory(model, tile, size, options)
         if needed <= budget:
             return tile
@@ -203,17 +224,19 @@ def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: 
     width, on_cpu = max(4, like.dtype.itemsize), like.device.type == "cpu"
     kept = peak = 0
     for node in topology.nodes:
-        sides = [max(1, side >> node.level) for side in tile]
+        sides = [max(1, side // by) for side, by in zip(tile, topology.shrunk(node.level), strict=True)]
         pixels = math.prod(sides)
         for cin, cout in topology.convolutions(node):
             unfolds = on_cpu and (width == 8 or (len(sides) == 3 and cin * sides[0] * sides[1] <= UNFOLDED))
-            copies = 1 + 3 ** len(sides) if unfolds else 2
+            copies = 1 + math.prod(topology.kernel(node)) if unfolds else 2
             peak = max(peak, kept + pixels * (copies * cin + 2 * cout))
         kept += pixels * node.width
     heads = (3 * len(topology.heads) + 2) * network.out_channels
     image = 24 * topology.in_channels  # bytes: as read, in float64, and in the model's precision
     maps = width * peak * (HEAP if on_cpu else 1)
     band = width * network.out_channels * tile[0] * math.prod(size[1:])
+    if (options or {}).get("flips"):  # the mirror image and its result, beside the sum
+        image += width * (topology.in_channels + 2 * network.out_channels)
     return maps + (width * heads + image) * math.prod(tile) + band + (RESERVE if on_cpu else 0)
 
 
@@ -230,9 +253,9 @@ def parse_bytes(text: int | str) -> int:
     return count
 
 
-def multiple_of(model: nn.Module) -> int:
-    """What every axis of the model's input is padded to a multiple of."""
-    return network_of(model).multiple
+def multiples_of(model: nn.Module) -> tuple[int, ...]:
+    """What each axis of the model's input is padded to a multiple of."""
+    return network_of(model).multiples
 
 
 def network_of(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..common.errors import InputError, first_line
 from ..converters.converter import convert
 from ..models.architectures import from_config
 from ..models.encoder_network import EncodedNetwork
+from ..models.ensemble import Ensemble
 from ..models.network import Network
+from ..models.normalisation import Normalisation
 
 CHECKPOINT_FORMAT = 1
 
@@ -60,12 +63,63 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[Network 
     content = _checked(path, content)
     try:
         network = from_config(content["config"])
-        network.load_state_dict(content["model"])
+        network.load_state_dict(_weights(content))
+        if "normalisation" not in content["config"]:
+            network.normalisation = _of_older(content.get("about"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval(), content
+
+
+def load_ensemble(
+    places: Sequence[Path], device: str | torch.device = "cpu"
+) -> tuple[Network | EncodedNetwork | Ensemble, dict[str, Any]]:
+    """As `load_model`, of several checkpoints that predict together.
+
+    Args:
+        places: files, and folders of runs: of a cross-validation, `fold*/best.pt`, of a training, `best.pt`.
+        device: of the networks.
+
+    Raises:
+        InputError: as `load_model`, a folder holds no such file, or the networks or their classes differ.
+    """
+    paths = [path for place in places for path in _checkpoints(place)]
+    loaded = [load_model(path, device) for path in paths]
+    (network, content), *others = loaded
+    if not others:
+        return network, content
+    for path, (_, other) in zip(paths[1:], others, strict=True):
+        for key in ("classes", "palette", "prepare", "channel_files"):
+            one, two = ((part.get("about") or {}).get(key) for part in (content, other))
+            if one != two:
+                raise InputError(f"{paths[0]} and {path} cannot predict together: their {key} are {one} and {two}")
+    return Ensemble([network for network, _ in loaded]), content
+
+
+def _checkpoints(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return [place]
+    folds = [path for path in place.glob("fold*/best.pt") if path.parent.name[4:].isdecimal()]
+    found = sorted(folds, key=lambda path: int(path.parent.name[4:]))
+    if not found and not (place / "best.pt").exists():
+        raise InputError(f"{place} is a folder: name a file in it, or the folder of a run, with best.pt or fold*/best.pt")
+    return found or [place / "best.pt"]
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights to use: of `last.pt` the moving average, if there is one."""
+    averages = content.get("ema", {}).items()
+    averaged = {key.removeprefix("module."): value for key, value in averages if key.startswith("module.")}
+    return averaged or content["model"]
+
+
+def _of_older(about: Any) -> Normalisation | None:
+    """How `unetpp-fast train` prepared images when networks did not carry it yet."""
+    if not isinstance(about, Mapping) or not isinstance(prepare := about.get("prepare"), Mapping) or "size" in prepare:
+        return None  # of a trainer whose samples nobody knows, or of a task that scales images
+    return Normalisation("window", window=prepare["window"]) if "window" in prepare else Normalisation()
 
 
 def initial_network(path: Path, in_channels: int, out_channels: int, spatial_dims: int) -> Network:

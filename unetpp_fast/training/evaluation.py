@@ -1,22 +1,29 @@
-"""Mean scores of a network over whole images."""
+"""Mean scores of a network over whole images, which are computed tile by tile where one pass would take too much memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architecture.input_checks import check_input
 from ..architecture.precision import autocast
 from ..data.samples import ArraySample, Sample
+from ..models import tiled_prediction
 from ..models.network import Network
 from ..models.prediction import evaluating, logits_of_any_size, mean_probabilities
 from . import processes
 from .exclusive import class_scores, confusion
 from .loss_table import is_exclusive
-from .metrics import dice_score, iou_score
+from .metrics import dice_score, iou_score, overlap_scores, overlaps
+
+MEMORY = "2G"
+TILES = {2: 512, 3: 96}  # of networks over an encoder, whose memory nobody can count; by the number of axes
+COPIES = 6  # of the logits of a head, while a loss or a score is computed
 
 
 def evaluate(
@@ -25,6 +32,7 @@ def evaluate(
     *,
     dtype: str = "float32",
     loss: nn.Module | None = None,
+    max_memory: int | str = MEMORY,
 ) -> dict[str, Any]:
     """Means over whole images of IoU and Dice of the accurate mode, and of the loss.
 
@@ -35,32 +43,75 @@ def evaluate(
         samples: the images with their masks; not empty.
         dtype: the precision, a name as in `Recipe`.
         loss: as for `Trainer`; None to leave it out.
+        max_memory: bytes, or a text such as "512M". An image that takes more in one pass is computed in tiles that fit,
+            whose logits are blended (`tiled_prediction`). Weights, images and masks are not counted.
 
     Returns:
-        Keys "iou" and "dice", and "loss" if one is given. With an exclusive loss they are means over the classes, of scores
-        over all pixels of all images (`exclusive.class_scores`), and "class_iou", "class_dice" and "confusion" are lists.
+        Keys "iou" and "dice", and "loss" if one is given. Of several classes, "class_iou" and "class_dice" are lists of
+        scores over all pixels of all images; a class without a pixel in the masks and the predictions has NaN. With an
+        exclusive loss "iou" and "dice" are the means of these, and "confusion" is a matrix (`exclusive.class_scores`).
     """
-    device = next(network.parameters()).device
     exclusive, count = loss is not None and is_exclusive(loss), network.out_channels
     rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each process fills its rows
-    pixels = torch.zeros(count, count, dtype=torch.float64)
+    pixels = torch.zeros(count, max(count, 2), dtype=torch.float64)  # a confusion matrix, or overlaps in two columns
     with evaluating(network):
         for index in range(processes.rank(), len(samples), processes.size()):
-            image, mask = (torch.from_numpy(values)[None].to(device) for values in samples[index].load())
-            with autocast(device, dtype):
-                check_input(network, image, any_size=True)
-                outputs = logits_of_any_size(network, image)
+            image, mask = samples[index].load()
+            outputs = logits(network, image, dtype, max_memory)
+            mask = torch.from_numpy(mask)[None].to(outputs[0].device)
             rows[index, 0] = float(loss(outputs, mask.float())) if loss else 0.0
             probabilities = mean_probabilities(outputs, "softmax" if exclusive else "sigmoid")
             if exclusive:
                 pixels += confusion(probabilities, mask).cpu()
                 continue
+            pixels[:, :2] += overlaps(probabilities, mask).cpu()
             rows[index, 1] = float(iou_score(probabilities, mask))
             rows[index, 2] = float(dice_score(probabilities, mask))
     means = dict(zip(("loss", "iou", "dice"), processes.summed(rows).mean(dim=0).tolist(), strict=True))
     if exclusive:
         means |= _of_classes(processes.summed(pixels))
+    elif count > 1:
+        means |= {f"class_{key}": values for key, values in overlap_scores(processes.summed(pixels)[:, :2]).items()}
     return {key: value for key, value in means.items() if loss or key != "loss"}
+
+
+def logits(network: Network, image: np.ndarray, dtype: str, max_memory: int | str) -> list[Tensor]:
+    """Logits of each head, `[1, classes, *S]` on the network's device, of an image float32 `[C, *S]` of any size."""
+    device, size = next(network.parameters()).device, image.shape[1:]
+    tile = tile_within(network, size, max_memory)
+    with autocast(device, dtype):
+        if all(side >= length for side, length in zip(tile, size, strict=True)):
+            x = torch.from_numpy(image)[None].to(device)
+            check_input(network, x, any_size=True)
+            return logits_of_any_size(network, x)
+        check_input(network, torch.empty(1, *image.shape, device="meta"), any_size=True)
+        heads = len(network.topology.heads)
+        wide = torch.promote_types(next(network.parameters()).dtype, torch.float32)
+        blended = torch.empty(1, heads * network.out_channels, *size, dtype=wide)
+        grid = tiled_prediction.make_grid(network, size, tile)
+        joined = {"run": lambda part: torch.cat(logits_of_any_size(network, part), dim=1), "channels": blended.shape[1]}
+        for _, first, band in tiled_prediction.bands(network, image[None], grid, **joined):
+            blended[0, :, first : first + band.shape[1]] = band
+    return list(blended.to(device).split(network.out_channels, dim=1))
+
+
+def tile_within(network: Network, size: Sequence[int], max_memory: int | str) -> tuple[int, ...]:
+    """The tile in which an image of `size` is evaluated: all of it, or the largest that fits with the logits of the image;
+    the smallest that makes sense if none does. Over an encoder it is fixed (`TILES`)."""
+    multiple = network.multiple
+    padded = tuple(length + -length % multiple for length in size)
+    if hasattr(network, "encoder"):
+        fixed = TILES[len(size)] + -TILES[len(size)] % multiple
+        return tuple(min(fixed, length) for length in padded)
+    heads, pixels = len(network.topology.heads), math.prod(size)
+    kept = 4 * network.out_channels * pixels * (heads + COPIES)
+    budget = tiled_prediction.parse_bytes(max_memory) - kept
+    for side in range(max(padded), tiled_prediction.SMALLEST_TILE * multiple, -multiple):
+        tile = tuple(min(side, length) for length in padded)
+        band = 4 * (heads - 1) * network.out_channels * tile[0] * math.prod(size[1:])  # one head's is counted
+        if tiled_prediction.memory(network, tile, size) + band <= budget:
+            return tile
+    return tuple(min(tiled_prediction.SMALLEST_TILE * multiple, length) for length in padded)
 
 
 def _of_classes(pixels: torch.Tensor) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .losses import check_pair
+from .losses import ClassWeighted, check_pair, class_options, divisor
+from .metrics import overlap_scores
 
 
-class CrossEntropyDiceLoss(nn.Module):
+class CrossEntropyDiceLoss(ClassWeighted):
     """entropy * cross-entropy + dice * (1 - dice) per image, averaged over the images, and over the heads of a list.
 
     For an image with p = softmax(logits) and a one-hot target y, over the pixels that belong to a class::
@@ -22,48 +23,42 @@ class CrossEntropyDiceLoss(nn.Module):
         cross-entropy = mean over the pixels of -log p of the pixel's class
         dice          = mean over the classes k in the image of (2 sum(p_k y_k) + smooth) / (sum(p_k) + sum(y_k) + smooth)
 
-    The background is a class like the others. The dice term leaves out a class without a pixel in the image; an image
-    without any pixel to count has the loss 0. Computed in float32, or in float64 for float64 logits.
+    The dice term leaves out a class without a pixel in the image; an image without any pixel to count has the loss 0.
+    Computed in float32, or in float64 for float64 logits.
 
     Args:
         entropy, dice: the weights of the two terms.
         smooth: as in `BCEDiceLoss`.
+        weights: one positive number per class: both means are weighted, the sum of the weights being their divisor.
+        background: whether the dice term counts class 0; the cross-entropy does.
     """
 
-    exclusive = True
-
-    def __init__(self, entropy: float = 1.0, dice: float = 1.0, smooth: float = 1e-5):
-        super().__init__()
+    def __init__(
+        self,
+        entropy: float = 1.0,
+        dice: float = 1.0,
+        smooth: float = 1e-5,
+        *,
+        weights: Sequence[float] | None = None,
+        background: bool = True,
+    ):
+        super().__init__(True, weights, background)
         self.entropy, self.dice, self.smooth = entropy, dice, smooth
 
-    def forward(self, outputs: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
-        """The loss, a scalar, of logits `[N, K, *S]`, or a list of them, and a one-hot target of that shape.
-
-        Raises:
-            ValueError: shapes differ, the batch is empty, or there is one class.
-        """
-        heads = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        if not heads:
-            raise ValueError("the list of outputs is empty: pass the logits of at least one head")
-        return sum(self._head(logits, target) for logits in heads) / len(heads)
-
-    def _head(self, logits: Tensor, target: Tensor) -> Tensor:
-        check_pair(logits, target, "outputs")
-        if logits.shape[1] < 2:
-            raise ValueError("exclusive classes need 2 channels or more, with the background; for one use BCEDiceLoss")
-        logits = logits if logits.dtype.itemsize >= 4 else logits.float()
-        logits, target = logits.flatten(2), target.to(logits.dtype).flatten(2)
+    def _image_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        weights = torch.ones_like(logits[0, :, 0]) if self.factors is None else self.factors.to(logits.dtype)
         log_p = logits.log_softmax(dim=1)
         counted, sizes = target.sum(dim=1, keepdim=True), target.sum(dim=2)
-        entropy = -(target * log_p).sum(dim=(1, 2)) / sizes.sum(dim=1).clamp(min=1)
+        entropy = -(target * log_p * weights.view(1, -1, 1)).sum(dim=(1, 2)) / divisor((sizes * weights).sum(dim=1))
         p = log_p.exp() * counted
         ratio = (2 * (p * target).sum(dim=2) + self.smooth) / (p.sum(dim=2) + sizes + self.smooth)
-        occurs = (sizes > 0).to(ratio.dtype)
-        missed = ((1 - ratio) * occurs).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
-        return (self.entropy * entropy + self.dice * missed).mean()
+        occurs = (sizes > 0) * self._class_weights(logits)
+        missed = ((1 - ratio) * occurs).sum(dim=1) / divisor(occurs.sum(dim=1))
+        return self.entropy * entropy + self.dice * missed
 
     def extra_repr(self) -> str:
-        return f"entropy={self.entropy}, dice={self.dice}, smooth={self.smooth}"
+        numbers = f"entropy={self.entropy}, dice={self.dice}, smooth={self.smooth}"
+        return ", ".join([numbers, *class_options(self.weights, self.background)])
 
 
 def exclusive_iou(scores: Tensor, target: Tensor) -> Tensor:
@@ -104,5 +99,4 @@ def class_scores(matrix: Tensor) -> dict[str, list[float]]:
         Keys "iou" and "dice", K numbers each.
     """
     matrix = matrix.double()
-    both, total = matrix.diagonal(), matrix.sum(dim=0) + matrix.sum(dim=1)
-    return {"iou": (both / (total - both)).tolist(), "dice": (2 * both / total).tolist()}
+    return overlap_scores(torch.stack([matrix.diagonal(), matrix.sum(dim=0) + matrix.sum(dim=1)], dim=1))

@@ -1,4 +1,4 @@
-"""The files of a run for people to read: its settings, log, curves and TensorBoard events."""
+"""The files of a run for people to read: its settings, log and curves."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from ..common.atomic_files import write_atomic
 from ..common.extras import need
+from .loggers import Logger
 
 COLUMNS = ("epoch", "train_loss", "train_iou", "val_loss", "val_iou", "val_dice")
 DRAW_SECONDS = 30.0
@@ -55,33 +56,22 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 class Report:
-    """Draws `curves.png` if matplotlib is installed, and writes TensorBoard events if asked to; call it after each epoch.
+    """Draws `curves.png` if matplotlib is installed, and calls the loggers; call it after each epoch.
 
     Args:
         out: the folder of the run.
         history: the rows of the run; the trainer appends to it.
-        tensorboard: whether to write events to the folder `tensorboard`.
-
-    Raises:
-        InputError: tensorboard is not installed.
+        loggers: further places for the rows.
     """
 
-    def __init__(self, out: Path, history: Sequence[Mapping[str, float]], tensorboard: bool = False):
-        self.out, self.history = out, history
+    def __init__(self, out: Path, history: Sequence[Mapping[str, float]], loggers: Sequence[Logger] = ()):
+        self.out, self.history, self.loggers = out, history, loggers
         self.draws = importlib.util.find_spec("matplotlib") is not None
         self.drawn, self.last = 0, time.monotonic()
-        self.writer = None
-        if tensorboard:
-            need("tensorboard", "tensorboard")
-            writer = need("torch.utils.tensorboard", "tensorboard").SummaryWriter
-            self.writer = writer(str(out / "tensorboard"), purge_step=len(history) + 1)
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        if self.writer:
-            for name in COLUMNS[1:]:
-                if row[name] == row[name]:
-                    self.writer.add_scalar(name.replace("_", "/"), row[name], row["epoch"])
-            self.writer.flush()
+        for logger in self.loggers:
+            logger(row)
         if time.monotonic() - self.last > DRAW_SECONDS:
             self.draw()
 
@@ -91,8 +81,8 @@ class Report:
             draw_curves(self.out / "curves.png", self.history)
             self.drawn, self.last = len(self.history), time.monotonic()
 
-    def close(self) -> None:
-        """Draws the last epochs and closes the events; call it when the run ends or fails."""
+    def close(self, failed: bool = False) -> None:
+        """Draws the last epochs and closes the loggers; call it when the run ends or fails."""
         self.draw()
-        if self.writer:
-            self.writer.close()
+        for logger in self.loggers:
+            logger.close(failed)

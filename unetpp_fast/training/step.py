@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from ..architecture.layers import NodeModule
 from ..architecture.precision import autocast
 from ..execution.built import changed
 from ..models.network import Network
-from . import processes, reproducible
+from . import optimizers, processes, reproducible
 from .captured import StepGraphs
 from .exclusive import exclusive_iou
 from .loss_table import is_exclusive
@@ -25,19 +26,25 @@ SMALLEST_SCALE = 1.0  # the loss scale of float16 starts at 2^16 and is halved b
 
 
 class Step(ABC):
-    """A step of Adam on a batch that all processes share, in micro-batches whose gradients are accumulated.
+    """An optimizer's step on a batch that all processes share, in micro-batches whose gradients are accumulated.
 
     Args:
         network: on the device to train on.
         recipe: see `Recipe`.
         loss: see `Trainer`.
+        steps: per epoch.
     """
 
-    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
+    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module, steps: int):
         self.network, self.recipe, self.loss = network, recipe, loss
         self.model: nn.Module = network  # called for the outputs
         self.device = next(network.parameters()).device
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
+        self.optimizer = optimizers.make_optimizer(
+            recipe.optimizer, network.parameters(), recipe.learning_rate, recipe.weight_decay
+        )
+        warm_up, run = round(recipe.warm_up * steps), recipe.epochs * steps
+        self.schedule = optimizers.make_schedule(recipe.schedule, self.optimizer, warm_up, run)
+        self.average = optimizers.MovingAverage(network, recipe.ema) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.dtype == "float16")
         self._cancelled = _biases_before_norms(network)
 
@@ -61,9 +68,27 @@ class Step(ABC):
                     totals = totals + self._pass(*micro_batch, batch)
             for bias in self._cancelled:
                 bias.grad = None
+            if self.recipe.clip:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self._follow()
         return totals
+
+    def _follow(self) -> None:
+        """What a step of the optimizer moves on: the learning rate and the average of the weights."""
+        if self.schedule:
+            with warnings.catch_warnings():  # of a first step that overflowed float16 and was left out
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                self.schedule.step()
+        if self.average:
+            self.average.update_parameters(self.network)
+
+    @property
+    def validated(self) -> Network:
+        """The network to validate and to keep: with averaged weights, if the recipe asks for them."""
+        return self.average.module if self.average else self.network
 
     def _pass(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
         """`_backward` of a micro-batch that may lie on another device."""
@@ -109,21 +134,25 @@ class Step(ABC):
         return self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer and of the loss scale, for checkpoints."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """The state of the optimizer, its schedule, the loss scale and the average of the weights, for checkpoints."""
+        return {key: part.state_dict() for key, part in self._stateful().items()}
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "scaler": self.scaler, "schedule": self.schedule, "ema": self.average}
+        return {key: part for key, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; other entries are ignored."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for key, part in self._stateful().items():
+            part.load_state_dict(state[key])
 
 
 class UsualStep(Step):
     """In the recipe's precision, on any device. With several processes `DistributedDataParallel` averages the gradients, and
     batch norms take their statistics over all processes. With one, on a GPU, micro-batches are replays of CUDA graphs."""
 
-    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
-        super().__init__(network, recipe, loss)
+    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module, steps: int):
+        super().__init__(network, recipe, loss, steps)
         self.graphs = StepGraphs([network, loss])
         if processes.size() > 1:
             self.model = processes.parallel(processes.sync_batch_norm(network))
@@ -156,10 +185,10 @@ class ReproducibleStep(Step):
         InputError: the network cannot be trained in this way.
     """
 
-    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module):
+    def __init__(self, network: Network, recipe: Recipe, loss: nn.Module, steps: int):
         reproducible.check(network, next(network.parameters()).device, recipe.dtype)
         reproducible.same_weights(network)
-        super().__init__(network, recipe, loss)
+        super().__init__(network, recipe, loss, steps)
 
     def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
         total = reproducible.sum_over_images(self.loss, heads, mask)
@@ -173,13 +202,13 @@ class ReproducibleStep(Step):
         return reproducible.one_thread()
 
 
-def make_step(network: Network, recipe: Recipe, loss: nn.Module) -> Step:
-    """The step that a recipe asks for.
+def make_step(network: Network, recipe: Recipe, loss: nn.Module, steps: int) -> Step:
+    """The step that a recipe asks for; see `Step`.
 
     Raises:
         InputError: the recipe is reproducible and the network cannot be trained reproducibly.
     """
-    return (ReproducibleStep if recipe.reproducible else UsualStep)(network, recipe, loss)
+    return (ReproducibleStep if recipe.reproducible else UsualStep)(network, recipe, loss, steps)
 
 
 def _biases_before_norms(network: Network) -> list[nn.Parameter]:

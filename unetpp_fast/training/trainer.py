@@ -1,9 +1,9 @@
 """The training loop: early stopping, a log, and checkpoints from which a run resumes exactly.
 
-Adam at 3e-4 and early stopping on the validation set are the paper's (sec. 3). An interrupted run, even a killed one,
-resumes from `last.pt` with the log and weights of an uninterrupted run on the same CPU; a GPU may sum in another order from
-run to run. With several processes (`processes.py`) each takes its share of every batch; on a CPU the weights can be made
-independent of their number (`reproducible.py`). `step.py` holds the optimizer step.
+The defaults, Adam at 3e-4 and early stopping on the validation set, are the paper's (sec. 3). An interrupted run, even a
+killed one, resumes from `last.pt` with the log and weights of an uninterrupted run on the same CPU; a GPU may sum in another
+order from run to run. With several processes (`processes.py`) each takes its share of every batch; on a CPU the weights can
+be made independent of their number (`reproducible.py`). `step.py` holds the optimizer step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..common.extras import need
 from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..models.network import Network
-from . import captured, processes, run_folder
+from ..models.normalisation import Normalisation
+from . import captured, evaluation, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
-from .evaluation import evaluate
 from .loss_table import is_exclusive
 from .losses import BCEDiceLoss
 from .recipe import Recipe
@@ -49,15 +49,19 @@ class Trainer:
     Args:
         network: on the device to train on; with several processes its batch norms take statistics over all of them.
         patches: the source of the batches.
-        validation: whole images for early stopping and for the choice of the best epoch, by IoU; if empty, every epoch runs
-            and there is no `best.pt`.
+        validation: whole images for early stopping and for the choice of the best epoch, by the recipe's `monitor`; if
+            empty, every epoch runs and there is no `best.pt`.
         recipe: see `Recipe`.
         out: the folder, or None to write nothing.
         about: plain data that goes into every checkpoint; a run is resumed only if it is the same.
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
             returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
             show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
-            one-hot, the class with the largest logit is chosen, and `best.pt` holds the scores of each class ("scores").
+            one-hot, and the largest logit is chosen. `best.pt` holds the scores of each of several classes ("scores").
+
+        max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
+
+    The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
 
     Raises:
         InputError: the network returns something other than logits, or cannot be trained reproducibly as the recipe asks.
@@ -72,18 +76,20 @@ class Trainer:
         out: Path | None = None,
         about: dict[str, Any] | None = None,
         loss: nn.Module | None = None,
+        max_memory: int | str = evaluation.MEMORY,
     ):
         self.network, self.patches, self.validation = network, patches, validation
-        self.recipe, self.out, self.about = recipe, out, about or {}
+        self.recipe, self.out, self.about, self.max_memory = recipe, out, about or {}, max_memory
         if network.form not in ("plain", "always_list"):
             raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
         self.loss = (loss or BCEDiceLoss()).to(self.device)
         network.exclusive = is_exclusive(self.loss)
-        self.train_step = make_step(network, recipe, self.loss)
+        network.normalisation = _normalisation(patches)
+        self.train_step = make_step(network, recipe, self.loss, -(-len(patches) // recipe.batch_size))
         self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running epoch
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
-        self.best, self.stale = -1.0, 0
+        self.best, self.stale = recipe.worst, 0
         self.history: list[dict[str, float]] = []
         self.scores: dict[str, Any] = {}  # of the last validation
         self._stop, self._told = False, ""
@@ -91,13 +97,13 @@ class Trainer:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there are epochs left and the validation IoU has improved within the last `patience` epochs."""
+        """Whether there are epochs left and the monitored score has improved within the last `patience` epochs."""
         return self.epoch < self.recipe.epochs and self.stale < self.recipe.patience
 
     def fit(
         self, progress: bool = True, after_epoch: Callable[[dict[str, float]], object] | None = None
     ) -> list[dict[str, float]]:
-        """Trains to the last epoch, or until the validation IoU has not improved for `patience` epochs.
+        """Trains to the last epoch, or until the monitored score has not improved for `patience` epochs.
 
         Args:
             progress: show a bar, and a line per epoch, in the first process.
@@ -219,10 +225,12 @@ class Trainer:
         train_loss, train_iou = self._means()
         self._check_weights()
         if self.validation:
-            self._save("last.pt", resumable=True)  # validating whole images may run out of memory
-        with self.train_step.evaluating():
-            settings = {"dtype": self.recipe.dtype, "loss": self.loss}
-            self.scores = evaluate(self.network, self.validation, **settings) if self.validation else {}
+            self._save("last.pt", resumable=True)  # validating may fail
+        settings = {"dtype": self.recipe.dtype, "loss": self.loss, "max_memory": self.max_memory}
+        self.scores = {}
+        if self.validation:
+            with self.train_step.evaluating():
+                self.scores = evaluation.evaluate(self.train_step.validated, self.validation, **settings)
         self.epoch, self.step = self.epoch + 1, 0
         self.sums = torch.zeros_like(self.sums)
         values = (
@@ -234,8 +242,9 @@ class Trainer:
         row = dict(zip(run_folder.COLUMNS, values, strict=True))
         self.history.append(row)
         if self.validation:
-            better = row["val_iou"] > self.best
-            self.best, self.stale = (row["val_iou"], 0) if better else (self.best, self.stale + 1)
+            score = row[f"val_{self.recipe.monitor}"]
+            better = self.recipe.is_better(score, self.best)
+            self.best, self.stale = (score, 0) if better else (self.best, self.stale + 1)
             if better:
                 self._save("best.pt", resumable=False)
         self._save("last.pt", resumable=True)
@@ -249,9 +258,10 @@ class Trainer:
     def _save(self, name: str, resumable: bool) -> None:
         if not self.out or not processes.is_first():
             return
-        content = {"config": self.network.config, "model": self.network.state_dict(), "about": self.about}
+        network = self.network if resumable else self.train_step.validated
+        content = {"config": self.network.config, "model": network.state_dict(), "about": self.about}
         content |= {"epoch": self.epoch, "best": self.best}
-        content |= {"scores": self.scores} if "confusion" in self.scores else {}
+        content |= {"scores": self.scores} if "class_iou" in self.scores else {}
         if resumable:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             content |= {
@@ -275,12 +285,16 @@ class Trainer:
         if "optimizer" not in content:
             raise InputError(f"{path} holds a model but not the state of a training run: it cannot be resumed")
         now = {**asdict(self.recipe), **self.about, "model": self.network.config, "loss": repr(self.loss)}
-        then = {**asdict(Recipe()), **content["recipe"], **content["about"], "model": content["config"]}
+        then = {**asdict(Recipe()), **content["recipe"], **content["about"]}
+        added = {key: value for key, value in now["model"].items() if key == "normalisation"}  # older networks carry none
+        then["model"] = {**added, **content["config"]}
         then["loss"] = content.get("loss", repr(BCEDiceLoss()))  # older checkpoints name no loss
-        changed = [key for key in now if key not in Recipe.MAY_CHANGE and _plain(now[key]) != _plain(then.get(key))]
+        keys = [key for key in (*now, *content["about"]) if key not in self.recipe.may_change]
+        changed = [key for key in keys if _plain(now.get(key)) != _plain(then.get(key))]
         if changed:
-            key, values = changed[0], f"{then.get(changed[0])!r}, now {now[changed[0]]!r}"
-            shown = f"{key}={values}" if len(values) < 80 else f"{key} set" if key in self.about else key
+            key, values = changed[0], f"{then.get(changed[0])!r}, now {now.get(changed[0])!r}"
+            long = f"{key} set" if key in self.about or key in content["about"] else key
+            shown = f"{key}={values}" if len(values) < 80 else long
             raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
         self.network.load_state_dict(content["model"])
         self.train_step.load_state_dict(content)
@@ -314,6 +328,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _normalisation(patches: Patches) -> Normalisation | None:
+    """How all samples are prepared; None if they do not tell, or differ."""
+    found = {getattr(sample, "normalisation", None) for sample in patches.samples}
+    return found.pop() if len(found) == 1 else None
 
 
 def _plain(value: Any) -> Any:

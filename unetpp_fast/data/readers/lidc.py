@@ -22,6 +22,8 @@ import numpy as np
 
 from ...common.errors import InputError
 from ...common.extras import need
+from ...common.progress import progress_bar
+from ...models.normalisation import Normalisation
 from ..images import rescale
 from ..samples import Dataset
 from .nodule_crops import LUNG_WINDOW
@@ -70,6 +72,8 @@ class NoduleSample:
     start: tuple[int, int, int]  # z, y, x
     readers: tuple[tuple[Nodule, ...], ...]
 
+    normalisation = Normalisation("window", window=LUNG_WINDOW)
+
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Windowed crop, float32 `[1, D, H, W]` in -1..1, and mask, bool `[1, D, H, W]`; sides of 64, less in a small scan.
 
@@ -115,8 +119,7 @@ def lidc_series(root: Path) -> Dataset | None:
         missing = "annotation (*.xml; LIDC-XML-only.zip)" if folders else "DICOM series (*.dcm)"
         raise InputError(f"{root} holds no {missing}: scans and annotations are separate downloads, both are needed")
     samples: list[NoduleSample] = []
-    tqdm = need("tqdm", "commands").tqdm
-    for folder in tqdm(folders, desc="reading DICOM headers", unit="series", disable=None, leave=False):
+    for folder in progress_bar(folders, desc="reading DICOM headers", unit="series", disable=None, leave=False):
         headers = _headers(folder)
         if headers and headers[0][1].SeriesInstanceUID in annotations:
             path, readers = annotations[headers[0][1].SeriesInstanceUID]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.errors import InputError
+from ...models.normalisation import Normalisation
 from ..images import rescale
 from ..nifti import check_geometry, open_nifti, read_part, to_labels
 from ..samples import Dataset
@@ -25,6 +26,8 @@ class SliceSample:
     image: Path
     mask: Path
     index: int
+
+    normalisation = Normalisation("window", window=LIVER_WINDOW)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Windowed slice, float32 `[1, H, W]` in -1..1, and mask, bool `[1, H, W]`; errors as `read_part`."""

@@ -1,15 +1,17 @@
-"""Crops of CT scans around lung nodules, prepared by the user as volumes in any format with a `read_volume`."""
+"""Crops of CT scans around lung nodules, prepared by the user as volumes in any format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ...common.errors import InputError
+from ...models.normalisation import Normalisation
 from ..file_formats import files_by_id, format_of, volume_endings
-from ..images import check_size, rescale
+from ..images import rescale
+from ..inputs import read_drawn_values, read_real_volume, stack_masks
 from ..nifti import to_labels
 from ..samples import Dataset
 
@@ -24,23 +26,20 @@ class CropSample:
     image: Path
     masks: tuple[Path, ...]
 
+    normalisation = Normalisation("window", window=LUNG_WINDOW)
+
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Windowed volume, float32 `[1, D, H, W]` in -1..1, and mask, bool `[classes, D, H, W]`.
 
         Raises:
             InputError: a file cannot be read, sizes differ, or the values are not Hounsfield units.
         """
-        form = format_of(self.image)
-        values = form.read_volume(self.image)[None]
+        drawn = [read_drawn_values(path) for path in self.masks]
+        masks = [replace(mask, values=to_labels(mask.path, mask.values)) for mask in drawn]
+        values = read_real_volume(self.image, masks[0])
         if np.abs(values).max() <= 1:
             raise InputError(f"{self.image} holds values within -1..1: expected Hounsfield units, before any scaling")
-        masks = []
-        for path in self.masks:
-            form.check_grid(self.image, path)
-            mask = to_labels(path, form.read_volume(path))
-            check_size(path, mask, self.image, values)
-            masks.append(mask)
-        return rescale(values, LUNG_WINDOW), np.stack(masks)
+        return rescale(values.astype(np.float32), LUNG_WINDOW), stack_masks(masks)
 
 
 def crop_folders(root: Path) -> Dataset | None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from ...common.errors import InputError
 from ..file_formats import find_images
-from ..images import check_size, read_standardised
+from ..images import check_size, read_normalised
 from ..masks import read_mask
-from ..samples import Dataset, Sample, find_samples
+from ..pairs import find_samples
+from ..samples import Dataset, Sample
 
 STAGES = ("", "stage1_train")
 
@@ -21,8 +22,8 @@ class InstanceSample(Sample):
     """An image with one mask file per object; their union is the mask of its single class."""
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Standardised image, float32 `[C, H, W]`, and mask, bool `[1, H, W]`; errors as `Sample.load`."""
-        image = read_standardised(self.image)
+        """Normalised image, float32 `[C, H, W]`, and mask, bool `[1, H, W]`; errors as `Sample.load`."""
+        image = read_normalised(self.image, self.normalisation)
         union = np.zeros(image.shape[1:], bool)
         for path in self.masks:
             mask = read_mask(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,9 @@ class FrameSample(Sample):
     """A video frame, scaled to 224x224 pixels because frame sizes differ between recorders."""
 
     group: str = ""
+    normalisation: None = field(default=None, kw_only=True)  # scaling is more than that
+
+    values = None  # prepared as the task prescribes
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Standardised image, float32 `[3, 224, 224]`, and mask, bool `[1, 224, 224]`.

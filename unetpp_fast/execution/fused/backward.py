@@ -23,6 +23,7 @@ from ..plan.steps import Plan, Slot, Step
 from .buffers import Maps, from_maps, to_maps, view
 from .composed import Composed
 from .forward import Forward
+from .gates import Gate, joined
 from .ops import read, takes_views
 from .upsampling import even, upsampling
 
@@ -171,7 +172,10 @@ class Backward:
             first = self.composed.operands[node.name][0] if self.composed else None
             again.first(maps, step, first or conv1_operands(plan, step, self.parameters, stored))
         mid, affine_mid = maps.mid(step)
-        out, _ = maps.out(step)
+        out, affine_out = maps.raw(step)
+        if plan.gates:
+            gate = Gate(f"{name}.attention2", self.parameters)
+            g.copy_(self._through_gate(gate, g, read(self.ops, out, affine_out, plan.slope)))
         total = self._through_norm(f"{node.name}.norm2", g, out, maps.level_tables[node.level], step.out)
         gw = self.ops.conv_wgrad(mid, g, axes=plan.axes, affine=affine_mid, slope=plan.slope)[0]
         if self.composed:
@@ -192,16 +196,41 @@ class Backward:
         node = step.node
         mid, _ = maps.mid(step)
         total = self._through_norm(f"{node.name}.norm1", g, mid, maps.mid_tables[node.level], step.out)
-        self._first_parameters(maps, step, g, total)
+        if step.source == "gated":
+            x = joined(self.plan, step, self.parameters, maps)
+            gate = Gate(f"nodes.{node.name}.attention1", self.parameters)
+            self._first_parameters(maps, step, g, total, (gate.forward(x), None))
+            self._into_gated(maps, step, g, weights.prefix, gate, x)
+            return None
+        self._first_parameters(maps, step, g, total, maps.prefix(step))
         gradient = self._into_prefix(maps, step, g, weights.prefix, needs_input)
         if step.form:
             self._into_low(maps, step, g, weights.low)
         return gradient
 
-    def _first_parameters(self, maps: Maps, step: Step, g: Tensor, total: Tensor | None) -> None:
-        """The gradients of a node's first convolution and of its up-sampling, through the composition."""
+    def _through_gate(self, gate: Gate, g: Tensor, x: Tensor) -> Tensor:
+        """The gradient of what a gate scales."""
+        gx, found = gate.backward(g, x)
+        for name, gradient in found.items():
+            self._add(name, gradient)
+        return gx
+
+    def _into_gated(self, maps: Maps, step: Step, g: Tensor, weight: Tensor, gate: Gate, x: Tensor) -> None:
+        """Into the prefix and the low source of a node whose input `x` is gated."""
+        g_x = torch.empty_like(x)
+        self.ops.conv(g_x, g, self._cast(weight), axes=self.plan.axes)
+        of_prefix, of_low = self._through_gate(gate, g_x, x).split([step.prefix, x.shape[-1] - step.prefix], dim=-1)
+        if step.prefix:
+            target = self._gradient(maps, step.node.level, Slot(0, step.prefix))
+            add = self._claim(maps, step.node.level, step.node.prefix)
+            target.add_(of_prefix) if add else target.copy_(of_prefix)
+        self._into_upsampled(maps, step, of_low)
+
+    def _first_parameters(self, maps: Maps, step: Step, g: Tensor, total: Tensor | None, operand: tuple) -> None:
+        """The gradients of a node's first convolution and of its up-sampling, through the composition; `operand`: the first
+        one, and how to read it."""
         plan, name = self.plan, f"nodes.{step.node.name}"
-        a, affine_a = maps.prefix(step)
+        a, affine_a = operand
         wa = g.new_zeros((3**plan.axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
         if step.source == "stride":
             phases = self.ops.conv_wgrad(g, read(self.ops, a, affine_a, plan.slope), axes=plan.axes, phased=True)
@@ -297,13 +326,20 @@ class Backward:
 
     def _into_low(self, maps: Maps, step: Step, g: Tensor, weight: Tensor) -> None:
         plan, (level, column) = self.plan, step.node.low
-        add = self._claim(maps, level, [column])
-        target = self._gradient(maps, level, step.low)
         if step.form == "phases":
+            add = self._claim(maps, level, [column])
+            target = self._gradient(maps, level, step.low)
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, taps=4, stride=2, add=add)
             return
         g_up = g.new_empty((*g.shape[:4], step.node.up_width))
         self.ops.conv(g_up, g, self._cast(weight), axes=plan.axes)
+        self._into_upsampled(maps, step, g_up)
+
+    def _into_upsampled(self, maps: Maps, step: Step, g_up: Tensor) -> None:
+        """From the gradient of the up-sampled low source of a node to that of the low source and of the up-sampling."""
+        plan, (level, column) = self.plan, step.node.low
+        add = self._claim(maps, level, [column])
+        target = self._gradient(maps, level, step.low)
         of_node = upsampling(plan, step, self.parameters, maps)
         gx, found = of_node.backward(from_maps(g_up, plan.axes), *maps.low(step))
         for name, gradient in found.items():

@@ -27,6 +27,9 @@ class Maps:
     level_tables, mid_tables: `[4, 1 or N, sum of widths]`, how to read these maps; None if they are stored activated.
     given: per level, the channels of its given map (`Plan.given`), which is read as it is whatever the table says.
     pools: the pooled map of a level.
+    raws: of a plan with gates in a pass that is kept, per level the outputs of second convolutions before their gates, and
+        `levels` those after them, stored as they are read; otherwise empty.
+    gates: whether it is such a plan.
     """
 
     image: Tensor | None
@@ -36,6 +39,8 @@ class Maps:
     mid_tables: list[Tensor | None]
     given: tuple[int, ...]
     pools: dict[int, Tensor] = field(default_factory=dict)
+    raws: list[Tensor | None] = field(default_factory=list)
+    gates: bool = False
 
     def slot(self, level: int, slot: Slot) -> Slot:
         """Where the output of a node lies: in its slot, or in the first of its level if the buffer has no room for it."""
@@ -45,6 +50,15 @@ class Maps:
         """The output of a node and how to read it."""
         level = step.node.level
         return view(self.levels[level], self.slot(level, step.out)), self._affine(level, step.out)
+
+    def raw(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
+        """The output of a node's second convolution and how to read it: the node's output, where no gate follows; before
+        a gate it is there too, for a moment, in a pass that is not kept."""
+        level = step.node.level
+        if not self.raws:
+            return view(self.levels[level], self.slot(level, step.out)), affine(self.level_tables[level], step.out)
+        slot = Slot(step.out.offset - self.given[level], step.out.width)
+        return view(self.raws[level], slot), affine(self.level_tables[level], step.out)
 
     def paired(self, step: Step) -> bool:
         """Whether a node's first convolution runs strip by strip with its second."""
@@ -79,7 +93,7 @@ class Maps:
         """The channels of a node's first operand that are read as they are, where others are not."""
         level = step.node.level
         mixed = step.source == "prefix" and step.prefix > self.given[level] and self.level_tables[level] is not None
-        return self.given[level] if mixed else 0
+        return self.given[level] if mixed and not self.gates else 0
 
     def low(self, step: Step) -> tuple[Tensor, naive.Affine | None]:
         """The low source of a node, at low resolution."""
@@ -87,7 +101,7 @@ class Maps:
         return view(self.levels[below], self.slot(below, step.low)), self._affine(below, step.low)
 
     def _affine(self, level: int, slot: Slot) -> naive.Affine | None:
-        return None if slot.end <= self.given[level] else affine(self.level_tables[level], slot)
+        return None if self.gates or slot.end <= self.given[level] else affine(self.level_tables[level], slot)
 
     def kept(self, plan: Plan, recompute: bool) -> list[Tensor]:
         """The tensors that a backward pass needs beside the image, in the order of `kept_names`.
@@ -101,7 +115,8 @@ class Maps:
     def from_kept(cls, plan: Plan, image: Tensor | None, kept: Sequence[Tensor], raw: bool, recompute: bool) -> Maps:
         """The inverse of `kept`; with `recompute`, `mids` has room for one node per level."""
         nothing = [None] * len(plan.widths)
-        maps = cls(image, list(nothing), list(nothing), list(nothing), list(nothing), plan.given)
+        maps = cls(image, list(nothing), list(nothing), list(nothing), list(nothing), plan.given, gates=plan.gates)
+        maps.raws = list(nothing) if plan.gates else []
         for (name, key), tensor in zip(kept_names(plan, raw, recompute), kept, strict=True):
             getattr(maps, name)[key] = tensor
         if recompute:
@@ -115,7 +130,8 @@ def kept_names(plan: Plan, raw: bool, recompute: bool) -> list[tuple[str, int]]:
     raw: outputs are stored raw, with tables.
     """
     levels = range(len(plan.widths))
-    fields = ["levels", *([] if recompute else ["mids"]), *(["level_tables", "mid_tables"] if raw else [])]
+    fields = ["levels", *([] if recompute else ["mids"]), *(["raws"] if plan.gates else [])]
+    fields += ["level_tables", "mid_tables"] if raw else []
     names = [(name, level) for name in fields for level in levels]
     return names + [("pools", step.node.level) for step in plan.steps if step.source == "pool"]
 
@@ -170,12 +186,12 @@ def allocate(
         room = width if keep else plan.least_widths[level]
         levels.append(x.new_empty((x.shape[0], *size, room), dtype=dtype))
     kept = keep and not recompute
-    if kept:
-        mids = [x.new_empty((*y.shape[:4], y.shape[4] - plan.given[i]), dtype=dtype) for i, y in enumerate(levels)]
-    else:
-        mids = shared_mids(plan, levels, pair_rows)
+    computed = [(*y.shape[:4], y.shape[4] - plan.given[i]) for i, y in enumerate(levels)]
+    mids = [x.new_empty(shape, dtype=dtype) for shape in computed] if kept else shared_mids(plan, levels, pair_rows)
     pools = {} if keep else _pools_beside(plan, levels)
-    return Maps(image, levels, mids, [table for table, _ in tables], [table for _, table in tables], plan.given, pools)
+    raws = [x.new_empty(shape, dtype=dtype) for shape in computed] if keep and plan.gates else []
+    level_tables, mid_tables = map(list, zip(*tables, strict=True))
+    return Maps(image, levels, mids, level_tables, mid_tables, plan.given, pools, raws, plan.gates)
 
 
 def _pools_beside(plan: Plan, levels: Sequence[Tensor]) -> dict[int, Tensor]:

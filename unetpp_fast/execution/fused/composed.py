@@ -90,7 +90,7 @@ class Composition:
     def _sizes(self, step: Step) -> tuple[int, int, int, int]:
         """Channels of a node: of its prefix, of its low source, of that up-sampled, and its own."""
         co, inputs = self.shapes[f"nodes.{step.node.name}.conv1.weight"][:2]
-        prefix = inputs if step.source in ("input", "pool", "stride") else step.prefix
+        prefix = inputs if step.source in ("input", "pool", "stride", "gated") else step.prefix
         low = 0 if step.low is None else step.low.width if step.form == "phases" else inputs - prefix
         return prefix, low, inputs - prefix, co
 

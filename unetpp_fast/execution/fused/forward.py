@@ -22,7 +22,8 @@ from ..plan.operands import Modes, cast, node_operands
 from ..plan.steps import Plan, Slot, Step, head_step
 from ..plan.weight_composition import Operands, taps_first
 from .buffers import Maps, allocate, from_maps, to_maps, view
-from .ops import reads_linear, takes_views
+from .gates import Gate, joined
+from .ops import read, reads_linear, takes_views
 from .upsampling import even, projected, upsampling
 
 
@@ -89,24 +90,38 @@ class Forward:
         operands, second = self.operands.get(node.name) or node_operands(plan, step, self.parameters, self.modes)
         if maps.paired(step):
             self._pair(maps, step, operands, second)
+            self._gate(maps, step)
             return
         stats = self.first(maps, step, operands)
         mid, affine_mid = maps.mid(step)
         pixels = mid[..., 0].numel()
         self._normalise(f"{node.name}.norm1", stats, maps.mid_tables[node.level], step.out, pixels)
-        out, _ = maps.out(step)
         stats = self.ops.conv(
-            out, mid, self._cast(second.wa), axes=plan.axes, affine_a=affine_mid, slope=plan.slope,
+            maps.raw(step)[0], mid, self._cast(second.wa), axes=plan.axes, affine_a=affine_mid, slope=plan.slope,
             **self._epilogue(f"{node.name}.norm2", second),
         )  # fmt: skip
         self._normalise(f"{node.name}.norm2", stats, maps.level_tables[node.level], step.out, pixels)
+        self._gate(maps, step)
+
+    def _gate(self, maps: Maps, step: Step) -> None:
+        """Scales the output of a node, where the plan has gates."""
+        if self.plan.gates:
+            gate = Gate(f"nodes.{step.node.name}.attention2", self.parameters)
+            maps.out(step)[0].copy_(gate.forward(read(self.ops, *maps.raw(step), self.plan.slope)))
+
+    def _operand(self, maps: Maps, step: Step) -> tuple[Tensor, naive.Affine | None]:
+        """The first operand of a node's first convolution and how to read it."""
+        if step.source != "gated":
+            return maps.prefix(step)
+        gate = Gate(f"nodes.{step.node.name}.attention1", self.parameters)
+        return gate.forward(joined(self.plan, step, self.parameters, maps)), None
 
     def _pair(self, maps: Maps, step: Step, first: Operands, second: Operands) -> None:
         """Runs both convolutions of a node, of which the first is not stored as a whole."""
         epilogue = self._epilogue(f"{step.node.name}.norm1", first)
         b, _, linear = self._low(maps, step)
         self.ops.conv_pair(
-            maps.out(step)[0], view(maps.mids[step.node.level], maps.mid_slot(step)), maps.prefix(step)[0],
+            maps.out(step)[0], view(maps.mids[step.node.level], maps.mid_slot(step)), self._operand(maps, step)[0],
             self._cast(first.wa), self._cast(second.wa), phased=step.form == "phases",
             b=b, wb=self._cast(first.wb), linear=linear, bias=epilogue["bias"], border=epilogue["border"],
             second_bias=self._epilogue(f"{step.node.name}.norm2", second)["bias"], slope=self.plan.slope,
@@ -116,7 +131,7 @@ class Forward:
         """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
         phased = step.form == "phases"
         stride = 2 if phased or step.source == "stride" else 1
-        a, affine_a = maps.prefix(step)
+        a, affine_a = self._operand(maps, step)
         b, affine_b, linear = self._low(maps, step)
         options = {} if linear is None else {"linear": linear}
         return self.ops.conv(

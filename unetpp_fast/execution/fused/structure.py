@@ -71,7 +71,10 @@ class Structure:
         columns = [column for column, given in zip(topology.heads, heads, strict=True) if given]
         reached = {f"nodes.{name}" for name in self.nodes_of(heads)}
         reached |= {f"heads.{topology[0, column].name}" for column in columns}
-        return [name for name in self.parameters if ".".join(name.split(".")[:2]) in reached]
+        # The last blocks of a plan with gates have one that does not run.
+        never = tuple(f"nodes.{step.node.name}.attention1." for step in self.plan.steps if step.source != "gated")
+        mine = [name for name in self.parameters if ".".join(name.split(".")[:2]) in reached]
+        return [name for name in mine if not name.startswith(never)]
 
 
 _alive: WeakValueDictionary[str, Structure] = WeakValueDictionary()

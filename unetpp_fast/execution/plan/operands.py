@@ -40,8 +40,8 @@ def conv1_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
 
 
 def prefix_width(step: Step, weight: Tensor) -> int:
-    """Input channels of a node's first convolution that do not come from the level below."""
-    return weight.shape[1] if step.source in ("input", "pool", "stride") else step.prefix
+    """Channels of the first operand of a node's first convolution."""
+    return weight.shape[1] if step.source in ("input", "pool", "stride", "gated") else step.prefix
 
 
 def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:

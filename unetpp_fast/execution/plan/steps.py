@@ -41,9 +41,10 @@ class Step:
     """One node: conv1 over its operands, conv2 over conv1, the result into `out`.
 
     source: of the first operand: "input", "pool" (of the level above), "stride" (the level above, of which the convolution
-    reads every second pixel), "prefix" (the leading `prefix` channels of the node's level) or "low" (there is none beside
-    the low source); "given" for a node that is not computed. prefix: of "stride", the channels above. form: how the low
-    source `low`, channels of the level below, is read: None, "phases" (at low resolution) or "full" (up-sampled).
+    reads every second pixel), "prefix" (the leading `prefix` channels of the node's level), "low" (there is none beside
+    the low source) or "gated" (the prefix and the up-sampled low source in one map, scaled by a gate); "given" for a node
+    that is not computed. prefix: of "stride", the channels above. form: how the low source `low`, channels of the level
+    below, is read beside the first operand: None, "phases" (at low resolution) or "full" (up-sampled).
     """
 
     node: Node
@@ -60,7 +61,8 @@ class Plan:
 
     norm: None, "batch" or "instance"; slope: of the leaky ReLU, 0 for ReLU; upsample: its name and keywords; head_taps: of
     the heads' convolutions along an axis, 1 or 3; no_bias: what else of "up" and "head" has no bias;
-    beforehand: low sources are always up-sampled into a map (`fused/upsampling.py`), never as they are read.
+    beforehand: low sources are always up-sampled into a map (`fused/upsampling.py`), never as they are read. gates: outputs
+    are scaled by scSE gates, and the inputs of nodes whose source is "gated" (`fused/gates.py`).
     """
 
     topology: Topology
@@ -77,6 +79,7 @@ class Plan:
     head_taps: int = 1
     no_bias: tuple[str, ...] = ()
     beforehand: bool = False
+    gates: bool = False
 
     @property
     def axes(self) -> int:
@@ -123,7 +126,7 @@ class Plan:
         """Per level, the width of its longest prefix; what lies beyond is only read as a low source, by a pool or a head."""
         found = [0] * len(self.widths)
         for step in self.steps:
-            if step.source == "prefix":
+            if step.source in ("prefix", "gated"):
                 found[step.node.level] = max(found[step.node.level], step.prefix)
         return tuple(found)
 
@@ -155,8 +158,11 @@ class Plan:
             how = {
                 "phases": f"{low} at its own resolution, {step.low.width} channels",
                 "full": f"{low} up-sampled {HOW[self.upsample]}, {node.up_width} channels",
-            }[step.form]
-            reads = f"{names} in place, {step.prefix} channels, and {how}" if names else how
+            }["full" if step.source == "gated" else step.form]
+            place = "" if step.source == "gated" else " in place"
+            reads = f"{names}{place}, {step.prefix} channels, and {how}" if names else how
+            reads += ", in one gated map" if step.source == "gated" else ""
+        reads += "; its output is gated by PyTorch's operators" if self.gates else ""
         return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
 
 
@@ -165,6 +171,8 @@ def unsupported(topology: Topology, options: Options | None = None) -> str:
 
     Its prefixes must be the leading channels of their level, and some backend must be able to compute its options.
     """
+    if topology.strides or any(node.kernel for node in topology.nodes):
+        return "strides and kernels that differ between axes run on the reference"
     reasons = [options_unsupported(options or {}, backend) for backend in ENGINES]
     if all(reasons):
         return reasons[0]
@@ -200,16 +208,18 @@ def _make_plan(topology: Topology, options: tuple) -> Plan:
     steps = []
     for node in topology.nodes:
         source = _source(topology, node, given.get("downsample", "pool"))
+        gated = bool(given.get("attention")) and node.column > 0 and node.level > 0  # at the image's size are last blocks
+        source = "gated" if gated else source
         prefix = sum(topology[node.level, column].width for column in node.prefix)
         prefix = topology[node.level - 1, 0].width if source == "stride" else prefix
         low = slots[node.low] if node.column else None
-        steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column else None))
+        steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column and not gated else None))
     return Plan(
         topology, tuple(steps), widths, norm, norm_keywords.get("eps", 1e-5), norm_keywords.get("momentum", 0.1),
         ACTIVATIONS[act].slope(act_keywords), upsample, up_keywords.get("align_corners"),
         bool(up_keywords.get("project", False)), bool(given["bias"]), given.get("head_taps", 1),
         ("up",) * (not up_keywords.get("bias", True)) + ("head",) * (not given.get("head_bias", True)),
-        not (UPSAMPLES[upsample].phases or upsample == "linear"),
+        not (UPSAMPLES[upsample].phases or upsample == "linear"), bool(given.get("attention")),
     )  # fmt: skip
 
 

@@ -1,0 +1,141 @@
+"""What the page computes: models of every kind, files of every kind, and the events, without gradio."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.command_line import fails
+
+import unetpp_fast as uf
+from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.images import STANDARD, read_image, standardise
+from unetpp_fast.experiments import demo
+from unetpp_fast.training.checkpoint import save_checkpoint
+from unetpp_fast.webapp import interface, models, segmentation
+
+CPU = torch.device("cpu")
+
+
+def small(channels: int = 1, classes: int = 1, exclusive: bool = False, dims: int = 2) -> models.Model:
+    torch.manual_seed(0)
+    network = uf.UNetPlusPlus(channels, classes, features=(3, 4, 5), deep_supervision=True, spatial_dims=dims)
+    network.exclusive, network.normalisation = exclusive, STANDARD
+    names = [f"class {index}" for index in range(classes)]
+    about = {"classes": names, "exclusive": exclusive, "palette": [[index, 2, 3] for index in range(classes)]}
+    return models._model("small", network, {"about": about}, "float32")
+
+
+def picture(path, shape, dtype=np.uint8):
+    Image.fromarray(np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype)).save(path)
+    return path
+
+
+def test_masks_are_those_of_predict(tmp_path):
+    model, path = small(), picture(tmp_path / "a.png", (21, 30))
+    opened = segmentation.open_file(model, path)
+    image = torch.from_numpy(standardise(read_image(path)))[None]
+    for mode, level in (("fast", 1), ("accurate", 2)):
+        expected = model.network.predict(image, mode=mode, level=level)[0].numpy()
+        np.testing.assert_allclose(opened.probabilities(mode, level), expected, atol=1e-6)
+        assert np.array_equal(opened.mask(mode, level), (expected[0] > 0.5) * np.uint8(255))
+        assert opened.overlay(mode, level).shape == (21, 30, 3) and opened.times[mode, level] > 0
+    assert opened.planes == 1
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(3, (21, 30)), (1, (21, 30, 3))], ids=["grey", "colour"])
+def test_channels_are_made_to_fit_and_said_so(tmp_path, channels, shape):
+    opened = segmentation.open_file(small(channels), picture(tmp_path / "a.png", shape))
+    assert ("repeated" in opened.note) == (channels == 3) and opened.mask("fast", 1).shape == (21, 30)
+    values = np.asarray(Image.open(tmp_path / "a.png"), np.float32) / 255
+    expected = np.stack([values] * 3) if channels == 3 else values.mean(axis=2)[None]
+    np.testing.assert_allclose(opened.image(), expected if channels == 1 else expected[:3], atol=1e-6)
+
+
+def test_planes_of_a_stack_and_of_a_volume(tmp_path):
+    values = np.random.default_rng(0).random((8, 12, 16), np.float32)
+    np.save(tmp_path / "v.npy", values)
+    stack = segmentation.open_file(small(), tmp_path / "v.npy")
+    volume = segmentation.open_file(small(dims=3), tmp_path / "v.npy")
+    assert stack.planes == volume.planes == 8
+    for opened in (stack, volume):
+        assert opened.mask("fast", 2, 5).shape == (12, 16)
+        np.testing.assert_allclose(opened.image(5)[0], values[5], atol=1e-6)
+    assert len(stack.kept) == 1 and next(iter(volume.kept.values())).shape == (1, 8, 12, 16)
+
+
+def test_exclusive_classes_have_their_colours(tmp_path):
+    opened = segmentation.open_file(small(classes=3, exclusive=True), picture(tmp_path / "a.png", (16, 16)))
+    label = opened.probabilities("accurate", 2).argmax(axis=0)
+    mask = opened.mask("accurate", 2)
+    assert opened.model.classes == ("class 1", "class 2")
+    assert np.array_equal(mask[..., 0], np.where(label > 0, label, 0)) and (mask[..., 1][label > 0] == 2).all()
+
+
+def test_a_large_image_is_predicted_in_tiles_and_drawn_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(segmentation, "WHOLE_PIXELS", 100)
+    monkeypatch.setattr(segmentation, "SHOWN", 20)
+    model, path = small(), picture(tmp_path / "a.png", (48, 64))
+    opened = segmentation.open_file(model, path)
+    expected = model.network.predict(torch.from_numpy(standardise(read_image(path)))[None], mode="fast", level=2)[0].numpy()
+    np.testing.assert_allclose(opened.probabilities("fast", 2), expected, atol=1e-5)
+    assert opened.overlay("fast", 2).shape == (12, 16, 3) and opened.mask("fast", 2).shape == (48, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.png", b"\x89PNG\r\n\x1a\nnonsense", "^given.png cannot be read"),
+        ("a.txt", b"x", "unknown format"),
+        ("a.npy", None, "^given.npy holds NaN"),
+    ],
+)
+def test_a_bad_file_is_named_as_it_was_given(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content) if content else np.save(path, np.full((16, 16), np.nan, np.float32))
+    with pytest.raises(InputError, match=says):
+        segmentation.open_file(small(), path, f"given{path.suffix}").probabilities("fast", 1)
+
+
+def test_models_come_from_a_run_a_file_and_a_saved_folder(tmp_path):
+    network = small().network
+    save_checkpoint(tmp_path / "run/best.pt", {"config": network.config, "model": network.state_dict(), "about": {}})
+    for place in (tmp_path / "run", tmp_path / "run/best.pt"):
+        assert models.load(str(place), CPU).levels == (1, 2)
+    pytest.importorskip("safetensors")
+    network.save_pretrained(tmp_path / "saved")
+    assert models.load(str(tmp_path / "saved"), CPU).describe().endswith("heads at L1, L2; cpu, float32")
+    (tmp_path / "empty").mkdir()
+    for place, says in (("empty", "holds no best.pt or last.pt"), ("none.pt", "does not exist")):
+        with pytest.raises(InputError, match=says):
+            models.load(str(tmp_path / place), CPU)
+
+
+def test_the_events_of_a_visit(tmp_path, monkeypatch):
+    app = interface.App(None, CPU, "float32")
+    session = app.open(app.begin(), str(picture(tmp_path / "a.png", (16, 24))))
+    assert "Choose a model" in session.problem and interface.times(session) == ""
+    monkeypatch.setattr(models, "train_on_sample", lambda device: small())
+    session = app.train(session)
+    session, overlay, mask, table, line = app.look(session, 2, "fast", 0)
+    assert overlay.shape == (16, 24, 3) and mask.shape == (16, 24) and table.count(" ms") == 1 and "a.png, 16 x 24" in line
+    assert list(app.measure(session))[-1][1].count(" ms") == 4
+    session = app.choose_model(session, "")
+    assert "give the folder of a training" in interface.status(session) and 'role="alert"' in interface.status(session)
+    assert app.look(session, 2, "fast", 0)[1] is not None
+    closed = interface.App(None, CPU, "float32", choose=False)
+    assert "one model" in closed.choose_model(closed.begin(), str(tmp_path)).problem
+
+
+def test_the_small_model_learns_the_sample(monkeypatch):
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 1)
+    model = models.train_on_sample(CPU, epochs=1)
+    assert model.classes == ("nuclei",) and model.network.normalisation == STANDARD and not model.network.training
+
+
+def test_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install 'unetpp_fast[app]'" in fails(capsys, "app", "--device", "cpu")

@@ -1,0 +1,33 @@
+"""Whether a mask lies on the grid of its volume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..common.errors import InputError
+
+
+def check_affines(
+    image: np.ndarray | None, mask: np.ndarray | None, image_path: Path, mask_path: Path, what: str = "mask"
+) -> None:
+    """Raises InputError unless both have the same spacing, directions and origin.
+
+    image, mask: matrices from voxels x, y, z to mm, `[4, 4]`; a file whose format has none, None, fits any. what: the second
+    file is.
+    """
+    if image is None or mask is None:
+        return
+    pair = f"{what} {mask_path} and volume {image_path}"
+    spacing, mask_spacing = (np.linalg.norm(affine[:3, :3], axis=0) for affine in (image, mask))
+    if not np.allclose(spacing, mask_spacing, rtol=1e-3):
+        raise InputError(f"{pair} differ in spacing: {times(mask_spacing)} and {times(spacing)} mm; resample the {what}")
+    if np.abs(image - mask).max() > 0.1 * spacing.min():
+        raise InputError(f"{pair} differ in affine: the {what} is turned or shifted; if it is not, copy the volume's header")
+
+
+def times(sizes: Iterable[float]) -> str:
+    """`0.7x0.8x2.5`."""
+    return "x".join(f"{size:.4g}" for size in sizes)
