@@ -135,8 +135,8 @@ class Recomputing(TorchFunctionMode):
         self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
         bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
     ) -> tuple[Tensor, Recipe | None]:  # fmt: skip
-        several = input.numel() > input.shape[1]
-        if not training or not several or weight is None or bias is None or weight.dtype != input.dtype:
+        usual = input.dtype in (torch.float32, torch.float64) and weight is not None and bias is not None
+        if not training or not usual or weight.dtype != input.dtype or input.numel() <= input.shape[1]:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps), None
         source = self._recipe(input) or Stored(input)
         y, mean, inverse = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
