@@ -17,7 +17,7 @@ TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libc10.so
 GPU_TRITON ?=
 WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 
-.PHONY: demo test bench figures static docs wheel gpu-check gpu-prepare lint format clean
+.PHONY: demo test bench figures static docs coverage wheel gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
@@ -59,6 +59,14 @@ gpu-prepare: .venv/test $(if $(GPU_TRITON),.venv/triton-$(GPU_TRITON))
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The tests, and what of the package none of them runs; see also build/coverage/index.html.
+coverage: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP)
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
+	$(BIN)/python -m coverage html --quiet
 
 format: .venv/test
 	$(BIN)/ruff check --fix .

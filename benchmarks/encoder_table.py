@@ -2,15 +2,18 @@
 
 `python benchmarks/encoder_table.py` measures every part, records the rows and prints the table. To measure some parts only,
 name them: `python benchmarks/encoder_table.py resnet34-256 kept-resnet34-256`. `--print` measures nothing and prints what is
-recorded. smp has to be installed; weights are random, nothing is downloaded.
+recorded; `--write` also writes the rows of `pruned-resnet34` into docs/encoders.md. smp has to be installed (for the pruned
+networks timm alone); weights are random, nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import cpu_table
@@ -21,18 +24,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from unetpp_fast.benchmarking import harness
+from unetpp_fast.benchmarking import backends, harness, records
 from unetpp_fast.benchmarking.case import Case, Prepared
 from unetpp_fast.benchmarking.implementations import IMPLEMENTATIONS
+from unetpp_fast.common import timing
+from unetpp_fast.common.atomic_files import write_atomic
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.common.extras import need
 from unetpp_fast.converters.converter import convert
 from unetpp_fast.deployment.optimized import optimize
 from unetpp_fast.execution import dispatch
+from unetpp_fast.models.architectures import UNetPlusPlus
+from unetpp_fast.models.encoder_network import EncodedNetwork
 
 ENCODERS = ("resnet34", "efficientnet-b0", "resnet50", "mobilenet_v2")
 SIZES = (512, 256)
 IN_CHANNELS = 3
+CPU = cpu_table.CPU
+PRUNED = "resnet34"
+PRUNED_CASE = Case("inference", f"unet++-{PRUNED}", 4, "fast", (512, 512), 1, "float32")
+PAGE = Path(__file__).parents[1] / "docs" / "encoders.md"
+BEGIN, END = "<!-- pruned: from here on written by `encoder_table.py --write` -->", "<!-- pruned: up to here -->"
 OURS, ALTERNATIVES = "fused", ("eager-channels-last", "compile", "onnxruntime", "openvino")
 
 
@@ -80,10 +92,73 @@ def case_of(encoder: str, size: int) -> Case:
 def compared(encoder: str, size: int, rounds: int) -> list[dict]:
     """The rows of one encoder and size; prints which implementations have none, and why."""
     case, chosen = case_of(encoder, size), {name: IMPLEMENTATIONS[name] for name in ALTERNATIVES}
-    outcome = harness.measure(case, Whole(smp_module(encoder)), {**chosen, OURS: ours}, cpu_table.CPU, rounds=rounds)
+    outcome = harness.measure(case, Whole(smp_module(encoder)), {**chosen, OURS: ours}, CPU, rounds=rounds)
     for name, reason in {**outcome.skipped, **outcome.wrong}.items():
         print(f"{case}: {name} has no row: {reason}")
     return outcome.rows
+
+
+def own_network() -> EncodedNetwork:
+    """Ours over timm's encoder, with a head on every column and seeded weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNetPlusPlus(IN_CHANNELS, 1, encoder=PRUNED, deep_supervision=True).eval()
+
+
+def pruned(rounds: int) -> list[dict]:
+    """The rows of the network's pruned forms, timed in interleaved runs: as `optimize` makes them and by eager PyTorch."""
+    whole, eager, case = own_network(), ALTERNATIVES[0], PRUNED_CASE
+    networks = {level: whole.prune(level) for level in whole.topology.heads}
+    x = torch.randn(1, IN_CHANNELS, *case.size, generator=torch.Generator().manual_seed(0))
+    runs = {}
+    for level, network in networks.items():
+        fast, usual = optimize(network, dtype=torch.float32), backends.eager(network, x, case, True)
+        runs[OURS, level], runs[eager, level] = partial(fast, x), partial(usual.forward, usual.x)
+    with torch.no_grad():
+        times = timing.interleaved_times({f"{impl} {level}": run for (impl, level), run in runs.items()}, CPU, rounds=rounds)
+    rows = []
+    for level, network in networks.items():
+        mine = {impl: times[f"{impl} {level}"] for impl in (OURS, eager)}
+        rows += harness.rows_of(dataclasses.replace(case, level=level), CPU, mine, {}, network.gflop(case.size))
+    return rows
+
+
+def pruned_table(rows: Sequence[Mapping]) -> str:
+    """A row for each level that was recorded: its operations and times, and those as a share of the deepest level's."""
+    size = "x".join(map(str, PRUNED_CASE.size))
+    lines = [
+        f"| {PRUNED}, {size} | GFLOP | of the whole | `optimize`, ms | of the whole | eager, ms |",
+        "| --- |" + " --- |" * 5,
+    ]
+    levels = {}
+    for row in rows:
+        if cpu_table.of_case(row, dataclasses.replace(PRUNED_CASE, level=row["level"])):
+            levels.setdefault(row["level"], {})[row["impl"]] = row
+    shown = {level: impls for level, impls in sorted(levels.items()) if OURS in impls}
+    if not shown:
+        return "No pruned networks are recorded on this machine."
+    gflop = {level: impls[OURS]["tflops"] * impls[OURS]["median_ms"] for level, impls in shown.items()}
+    deepest = max(shown)
+    for level, impls in shown.items():
+        ours = impls[OURS]["median_ms"]
+        usual = f"{impls[ALTERNATIVES[0]]['median_ms']:.0f}" if ALTERNATIVES[0] in impls else ""
+        shares = gflop[level] / gflop[deepest], ours / shown[deepest][OURS]["median_ms"]
+        old = "" if records.is_current(impls[OURS]) else " †"
+        lines.append(
+            f"| `prune({level})` | {gflop[level]:.1f} | {shares[0]:.2f} | {ours:.0f}{old} | {shares[1]:.2f} | {usual} |"
+        )
+    facts = shown[deepest][OURS]
+    return "\n".join([*lines, "", f"One image, float32, {facts['device']}, medians. † is of older sources."])
+
+
+def write(page: Path, rows: Sequence[Mapping]) -> None:
+    """Writes `pruned_table` between the markers of a page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"{page} lacks the lines {BEGIN} and {END}")
+    text = f"{before}{begin}\n{pruned_table(rows)}\n{end}{after}"
+    write_atomic(page, lambda stream: stream.write(text.encode()))
 
 
 class Alive(TorchDispatchMode):
@@ -111,7 +186,9 @@ def kept_mb(network: nn.Module, x: Tensor) -> float:
     apart."""
     with Alive() as alive:
         outputs = network.train()(x)
-    return alive.mb() if outputs is not None else 0.0
+    mb = alive.mb()
+    del outputs  # until here they hold what the backward pass needs
+    return mb
 
 
 def kept(encoder: str, size: int) -> dict[str, float]:
@@ -126,7 +203,8 @@ def kept(encoder: str, size: int) -> dict[str, float]:
 
 def parts() -> dict[str, Callable[[int], list[dict]]]:
     """What gives rows, by name: functions of the number of rounds."""
-    return {f"{encoder}-{size}": partial(compared, encoder, size) for encoder in ENCODERS for size in SIZES}
+    known = {f"{encoder}-{size}": partial(compared, encoder, size) for encoder in ENCODERS for size in SIZES}
+    return {**known, f"pruned-{PRUNED}": pruned}
 
 
 def checks() -> dict[str, Callable[[int, int], dict[str, float]]]:
@@ -141,11 +219,15 @@ def checks() -> dict[str, Callable[[int, int], dict[str, float]]]:
 def table(rows: Sequence[Mapping], found: Mapping[str, Mapping]) -> str:
     """As `cpu_table.table`."""
     cases = [case_of(encoder, size) for encoder in ENCODERS for size in SIZES]
-    return cpu_table.markdown(rows, {name: found[name] for name in checks() if name in found}, cases, (OURS, *ALTERNATIVES))
+    mine = {name: found[name] for name in checks() if name in found}
+    return f"{cpu_table.markdown(rows, mine, cases, (OURS, *ALTERNATIVES))}\n\n{pruned_table(rows)}"
 
 
 if __name__ == "__main__":
     try:
+        if "--write" in sys.argv:
+            sys.argv[sys.argv.index("--write")] = "--print"
+            write(PAGE, records.read(records.RESULTS / f"{records.machine(CPU)}.json"))
         cpu_table.command(__doc__, parts(), checks(), table)
     except InputError as error:
         sys.exit(str(error))

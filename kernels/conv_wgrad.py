@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -232,7 +232,13 @@ def _arguments(
     span = (config.block_d + 2) * height * width * max(a_stride, (2**axes if phased else 1) * dy_stride)
     per_image, is_wide = strides["affine_stride"] != 0, span >= NARROW_OFFSETS
     plain = 0 if affine is None else plain
-    options = {"SLOPE": slope, "PLAIN": plain, "PER_IMAGE": per_image, "PRECISION": precision, "WIDE": is_wide}
+    options: dict[str, Any] = {
+        "SLOPE": slope,
+        "PLAIN": plain,
+        "PER_IMAGE": per_image,
+        "PRECISION": precision,
+        "WIDE": is_wide,
+    }
     return Arguments((programs * splits,), (splits, count, taps, k, co), {**strides, **geometry, **options, **blocks})
 
 
@@ -291,4 +297,5 @@ def default_config(
         return configs(units, k, co, axes, phased, dtype)[0]
     block_m = min(512, power_of_two((2 if phased else 3) ** axes * k))
     block_co = min(128, power_of_two(co))
-    return WgradConfig(*interpreted_tile(units, (8, 32, 32), max(block_m, block_co)), block_m, block_co, 4, 1, programs=8)
+    block_d, block_h, block_w = interpreted_tile(units, (8, 32, 32), max(block_m, block_co))
+    return WgradConfig(block_d, block_h, block_w, block_m, block_co, 4, 1, programs=8)

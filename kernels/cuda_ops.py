@@ -141,7 +141,7 @@ def configs(co: int, gathered: bool) -> list[ConvConfig]:
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may take."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def can_run_conv(

@@ -29,7 +29,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def dot_precision(dtype: torch.dtype) -> str:
     """tf32 if PyTorch's own convolutions would use it, else ieee. Reads the newer of PyTorch's two switches: reading the
     older one raises if both were set."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def activate(x: Tensor, slope: float) -> Tensor:
@@ -57,7 +57,7 @@ def _axes(axes: int) -> tuple[bool, bool, bool]:
 
 def phases(axes: int, phased: bool) -> list[tuple[int, int, int]]:
     """(pz, py, px) in the order of the weights' first axis."""
-    return list(itertools.product(*((0, 1) if on and phased else (0,) for on in _axes(axes))))
+    return list(itertools.product(*((0, 1) if on and phased else (0,) for on in _axes(axes))))  # type: ignore[arg-type]
 
 
 def sampled(x: Tensor, taps: int, stride: int, phase: tuple[int, int, int], units: tuple, axes: int) -> Iterator[Tensor]:

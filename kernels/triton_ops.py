@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from torch import Tensor
 from . import conv as fused
 from . import conv_wgrad as fused_wgrad
 from . import library, tuning
-from .conv_configs import LEAST_SHARED, Config, configs
-from .conv_wgrad import WgradConfig
+from .conv_configs import LEAST_SHARED, configs
 from .head import head, head_backward
 from .maps import interpreted, per_shape, unit_grid
 from .naive import dot_precision
@@ -48,7 +48,7 @@ __all__ = [
 class Way:
     """The kernel's configuration, or None for the library; whether operands are finalised before the kernel."""
 
-    config: Config | WgradConfig | None
+    config: Any  # Config, WgradConfig or None
     finalise: bool = False
 
     def __str__(self) -> str:
@@ -157,4 +157,4 @@ def shared_memory(device: torch.device) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda" or torch.version.hip:
         return LEAST_SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

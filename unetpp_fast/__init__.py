@@ -9,7 +9,10 @@ torch.Size([1, 1, 100, 130])
 import importlib.util
 
 if importlib.util.find_spec("unetpp_fast.kernels") is None:
-    raise ImportError("unetpp_fast.kernels is missing, as in a clone that is not installed: pip install -e .")
+    raise ImportError(
+        "unetpp_fast.kernels is missing: Python has found a clone of the repository before the installed package; leave its"
+        " folder, or install the clone itself, pip install --no-build-isolation -e ."
+    )
 
 from .architecture.topology import Node, Topology
 from .common.version import __version__

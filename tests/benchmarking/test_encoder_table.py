@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -38,13 +39,21 @@ def small(monkeypatch, tmp_path):
 @cpu_kernels.needs_library()
 def test_parts_are_measured_recorded_and_printed(small, monkeypatch, capsys):
     monkeypatch.setattr(encoder_table, "convert", lambda model: module(""))
+    monkeypatch.setattr(encoder_table, "own_network", lambda: encoded(deep_supervision=True).eval())
+    monkeypatch.setattr(encoder_table, "PRUNED_CASE", dataclasses.replace(encoder_table.PRUNED_CASE, size=(16, 24)))
     monkeypatch.setattr(sys, "argv", ["encoder_table.py", "--rounds", "1"])
     cpu_table.command(encoder_table.__doc__, encoder_table.parts(), encoder_table.checks(), encoder_table.table)
     rows = records.read(next(records.RESULTS.glob("*.json")))
     assert {one["impl"] for one in rows} == {"fused", "eager-channels-last"}
-    assert {one["model"] for one in rows} == {"smp-unet++-resnet34"} and all(one["error"] < 1e-5 for one in rows)
+    smp = [one for one in rows if one["model"] == "smp-unet++-resnet34"]
+    assert len(smp) == 2 and all(one["error"] < 1e-5 for one in smp)
+    pruned = {(one["level"], one["impl"]): one for one in rows if one["model"] == "unet++-resnet34"}
+    assert set(pruned) == {(level, impl) for level in (1, 2) for impl in ("fused", "eager-channels-last")}
+    gflop = encoded(deep_supervision=True).prune(1).gflop((16, 24))
+    assert pruned[1, "fused"]["tflops"] * pruned[1, "fused"]["median_ms"] == pytest.approx(gflop)
     printed = capsys.readouterr().out
     assert "| inference, smp-unet++-resnet34 16x16, batch 1, float32 | " in printed
+    assert "| `prune(1)` | " in printed and "| `prune(2)` | " in printed
     share = float(printed.split("kept-resnet34-16: ")[1].split("share ")[1].split("\n")[0])
     assert 0 < share < 1
 
@@ -56,6 +65,27 @@ def test_the_table_compares_with_ours_and_leaves_other_checks():
     text = encoder_table.table([ours, theirs], {"peak": {"values": {}}})
     assert "| inference, smp-unet++-resnet50 256x256, batch 1, float32 | 10 ms |  | 15 ms (1.50x) |  |  |" in text
     assert "peak" not in text
+
+
+def test_the_pruned_networks_are_written_into_the_page(tmp_path):
+    case = {"model": "unet++-resnet34", "mode": "fast", "size": [512, 512], "impl": "fused", "batch": 1, "dtype": "float32"}
+    rows = [
+        row(level=1, median_ms=20.0, tflops=1.5, ratio_to={}, **case),
+        row(level=4, median_ms=80.0, tflops=2.0, ratio_to={}, **case),
+    ]
+    page = tmp_path / "encoders.md"
+    page.write_text(encoder_table.PAGE.read_text())
+    encoder_table.write(page, rows)
+    text = page.read_text()
+    assert "| `prune(1)` | 30.0 | 0.19 | 20 | 0.25 |  |\n| `prune(4)` | 160.0 | 1.00 | 80 | 1.00 |  |" in text
+    before = encoder_table.PAGE.read_text()
+    for marker in (encoder_table.BEGIN, encoder_table.END):
+        assert text.count(marker) == before.count(marker) == 1
+    assert text.partition(encoder_table.BEGIN)[0] == before.partition(encoder_table.BEGIN)[0]
+    assert text.partition(encoder_table.END)[2] == before.partition(encoder_table.END)[2]
+    page.write_text("nothing")
+    with pytest.raises(InputError, match="lacks the lines"):
+        encoder_table.write(page, rows)
 
 
 def test_operations_are_counted():

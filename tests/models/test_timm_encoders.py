@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import cpu_kernels
 from support.command_line import fails, run
 from support.folders import write_nuclei
 from support.helpers import FLOAT32, assert_close_relative, build, make_input
@@ -41,6 +42,10 @@ def test_pruned_to_the_stages_of_the_encoder(timm, name, depth, channels):
         for level in {1, depth - 2}:
             small = model.prune(level)
             assert not small.encoder.remark and torch.equal(small(x), heads[level - 1])
+            if cpu_kernels.has_library():  # by the kernels too
+                model.backend = small.backend = "cpu"
+                assert torch.equal(small(x), model(x)[level - 1])
+                model.backend = small.backend = "auto"
             least = make_input(1, channels, small.multiple, small.multiple)
             assert small(least).shape == (1, 2, small.multiple, small.multiple)
             fewer = over(name, level + 1, channels)

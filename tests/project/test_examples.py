@@ -123,3 +123,15 @@ def colour() -> bytes:
 def test_the_server_says_what_is_wrong(address, body, headers, status, says, capfd):
     given, reason, _ = post(address, body, headers)
     assert given == status and says in reason
+
+
+def test_an_encoder_with_deep_supervision_and_without(monkeypatch):
+    from support.encoders import Pyramid
+
+    recipe = importlib.import_module("unetpp_fast.examples.encoder_nuclei")
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 1)
+    scores = recipe.main(Pyramid(1, (3, 4, 5), 2), 1, encoder_depth=3, decoder_channels=(4, 4, 3))
+    assert list(scores) == [
+        "deep supervision", "deep supervision, prune(1)", "deep supervision, prune(2)", "one head",
+    ]  # fmt: skip
+    assert all(0 <= iou <= 1 for iou in scores.values())

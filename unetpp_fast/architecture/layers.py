@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # F.instance_norm fails on it
-            if self.weight is None:
+            if self.weight is None or self.bias is None:
                 return x
             shape = (1, -1) + (1,) * (x.ndim - 2)
             return x * self.weight.view(shape) + self.bias.view(shape)
@@ -64,7 +65,7 @@ PerAxis = int | tuple[int, ...]
 
 
 def make_conv(cin: int, cout: int, spatial_dims: int, kernel: PerAxis, bias: bool = True, stride: PerAxis = 1) -> nn.Module:
-    conv = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
+    conv: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
     padding = kernel // 2 if isinstance(kernel, int) else tuple(taps // 2 for taps in kernel)
     return conv(cin, cout, kernel, stride=stride, padding=padding, bias=bias)
 
@@ -123,7 +124,7 @@ def make_upsample(option: Option, cin: int, cout: int, spatial_dims: int, factor
     """
     name, keywords = parse_option(option, "upsample", UPSAMPLES)
     if name == "deconv":
-        deconv = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
+        deconv: Any = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
         return deconv(cin, cout, kernel_size=factors, stride=factors, **keywords)
     if name == "pixelshuffle":
         if factors != 2:

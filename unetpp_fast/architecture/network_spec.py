@@ -24,21 +24,33 @@ class NetworkSpec(Protocol):
     multiple, multiples: every spatial axis of the image is a multiple of the former, or of its own of the latter.
     """
 
-    topology: Topology
     out_channels: int
-    options: Mapping[str, Any]
     backend: str
     structure: Any
-    built: Mapping[str, Any]
     sync_group: str
     recompute: bool
-    exclusive: bool
     normalisation: Any
-    multiple: int
-    multiples: tuple[int, ...]
     training: bool
     nodes: nn.ModuleDict
     heads: nn.ModuleDict
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def built(self) -> Mapping[str, Any]: ...
+
+    @property
+    def exclusive(self) -> bool: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    @property
+    def multiples(self) -> tuple[int, ...]: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 

@@ -115,7 +115,7 @@ DOWNSAMPLES: dict[str, Entry] = {
 }
 
 
-def parse_option(value: Option | None, what: str, table: Mapping[str, Entry]) -> tuple[str, dict[str, Any]]:
+def parse_option(value: Any, what: str, table: Mapping[str, Entry]) -> tuple[str, dict[str, Any]]:
     """Splits `"name"` or `("name", {keyword: value})` into the name and all of its keywords, with defaults filled in.
 
     Raises:
@@ -155,7 +155,13 @@ def norm_name(norm: Option | None) -> str | None:
     return norm if norm is None or isinstance(norm, str) else norm[0]
 
 
-TABLES = {"downsample": DOWNSAMPLES, "upsample": UPSAMPLES, "norm": NORMS, "act": ACTIVATIONS}  # by the option's name
+# By the option's name.
+TABLES: dict[str, Mapping[str, Any]] = {
+    "downsample": DOWNSAMPLES,
+    "upsample": UPSAMPLES,
+    "norm": NORMS,
+    "act": ACTIVATIONS,
+}
 
 
 def unsupported(options: Mapping[str, Any], backend: str) -> str:

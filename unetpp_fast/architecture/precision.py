@@ -85,7 +85,7 @@ def choose_dtype(name: str, device: torch.device) -> str:
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Inside, convolutions on a GPU multiply float32 as float32: for comparisons, which TF32's rounding would blur."""
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     try:
         yield

@@ -117,7 +117,16 @@ class Topology:
         return cls._build(in_channels, features, spatial_dims, grid, (depth,), None, up_width)
 
     @classmethod
-    def _build(cls, in_channels, features, spatial_dims, grid, heads, widths, up_width) -> Topology:
+    def _build(
+        cls,
+        in_channels: int,
+        features: Sequence[int],
+        spatial_dims: int,
+        grid: Sequence[Position],
+        heads: tuple[int, ...],
+        widths: Mapping[Position, int] | None,
+        up_width: Callable[[int, int], int] | None,
+    ) -> Topology:
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, not {spatial_dims!r}")
         if not _is_count(in_channels):

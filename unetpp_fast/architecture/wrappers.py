@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: Any) -> Any:
     """The model inside `nn.DataParallel`, `DistributedDataParallel`, `AveragedModel` and `torch.compile`; else the module.
 
     Raises:
@@ -21,7 +23,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def network_of(module: nn.Module, what: str) -> nn.Module:
+def network_of(module: Any, what: str) -> Any:
     """The model of this package that `module` is, or that a wrapper holds; `what`: the function that needs it.
 
     Raises:
@@ -37,6 +39,6 @@ def hint(module: object) -> str:
     """Where a model of this package is inside another module, in words; "" if there is none, or more than one."""
     if not isinstance(module, nn.Module):
         return ""
-    inner = {name: part for name, part in module.named_modules() if name and hasattr(part, "engine_input")}
+    inner = [name for name, part in module.named_modules() if name and hasattr(part, "engine_input")]
     inner = [name for name in inner if not any(name.startswith(f"{other}.") for other in inner)]
     return f": give its .{inner[0]}, or make that what its own forward adds to it" if len(inner) == 1 else ""

@@ -7,9 +7,10 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..architecture.precision import PRECISIONS, autocast
 from ..common.extras import need
@@ -69,7 +70,7 @@ class Prepared:
 Builder = Callable[[Network, Tensor, Case], Prepared]
 
 
-def prepare(model: nn.Module, x: Tensor, case: Case, channels_last: bool = False) -> Prepared:
+def prepare(model: Any, x: Tensor, case: Case, channels_last: bool = False) -> Prepared:
     """A module as PyTorch runs it, under autocast in half precision."""
     model.train(case.training)
     if channels_last:

@@ -27,7 +27,7 @@ def graphed(run: Run, device: torch.device) -> Run:
     stream = torch.cuda.Stream(device)
     for _ in range(3):
         cuda_graphs.on_side_stream(stream, run)
-    graph, _ = cuda_graphs.capture(run, stream)
+    graph = cuda_graphs.capture(run, stream)[0]
     return graph.replay
 
 

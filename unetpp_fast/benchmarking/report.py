@@ -56,7 +56,7 @@ def report(network: Network, size: Sequence[int], batch: int, dtype: str, device
     level = max(network.topology.heads)
     chosen = {name: IMPLEMENTATIONS[name] for name in SHOWN}
     shape = tuple(size), batch, dtype
-    kinds = [("inference", None), ("training", None)]
+    kinds: list[tuple[str, str | None]] = [("inference", None), ("training", None)]
     kinds += [] if device.type == "cuda" else [("memory", "inference"), ("memory", "training")]
     cases = [Case(bench, "yours", level, "accurate", *shape, memory_of) for bench, memory_of in kinds]
     outcomes, largest = [], {}
@@ -91,7 +91,7 @@ def choice(network: Network, case: Case, device: torch.device) -> str:
 
 def table(rows: Iterable[Mapping], largest: Mapping[str, int]) -> list[str]:
     """A line per implementation: time, ratio to eager and memory of inference and training, and the largest batch."""
-    kinds = {(row["bench"], row.get("memory_of")): {} for row in rows}
+    kinds: dict[tuple, dict] = {(row["bench"], row.get("memory_of")): {} for row in rows}
     for row in rows:
         kinds[row["bench"], row.get("memory_of")][row["impl"]] = row
     lines = [f"{'':<20} {'inference ms':>13} {'eager / it':>11} {'MB':>7} {'training ms':>12} {'eager / it':>11} {'MB':>7} "

@@ -23,7 +23,7 @@ def onnx_bytes(network: Network, x: Tensor, case: Case) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x.to("cpu", case.torch_dtype),), stream, dynamo=True, verbose=False)
+        torch.onnx.export(model, (x.to("cpu", case.torch_dtype),), stream, dynamo=True, verbose=False)  # type: ignore[arg-type]
     return stream.getvalue()
 
 
@@ -51,7 +51,7 @@ def onnxruntime(network: Network, x: Tensor, case: Case) -> Prepared:
         session.run_with_iobinding(binding)
         return outputs
 
-    forward.source = source  # keeps the tensor alive: the session holds only its address
+    forward.source = source  # type: ignore[attr-defined]  # keeps the tensor alive: the session holds only its address
     return Prepared(forward, x, capturable=False)
 
 

@@ -62,7 +62,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_task(command: argparse.ArgumentParser) -> None:
+def add_task(command: argparse._ActionsContainer) -> None:
     """Adds --task."""
     command.add_argument(
         "--task", choices=list(TASKS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,6 @@ from ..benchmarking.report import report
 from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..models.architectures import PAPER_FEATURES
-from ..models.network import Network
 from ..training import checkpoint
 from .arguments import Commands, add_command, add_device, build_network, engine_options, image_size, width_list
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _network(options: argparse.Namespace) -> Network:
+def _network(options: argparse.Namespace) -> Any:
     """The network of the checkpoint or of the options, pruned if --level is given."""
     if options.checkpoint:
         network, _ = checkpoint.load_model(options.checkpoint)

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     for command in _commands(options.root):
         for action in command._actions:
             if action.type is Path:
-                action.complete = shtab.FILE
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(options.root, options.shell))
 
 

@@ -61,7 +61,7 @@ def options_of(path: Path, parser: argparse.ArgumentParser, given: Container[str
         if any(action.dest in given for action in group._group_actions)
         for other in group._group_actions
     }
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in read(path).items():
         action = actions.get(str(key).replace("-", "_"))
         if action is None:
@@ -78,7 +78,7 @@ def options_of(path: Path, parser: argparse.ArgumentParser, given: Container[str
 
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """The options of a command by their names in a file."""
-    found = {}
+    found: dict[str, Any] = {}
     for action in parser._actions:
         if action.dest in ("config", "help"):
             continue

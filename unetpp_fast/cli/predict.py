@@ -22,8 +22,8 @@ from ..data.images import STANDARD, scaled, standardise, write_png
 from ..data.postprocessing import postprocess
 from ..experiments import pictures
 from ..models import tiled_prediction
+from ..models.architectures import AnyNetwork
 from ..models.ensemble import Ensemble
-from ..models.network import Network
 from ..training import checkpoint
 from ..training.classes import class_names, palette
 from .arguments import Commands, add_command, add_device, byte_count, tile_size
@@ -66,7 +66,7 @@ class Job:
     """What all files share. size: side in pixels to which images are scaled, or None. palette: of exclusive classes, which
     are written as label maps; otherwise None."""
 
-    network: Network | Ensemble
+    network: AnyNetwork | Ensemble
     options: argparse.Namespace
     classes: list[str]
     size: int | None
@@ -101,8 +101,8 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(str(error)) from error
     overlays = f", {options.out / 'overlays'}" if drawn else ""
     messages.say(f"{len(images) - len(refused)} image(s): {options.out / 'masks'}{overlays}")
-    for error in refused:
-        print(f"unetpp-fast predict: error: {error}", file=sys.stderr)
+    for one in refused:
+        print(f"unetpp-fast predict: error: {one}", file=sys.stderr)
     return FAILED if refused else 0
 
 
@@ -172,7 +172,7 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
 
 
 def _predict_scaled(
-    network: Network, source: prediction_files.Source, options: argparse.Namespace, side: int
+    network: AnyNetwork | Ensemble, source: prediction_files.Source, options: argparse.Namespace, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_predict_file`, for a model that was trained on images scaled to `side` x `side` pixels."""
     device = next(network.parameters()).device

@@ -130,6 +130,7 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
         extra["deep_supervision"] = options.deep_supervision
     elif options.deep_supervision:
         raise InputError(f"--deep-supervision needs the nested nodes of unet++: {options.arch} has one head")
+    network: Any
     if options.init_from:
         network = checkpoint.initial_network(options.init_from, channels, len(classes), extra["spatial_dims"]).to(device)
     else:
@@ -157,8 +158,8 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
     about |= _augmented(patches)
     if folder.channel_files:
         about["channel_files"] = folder.channel_files
-    within = options.max_memory or evaluation.MEMORY
-    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, max_memory=within)
+    validating = {"max_memory": options.max_memory or evaluation.MEMORY, "surface": options.surface}
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, **validating)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))

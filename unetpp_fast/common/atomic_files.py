@@ -12,7 +12,7 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # not on Windows, where processes do not exclude one another
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 from .errors import InputError, WriteError
 
@@ -30,7 +30,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"cannot write to the folder {folder} ({error.strerror}): choose another --out") from error
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a temporary file in the same folder and renames it to `path`: a reader sees the old file or the new one.
 
     Raises:

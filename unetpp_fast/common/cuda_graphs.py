@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ def on_side_stream(stream: torch.cuda.Stream, run: Callable[[], Result]) -> Resu
         current.wait_stream(stream)
 
 
-def capture(
-    run: Callable[[], Result], stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
-) -> tuple[torch.cuda.CUDAGraph, Result]:
+def capture(run: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
     """A graph of what `run()` launches, which is not computed yet, and what `run` returned: each replay writes its tensors.
 
     Args:

@@ -33,7 +33,7 @@ class SilentBar:
         """Nothing to close."""
 
     def __iter__(self) -> Iterator:
-        for item in self.iterable:
+        for item in self.iterable or ():
             yield item
             self.update()
 

@@ -85,7 +85,8 @@ def convert(source: nn.Module | Mapping[str, Any] | str | os.PathLike, **options
     if unknown:
         takes = f"{list(peer.open_options)} can be" if peer.open_options else "nothing can be"
         raise ValueError(f"{unknown} cannot be given for a state_dict of {peer.title}: {takes}")
-    return peer.from_state(state, options)
+    network: Any = peer.from_state(state, options)
+    return network
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
@@ -170,7 +171,7 @@ def _structure(network: Network) -> dict[str, Any]:
 def _convert_module(module: nn.Module) -> Network | EncodedNetwork:
     peer = _recognise(module.state_dict(), type(module).__name__, hint(module))
     try:
-        network = peer.convert(module)
+        network: Any = peer.convert(module)
     except (AttributeError, IndexError, KeyError) as error:
         raise peer.fail(f"its class is built differently ({type(error).__name__}: {error})") from error
     _carry_modes(peer, module, network)
@@ -226,7 +227,7 @@ def _recognise(state: Mapping[str, Tensor], what: str, inside: str = "") -> Peer
     return peer
 
 
-def _weights(source: Mapping[str, Any]) -> Network | EncodedNetwork | dict[str, Tensor]:
+def _weights(source: Mapping[str, Any]) -> Network | EncodedNetwork | Mapping[str, Tensor]:
     """Tensors by the peers' plain names, from a checkpoint, a state_dict or arrays; of a checkpoint of this package the
     network.
 
@@ -253,7 +254,7 @@ def _weights(source: Mapping[str, Any]) -> Network | EncodedNetwork | dict[str, 
         ]
         hint = f"give its [{inside[0]!r}]" if inside else "give only the weights"
         raise ValueError(f"this is not a state_dict: {bad!r} is a {type(source[bad]).__name__}; {hint}")
-    state = {
+    state: Mapping[str, Tensor] = {
         name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         for name, value in (found.state if found else source).items()
     }

@@ -144,12 +144,12 @@ class Peer:
         """The permutation that turns the axes of the peer's tensor into ours; None if they are the same."""
         return None
 
-    def pairs(self, network: Network) -> Iterator[Pair]:
+    def pairs(self, network: Any) -> Iterator[Pair]:
         """Every tensor of a network that the peer has too."""
         nodes = {node.name: node for node in network.topology.nodes}
         for ours, tensor in network.state_dict().items():
-            place, name, *part, leaf = ours.split(".")
-            part, node = ".".join(part), nodes[name]
+            place, name, *inner, leaf = ours.split(".")
+            part, node = ".".join(inner), nodes[name]
             theirs = self.module(node, part) if place == "nodes" else self.head(node.column, network.topology)
             if theirs is None:
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class Smp(Peer):
             raise self.fail(f"its activation is {final}; unetpp_fast has none, sigmoid and softmax over the classes")
         return FINALS[type(final)]
 
-    def pairs(self, network: EncodedNetwork) -> Iterator[Pair]:
+    def pairs(self, network: Any) -> Iterator[Pair]:
         topology = network.topology
         if len(topology.heads) > 1:
             raise ValueError(f"this model cannot be written as a {self.title}, which has one head: prune(level) it first")
@@ -123,7 +124,7 @@ class Smp(Peer):
                 yield Pair(ours, f"{KEPT[part]}.{_in_encoder(network.encoder, rest) if part == 'encoder' else rest}")
                 continue
             node = nodes.get(place)
-            block = _block_name(*node.position, topology.depth) if node else f"x_0_{topology.depth}"
+            block = _block_name(node.level, node.column, topology.depth) if node else f"x_0_{topology.depth}"
             part, inner, *_ = rest.split(".")
             order, dim = self._order(topology, node, part, inner, ours)
             yield Pair(ours, f"decoder.blocks.{block}.{_their_layer(rest)}", None, order, dim)

@@ -83,7 +83,7 @@ def _read_npz(path: Path, wanted: tuple[str, ...] = ("image",)) -> Stored:
 
 
 def _write_npz(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
-    np.savez_compressed(stream, **{"mask" if values.dtype == np.uint8 else "probabilities": values})
+    np.savez_compressed(stream, **{"mask" if values.dtype == np.uint8 else "probabilities": values})  # type: ignore[arg-type]
 
 
 def _read_nifti(path: Path) -> Stored:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError
 from . import itk
@@ -76,7 +77,8 @@ def _folders(root: Path, ignore: int | None = None) -> Parts | None:
                 found[part] = pairs.prefixed(name)
                 break
     if "training" in found and len(found) > 1:
-        return Parts(**{part: found[part] for part in ORDER if part in found}, ignore=ignore)
+        divided: dict[str, Any] = {part: found[part] for part in ORDER if part in found}
+        return Parts(**divided, ignore=ignore)
     whole = _pairs(root)
     return Parts(whole, ignore=ignore) if whole else None
 

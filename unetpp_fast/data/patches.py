@@ -77,8 +77,8 @@ class Patches(torch.utils.data.Dataset):
         if self.foreground and random.random() < self.foreground:
             starts = self._starts_of_foreground(index, mask, random) or starts
         if self.transform:
-            around = (self._around(values, starts, self.transform.margin) for values in (image, mask))
-            image, mask = self.transform(*around, (self.seed, epoch, draw, TRANSFORM_STREAM))
+            image, mask = (self._around(values, starts, self.transform.margin) for values in (image, mask))
+            image, mask = self.transform(image, mask, (self.seed, epoch, draw, TRANSFORM_STREAM))
             if self.outside is not None:
                 mask[self.outside] |= ~mask.any(axis=0)
         else:
@@ -110,8 +110,8 @@ class Patches(torch.utils.data.Dataset):
             self._places[index] = [np.unique(found) for found in places]
         if not self._places[index]:
             return []
-        places = self._places[index][random.integers(len(self._places[index]))]
-        pixel = np.unravel_index(places[random.integers(len(places))], mask.shape[1:])
+        found = self._places[index][random.integers(len(self._places[index]))]
+        pixel = np.unravel_index(found[random.integers(len(found))], mask.shape[1:])
         lowest = [max(0, int(at) - self.patch + 1) for at in pixel]
         highest = [min(int(at), size - self.patch) for at, size in zip(pixel, mask.shape[1:], strict=True)]
         return [int(random.integers(low, high + 1)) for low, high in zip(lowest, highest, strict=True)]

@@ -6,9 +6,10 @@ splits_final.json              of nnU-Net: a list of {"train": [...], "val": [..
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError, first_line
 from .file_formats import id_of
@@ -40,7 +41,7 @@ def apply_split(root: Path, parts: Parts, fold: int = 0) -> Parts:
         listed.pop("test", None)
     ids = {part: [_id(name, whole.images, where(part)) for name in names] for part, names in listed.items()}
     _check_apart(ids, where)
-    divided = {part: whole.only(chosen) for part, chosen in ids.items()}
+    divided: dict[str, Any] = {part: whole.only(chosen) for part, chosen in ids.items()}
     left = len(whole.images) - sum(map(len, ids.values()))
     notes = (f"split by {what}", *([f"{left} left out"] if left else []))
     return replace(parts, **divided, notes=(*parts.notes, *notes), has_folds=what.startswith(FOLDS))
@@ -87,7 +88,7 @@ def _id(name: str, known: Iterable[str], path: Path) -> str:
     raise InputError(f"{path} names {name!r}, which is no image of the folder; ids are such as {next(iter(known))!r}")
 
 
-def _check_apart(ids: dict[str, Sequence[str]], where: Callable[[str], Path]) -> None:
+def _check_apart(ids: Mapping[str, Sequence[str]], where: Callable[[str], Path]) -> None:
     """Raises InputError if an image is named twice."""
     seen: dict[str, str] = {}
     for part, names in ids.items():

@@ -141,7 +141,7 @@ def with_layers(encoder: nn.Module, x: Tensor) -> nn.Module:
                 conv.forward = Layer(conv, place, size, conv in rectified)
             for relu in result.modules():
                 if type(relu) is nn.ReLU and "forward" not in relu.__dict__:
-                    relu.forward = Rectify(relu)
+                    relu.forward = Rectify(relu)  # type: ignore[method-assign, assignment]
             with running(Pass(range(len(convs)))):
                 same = are_close(encoder(x), result(x))
         for layer in layers_of(result):
@@ -204,7 +204,8 @@ def fastest(encoder: nn.Module, x: Tensor, multiple: int) -> tuple[int, ...]:
     key = f"encoder {digest} {dtype} {tuning.sizes_of(x)}"
     verdict = tuning.recall(x.device, key)
     if verdict is None and tuning.may_measure(x):
-        chosen = _measured(encoder, layers, *tuning.measured_part([x], multiple), BOUNDS[dtype])
+        (part,) = tuning.measured_part([x], multiple)
+        chosen = _measured(encoder, layers, part, BOUNDS[dtype])
         verdict = {"layers": chosen}
         tuning.remember(x.device, key, verdict)
         for layer in layers:

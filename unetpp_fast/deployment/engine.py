@@ -36,7 +36,7 @@ class Engine(nn.Module):
 
     as_is = ""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype | None):
+    def __init__(self, network: Any, dtype: torch.dtype | None):
         super().__init__()
         self.network, self.dtype = network.requires_grad_(False).eval(), dtype
         self.as_is = own_forward(network)
@@ -92,7 +92,7 @@ class Engine(nn.Module):
         return f"\n{line}"
 
     @torch.no_grad()
-    def compare(self, original: nn.Module, image: Tensor) -> None:
+    def compare(self, original: Any, image: Tensor) -> None:
         """Runs beside the original in plain PyTorch, in eval mode, on a small image: where they differ, the network is
         called as it is.
 
@@ -155,11 +155,11 @@ class Engine(nn.Module):
 def _not_traced() -> Iterator[None]:
     """Inside, `torch.jit.trace` records nothing: what is made once is a constant of the graph."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def _are_close(some: Outputs, others: Outputs) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..architecture.network_spec import NetworkSpec
 from ..architecture.options import norm_name
 from ..architecture.precision import without_tf32
 from ..execution.built import changed
@@ -28,7 +28,7 @@ def fold(conv: nn.Module, norm: nn.Module) -> None:
     conv.weight, conv.bias = (nn.Parameter(value.to(conv.weight.dtype), requires_grad=False) for value in values)
 
 
-def folded(network: NetworkSpec) -> NetworkSpec:
+def folded(network: Any) -> Any:
     """A copy of the network with its batch norms folded, for the reference; the network itself if it has none, or if its
     layers were changed."""
     if norm_name(network.options["norm"]) != "batch" or changed(network):
@@ -87,10 +87,10 @@ class Recorded:
 
     def owner(self, node: object) -> nn.Module | None:
         """The module whose weight a node of a convolution or norm takes."""
-        functions = getattr(node, "next_functions", ())
+        functions: Any = getattr(node, "next_functions", ())
         return self._owners.get(getattr(functions[1][0], "variable", None)) if len(functions) > 1 else None
 
-    def convolution_before(self, node: object) -> nn.Module | None:
+    def convolution_before(self, node: Any) -> nn.Module | None:
         """The convolution whose result a node takes first, if it runs once and nothing else reads that."""
         before = node.next_functions[0][0] if node.next_functions else None
         conv = self.owner(before)

@@ -51,6 +51,8 @@ class Optimized(Engine):
     weights in any other way than by `load_state_dict` and `to`. Several threads and streams may call it at once.
     """
 
+    network: Network
+
     def __init__(self, network: Network, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__(network, dtype)
         self.pruned, self.mode = pruned, mode
@@ -150,12 +152,15 @@ class OptimizedModule(Engine):
     norms folded, on a CPU with those convolutions by the kernels that were measured to be faster so; the rest as in
     `Optimized`. Its `state_dict()` holds the weights, not the code of the encoder."""
 
+    network: EncodedNetwork
+
     def __init__(self, network: EncodedNetwork, *, pruned: bool, dtype: torch.dtype | None, mode: str):
         super().__init__(network, dtype)
         self.pruned, self.mode = pruned, mode
         self.layout = torch.channels_last if network.topology.spatial_dims == 2 else torch.channels_last_3d
         network.encoder, self.norms = folded_encoder(network.encoder, network.sample())
-        network.encoder = network.encoder.requires_grad_(False).to(memory_format=self.layout)
+        encoder: Any = network.encoder.requires_grad_(False)
+        network.encoder = encoder.to(memory_format=self.layout)
         if dispatch.CPU_KERNELS[0] and network.sample().device.type == "cpu":
             network.encoder = encoder_layers.with_layers(network.encoder, network.sample())
 
@@ -276,7 +281,7 @@ def optimize(
     return fast
 
 
-def _own_copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _own_copy(network: Any, dtype: torch.dtype | None) -> Any:
     """A copy, at least in float32: weights are rounded only after folding."""
     with torch.inference_mode(False), torch.no_grad():
         network = copy.deepcopy(network)
@@ -295,7 +300,7 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
     Raises:
         InputError: the file does not exist, is damaged, or is not of an optimized module.
     """
-    state = source
+    state: Any = source
     if not isinstance(source, Mapping):
         state = torch_files.read(source, "state_dict", device)
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None

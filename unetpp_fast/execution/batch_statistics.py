@@ -8,6 +8,7 @@ order everywhere: every process gets the same bits.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist  # some builds of torch lack its members: name them only inside functions
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..architecture.network_spec import NetworkSpec
 
 
-def group_of(name: str) -> dist.ProcessGroup | None:
+def group_of(name: Any) -> dist.ProcessGroup | None:
     """The process group of that name; None for "", this process only."""
     return dist.distributed_c10d._resolve_process_group(name) if name else None
 
@@ -77,7 +78,7 @@ class SyncedBatchNorm:
 
     group_name = ""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         group = group_of(self.group_name) if self.training else None
         if group is None:
             return super().forward(x)

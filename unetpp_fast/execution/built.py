@@ -7,6 +7,7 @@ parametrise, patch or hook any layer: what such a network computes is only known
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ SETTINGS = (
 )  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = ("forward", "_call_impl", "_conv_forward", "join", "convolve")  # what a call of a layer goes through
-_PLAIN = {SyncedBatchNorm2d: nn.BatchNorm2d, SyncedBatchNorm3d: nn.BatchNorm3d}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {SyncedBatchNorm2d: nn.BatchNorm2d, SyncedBatchNorm3d: nn.BatchNorm3d}
 _CLASSES = (
     nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm,
     nn.Dropout, nn.Identity,
@@ -122,5 +123,6 @@ def _named(network: NetworkSpec) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _names(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    tensors = module._parameters, module._buffers
-    return tuple(tuple(name for name, value in part.items() if value is not None) for part in tensors)
+    tensors: Iterable[dict[str, Any]] = (module._parameters, module._buffers)
+    parameters, buffers = (tuple(name for name, value in part.items() if value is not None) for part in tensors)
+    return parameters, buffers

@@ -199,7 +199,7 @@ def can_run_cuda(call: Call) -> tuple[bool, str]:
     loaded, reason = libraries.load("cuda")
     if not loaded:
         return False, f"the CUDA kernels are off: {reason}"
-    if call.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if call.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
         return False, 'the CUDA kernels compute float32 as TF32: set torch.backends.cudnn.conv.fp32_precision = "tf32"'
     if torch.cuda.get_device_capability(call.x.device) < (8, 0):
         return False, "the CUDA kernels need a GPU of compute capability 8.0 or later"

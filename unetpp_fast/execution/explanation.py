@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ class _Ways:
         self.backend = backend
         self.ways: list[str] = []
 
-    def conv(self, out: Tensor, a: Tensor, wa: Tensor, *, stats: bool = False, **options) -> Tensor | None:
+    def conv(self, out: Tensor, a: Tensor, wa: Tensor, *, stats: bool = False, **options: Any) -> Tensor | None:
         from ..kernels import cuda_ops, triton_ops
 
         geometry = {key: options[key] for key in ("taps", "stride", "phased", "plain") if key in options}
@@ -83,16 +85,17 @@ class _Ways:
     def _statistics(self, out: Tensor, stats: bool) -> Tensor | None:
         return out.new_empty(out.shape[0], 1, 3, out.shape[-1], dtype=torch.float32) if stats else None
 
-    def norm_table(self, *args, **options) -> None: ...
+    def norm_table(self, *args: Any, **options: Any) -> None: ...
 
-    def pool(self, *args, **options) -> None: ...
+    def pool(self, *args: Any, **options: Any) -> None: ...
 
-    def head(self, *args, **options) -> None: ...
+    def head(self, *args: Any, **options: Any) -> None: ...
 
 
-def _ways(call: Call, backend: str) -> dict[str, tuple[str, str]]:
+def _ways(call: Call, backend: str) -> dict[str, tuple[str, ...]]:
     """For each node, by name, how the kernels do its two convolutions in a forward pass."""
-    structure, ops = call.structure, _Ways(backend)
+    structure = call.structure
+    ops: Any = _Ways(backend)
     training = "".join("1" if module.training else "0" for module in call.modules if isinstance(module, NORMS))
     tensors = {name: value.to("meta") for name, value in call.tensors().items()}
     modes = structure.modes(training, call.needs_gradients)

@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def compare(
 
 def trained(
     name: str,
-    build: type[Network],
+    build: Callable[..., Network],
     sample: ArraySample,
     recipe: Recipe,
     device: str,

@@ -188,7 +188,7 @@ def _train(
     after_epoch: Callable[[], object],
 ) -> dict:  # fmt: skip
     torch.manual_seed(seed)
-    network = build(contender, material, width).to(device)
+    network: Any = build(contender, material, width).to(device)
     folder = out / f"{contender.folder}-{seed}"
     patches = Patches(material.training, material.task.patch, material.per_image, seed)
     loss = choose_loss(None, material.exclusive)
@@ -220,7 +220,7 @@ def table(rows: Sequence[Mapping]) -> str:
 
     IoU and gain are mean ± standard deviation and range over the seeds.
     """
-    ious = {contender.name: {} for contender in CONTENDERS}
+    ious: dict[str, dict] = {contender.name: {} for contender in CONTENDERS}
     for row in rows:
         ious[row["model"]][row["seed"]] = row["iou"]
     parameters = {row["model"]: row["parameters"] for row in rows}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ PAPER_FEATURES = {
     "unet++": (32, 64, 128, 256, 512),
 }
 
-
+AnyNetwork = Network | EncodedNetwork
 ENCODER_OPTIONS = {"encoder_weights", "encoder_depth", "decoder_channels", "attention"}  # of `over_encoder` alone
 
 
@@ -56,7 +56,7 @@ class UNetPlusPlus(Network):
         TypeError: an argument of the other kind of network.
     """
 
-    def __new__(cls, *args: Any, encoder: str | nn.Module | None = None, **options: Any):
+    def __new__(cls, *args: Any, encoder: str | nn.Module | None = None, **options: Any) -> Any:
         if encoder is not None and "features" in options:
             raise TypeError("over an encoder the widths are its own and those of decoder_channels: leave features out")
         if encoder is None and (lost := sorted(ENCODER_OPTIONS & options.keys())):
@@ -204,7 +204,7 @@ def from_paper(
     """
     if name not in PAPER_FEATURES:
         raise ValueError(f"from_paper knows {sorted(PAPER_FEATURES)}, not {name!r}")
-    options = {"spatial_dims": spatial_dims, "features": PAPER_FEATURES[name], "norm": None, "dropout": 0.5}
+    options: dict[str, Any] = {"spatial_dims": spatial_dims, "features": PAPER_FEATURES[name], "norm": None, "dropout": 0.5}
     if name == "unet++":
         return UNetPlusPlus(in_channels, out_channels, deep_supervision=deep_supervision, **options)
     if deep_supervision:
@@ -212,7 +212,7 @@ def from_paper(
     return UNet(in_channels, out_channels, **options)
 
 
-def _up_width(features: Sequence[int], upsample: Option):
+def _up_width(features: Sequence[int], upsample: Option) -> Callable[[int, int], int]:
     check_features(features)
     if reduces_channels(upsample):
         return lambda low_width, level: features[level]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         super().__init__()
         self.topology, self.out_channels, self.last_width = topology, out_channels, last_width
         self.form, self.deep_supervision, self.attention = check_form(form), deep_supervision, attention
-        self.options = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias}
+        self.options: dict[str, Any] = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias}
         dims, kind = topology.spatial_dims, GatedNode if attention else NodeModule
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
@@ -85,7 +85,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         self.lasts, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for node in (topology[0, column] for column in topology.heads):
             convolutions = (node.width, last_width), (last_width, last_width)
-            gated = {"gated_input": False} if attention else {}
+            gated: dict[str, Any] = {"gated_input": False} if attention else {}
             self.lasts[node.name] = kind(convolutions, (node.width, node.width), dims, **gated, **self.options)
             self.heads[node.name] = make_conv(last_width, out_channels, dims, 3)
         initialise(self, act)
@@ -321,8 +321,9 @@ class EncodedNetwork(Pretrained, nn.Module):
                 "this network's encoder is a module of its own, which no file describes: build the network with it, then"
                 ' network.load_state_dict(torch.load(path, weights_only=True)["model"])'
             )
+        module: Any = name or encoder
         given, widths = make_encoder(
-            name or encoder, in_channels=topology.in_channels, spatial_dims=topology.spatial_dims, depth=topology.depth + 1
+            module, in_channels=topology.in_channels, spatial_dims=topology.spatial_dims, depth=topology.depth + 1
         )
         if widths != topology.first_widths:
             expected = topology.first_widths

@@ -96,7 +96,7 @@ def _needed(body: nn.Module, places: tuple[int, ...], x: Tensor) -> set[str]:
     own = copy.deepcopy(body).eval().requires_grad_(True)
     with torch.enable_grad():
         maps = maps_of(own, x)
-        total = sum(maps[place].sum() for place in places)
+        total = torch.stack([maps[place].sum() for place in places]).sum()
         named = dict(own.named_parameters())
         found = torch.autograd.grad(total, list(named.values()), allow_unused=True) if named else ()
     return {name for name, gradient in zip(named, found, strict=True) if gradient is not None}
@@ -138,7 +138,7 @@ def _pools(body: nn.Module, x: Tensor) -> list[str]:
 def _without(module: nn.Module, names: set[str], prefix: str = "") -> nn.Module:
     """The module with `Skipped` in place of the modules of these names: a copy of the modules around them that shares all
     others; the module itself if there are none."""
-    changed = {}
+    changed: dict[str, nn.Module] = {}
     for name, child in module._modules.items():
         path = f"{prefix}{name}"
         if path in names:

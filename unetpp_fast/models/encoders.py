@@ -53,7 +53,7 @@ def make_encoder(
         raise InputError(f"encoder must be a name of timm or a module, not {type(encoder).__name__}")
     if name is None and weights == IMAGENET:
         raise InputError("encoder_weights='imagenet' is for names of timm: a module has its weights, or give a file")
-    body = encoder if name is None else _from_timm(name, in_channels, depth, weights == IMAGENET)
+    body: Any = encoder if name is None else _from_timm(name, in_channels, depth, weights == IMAGENET)
     x = _sample(body, in_channels, spatial_dims, depth)
     places, widths = _pyramid(body, x, depth)
     if weights is not None and weights != IMAGENET:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..execution.built import built
@@ -16,12 +18,12 @@ class Nest(nn.Module):
     after X(0,j) is X(0,j + 1) (`Topology.over_maps`). `whole` is an `EncodedNetwork`.
     """
 
-    def __init__(self, whole: nn.Module):
+    def __init__(self, whole: Any):
         super().__init__()
         nodes = whole.topology.nodes
         self.topology, self.out_channels = whole.topology.over_maps(whole.last_width), whole.out_channels
         unused = {"odd_sizes": False, "downsample": "pool", "head_bias": True}
-        self.options = {**whole.options, **unused, "attention": whole.attention, "head_taps": 3}
+        self.options: dict[str, Any] = {**whole.options, **unused, "attention": whole.attention, "head_taps": 3}
         self.follow(whole)
         names = {whole.topology[0, column].name: self.topology[0, column + 1].name for column in whole.topology.heads}
         inner = {f"x{node.level + 1}_{node.column}": whole.nodes[node.name] for node in nodes if node.column}
@@ -36,13 +38,13 @@ class Nest(nn.Module):
         """As `Network.refresh_handle`."""
         self.structure = structure_of(self)
 
-    def follow(self, whole: nn.Module) -> None:
+    def follow(self, whole: Any) -> None:
         """Takes over the settings of `whole` that have changed; a graph can hold it only where none has."""
         for name in ("backend", "training", "sync_group", "recompute"):
             if getattr(self, name, None) != getattr(whole, name):
                 setattr(self, name, getattr(whole, name))
 
-    def is_of(self, whole: nn.Module) -> bool:
+    def is_of(self, whole: Any) -> bool:
         """Whether these are still the modules of `whole`."""
         theirs = [*whole.nodes.values(), *whole.lasts.values(), *whole.heads.values()]
         mine = [*self.nodes.values(), *self.heads.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -72,14 +72,21 @@ class Network(Pretrained, nn.Module):
         if downsample not in DOWNSAMPLES:
             raise ValueError(f"downsample must be one of {DOWNSAMPLES}, not {downsample!r}")
         self.form = check_form(form)
-        shared = {"norm": norm, "act": act, "upsample": upsample, "dropout": dropout, "bias": bias, "odd_sizes": odd_sizes}
-        self.options = {**shared, "downsample": downsample, "head_bias": head_bias}
+        shared: dict[str, Any] = {
+            "norm": norm,
+            "act": act,
+            "upsample": upsample,
+            "dropout": dropout,
+            "bias": bias,
+            "odd_sizes": odd_sizes,
+        }
+        self.options: dict[str, Any] = {**shared, "downsample": downsample, "head_bias": head_bias}
         self.backend = dispatch.check(backend)
         dims = topology.spatial_dims
         self.nodes = nn.ModuleDict()
         for node in topology.nodes:
             up = (topology.low_width(node), node.up_width) if node.column else None
-            shape = {"kernel": topology.kernel(node)} if node.kernel else {}
+            shape: dict[str, Any] = {"kernel": topology.kernel(node)} if node.kernel else {}
             if node.column and topology.strides:
                 shape["factors"] = topology.stride(node.level + 1)
             elif downsample == "stride" and node.level and not node.column:
@@ -109,7 +116,7 @@ class Network(Pretrained, nn.Module):
             self.built = built(self)
         self.refresh_handle()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
         super()._apply(fn, recurse)  # what .to(), .cuda() and .half() go through
         dispatch.prepare(self)
         return self

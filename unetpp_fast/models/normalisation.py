@@ -110,7 +110,7 @@ class Normalisation:
             return lambda values: rescale(values, self.window)
         if self.kind == "dataset":
             return lambda values: _shifted(values, *(_columns(numbers, values) for numbers in (self.mean, self.std)))
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, np.zeros(()), np.zeros(())
         for chunk in chunks():
             axes = tuple(range(1, chunk.ndim))
             count, total = count + chunk[0].size, total + chunk.sum(axis=axes, keepdims=True)
@@ -169,17 +169,18 @@ class NormalisedImages:
 
     def __init__(self, images: Any, normalisation: Normalisation):
         self.images, self.normalisation, self.shape = images, normalisation, tuple(images.shape)
-        self._index, self._prepare = -1, None
+        self._index: int | slice = -1
+        self._prepare: Prepare | None = None
         normalisation.check_channels(self.shape[1])
 
     def __getitem__(self, where: tuple[int | slice, ...]) -> np.ndarray:
         """float32 `[C, *tile]` at (image, slice, ...)."""
-        if where[0] != self._index:
+        if self._prepare is None or where[0] != self._index:
             self._index = where[0]
             self._prepare = self.normalisation.fitted(lambda: (self._real(band) for band in self.bands(where[0])))
         return self._prepare(self._real(where))
 
-    def bands(self, index: int) -> Iterator[tuple[int | slice, ...]]:
+    def bands(self, index: int | slice) -> Iterator[tuple[int | slice, ...]]:
         """The places of bands of an image that take some megabytes in float64."""
         _, channels, height, *rest = self.shape
         rows = max(1, CHUNK_BYTES // (8 * channels * math.prod(rest)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..execution.built import HOOKS
 
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 FINALS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, torch.sigmoid, lambda x: x.softmax(dim=1))
 
 
-def own_forward(network: nn.Module) -> str:
+def own_forward(network: Any) -> str:
     """Why calling `network` is more than the forward pass of this package; "" if it is not."""
-    kind = type(network)
+    kind: Any = type(network)
     for name, method in kind.package_methods.items():
         if name in network.__dict__ or getattr(kind, name) is not method:
             where = "this instance" if name in network.__dict__ else f"the class {kind.__name__}"
@@ -30,7 +32,7 @@ def own_forward(network: nn.Module) -> str:
     return "the network has hooks" if any(network.__dict__[name] for name in HOOKS) else ""
 
 
-def logits_of_call(network: nn.Module, x: Tensor) -> list[Tensor]:
+def logits_of_call(network: Any, x: Tensor) -> list[Tensor]:
     """Logits `[N, out_channels, *S]` of each head from a call of the network as it is, hooks and its own `forward` included.
 
     What `forward` makes of an image before the pass counts. What it makes of the logits counts too, but for a sigmoid or
@@ -72,7 +74,7 @@ def logits_of_call(network: nn.Module, x: Tensor) -> list[Tensor]:
     return given
 
 
-def sharing(network: nn.Module) -> nn.Module:
+def sharing(network: AnyNetwork) -> AnyNetwork:
     """Another object with the same modules: of the same class, with all attributes and hooks, which may then change in one
     of the two."""
     other = object.__new__(type(network))

@@ -6,9 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..architecture.input_checks import check_input, leaves_one_value
@@ -33,11 +34,12 @@ def pad_to_multiple(x: Tensor, multiple: int | Sequence[int]) -> Tensor:
 
 def crop(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """The leading `size` of the spatial axes of `x`."""
-    return x[(..., *(slice(0, axis) for axis in size))]
+    where: Any = (..., *(slice(0, axis) for axis in size))
+    return x[where]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards every module has its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     if any(mode for _, mode in modes):

@@ -10,8 +10,9 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Pretrained:
     A class that defines `from_config(config, backend="auto")` is known to `from_pretrained` by its name.
     """
 
-    kinds: ClassVar[dict[str, type]] = {}
+    kinds: ClassVar[dict[str, Any]] = {}
     exclusive = False  # its classes exclude one another: set by a training with such a loss
     normalisation: Normalisation | None = None  # how whole numbers are prepared: set by a training
 
@@ -145,7 +146,7 @@ def from_pretrained(
     return network.to(device).eval()
 
 
-def _save(network: Pretrained, folder: Path, name: str, run: str | os.PathLike | None) -> Path:
+def _save(network: Any, folder: Path, name: str, run: str | os.PathLike | None) -> Path:
     config, kind = getattr(network, "config", None), _kind(network)
     if config is None or kind is None or config.get("encoder", "") is None:
         raise InputError(
@@ -158,8 +159,12 @@ def _save(network: Pretrained, folder: Path, name: str, run: str | os.PathLike |
     packed = need("safetensors.torch", EXTRA).save(_separate(network.state_dict()), metadata={"format": "pt"})
     content = {"library_name": "unetpp_fast", "format": FORMAT, "version": __version__, "kind": kind, "config": config}
     for file, data in ((WEIGHTS, packed), (CARD, card.encode()), (CONFIG, json.dumps(content, indent=1).encode() + b"\n")):
-        write_atomic(folder / file, lambda stream, data=data: stream.write(data))
+        write_atomic(folder / file, partial(_write, data))
     return folder
+
+
+def _write(data: bytes, stream: BinaryIO) -> None:
+    stream.write(data)
 
 
 def _kind(network: Pretrained) -> str | None:

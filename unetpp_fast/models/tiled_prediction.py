@@ -93,7 +93,7 @@ def predict_tiled(
         raise TypeError(f"out must be of a floating-point type to hold probabilities, not {out.dtype}")
     for index, first, band in bands(model, image, grid, progress=progress, **options):
         rows = slice(first, first + band.shape[1])
-        out[index, :, rows] = band if isinstance(out, Tensor) else band.numpy()
+        out[index, :, rows] = band if isinstance(out, Tensor) else band.numpy()  # type: ignore[assignment]
     return out
 
 
@@ -126,7 +126,7 @@ def bands(
     band = torch.zeros(channels or network_of(model).out_channels, height, *size[1:], dtype=dtype)
     total = image.shape[0] * math.prod(map(len, grid))
     bar = need("tqdm", "commands").tqdm(total=total, desc="tiles", unit="tile", leave=False) if progress else None
-    with bar if progress else nullcontext():
+    with nullcontext() if bar is None else bar:
         for index, (number, (where, weights)) in itertools.product(range(image.shape[0]), enumerate(rows)):
             for rest in itertools.product(*others):
                 window = (where, *(part for part, _ in rest))
@@ -134,7 +134,7 @@ def bands(
                 for axis, factors in enumerate((weights, *(axis_weights for _, axis_weights in rest)), start=1):
                     part *= factors.to(part).view(-1, *[1] * (part.ndim - axis - 1))
                 band[(slice(None), slice(where.stop - where.start), *window[1:])] += part
-                if progress:
+                if bar is not None:
                     bar.update()
             done = (rows[number + 1][0].start if number + 1 < len(rows) else where.stop) - where.start
             yield index, where.start, band[:, :done]

@@ -11,7 +11,7 @@ import torch
 
 from ..data.samples import ArraySample, Sample
 from ..experiments.pictures import COLOURS, overlay, stretch
-from ..models.network import Network
+from ..models.architectures import AnyNetwork
 from ..models.prediction import mean_probabilities
 from ..training.evaluation import MEMORY, logits
 from .page import LONGEST
@@ -22,13 +22,13 @@ CORRECT, MISSED, EXTRA, OTHER = ((232, 232, 232), (60, 140, 255), (255, 90, 60),
 class Looked(NamedTuple):
     """How an image was predicted: its index in the samples, IoU over its classes, and IoU of each class (NaN: absent)."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     iou: float
     classes: list[float]
 
 
 def look(
-    network: Network, samples: Sequence[Sample | ArraySample], dtype: str, exclusive: bool, seconds: float
+    network: AnyNetwork, samples: Sequence[Sample | ArraySample], dtype: str, exclusive: bool, seconds: float
 ) -> list[Looked]:
     """Predicts images, evenly chosen from `samples`, until all are done or the time is over."""
     began, found = time.monotonic(), []
@@ -54,7 +54,7 @@ def _spread(count: int) -> list[int]:
     return [index for index in turned if index < count]
 
 
-def predicted(network: Network, image: np.ndarray, dtype: str, exclusive: bool) -> np.ndarray:
+def predicted(network: AnyNetwork, image: np.ndarray, dtype: str, exclusive: bool) -> np.ndarray:
     """Masks, bool `[classes, *S]`, of a standardised image `[C, *S]`."""
     with torch.no_grad():
         outputs = logits(network, image, dtype, MEMORY)  # in tiles, if the validation took some
@@ -64,7 +64,7 @@ def predicted(network: Network, image: np.ndarray, dtype: str, exclusive: bool) 
     return (values.argmax(dim=0) == torch.arange(len(values)).view(-1, *[1] * (values.ndim - 1))).numpy()
 
 
-def panels(network: Network, sample: Sample | ArraySample, about: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
+def panels(network: AnyNetwork, sample: Sample | ArraySample, about: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
     """The image, its truth, the prediction and where they differ, uint8 `[H, W, 3]` each; of a volume one plane.
 
     Args:
@@ -81,11 +81,11 @@ def panels(network: Network, sample: Sample | ArraySample, about: Mapping[str, A
     image = image[:3] if len(image) >= 3 else image[:1]
     colours = tints(about)
     if exclusive:
-        counted = truth.any(axis=0)
+        counted = np.any(truth, axis=0)
         differs = _differences(truth.argmax(axis=0), np.where(counted, found.argmax(axis=0), 0), counted)
         truth, found = truth[1:], found[1:]
     else:
-        differs = _differences(truth.any(axis=0), found.any(axis=0), None)
+        differs = _differences(np.any(truth, axis=0), np.any(found, axis=0), None)
         wrong = (truth & ~found).any(axis=0) & (found & ~truth).any(axis=0)
         differs[wrong] = OTHER
     return {

@@ -78,9 +78,9 @@ class _Best:
         """IoU, and Dice if it is known, of each class."""
         names = self.names
         if "class_iou" in self.scores:
-            rows = zip(names, self.scores["class_iou"], self.scores["class_dice"], strict=True)
+            scores = zip(names, self.scores["class_iou"], self.scores["class_dice"], strict=True)
             head = ("class, over all pixels", "IoU", "Dice")
-            return page.table(head, [(name, _number(iou), _number(dice)) for name, iou, dice in rows])
+            return page.table(head, [(name, _number(iou), _number(dice)) for name, iou, dice in scores])
         rows = []
         for name, values in zip(names, zip(*(one.classes for one in self.looked), strict=True), strict=True):
             rows.append((name, _number(sum(values) / len(values)), _number(min(values)), _number(max(values))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,10 @@ class _Size:
     steps: int = 0
     last: int = 0
     failure: str = ""
-    graph: torch.cuda.CUDAGraph | None = None
+    graph: Any = None  # a torch.cuda.CUDAGraph
     inputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
-    result: Tensor | None = None
+    result: Any = None  # a tensor
 
 
 class StepGraphs:
@@ -56,7 +57,7 @@ class StepGraphs:
         self.modules, self.kept = modules, kept
         self._steps = self._changes = 0  # all steps; changes of the layers since the last replay
         self._obstacle = self._crowded = ""
-        self._layers: LayerState | None = None
+        self._layers: Any = None  # a LayerState after the first step
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # one a device: memory stays with its stream
         self._sizes: dict[tuple, _Size] = {}
         self.forget()
@@ -196,13 +197,14 @@ class StepGraphs:
 def _settings(device: torch.device) -> tuple:
     """What is set outside of the modules and changes the kernels of a step."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    precisions = convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     return autocast, *precisions, torch.are_deterministic_algorithms_enabled()
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     """Channels-last if the tensor is laid out so and not contiguous, else contiguous."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    last: Any = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     wanted = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
     return last if wanted else torch.contiguous_format
 

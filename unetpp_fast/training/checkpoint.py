@@ -122,7 +122,7 @@ def _of_older(about: Any) -> Normalisation | None:
     return Normalisation("window", window=prepare["window"]) if "window" in prepare else Normalisation()
 
 
-def initial_network(path: Path, in_channels: int, out_channels: int, spatial_dims: int) -> Network:
+def initial_network(path: Path, in_channels: int, out_channels: int, spatial_dims: int) -> Any:
     """The network of a checkpoint, as `load_model` reads it, to be trained further on data of these channels and classes.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -65,7 +65,7 @@ class LayerState:
         return ""
 
 
-def _unique(groups: Iterable[dict[str, Tensor | None]]) -> list[Tensor]:
+def _unique(groups: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
     return list({id(tensor): tensor for group in groups for tensor in group.values() if tensor is not None}.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ClassWeighted(nn.Module):
             check_pair(logits, target, "outputs")
         check_classes(heads[0], self.exclusive, self.weights)
         valid = None if self.exclusive else check_unit(target, "the target", "a mask of 0 and 255 is (mask > 0).float()")
-        loss = sum(self._image_losses(*self._flat(logits, target)).mean() for logits in heads) / len(heads)
+        loss: Any = sum(self._image_losses(*self._flat(logits, target)).mean() for logits in heads) / len(heads)
         return loss if valid is None else loss.where(valid, torch.nan)
 
     def _flat(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def step_bytes(
     """
     half = autocast_dtype(dtype)
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
-    kind = {"device": "meta", "dtype": half or torch.float32}
+    kind: dict[str, Any] = {"device": "meta", "dtype": half or torch.float32}
     shapes = copy.deepcopy(network).to(**kind).train()
     shapes.backend, shapes.sync_group = "reference", ""
     loss = copy.deepcopy(loss or BCEDiceLoss()).to("meta")

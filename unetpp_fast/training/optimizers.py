@@ -39,6 +39,7 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate:
     Raises:
         InputError: there is none.
     """
+    kind: Any
     kind, settings = OPTIMIZERS[known("optimizer", name, OPTIMIZERS)]
     return kind(parameters, lr=learning_rate, weight_decay=weight_decay, **settings)
 

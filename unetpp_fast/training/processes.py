@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def sync_batch_norm(network: Network, group: dist.ProcessGroup | None = None) ->
         if type(module) in KNOWN_NORMS:
             flat = isinstance(module, nn.BatchNorm2d)
             module.__class__ = SyncedBatchNorm2d if flat else SyncedBatchNorm3d
-            module.group_name = name
+            module.group_name = name  # type: ignore[assignment]
     network.sync_group = name
     network.refresh_handle()
     return network
@@ -127,7 +128,8 @@ def parallel(module: nn.Module) -> DistributedDataParallel:
     """The module wrapped so that gradients are averaged over all processes; buffers are not, as they are equal already."""
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the old name is deprecated
-    return DistributedDataParallel(module, **{name: False})
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(module, **options)
 
 
 def summed(values: Tensor) -> Tensor:

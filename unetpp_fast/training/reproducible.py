@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,7 +130,8 @@ def _workers(process: int, threads: int) -> ThreadPoolExecutor:
 def sum_over_images(loss: Callable, heads: Sequence[Tensor], target: Tensor) -> Tensor:
     """The sum of the losses of single images, float64; without images a zero from which a backward pass can start."""
     if not len(target):
-        return sum(head.double().sum() for head in heads)
+        zero: Any = sum(head.double().sum() for head in heads)
+        return zero
     images = zip(*(head.split(1) for head in heads), target.split(1), strict=True)
     return sum(loss([head.double() for head in image], mask.double()) for *image, mask in images)
 
@@ -289,7 +291,7 @@ def _instance_norm(layer: InstanceNorm, x: Tensor) -> Tensor:
     return _Norm.apply(x, layer.weight, layer.bias, layer.eps, None)
 
 
-_FORWARDS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+_FORWARDS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Conv2d: _convolve,
     nn.Conv3d: _convolve,
     nn.ConvTranspose2d: _convolve,

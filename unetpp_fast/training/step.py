@@ -88,11 +88,13 @@ class Step(ABC):
     @property
     def validated(self) -> Network:
         """The network to validate and to keep: with averaged weights, if the recipe asks for them."""
-        return self.average.module if self.average else self.network
+        averaged: Any = self.average.module if self.average else self.network
+        return averaged
 
     def _pass(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
         """`_backward` of a micro-batch that may lie on another device."""
-        return self._backward(*(part.to(self.device, non_blocking=True) for part in (image, mask)), batch)
+        image, mask = (part.to(self.device, non_blocking=True) for part in (image, mask))
+        return self._backward(image, mask, batch)
 
     def _backward(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
         """Adds the gradients of a micro-batch; returns the result of `run` for its images."""
@@ -160,7 +162,7 @@ class UsualStep(Step):
     def _pass(self, image: Tensor, mask: Tensor, batch: int) -> Tensor:
         if not self.recipe.capture:
             return super()._pass(image, mask, batch)
-        return self.graphs.run(lambda *inputs: self._backward(*inputs, batch), (image, mask), (batch,))
+        return self.graphs.run(lambda image, mask: self._backward(image, mask, batch), (image, mask), (batch,))
 
     @property
     def reason(self) -> str:
@@ -168,7 +170,7 @@ class UsualStep(Step):
 
     def _add_gradients(self, heads: list[Tensor], mask: Tensor, batch: int) -> Tensor:
         count = len(mask)
-        loss = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
+        loss: Any = self.loss(heads, mask) if count else sum(head.sum() for head in heads)
         # Gradients are averaged over processes and summed over micro-batches: together that is the mean over all images.
         self.scaler.scale(loss * (count * processes.size() / batch)).backward()
         return loss

@@ -116,7 +116,7 @@ def _sources(place: Path) -> dict[Path, Mapping[str, Any]]:
     patterns = ("*.json", "annotations/*.json", "*/_annotations.coco.json")
     paths = [place] if place.suffix == ".json" else sorted({path for text in patterns for path in place.glob(text)})
     named = [path for path in paths if path.name.startswith("instances")]
-    found = {}
+    found: dict[Path, Mapping[str, Any]] = {}
     for path in named or paths:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -42,7 +42,7 @@ def file_list(place: Path, ignore: int | None, fold: int = 0) -> Parts | None:
     folds = sorted({entry["fold"] for entry in content["training"] if "fold" in entry})
     if folds and fold not in folds:
         raise InputError(f"{path} has the folds {', '.join(map(str, folds))}: there is no fold {fold}")
-    made = {part: _pairs(path, entries) for part, entries in parts.items()}
+    made: dict[str, Any] = {part: _pairs(path, entries) for part, entries in parts.items()}
     if "training" not in made:
         raise InputError(f"{path} lists no image for training outside fold {fold}")
     names = _names(path, content.get("labels"))

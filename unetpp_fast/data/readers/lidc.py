@@ -85,7 +85,7 @@ class NoduleSample:
         values = np.stack(slices)[None, :, y : y + CROP, x : x + CROP]
         planes = {uid: k for k, uid in enumerate(self.scan.slice_uids[z : z + CROP])}
         votes = sum(self._drawn(nodules, planes, values.shape[1:]).astype(int) for nodules in self.readers)
-        return rescale(values, LUNG_WINDOW), (2 * votes >= len(self.readers))[None]
+        return rescale(values, LUNG_WINDOW), np.expand_dims(2 * votes >= len(self.readers), 0)
 
     def _drawn(self, nodules: Sequence[Nodule], planes: dict[str, int], shape: tuple[int, ...]) -> np.ndarray:
         """What one reader calls nodule, bool `[D, H, W]`."""

@@ -249,8 +249,8 @@ class Backward:
             wb = self.ops.conv_wgrad(low, g, axes=plan.axes)
         self._add_bias(f"{name}.conv1.bias", total)
         if self.composed:
-            parts = {"prefix": wa, "low": wb, "border": border}
-            self.parts |= {f"{step.node.name} {part}": value for part, value in parts.items() if value is not None}
+            named = {"prefix": wa, "low": wb, "border": border}
+            self.parts |= {f"{step.node.name} {part}": value for part, value in named.items() if value is not None}
             return
         weight = self.parameters[f"{name}.conv1.weight"]
         parts = [None if part is None else part.to(weight.dtype) for part in (wa, wb, None, border)]

@@ -133,7 +133,8 @@ class Composition:
                 [job for step in phased if self.up != "none" for job in self._ups_back(step, weights.tiles)],
             ]
             first, second, third, *rest = (weights.table(rows, device) for rows in jobs)
-            self._tables[device] = Tables(first, second, third, tuple(rest))
+            fourth, fifth = rest
+            self._tables[device] = Tables(first, second, third, (fourth, fifth))
         return self._tables[device]
 
     def _plain(self, step: Step, places: Places, tiles) -> list[tuple[int, ...]]:

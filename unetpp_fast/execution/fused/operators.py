@@ -259,7 +259,7 @@ def forward(call: Call, ops: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _update(norms: list[nn.Module], moments: Tensor, slots: Sequence[Slot], any_image: bool) -> None:
+def _update(norms: Sequence[nn.Module], moments: Tensor, slots: Sequence[Slot], any_image: bool) -> None:
     """Updates running statistics with the norm's momentum, or as the mean over all batches if that is None.
 
     moments, slots: `Forward.moments`, and the place of each norm there.

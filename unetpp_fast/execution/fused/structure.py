@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -100,7 +101,7 @@ def structure_of(network: NetworkSpec) -> Structure | None:
     return _shared(facts, odd)
 
 
-def _shared(facts: Mapping[str, object], odd: Structure | None) -> Structure:
+def _shared(facts: Mapping[str, Any], odd: Structure | None) -> Structure:
     """The structure of these facts, the same for all networks of this process that have them."""
     key, handle = _digest(f"{facts['plan']!r} {facts['out_channels']}"), _digest(repr((facts, odd is not None)))
     structure = _alive.get(handle)

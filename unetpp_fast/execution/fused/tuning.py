@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -258,12 +259,16 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool, comput
     description = f"tuning {name}, {backend}"
     with progress_bar(desc=description, unit="candidate", disable=None if progress else True) as bar:
 
-        def measure(launch: Callable[[], None]) -> float:
+        def measure(launch: Callable[[], object]) -> float:
             bar.update()
             return milliseconds(launch, call.x.device)
 
         with kernel_tuning.measuring(measure, lambda: _save_if_possible(call.x.device)):
             _run(_by(backend, call.dtype, compute), call.network, call.inputs, call.needs_gradients)
+
+
+def _own(network: NetworkSpec) -> Any:
+    return copy.deepcopy(network)
 
 
 def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = ROUNDS) -> dict:
@@ -274,7 +279,8 @@ def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = R
     def took(forward: Callable) -> float:
         return milliseconds(lambda: _run(forward, call.network, call.inputs, training), device, rounds)
 
-    verdicts, failed = [], None
+    verdicts: list[dict[str, Any]] = []
+    failed: Exception | None = None
     for backend in kernels:
         try:
             forward = _by(backend, call.dtype, compute)
@@ -295,7 +301,7 @@ def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = R
         raise failed
     best = max(verdicts, key=lambda verdict: verdict["ratio"] if verdict["right"] else -1.0)
     if device.type == "cpu" and call.dtype != torch.float32:  # which may be faster there
-        single = Call(copy.deepcopy(call.network).float(), [x.float() for x in call.inputs], torch.float32)
+        single = Call(_own(call.network).float(), [x.float() for x in call.inputs], torch.float32)
         forward = _by(best["backend"], torch.float32, compute)
         with torch.autocast("cpu", enabled=False):
             best["float32_ms"] = milliseconds(lambda: _run(forward, single.network, single.inputs, training), device, rounds)
@@ -353,10 +359,10 @@ def _results(network: NetworkSpec, checked: list[list[Tensor]], training: bool, 
         try:
             with torch.autocast(inputs[0].device.type, enabled=False):
                 wide = [x.double() for x in inputs]
-                exact = _run(reference.forward, copy.deepcopy(network).double(), wide, training)
+                exact = _run(reference.forward, _own(network).double(), wide, training)
             usual = []
             for layout in layouts:
-                laid_out = copy.deepcopy(network).to(memory_format=layout)
+                laid_out = _own(network).to(memory_format=layout)
                 images = [x.to(memory_format=layout) for x in inputs]
                 usual.append(_run(reference.forward, laid_out, images, training))
             break

@@ -101,7 +101,8 @@ def all_operands(
             width = prefix_width(step, weight) if place == "1" else weight.shape[1]
             is_folded = modes.get(f"{node}.norm{place}") == "folded"
             plain.append(None if is_folded else weight_composition.taps_first(weight[:, :width]))
-        return tuple(map(rounded, node_operands(plan, step, wide, modes), plain))
+        first, second = map(rounded, node_operands(plan, step, wide, modes), plain)
+        return first, second
 
     return {step.node.name: both(step) for step in plan.computed}
 

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 from ...architecture.options import ACTIVATIONS, ENGINES, NORMS, UPSAMPLES, Option, parse_option
 from ...architecture.options import unsupported as options_unsupported
@@ -199,7 +200,9 @@ def make_plan(topology: Topology, options: Options) -> Plan:
 
 @lru_cache(maxsize=64)
 def _make_plan(topology: Topology, options: tuple) -> Plan:
-    given = {key: (value[0], dict(value[1])) if isinstance(value, tuple) else value for key, value in options}
+    given: dict[str, Any] = {
+        key: (value[0], dict(value[1])) if isinstance(value, tuple) else value for key, value in options
+    }
     norm, norm_keywords = (None, {}) if given["norm"] is None else parse_option(given["norm"], "norm", NORMS)
     act, act_keywords = parse_option(given["act"], "act", ACTIVATIONS)
     upsample, up_keywords = parse_option(given["upsample"], "upsample", UPSAMPLES)

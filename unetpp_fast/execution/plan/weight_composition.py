@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,15 +123,21 @@ def phase_weights(weight: Tensor, up: Tensor | None) -> Tensor:
         return _by_phase(places, axes)
     by_tap = _by_tap(weight)
     first, *others = itertools.product((0, 1), repeat=axes)
-    places = F.pad(torch.matmul(up[(..., *first)], by_tap), [0, 0, 0, 0] + [1, 0] * axes)  # [4.., K, CO]
+    places = F.pad(torch.matmul(_at(up, first), by_tap), [0, 0, 0, 0] + [1, 0] * axes)  # [4.., K, CO]
     for element in others:
-        places[_window(element)] += torch.matmul(up[(..., *element)], by_tap)
+        places[_window(element)] += torch.matmul(_at(up, element), by_tap)
     return _by_phase(places, axes)
 
 
 def _by_tap(weight: Tensor) -> Tensor:
     """`[CO, C, 3..]` as `[3.., C, CO]`, contiguous."""
     return weight.movedim((1, 0), (-2, -1)).contiguous()
+
+
+def _at(up: Tensor, element: tuple[int, ...]) -> Tensor:
+    """A view of the weights of one element of an up-sampling."""
+    where: Any = (..., *element)
+    return up[where]
 
 
 def _window(element: tuple[int, ...]) -> tuple[slice, ...]:
@@ -149,13 +156,14 @@ def phase_weights_backward(g: Tensor, weight: Tensor, up: Tensor | None) -> tupl
         if up is None:
             return g_projected, None
         g_weight = torch.einsum("ok...,kc->oc...", g_projected, up.flatten(1))
-        g_by_tap = places.flatten(0, axes - 1)  # [3^axes, K, CO]
-        return g_weight, torch.matmul(g_by_tap, _by_tap(weight).flatten(0, axes - 1).mT).sum(0).view_as(up)
-    by_tap, g_by_tap, g_up = _by_tap(weight), 0, torch.empty_like(up)
+        g_places = places.flatten(0, axes - 1)  # [3^axes, K, CO]
+        return g_weight, torch.matmul(g_places, _by_tap(weight).flatten(0, axes - 1).mT).sum(0).view_as(up)
+    by_tap, g_up = _by_tap(weight), torch.empty_like(up)
+    g_by_tap: Any = 0
     for element in itertools.product((0, 1), repeat=axes):
         g_products = places[_window(element)]  # [3.., K, CO]
-        g_by_tap = g_by_tap + torch.matmul(up[(..., *element)].T, g_products)
-        g_up[(..., *element)] = torch.matmul(g_products, by_tap.mT).flatten(0, axes - 1).sum(0)
+        g_by_tap = g_by_tap + torch.matmul(_at(up, element).T, g_products)
+        _at(g_up, element)[...] = torch.matmul(g_products, by_tap.mT).flatten(0, axes - 1).sum(0)
     return g_by_tap.movedim((-2, -1), (1, 0)), g_up
 
 
