@@ -84,6 +84,17 @@ def test_every_entry_point_prepares_whole_numbers(kind, dtype, monkeypatch):
         assert getattr(other, "network", other).normalisation == KINDS[kind]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_folder_keeps_it_and_says_so(kind, tmp_path):
+    pytest.importorskip("safetensors", reason="the format of the folder")
+    model = network()
+    model.normalisation = KINDS[kind]
+    model.save_pretrained(tmp_path)
+    assert uf.from_pretrained(tmp_path).normalisation == KINDS[kind]
+    card = (tmp_path / "README.md").read_text()
+    assert {"image": "mean 0", "dataset": "less the mean [0.3, 0.5]", "window": "clipped to -100 to 300"}[kind] in card
+
+
 def test_an_image_file_is_read_by_bands(monkeypatch, tmp_path):
     """Neither statistics nor tiles ask for more of a mapped file than a band or a tile."""
     monkeypatch.setattr(normalisation, "CHUNK_BYTES", 16 * 2 * 100 * 8)

@@ -45,7 +45,7 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
     """The text, Markdown with the Hub's header.
 
     Args:
-        network: with a `topology`, `out_channels` and `options`.
+        network: with a `topology`, `out_channels`, `options` and `normalisation`.
         name: of the folder or of the repository on the Hub.
         run: the folder of `unetpp-fast train`; without it the card says nothing about training.
 
@@ -61,6 +61,8 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
         f" {network.out_channels} class(es). Its norm is {network.options['norm']!r}, its activation"
         f" {network.options['act']!r}, its up-sampling {network.options['upsample']!r}."
     )
+    if network.normalisation is not None:
+        what += f" Give images as whole numbers, or prepared as in training: {network.normalisation.in_words}."
     sides = "H, W" if topology.spatial_dims == 2 else "D, H, W"
     text = CARD.format(name=name, what=what, channels=topology.in_channels, classes=network.out_channels, sides=sides)
     return text if run is None else f"{text}\n{_training(Path(run))}"

@@ -65,6 +65,16 @@ class Normalisation:
         return "expected low < high" if self.kind == "window" else "expected a mean and a positive std for each channel"
 
     @property
+    def in_words(self) -> str:
+        """What is done to the values of an image."""
+        if self.kind == "window":
+            return f"clipped to {self.window[0]:g} to {self.window[1]:g} and mapped to -1 to 1"
+        if self.kind == "image":
+            return "each channel of each image with mean 0 and standard deviation 1"
+        units = "after 8-bit values were divided by 255 and unsigned 16-bit ones by 65535"
+        return f"less the mean {list(self.mean)}, divided by {list(self.std)}, channel by channel, {units}"
+
+    @property
     def config(self) -> dict[str, Any]:
         """Plain data for `from_config`."""
         return {"kind": self.kind, **{name: list(getattr(self, name)) for name in KINDS[self.kind]}}
