@@ -30,6 +30,7 @@ DICOM = ["pydicom>=2.4"]
 VOLUMES = ["SimpleITK>=2.3"]
 COCO = ["pycocotools>=2.0.7"]
 POSTPROCESS = ["scipy>=1.9"]
+METRICS = ["monai>=1.4", "scipy>=1.9"]
 KERAS = ["h5py>=3.8"]
 HUB = ["huggingface_hub>=0.24", "safetensors>=0.4"]
 TENSORBOARD = ["tensorboard>=2.14"]
@@ -143,6 +144,7 @@ setup(
         "coco": COCO,
         "keras": KERAS,
         "postprocess": POSTPROCESS,
+        "metrics": METRICS,
         "hub": HUB,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,

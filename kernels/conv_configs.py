@@ -14,7 +14,9 @@ from .maps import ceil_div, power_of_two
 from .naive import dot_precision
 
 MOST_VALUES = 2**20  # of a block, in Triton
-PROGRAMS = 264  # two for each multiprocessor of the largest GPUs
+# Of an H100: multiprocessors; flops a clock of one's tensor cores, in 16 bits; bytes a clock of the L2 cache, assumed.
+MULTIPROCESSORS, FLOPS, L2_BYTES = 132, 4096, 3000
+NEAR = 1.05  # times the least bound: as good
 LEAST_SHARED = 99 * 1024  # bytes of shared memory that a program may take on every GPU since compute capability 8.0
 
 
@@ -88,7 +90,8 @@ def configs(
     A step loads (pixels + block_co) block_k values for 2 pixels block_co block_k flops: 26 flops per byte of bf16 at
     128 x 32, 43 at 128 x 64, 64 at 128 x 128, 85 at 256 x 128. Copies by cp.async bypass L1, where eight of nine taps would
     hit, so up to 64 output channels one stage with plain loads comes first. Up to 128 output channels are one block, so that
-    pixels are loaded once. The order is that of `benchmarks/static`, which no GPU has confirmed.
+    pixels are loaded once. The first near the best bound comes first: where tiles are few, a smaller one. The order is that
+    of `benchmarks/static`, which no GPU has confirmed.
     """
     block_co = block_of_outputs(co)
     if dot_precision(dtype) == "ieee" and dtype in (torch.float32, torch.float64):
@@ -113,7 +116,15 @@ def configs(
     def programs(config: Config) -> int:
         return images * math.prod(tile_counts(units, config)) * (2**axes if phased else 1) * ceil_div(co, config.block_co)
 
-    first = next((config for config in offered if programs(config) >= PROGRAMS), max(offered, key=programs))
+    def clocks(config: Config) -> float:
+        """At least, for one channel of a tap: by the products of the busiest multiprocessor and by copies through L2.
+        With one stage all taps share a tile in L1."""
+        products = ceil_div(programs(config), MULTIPROCESSORS) * 2 * config.pixels * config.block_co / FLOPS
+        copied = config.block_co + config.pixels / (3**axes if config.num_stages == 1 else 1)
+        return max(products, programs(config) * copied * dtype.itemsize / L2_BYTES)
+
+    least = min(map(clocks, offered))
+    first = next(config for config in offered if clocks(config) <= NEAR * least)
     return [first, *(config for config in offered if config != first)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 MULTIPROCESSORS, CLOCK = 132, 1.83e9
 DRAM, L2 = 3.35e12, 5.5e12
 SHARED = 128  # bytes a clock of a multiprocessor's shared memory
+PORT = 64  # bytes a clock that a multiprocessor takes from L2: it binds where blocks are too few for all of them
 ISSUE = 4  # instructions of a warp that a multiprocessor starts in a clock
 MMA_SYNC = 613e12  # flops a second of mma.sync in 16 bits, 62 % of the tensor cores' peak
 WGMMA = 989e12  # of wgmma: the peak
@@ -34,12 +35,19 @@ class Work:
         """Seconds by the part that needs them. The busiest multiprocessor has ceil(blocks / multiprocessors) blocks."""
         share = -(-self.blocks // MULTIPROCESSORS) / CLOCK
         on_one = {name: getattr(self, name) * share for name in ("tensor", "issue", "shared")}
-        return {**on_one, "l2": self.l2 / L2, "dram": self.dram / DRAM}
+        l2 = max(self.l2 / L2, self.l2 / self.blocks / PORT * share)
+        return {**on_one, "l2": l2, "dram": self.dram / DRAM}
 
     @property
     def seconds(self) -> float:
         """If all parts work at once, the least."""
         return max(self.bounds().values())
+
+    @property
+    def in_turn(self) -> float:
+        """If products wait for the other instructions, as those of one warp do, and the rest works meanwhile."""
+        bounds = self.bounds()
+        return max(bounds.pop("tensor") + bounds.pop("issue"), *bounds.values())
 
     @property
     def serial(self) -> float:

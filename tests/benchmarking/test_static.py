@@ -1,8 +1,10 @@
-"""The static model's arithmetic, held to small cases that were counted by hand."""
+"""The static model's arithmetic, held to small cases that were counted by hand; its program; and what it says of the
+configurations that the package takes first."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from support.sass.listing import decode
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "static"))
 import bounds
+import candidates
 import compiled_cuda
 import kept
 import recording
@@ -36,6 +39,13 @@ def test_the_slowest_part_bounds_and_the_busiest_multiprocessor_counts():
     assert (work.binding, work.seconds, work.serial) == ("issue", pytest.approx(4e-6), pytest.approx(9e-6))
     assert work.tflops == pytest.approx(1000)
     assert bounds.tensor_clocks(613e12 / 132, 613e12) == pytest.approx(1.83e9)
+
+
+def test_other_slots_after_products_and_the_port_of_few_multiprocessors():
+    """Products and the other instructions take turns in `in_turn`; two multiprocessors do not get all of L2's bytes."""
+    work = bounds.Work("", 2, tensor=1830, issue=2 * 1830, shared=1830, l2=2 * 64 * 4 * 1830, dram=3.35e6)
+    assert work.in_turn == pytest.approx(4e-6) and work.bounds()["l2"] == pytest.approx(4e-6)
+    assert bounds.Work("", 2, tensor=1830, issue=2 * 1830).in_turn == pytest.approx(3e-6)
 
 
 def test_instructions_by_phase():
@@ -122,3 +132,37 @@ def test_no_cuda_kernel_issues_more_than_it_did():
     assert now.keys() == before.keys()
     more = {name: (before[name], count) for name, count in now.items() if count > 1.02 * before[name]}
     assert not more, f"instructions of a warp, before and now: {more}"
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="the CUDA kernels need nvcc")
+def test_the_program_prints_networks_verdicts_and_candidates(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["static", "--size", "32", "--images", "1"])
+    spec = importlib.util.spec_from_file_location("static_program", Path(candidates.__file__).with_name("__main__.py"))
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    program.main()
+    printed = capsys.readouterr().out
+    assert (
+        len(re.findall(r"^(?:inference|training), .*ratio \d+\.\d\d, goal \d\.\d: (?:met|missed)", printed, re.MULTILINE))
+        == 6
+    )
+    found = re.findall(
+        r"^(\d+→\d+(?: norm stats)?) +(cuda|triton) .* (\d+)  (?:tensor|issue|shared|l2|dram)", printed, re.MULTILINE
+    )
+    assert {name for name, *_ in found} == {
+        f"{k}→{co}{form}" for k, co in candidates.CHANNELS for form in ("", " norm stats")
+    }
+    assert {engine for _, engine, _ in found} == {"cuda", "triton"} and all(int(rate) > 0 for *_, rate in found)
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="the CUDA kernels need nvcc")
+@pytest.mark.parametrize("images", [1, 16])
+def test_the_first_configurations_are_near_the_best_by_the_model(images):
+    """Those that run without tuning, of the paper's widths at 512²: within a tenth of the best bound of their kind."""
+    for level, width in enumerate((32, 64, 128, 256, 512)):
+        for k, normed in ((width, False), (2 * width, True)):
+            found = candidates.candidates(k, width, 512 >> level, images, normed)
+            for engine in {one.engine for one in found}:
+                seconds = {one.shape: one.work.seconds for one in found if one.engine == engine}
+                first = next(iter(seconds))
+                assert seconds[first] <= 1.1 * min(seconds.values()), (k, width, engine, seconds)

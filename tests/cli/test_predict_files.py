@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 from support.command_line import fails, run
@@ -16,6 +17,7 @@ import unetpp_fast as uf
 from unetpp_fast.data import images, prediction_files
 from unetpp_fast.training.checkpoint import load_model, save_checkpoint
 
+GRID = ((0.5, 0.7, 2.5), (10.0, -3.0, 7.0), (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0))  # spacing, origin, directions
 AFFINE = np.array([[-0.5, 0, 0, 10], [0, 0.7, 0.1, -3], [0, 0, 2.5, 7], [0, 0, 0, 1]])
 
 
@@ -45,6 +47,12 @@ def store(path: Path, image: np.ndarray) -> None:
     elif kind.startswith("nii"):
         nibabel = pytest.importorskip("nibabel", reason="writes NIfTI")
         nibabel.save(nibabel.Nifti1Image(image.T.astype(np.int16), AFFINE), path)
+    elif kind in ("mha", "nrrd"):
+        picture = sitk.GetImageFromArray(image)
+        picture.SetSpacing(GRID[0])
+        picture.SetOrigin(GRID[1])
+        picture.SetDirection(GRID[2])
+        sitk.WriteImage(picture, str(path))
     else:
         tifffile = pytest.importorskip("tifffile", reason="writes TIFF")
         tifffile.imwrite(path, image, compression="zlib" if kind == "tiff" else None, photometric="minisblack")
@@ -61,10 +69,15 @@ def load(path: Path) -> np.ndarray:
         image = pytest.importorskip("nibabel").load(path)
         assert np.allclose(image.affine, AFFINE)
         return np.asarray(image.dataobj).T
+    if kind in ("mha", "nrrd"):
+        picture = sitk.ReadImage(str(path))
+        for found, wanted in zip((picture.GetSpacing(), picture.GetOrigin(), picture.GetDirection()), GRID, strict=True):
+            assert np.allclose(found, wanted)
+        return sitk.GetArrayFromImage(picture)
     return pytest.importorskip("tifffile").imread(path)
 
 
-@pytest.mark.parametrize("ending", [".npy", ".npz", ".tif", ".tiff", ".nii", ".nii.gz"])
+@pytest.mark.parametrize("ending", [".npy", ".npz", ".tif", ".tiff", ".nii", ".nii.gz", ".mha", ".nrrd"])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_a_volume_in_and_masks_out_in_its_format(ending, spatial_dims, tmp_path):
     """A model for images predicts plane by plane; each plane is standardised alone, as in training."""

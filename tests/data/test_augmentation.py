@@ -51,6 +51,8 @@ def test_image_and_label_map_move_alike(dims, spec, outside):
         pure = image.max(axis=0) > 0.999
         assert pure.mean() > 0.3
         assert np.array_equal(image.argmax(axis=0)[pure], mask.argmax(axis=0)[pure]) and mask[:, pure].sum(axis=0).min() == 1
+        inside = np.abs(image.sum(axis=0) + 1) < 1e-4  # 1 - 1 - 1, between pixels of different classes too
+        assert (mask[:, inside].sum(axis=0) == 1).all() and inside.mean() > 0.5
         empty = (np.abs(image) < 1e-6).all(axis=0)  # zero, which no pixel of the image is
         emptied += empty.sum()
         assert (mask[:, empty].sum(axis=0) == (outside is not None)).all() and mask.sum(axis=0).max() == 1
@@ -80,12 +82,14 @@ def test_a_patch_depends_only_on_seed_epoch_and_draw():
 
 def test_the_image_alone_changes_in_brightness_and_noise():
     spec = [[name, {**settings, "prob": 1.0}] for name, settings in STRONG[2][1:]]
+    spec += [["RandCoarseDropout", {"prob": 1.0, "holes": 2, "spatial_size": 4, "fill_value": 9}]]
     sample = sample_of(blocks(64, 2), 3)
     changed = Patches([sample], 32, 4, 0, augment=False, transform=Augmentation(spec, 2, 32))
     still = Patches([sample], 32, 4, 0, augment=False)
     for draw in range(4):
         assert torch.equal(changed[0, draw][1], still[0, draw][1])
         assert (changed[0, draw][0] != still[0, draw][0]).float().mean() > 0.99
+    assert np.array_equal(changed.load(0)[0], sample.load()[0])  # what is cached stays as it is
 
 
 def test_the_share_of_patches_holds_foreground():

@@ -66,7 +66,7 @@ def test_nnunet(tmp_path):
     write_picture(tmp_path / "imagesTr/a_0001.png", GREY)
     with pytest.raises(InputError, match=r"image b has no channel _0001; there is b_0000\.png"):
         read_folder(tmp_path)
-    for text in ('{"labels": {"a": [1, 2]}}', "{}", "["):
+    for text in ('{"labels": {"a": "b"}}', "{}", "["):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(InputError, match=r"dataset\.json has no labels"):
             read_folder(tmp_path)

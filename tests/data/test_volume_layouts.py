@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from support.medical_files import AFFINE, cut, write_itk, write_nifti, write_picture, write_series
 
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data import prediction_files
 from unetpp_fast.data.file_formats import read_stored
-from unetpp_fast.data.images import standardise
+from unetpp_fast.data.images import STANDARD, standardise
 from unetpp_fast.data.layouts import read_folder
 from unetpp_fast.data.samples import check_samples
 
@@ -107,7 +109,11 @@ def flatten_label(root: Path) -> None:
 
 
 def regions(root: Path) -> None:
-    (root / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 2], "core": 2}}')
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 3], "core": 3}}')
+
+
+def ignored_regions(root: Path) -> None:
+    (root / "dataset.json").write_text('{"labels": {"background": 0, "whole": [1, 2], "ignore": 3}}')
 
 
 def gap(root: Path) -> None:
@@ -127,7 +133,8 @@ DAMAGE = {
     put_nan: r"case_b_0000\.nii\.gz holds NaN",
     lose_label: r"case_b_0000\.nii\.gz has no mask in .*labelsTr \(1 such",
     flatten_label: r"case_b\.nii\.gz is an image but .* is a volume",
-    regions: r"'whole' is a region of \[1, 2\]",
+    regions: r"with the value 2, which is in none of the regions \{'whole': \[1, 3\], 'core': \[3\]\}",
+    ignored_regions: "expected whole numbers, and no ignored value",
     gap: r"expected 0, 1, 2, \.\.\. without a gap",
 }
 
@@ -156,6 +163,22 @@ def test_nnunet_without_its_json_with_colours_and_with_a_test_set(tmp_path):
     names = {"0": "R", "1": "G", "2": "B"}
     (colours / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": {"background": 0, "a": 1}}))
     assert check_samples(read_folder(colours).samples) == 3
+
+
+def test_regions_of_nnunet_overlap(tmp_path):
+    write_nnunet(tmp_path)
+    labels = {"background": 0, "whole tumor": [1, 2], "core": [2]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels, "regions_class_order": [1, 2]}))
+    folder = read_folder(tmp_path)
+    assert (
+        folder.found
+        == "found 3 volumes with label maps of 2 regions that may overlap (whole tumor, core), 2 channels (0, 1)"
+    )
+    assert not folder.exclusive and folder.classes == ["whole tumor", "core"] and check_samples(folder.samples) == 2
+    image, (whole, core) = folder.samples[0].load()
+    assert np.array_equal(whole, LABELS > 0) and np.array_equal(core, LABELS > 1)
+    assert np.array_equal(image, standardise(VALUES)) and np.array_equal(folder.samples[0].values(), VALUES)
+    assert read_folder(tmp_path, ["background", "edema", "core"]).exclusive
 
 
 def write_list(root: Path, content: dict, name: str = "dataset.json") -> Path:
@@ -279,6 +302,24 @@ def test_damaged_series_are_named(damage, says, tmp_path):
     damage(tmp_path / "a")
     with pytest.raises(InputError, match=says):
         read_stored(tmp_path / "a")
+
+
+def test_white_is_zero_and_single_files_of_dicom(tmp_path):
+    """A file of one plane is an image, in training and for a network in 2D alike; MONOCHROME1 is turned over."""
+    pixels = write_series(tmp_path / "images", (2, 6, 8))
+    for index, path in enumerate(sorted((tmp_path / "images").iterdir(), reverse=True)):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        np.save(tmp_path / f"masks/{path.stem}.npy", (pixels[index] > 0).astype(np.uint8))
+        if index:
+            header = pydicom.dcmread(path)
+            header.PhotometricInterpretation = "MONOCHROME1"
+            header.save_as(path)
+    folder = read_folder(tmp_path)
+    assert folder.found == "found 2 images with masks of 1 class" and folder.spatial_dims == 2
+    turned, plain = (sample.load()[0] for sample in folder.samples)
+    assert np.array_equal(plain, standardise(pixels[:1])) and np.allclose(turned, standardise(-pixels[1:]), atol=1e-6)
+    source = prediction_files.read(folder.samples[0].image, 2, 1)
+    assert np.allclose(prediction_files.Prepared(source, source.images()[0], STANDARD)[0, :, :, :], turned, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,31 @@ def test_a_file_that_cannot_be_read_counts_as_none(cache, content):
     assert dispatch.choose(Call(model, x))[0] == "reference"
 
 
+def test_processes_keep_what_each_other_has_measured(monkeypatch):
+    """The second one to write adds to the file; nobody else is between its reading and writing."""
+    fcntl = pytest.importorskip("fcntl")
+    device, ratio = torch.device("cpu"), {"right": True, "ratio": 2.0}
+    names = [name + kernel_tuning.place(device) for name in ("first", "second")]
+    for name in names:
+        forget()
+        tuning._loaded.add(tuning.setting(device))  # began before the other one wrote
+        kernel_tuning.table[name] = "1.0"
+        tuning._keep(device, name, ratio)
+        tuning.save(device)
+    content = json.loads(tuning.cache_file(device).read_text())
+    assert content == {"configurations": dict.fromkeys(names, "1.0"), "verdicts": dict.fromkeys(names, ratio)}
+
+    def write(path, _):
+        with open(path.with_suffix(".lock")) as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        writes.append(path)
+
+    writes = []
+    monkeypatch.setattr(tuning, "write_atomic", write)
+    tuning.save(device)
+    assert writes == [tuning.cache_file(device)]
+
+
 def test_what_cannot_run_cannot_be_tuned():
     model, x = small()
     with pytest.raises(RuntimeError, match=r"nothing to tune: .*torch\.float64"):

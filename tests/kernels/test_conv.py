@@ -133,6 +133,18 @@ def test_padding_after_norm_and_nan_in_place():
     assert out[0].isnan().all() and not out[1].isnan().any()
 
 
+def test_relu_of_minus_infinity_is_zero():
+    """Where an operand is read and where a result is stored."""
+    results = []
+    for negative in (-math.inf, -60000.0):
+        out, a, wa, options = conv_case(torch.float32, 2, (3, 3), affine="shared", act=True, bias=True)
+        options["affine_a"][0].abs_()
+        a[0, 0, 1, 1, 0] = options["bias"][0] = negative
+        kernels.conv(out, a, wa, **options)
+        results.append(out)
+    assert not results[0][..., 0].any() and torch.equal(*results)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -188,11 +200,11 @@ def test_configurations():
 def test_large_tiles_come_first_where_they_fit_and_fill_the_gpu():
     """And one stage of plain loads, which L1 serves, for narrow maps."""
 
-    def first(co: int, size: int, shared: int) -> tuple[int, int, int]:
-        config = conv_configs.configs((1, size, size), 16, co, 2, False, torch.bfloat16, shared)[0]
+    def first(co: int, size: int, shared: int, images: int = 16) -> tuple[int, int, int]:
+        config = conv_configs.configs((1, size, size), images, co, 2, False, torch.bfloat16, shared)[0]
         return config.pixels, config.block_k, config.num_stages
 
     large, small = 227 * 1024, conv_configs.LEAST_SHARED
     assert first(128, 128, large) == (256, 64, 3) and first(128, 128, small) == (128, 32, 3)
-    assert first(512, 8, large) == first(512, 8, small) == (64, 64, 3)
+    assert first(512, 16, large, 1) == first(512, 16, small, 1) == (64, 64, 3)
     assert first(32, 512, large) == first(64, 256, small) == (128, 32, 1)

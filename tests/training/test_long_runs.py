@@ -266,7 +266,7 @@ def test_a_run_s_folder(folder, tmp_path, capsys):
     memory = ("--max-memory", "5M", "--accumulate", "2", "--recompute")
     command = ("train", "--data", folder, "--out", tmp_path, *SMALL, *memory)
     assert run(*command) == 0
-    expected = ["best.pt", "config.json", "curves.png", "last.pt", "log.csv", "report.html", "run.yaml"]
+    expected = ["best.pt", "config.json", "curves.png", "last.pt", "log.csv", "report.html", "run.yaml", "scores.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
     batch = load_checkpoint(tmp_path / "last.pt")["recipe"]["batch_size"]
     assert f"batches of {batch}: {batch // 2} image(s) at a time fit into 5M" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_a_run_learns_and_logs_every_epoch(folder, tmp_path):
     with open(tmp_path / "log.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [{key: float(value) for key, value in row.items()} for row in rows] == history
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "log.csv", "scores.json"]
 
 
 def test_best_is_the_epoch_with_the_highest_validation_iou(folder, tmp_path):
@@ -373,11 +373,12 @@ def test_a_recipe_that_cannot_train_is_refused(wrong):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains_and_resumes(folder, tmp_path, dtype):
-    """With float16 the loss scale is resumed too."""
-    history = make_trainer(folder, tmp_path / "whole", dtype=dtype).fit(progress=False)
+    """With float16 the loss scale is resumed too. Gradients are clipped after it is divided out."""
+    more = {"dtype": dtype, "clip": 0.5, "ema": 0.9, "warm_up": 0.5}
+    history = make_trainer(folder, tmp_path / "whole", **more).fit(progress=False)
     assert all(np.isfinite(row["train_loss"]) for row in history)
-    make_trainer(folder, tmp_path / "resumed", epochs=1, dtype=dtype).fit(progress=False)
-    resumed = make_trainer(folder, tmp_path / "resumed", dtype=dtype)
+    make_trainer(folder, tmp_path / "resumed", epochs=1, **more).fit(progress=False)
+    resumed = make_trainer(folder, tmp_path / "resumed", **more)
     resumed.resume()
     resumed.fit(progress=False)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")

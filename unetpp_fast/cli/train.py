@@ -158,8 +158,8 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
     about |= _augmented(patches)
     if folder.channel_files:
         about["channel_files"] = folder.channel_files
-    within = options.max_memory or evaluation.MEMORY
-    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, max_memory=within)
+    validating = {"max_memory": options.max_memory or evaluation.MEMORY, "surface": options.surface}
+    trainer = Trainer(network, patches, validation, recipe, options.out, about, loss, **validating)
     if options.resume:
         trainer.resume()
         _say(f"resuming after epoch {trainer.epoch}" + (f", batch {trainer.step}" if trainer.step else ""))

@@ -148,6 +148,9 @@ def _add_classes(command: argparse.ArgumentParser) -> None:
         "--head-weights", choices=list(HEAD_WEIGHTS), default="equal",
         help="of the heads of deep supervision: halving counts each half as much as the next deeper one",
     )  # fmt: skip
+    train.add_argument(
+        "--surface", action="store_true", help="validation measures distances between surfaces too, in mm or pixels"
+    )
     add_label_maps(train)
 
 

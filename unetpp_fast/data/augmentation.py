@@ -88,7 +88,7 @@ class Augmentation:
             seed: integers that determine all choices.
         """
         seeds = np.random.SeedSequence(tuple(seed)).generate_state(len(self.moving) + len(self.colouring)).tolist()
-        content = {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask.astype(np.float32))}
+        content = {"image": torch.tensor(image), "mask": torch.tensor(mask, dtype=torch.float32)}  # copies
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # smoothing could sum in another order with another number
         try:

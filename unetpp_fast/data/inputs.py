@@ -78,6 +78,12 @@ def read_drawn_values(path: Path) -> Drawn:
     return Drawn(path, values[0] if values.ndim == 3 and len(values) == 1 else values, affine=stored.affine)
 
 
+def spacing_of(path: Path) -> tuple[float, ...] | None:
+    """Millimetres between neighbours along z, y and x of a volume whose format tells; else None."""
+    affine = None if format_of(path).images else read_stored(path, mask=True).affine
+    return None if affine is None else tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
+
+
 def stack_masks(masks: Sequence[Drawn]) -> np.ndarray:
     """Masks of several classes, bool `[classes, *S]`.
 

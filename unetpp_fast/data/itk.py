@@ -18,7 +18,7 @@ from ..common.errors import InputError, first_line
 from ..common.extras import need
 from .stored import Stored
 
-SERIES, POSITION, DIRECTIONS, PHOTOMETRIC = "0020|000e", "0020|0032", "0020|0037", "0028|0004"  # DICOM's tags
+SERIES, POSITION, DIRECTIONS = "0020|000e", "0020|0032", "0020|0037"  # DICOM's tags
 DICOM_ENDINGS = (".dcm", ".ima")
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's x and y point to the left and back, NIfTI's to the right and front
 
@@ -44,7 +44,7 @@ class Grid:
 
 
 def read(path: Path) -> Stored:
-    """A file that SimpleITK reads; several values per voxel are channels. A white-is-zero DICOM image is turned over."""
+    """A file that SimpleITK reads; several values per voxel are channels. ITK turns white-is-zero DICOM over."""
     sitk = need("SimpleITK", "volumes")
     with _quiet(sitk):
         return _stored(sitk, path, sitk.ReadImage(str(path)))
@@ -107,7 +107,7 @@ def read_series(folder: Path) -> Stored:
             raise InputError(f"{folder} holds slices of {shown} pixels: remove those of another series")
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames([str(path) for path in _ordered(folder, files, headers)])
-        return _stored(sitk, folder, reader.Execute(), _tag(headers[0], PHOTOMETRIC))
+        return _stored(sitk, folder, reader.Execute())
 
 
 def _read_slice(sitk: Any, path: Path) -> Any:
@@ -141,15 +141,14 @@ def _ordered(folder: Path, files: Sequence[Path], headers: Sequence[Any]) -> lis
     return [files[index] for index in order]
 
 
-def _stored(sitk: Any, path: Path, image: Any, photometric: str | None = None) -> Stored:
+def _stored(sitk: Any, path: Path, image: Any) -> Stored:
     count = image.GetDimension()
     values = sitk.GetArrayFromImage(image)
     axes = "CZYX"[-count:] + ("C" if image.GetNumberOfComponentsPerPixel() > 1 else "")
     if count > 4 or axes.count("C") > 1:
         raise InputError(f"{path} has the shape {values.shape}: save each volume as a separate file")
     grid = Grid(image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-    kind = _tag(image, PHOTOMETRIC) if photometric is None else photometric
-    return Stored(path, values, axes, grid, slope=-1.0 if kind == "MONOCHROME1" else 1.0, affine=grid.affine)
+    return Stored(path, values, axes, grid, affine=grid.affine)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .images import STANDARD
-from .inputs import read_drawn_labels, read_inputs
+from .inputs import read_drawn_labels, read_inputs, spacing_of
 
 IGNORED = 255  # as in VOC and Cityscapes
 MOST = 254
@@ -44,9 +44,27 @@ class LabelSample:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
         return image, one_hot
 
+    def spacing(self) -> tuple[float, ...] | None:
+        """As `Sample.spacing`."""
+        return spacing_of(self.labels)
+
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`."""
         return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels))
+
+
+@dataclass(frozen=True)
+class RegionSample(LabelSample):
+    """An image and a label map of which several values together are a class, so that classes overlap. regions: the values of
+    each class."""
+
+    regions: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True)
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Normalised image, float32 `[C, *S]`, and masks, bool `[classes, *S]`; errors as `LabelSample.load`."""
+        drawn = read_drawn_labels(self.labels)
+        image = self.normalisation(read_inputs((self.image, *self.channels), drawn))
+        return image, np.stack([np.isin(drawn.values, values) for values in self.regions])
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,16 @@ def label_classes(seen: Seen, folder: Path, names: Sequence[str] | None, ignore:
         hint = "name all of them with --classes, or --ignore-index a value that is none"
         raise InputError(f"{folder} holds label maps with the values {shown}, expected {wanted}: {hint}")
     return list(names) if names else ["background", *map(str, range(1, count))]
+
+
+def check_regions(seen: Seen, folder: Path, regions: Mapping[str, Sequence[int]]) -> None:
+    """Raises InputError if the label maps of a folder hold a value of no region; masks know no ignored pixels."""
+    known = {0} | {value for values in regions.values() for value in values}
+    strays = [value for value in seen.values if value not in known]
+    if strays:
+        raise InputError(
+            f"{folder} holds label maps with the value {strays[0]}, which is in none of the regions {dict(regions)}"
+        )
 
 
 def voc_palette(count: int) -> np.ndarray:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.errors import InputError
 from .file_formats import all_endings, files_by_id, find_images, format_of
 from .inputs import read_drawn_mask
-from .label_maps import LabelSample, is_binary, label_classes, palette_of, survey
+from .label_maps import LabelSample, RegionSample, Seen, check_regions, is_binary, label_classes, palette_of, survey
 from .samples import Dataset, Sample
 
 MARKS = ("_mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_gt", "-mask")
@@ -108,6 +108,7 @@ class Parts:
     """The images of a folder that is recognised: all, to be split, or those of training with others beside.
 
     names: of the classes of label maps, if files of the layout tell. ignore: likewise, the value of ignored pixels.
+    regions: of label maps whose classes overlap, the values of each class.
     notes: what else the line for the user says. channel_files, has_folds: as in `Folder`.
     """
 
@@ -116,6 +117,7 @@ class Parts:
     test: Pairs | None = None
     names: Sequence[str] | None = None
     ignore: int | None = None
+    regions: Mapping[str, Sequence[int]] | None = None
     notes: tuple[str, ...] = ()
     channel_files: int = 0
     has_folds: bool = False
@@ -142,6 +144,8 @@ def folder_of(parts: Parts, names: Sequence[str] | None = None) -> Folder:
             raise InputError(f"--classes names the values of label maps; here those of {parts.training.masks_at} do")
         return _of_class_folders(parts)
     seen = survey([part.masks[""][key] for part in parts.all() for key in part.images])
+    if parts.regions and not names:
+        return _of_regions(parts, parts.regions, seen)
     given, ignore = names or parts.names, parts.ignore
     if given is None and is_binary(seen):
         return _folder(
@@ -165,6 +169,20 @@ def _of_class_folders(parts: Parts) -> Folder:
     dims = read_drawn_mask(first).values.ndim
     made = [part.samples() for part in parts.all()]
     return _folder(parts, made, classes, dims, f"masks of {_count(classes)}")
+
+
+def _of_regions(parts: Parts, regions: Mapping[str, Sequence[int]], seen: Seen) -> Folder:
+    check_regions(seen, parts.training.masks_at, regions)
+    values = tuple(tuple(numbers) for numbers in regions.values())
+    made = [
+        [
+            RegionSample(key, first, part.masks[""][key], len(values), None, channels=tuple(rest), regions=values)
+            for key, (first, *rest) in part.images.items()
+        ]
+        for part in parts.all()
+    ]
+    what = f"label maps of {len(regions)} regions that may overlap ({', '.join(regions)})"
+    return _folder(parts, made, list(regions), seen.spatial_dims, what)
 
 
 def _folder(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def find(place: Path, channel_files: int = 0) -> dict[str, tuple[Path, ...]]:
     channel_files: if not 0, an image is as many files, `<id>_0000`, `<id>_0001`, ...; `place` may then be the first of them.
 
     Raises:
-        InputError: as `file_formats.find_images`, or a channel is missing.
+        InputError: as `file_formats.find_images`.
     """
     if place.is_file() and channel_files:
         beside = channels_by_id(files_by_id(place.parent, all_endings()))
@@ -159,17 +159,16 @@ def find(place: Path, channel_files: int = 0) -> dict[str, tuple[Path, ...]]:
         if not channel_files:
             return single_files(found)
         images = channels_by_id(found)
-    if all(list(files) == [-1] for files in images.values()) and channel_files == 1:
-        return {key: (files[-1],) for key, files in images.items()}
-    for key, files in images.items():
-        missing = [number for number in range(channel_files) if number not in files]
-        if missing:
-            other = next(iter(files.values()))
-            raise InputError(
-                f"{place}: image {key} has no file {key}_{missing[0]:04d}, only {other.name}: the model takes "
-                f"{channel_files} files for an image"
-            )
-    return {key: tuple(files[number] for number in range(channel_files)) for key, files in images.items()}
+    return {key: _channels(key, files, channel_files) for key, files in images.items()}
+
+
+def _channels(key: str, files: Mapping[int, Path], count: int) -> tuple[Path, ...]:
+    """The files of an image, of which some may not exist; or its only file, if that has no number."""
+    if list(files) == [-1]:
+        return (files[-1],)
+    one = next(iter(files.values()))
+    ending = ending_of(one, all_endings())
+    return tuple(files.get(number, one.with_name(f"{key}_{number:04d}{ending}")) for number in range(count))
 
 
 def read(files: Path | Sequence[Path], spatial_dims: int, channels: int) -> Source:

@@ -13,7 +13,7 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .images import STANDARD
-from .inputs import read_drawn_mask, read_inputs, stack_masks
+from .inputs import read_drawn_mask, read_inputs, spacing_of, stack_masks
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Sample:
         """
         masks = [read_drawn_mask(path) for path in self.masks]
         return self.normalisation(read_inputs((self.image, *self.channels), masks[0])), stack_masks(masks)
+
+    def spacing(self) -> tuple[float, ...] | None:
+        """Millimetres between voxels along each axis of `*S`, if the files are volumes that tell."""
+        return spacing_of(self.masks[0])
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`; errors as `load`."""

@@ -20,6 +20,7 @@ from . import processes
 from .exclusive import class_scores, confusion
 from .loss_table import is_exclusive
 from .metrics import dice_score, iou_score, overlap_scores, overlaps
+from .surface import surface_distances, surface_means, surface_sums
 
 MEMORY = "2G"
 TILES = {2: 512, 3: 96}  # of networks over an encoder, whose memory nobody can count; by the number of axes
@@ -33,6 +34,7 @@ def evaluate(
     dtype: str = "float32",
     loss: nn.Module | None = None,
     max_memory: int | str = MEMORY,
+    surface: bool = False,
 ) -> dict[str, Any]:
     """Means over whole images of IoU and Dice of the accurate mode, and of the loss.
 
@@ -45,15 +47,18 @@ def evaluate(
         loss: as for `Trainer`; None to leave it out.
         max_memory: bytes, or a text such as "512M". An image that takes more in one pass is computed in tiles that fit,
             whose logits are blended (`tiled_prediction`). Weights, images and masks are not counted.
+        surface: whether to measure distances between surfaces too, in the samples' spacing (extra `metrics`).
 
     Returns:
         Keys "iou" and "dice", and "loss" if one is given. Of several classes, "class_iou" and "class_dice" are lists of
         scores over all pixels of all images; a class without a pixel in the masks and the predictions has NaN. With an
         exclusive loss "iou" and "dice" are the means of these, and "confusion" is a matrix (`exclusive.class_scores`).
+        With `surface` the keys of `surface.surface_means` too.
     """
     exclusive, count = loss is not None and is_exclusive(loss), network.out_channels
     rows = torch.zeros(len(samples), 3, dtype=torch.float64)  # loss, IoU, Dice; each process fills its rows
     pixels = torch.zeros(count, max(count, 2), dtype=torch.float64)  # a confusion matrix, or overlaps in two columns
+    distances = torch.zeros(count, 4, dtype=torch.float64)
     with evaluating(network):
         for index in range(processes.rank(), len(samples), processes.size()):
             image, mask = samples[index].load()
@@ -61,6 +66,9 @@ def evaluate(
             mask = torch.from_numpy(mask)[None].to(outputs[0].device)
             rows[index, 0] = float(loss(outputs, mask.float())) if loss else 0.0
             probabilities = mean_probabilities(outputs, "softmax" if exclusive else "sigmoid")
+            if surface:
+                chosen = _chosen(probabilities, mask) if exclusive else probabilities > 0.5
+                distances += surface_sums(surface_distances(chosen[0], mask[0], _spacing(samples[index], mask.ndim - 2)))
             if exclusive:
                 pixels += confusion(probabilities, mask).cpu()
                 continue
@@ -72,7 +80,21 @@ def evaluate(
         means |= _of_classes(processes.summed(pixels))
     elif count > 1:
         means |= {f"class_{key}": values for key, values in overlap_scores(processes.summed(pixels)[:, :2]).items()}
+    if surface:
+        means |= surface_means(processes.summed(distances))
     return {key: value for key, value in means.items() if loss or key != "loss"}
+
+
+def _chosen(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """The most probable of exclusive classes, one-hot; none where the mask has none."""
+    best = probabilities.argmax(dim=1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter_(1, best, 1.0) * mask.any(dim=1, keepdim=True)
+
+
+def _spacing(sample: Any, axes: int) -> Sequence[float] | None:
+    """The size of a sample's pixels or voxels along its last axes, if it knows it."""
+    found = sample.spacing() if hasattr(sample, "spacing") else None
+    return None if found is None else found[-axes:]
 
 
 def logits(network: Network, image: np.ndarray, dtype: str, max_memory: int | str) -> list[Tensor]:

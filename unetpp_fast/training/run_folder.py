@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,25 @@ def write_log(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     writer.writeheader()
     writer.writerows(history)
     write_atomic(path, lambda stream: stream.write(text.getvalue().encode()))
+
+
+def write_scores(folder: Path, classes: Sequence[str] | None, scores: Mapping[str, Any]) -> None:
+    """Writes the scores of a validation as `scores.json`, NaN as null, and a confusion matrix as `confusion.csv`: a row for
+    each true class, a column for each predicted one, numbers of pixels."""
+    text = json.dumps({"classes": classes, **{key: _without_nan(value) for key, value in scores.items()}}, indent=1)
+    write_atomic(folder / "scores.json", lambda stream: stream.write(text.encode() + b"\n"))
+    if matrix := scores.get("confusion"):
+        names = classes or [str(index) for index in range(len(matrix))]
+        table = io.StringIO()
+        rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
+        csv.writer(table, lineterminator="\n").writerows([["true \\ predicted", *names], *rows])
+        write_atomic(folder / "confusion.csv", lambda stream: stream.write(table.getvalue().encode()))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def line(row: Mapping[str, float]) -> str:

@@ -60,6 +60,7 @@ class Trainer:
             one-hot, and the largest logit is chosen. `best.pt` holds the scores of each of several classes ("scores").
 
         max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
+        surface: whether validation measures distances between surfaces too (`evaluation`).
 
     The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
 
@@ -77,9 +78,11 @@ class Trainer:
         about: dict[str, Any] | None = None,
         loss: nn.Module | None = None,
         max_memory: int | str = evaluation.MEMORY,
+        surface: bool = False,
     ):
         self.network, self.patches, self.validation = network, patches, validation
         self.recipe, self.out, self.about, self.max_memory = recipe, out, about or {}, max_memory
+        self.surface = surface
         if network.form not in ("plain", "always_list"):
             raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
@@ -227,6 +230,7 @@ class Trainer:
         if self.validation:
             self._save("last.pt", resumable=True)  # validating may fail
         settings: dict[str, Any] = {"dtype": self.recipe.dtype, "loss": self.loss, "max_memory": self.max_memory}
+        settings |= {"surface": True} if self.surface else {}
         self.scores = {}
         if self.validation:
             with self.train_step.evaluating():
@@ -247,9 +251,15 @@ class Trainer:
             self.best, self.stale = (score, 0) if better else (self.best, self.stale + 1)
             if better:
                 self._save("best.pt", resumable=False)
+                self._write_scores()
         self._save("last.pt", resumable=True)
         self._write_log()
         return row
+
+    def _write_scores(self) -> None:
+        """Those of the best epoch."""
+        if self.out and processes.is_first():
+            run_folder.write_scores(self.out, self.about.get("classes"), {"epoch": self.epoch, **self.scores})
 
     def _write_log(self) -> None:
         if self.out and processes.is_first():

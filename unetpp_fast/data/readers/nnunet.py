@@ -22,16 +22,18 @@ def nnunet_folder(root: Path, ignore: int | None) -> Parts | None:
         return None
     path = root / "dataset.json"
     content: Mapping[str, Any] = {}
-    names, ignored = None, ignore
+    names: list[str] | None = None
+    ignored, regions = ignore, None
     if path.exists():
         content = _read(path)
-        names, ignored = _labels(path, content)
+        regions = _regions(path, content)
+        names, ignored = (None, None) if regions else _labels(path, content)
     channels = content.get("channel_names", content.get("modality"))
     wanted = list(channels.values()) if isinstance(channels, dict) else None
     training, count = _pairs(root, "Tr", wanted)
     test = _pairs(root, "Ts", wanted)[0] if (root / "labelsTs").is_dir() and (root / "imagesTs").is_dir() else None
     notes = (f"{count} channels ({', '.join(map(str, wanted or range(count)))})",) if count > 1 else ()
-    return Parts(training, test=test, names=names, ignore=ignored, notes=notes, channel_files=count)
+    return Parts(training, None, test, names, ignored, regions, notes, count)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -45,12 +47,6 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _labels(path: Path, content: Mapping[str, Any]) -> tuple[list[str], int | None]:
     """The names of the classes, that of 0 first, and the ignored value."""
     labels = content.get("labels")
-    regions = [name for name, value in labels.items() if isinstance(value, list)] if isinstance(labels, dict) else []
-    if regions:
-        raise InputError(
-            f"{path} has no labels of one value each: {regions[0]!r} is a region of {labels[regions[0]]}; give every voxel "
-            "one class, or make masks/<class>/<id> of the regions"
-        )
     try:
         values = {name: int(value) for name, value in labels.items()}
     except (ValueError, TypeError, AttributeError) as error:
@@ -60,6 +56,17 @@ def _labels(path: Path, content: Mapping[str, Any]) -> tuple[list[str], int | No
     if [values[name] for name in names] != list(range(len(names))):
         raise InputError(f"{path} has the labels {values}: expected 0, 1, 2, ... without a gap")
     return names, ignored
+
+
+def _regions(path: Path, content: Mapping[str, Any]) -> dict[str, list[int]] | None:
+    """The values of each class if a class has several; without the background. None for classes of one value each."""
+    labels = content.get("labels")
+    if not isinstance(labels, dict) or not any(isinstance(value, list) for value in labels.values()):
+        return None
+    regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+    if "ignore" in regions or not all(isinstance(value, int) for values in regions.values() for value in values):
+        raise InputError(f"{path} has the regions {labels}: expected whole numbers, and no ignored value")
+    return {name: values for name, values in regions.items() if values != [0]}
 
 
 def _pairs(root: Path, part: str, channels: list[Any] | None) -> tuple[Pairs, int]:
