@@ -27,8 +27,7 @@ from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
-from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
-from ..training.loggers import LOGGERS
+from ..training import captured, checkpoint, evaluation, loggers, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
@@ -226,8 +225,8 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     if processes.is_first():
         settings = config.settings(options, **_instead(options, trainer))
         wanted = dict.fromkeys([*options.log, *(["tensorboard"] if options.tensorboard else [])])
-        loggers = [LOGGERS[name](options.out, settings, len(trainer.history)) for name in wanted]
-        report = run_folder.Report(options.out, trainer.history, loggers)
+        started = loggers.start(wanted, options.out, settings, len(trainer.history))
+        report = run_folder.Report(options.out, trainer.history, started)
         if not (options.out / "config.json").exists():
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}
