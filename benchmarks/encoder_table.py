@@ -19,6 +19,9 @@ from types import SimpleNamespace
 import cpu_table
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from unetpp_fast.benchmarking import backends, harness, records
@@ -158,21 +161,34 @@ def write(page: Path, rows: Sequence[Mapping]) -> None:
     write_atomic(page, lambda stream: stream.write(text.encode()))
 
 
+class Alive(TorchDispatchMode):
+    """Knows the memory of the tensors that were made inside it, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor) and (storage := one.untyped_storage())._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def mb(self) -> float:
+        """MB (10^6 bytes) of those that live."""
+        return sum(size for storage, size in self.made.values() if not storage.expired()) / 1e6
+
+
 def kept_mb(network: nn.Module, x: Tensor) -> float:
-    """MB (10^6 bytes) of the distinct tensors that autograd keeps of a training pass, parameters and the image apart."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *network.parameters(), *network.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """MB of the tensors that live between the forward and the backward pass of a training step, parameters and the image
+    apart."""
+    with Alive() as alive:
         outputs = network.train()(x)
-    del outputs
-    return sum(found.values()) / 1e6
+    mb = alive.mb()
+    del outputs  # until here they hold what the backward pass needs
+    return mb
 
 
 def kept(encoder: str, size: int) -> dict[str, float]:

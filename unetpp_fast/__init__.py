@@ -23,6 +23,7 @@ from .execution.dispatch import tune
 from .execution.explanation import explain
 from .models.architectures import UNet, UNetPlusPlus, from_paper, parameter_count
 from .models.encoder_network import EncodedNetwork
+from .models.ensemble import Ensemble
 from .models.feature_pyramid import backbone
 from .models.network import Network
 from .models.normalisation import Normalisation
@@ -39,6 +40,7 @@ __all__ = [
     "CrossEntropyDiceLoss",
     "DeepSupervision",
     "EncodedNetwork",
+    "Ensemble",
     "FocalLoss",
     "Network",
     "Node",

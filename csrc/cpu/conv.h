@@ -103,7 +103,7 @@ struct Sum {
     }
   }
   // Products of all tiles for block `o` of `blocks` blocks of output channels.
-  void multiply_all(int o, int blocks, float* products) const {
+  void multiply_block(int o, int blocks, float* products) const {
     for (int t = 0; t < points; t++) {
       Segment segments[kMost];
       for (int i = 0; i < count; i++) {
@@ -111,7 +111,7 @@ struct Sum {
         segments[i] = {tiles[i] + t * stride(i), padded(i),
                        weights[i] + (static_cast<int64_t>(t) * blocks + o) * k * WIDTH, k};
       }
-      multiply_rows<false>(segments, count, total, products + t * product(), WIDTH);
+      multiply_all(segments, count, total, products + t * product(), WIDTH);
     }
   }
   // Adds the outputs of a block to acc [rows, columns, WIDTH]; writes where `first`.
@@ -296,7 +296,7 @@ static void conv_block(const Conv& conv, const Blocks& blocks, int64_t block, in
   });
   for (int o = first_out; o < last_out; o++) {
     work.each([&](auto& sum, bool first) {
-      sum.multiply_all(o, out_blocks, product);
+      sum.multiply_block(o, out_blocks, product);
       sum.outputs(product, 0, acc, at.rows, at.columns, work.writes(first));
     });
     finish_block<E>(conv, at, block, o, acc);

@@ -88,15 +88,17 @@ struct Group {
   float* places[GATHERED];
 };
 
-// places[r] = sum over operands, taps and k of rows[r][offset(tap) + k] weights[tap, k, :]; weights: of a phase and block.
+// places[r] = sum over operands, taps and k of rows[r][offset(tap) + k] weights[tap, k, :], each tap's products summed by
+// themselves, which keeps rounding errors small; weights: of a phase and block.
 template <int R>
 static void gather(const DirectOperand* operands, int count, const Group& group, const float* const* weights) {
-  V sums[R][2] = {};
+  bool first = true;
   for (int i = 0; i < count; i++)
     for (int t = 0; t < operands[i].taps; t++) {
       const float *from[R], *w = weights[i] + t * operands[i].tap;
       for (int r = 0; r < R; r++) from[r] = group.rows[i][r] + operands[i].offsets[t];
       const int channels = operands[i].padded.channels;
+      V sums[R][2] = {};
 #pragma GCC unroll 4
       for (int k = 0; k < channels; k++, w += WIDTH) {
         V w0 = load(w), w1 = load(w + LANES);
@@ -109,12 +111,14 @@ static void gather(const DirectOperand* operands, int count, const Group& group,
           sums[r][1] += x * w1;
         }
       }
-    }
 #pragma GCC unroll 6
-  for (int r = 0; r < R; r++) {
-    store(group.places[r], sums[r][0]);
-    store(group.places[r] + LANES, sums[r][1]);
-  }
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) {
+          float* place = group.places[r] + v * LANES;
+          store(place, first ? sums[r][v] : load(place) + sums[r][v]);
+        }
+      first = false;
+    }
 }
 
 // One block of outputs of an image, all its pixels, into acc.

@@ -11,29 +11,37 @@
 namespace unetpp {
 namespace ISA {
 
-constexpr int PANEL = 64;           // input channels of a panel, a multiple of 4
 constexpr int TILES_AT_ONCE = 128;  // that a panel is multiplied with, as far as whole blocks allow
 
 // The products of all tiles for block o of output channels; the panel holds transformed weights.
 template <class T, class E>
 static void multiply_panels(const Sum<T, E>& sum, int o, float* panels, float* products) {
-  constexpr int64_t point = PANEL * WIDTH + LANES;
-  bool first = true;
-  for (int i = 0; i < sum.count; i++) {
-    const int channels = round_up(sum.planes[i].channels, 4);
-    for (int k = 0; k < channels; k += PANEL) {
-      const int rows = std::min(PANEL, channels - k);
-      panel<T>(*sum.filters[i], sum.filter[i], o, k, rows, panels, point);
-      for (int t = 0; t < sum.points; t++) {
-        const Segment segment = {sum.tiles[i] + t * sum.stride(i) + k, sum.padded(i), panels + t * point, rows};
-        if (first)
-          multiply_rows<false>(&segment, 1, sum.total, products + t * sum.product(), WIDTH);
-        else
-          multiply_rows<true>(&segment, 1, sum.total, products + t * sum.product(), WIDTH);
+  constexpr int64_t point = STRETCH * WIDTH + LANES;
+  struct Part {
+    int operand, k, rows, place;
+  } parts[STRETCH];
+  int used = 0;
+  const auto add = [&](int i, int k, int rows, int place) {
+    panel<T>(*sum.filters[i], sum.filter[i], o, k, rows, panels + place * WIDTH, point);
+    parts[used++] = {i, k, rows, place};
+  };
+  const auto multiply_points = [&](bool first) {
+    for (int t = 0; t < sum.points; t++) {
+      Segment segments[STRETCH];
+      for (int s = 0; s < used; s++) {
+        const Part& part = parts[s];
+        segments[s] = {sum.tiles[part.operand] + t * sum.stride(part.operand) + part.k, sum.padded(part.operand),
+                       panels + t * point + part.place * WIDTH, part.rows};
       }
-      first = false;
+      float* result = products + t * sum.product();
+      if (first)
+        multiply_rows<false>(segments, used, sum.total, result, WIDTH);
+      else
+        multiply_rows<true>(segments, used, sum.total, result, WIDTH);
     }
-  }
+    used = 0;
+  };
+  each_stretch(sum.count, [&](int i) { return round_up(sum.planes[i].channels, 4); }, add, multiply_points);
 }
 
 // Blocks first_block to last_block, for some blocks of output channels.
@@ -62,7 +70,7 @@ static void conv_group(const Conv& conv, const Blocks& blocks, int64_t first_blo
     needed += sum.size();
     products = std::max(products, sum.points * sum.product());
   });
-  constexpr int64_t panels = 36 * (PANEL * WIDTH + LANES);
+  constexpr int64_t panels = 36 * (STRETCH * WIDTH + LANES);
   float* memory = scratch.get(panels + piece + products + pixels * WIDTH + needed);
   float *pieces = memory + panels, *product = pieces + piece, *acc = product + products, *rest = acc + pixels * WIDTH;
   work.each([&](auto& sum, bool) { rest = sum.place(rest); });

@@ -12,26 +12,33 @@
 namespace unetpp {
 namespace ISA {
 
-// sums[k, c] = sum over tiles of a[tile, k] dy[tile, c], for R rows k and COLUMNS vectors of columns c.
+constexpr int TILES_SUMMED = 32;  // tiles whose products are summed before they are added to the sum of all, as in a `STRETCH`
+
+// sums[k, c] = sum over tiles, stretch by stretch, of a[tile, k] dy[tile, c], for R rows k and COLUMNS vectors of columns c.
 template <int R, int COLUMNS>
 static void outer(const float* a, int64_t a_tile, const float* dy, int64_t dy_tile, int64_t tiles, float* sums,
                   int64_t row) {
-  V acc[R][COLUMNS] = {};
-  for (int64_t j = 0; j < tiles; j++, a += a_tile, dy += dy_tile) {
-    V y[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) {
-      y[c] = load(dy + c * LANES);
-      KEEP(y[c]);
-    }
+  for (int64_t first = 0; first == 0 || first < tiles; first += TILES_SUMMED) {
+    V acc[R][COLUMNS] = {};
+    for (int64_t j = std::min<int64_t>(TILES_SUMMED, tiles - first); j > 0; j--, a += a_tile, dy += dy_tile) {
+      V y[COLUMNS];
+      for (int c = 0; c < COLUMNS; c++) {
+        y[c] = load(dy + c * LANES);
+        KEEP(y[c]);
+      }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      V x = splat(a[r]);
+      for (int r = 0; r < R; r++) {
+        V x = splat(a[r]);
 #pragma GCC unroll 2
-      for (int c = 0; c < COLUMNS; c++) acc[r][c] += x * y[c];
+        for (int c = 0; c < COLUMNS; c++) acc[r][c] += x * y[c];
+      }
     }
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < COLUMNS; c++) {
+        float* place = sums + r * row + c * LANES;
+        store(place, first ? load(place) + acc[r][c] : acc[r][c]);
+      }
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < COLUMNS; c++) store(sums + r * row + c * LANES, acc[r][c]);
 }
 
 constexpr int OUTER_ROWS = 4;  // divides every padded channel count

@@ -226,12 +226,6 @@ struct Segment {
 template <int R, bool ADD>
 static void multiply(const Segment* segments, int count, float* result, int64_t stride) {
   V sums[R][2] = {};
-  if (ADD)
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      sums[r][0] = load(result + r * stride);
-      sums[r][1] = load(result + r * stride + LANES);
-    }
   for (int s = 0; s < count; s++) {
     const float *weights = segments[s].weights, *rows = segments[s].rows;
     const int64_t row = segments[s].row;
@@ -251,10 +245,11 @@ static void multiply(const Segment* segments, int count, float* result, int64_t 
     }
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    store(result + r * stride, sums[r][0]);
-    store(result + r * stride + LANES, sums[r][1]);
-  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < 2; v++) {
+      float* place = result + r * stride + v * LANES;
+      store(place, ADD ? load(place) + sums[r][v] : sums[r][v]);
+    }
 }
 
 // body(R) for a constant R equal to value, of 1 to MOST.
@@ -279,16 +274,56 @@ INLINE void for_pieces(int count, const F& body) {
   }
 }
 
+// Products of consecutive channels, of all operands one after the other, that are summed before they are added to the sum of
+// all: the rounding error of one sum grows with the root of their number.
+constexpr int STRETCH = 64;
+
 // As `multiply`, for any number of rows.
 template <bool ADD>
 static void multiply_rows(const Segment* segments, int count, int rows, float* result, int64_t stride) {
   for_pieces<MOST_ROWS>(rows, [&](int first, auto take) {
-    Segment part[64];
+    Segment part[STRETCH];
     for (int s = 0; s < count; s++) {
       part[s] = segments[s];
       part[s].rows += first * part[s].row;
     }
     multiply<take, ADD>(part, count, result + first * stride, stride);
+  });
+}
+
+// body(i, k, rows, place): channels k to k + rows of operand i are at `place` of a stretch; end(whether it was the first) after
+// every stretch. channels(i): of operand i of `count`, a multiple of 4.
+template <class Channels, class Body, class End>
+INLINE void each_stretch(int count, const Channels& channels, const Body& body, const End& end) {
+  int place = 0;
+  bool first = true;
+  for (int i = 0; i < count; i++)
+    for (int k = 0, rows; k < channels(i); k += rows) {
+      rows = std::min(STRETCH - place, channels(i) - k);
+      body(i, k, rows, place);
+      place += rows;
+      if (place < STRETCH) continue;
+      end(first);
+      first = false;
+      place = 0;
+    }
+  if (first || place) end(first);
+}
+
+// As `multiply`, for any number of rows and channels, stretch by stretch.
+static void multiply_all(const Segment* segments, int count, int rows, float* result, int64_t stride) {
+  Segment parts[STRETCH];
+  int used = 0;
+  const auto add = [&](int i, int k, int channels, int) {
+    const Segment& whole = segments[i];
+    parts[used++] = {whole.rows + k, whole.row, whole.weights + static_cast<int64_t>(k) * WIDTH, channels};
+  };
+  each_stretch(count, [&](int i) { return segments[i].k; }, add, [&](bool first) {
+    if (first)
+      multiply_rows<false>(parts, used, rows, result, stride);
+    else
+      multiply_rows<true>(parts, used, rows, result, stride);
+    used = 0;
   });
 }
 

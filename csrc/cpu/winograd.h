@@ -1,9 +1,10 @@
 // Winograd's minimal filtering (Lavin and Gray, 2016): m x m outputs of an r x r filter by n x n products, n = m + r - 1.
 //
-//     Y = A' [ (G w G') * (B' d B) ] A          points 0, +-sqrt(1/2), +-sqrt(2), infinity for r = 3
-//                                               points +-1/2, +-6/5, infinity            for r = 2
+//     Y = A' [ (G w G') * (B' d B) ] A          points 0, +-5/8, +-3/2, infinity for r = 3
+//                                               points +-7/16, +-11/8, infinity  for r = 2
 //
-// These points keep the error near that of a direct sum; +-1, +-2 lose three times as much. Here are the transforms of inputs,
+// Of symmetric points without rounding these have the least error, near that of a direct sum; +-1, +-2 lose three times as
+// much. Here are the transforms of inputs,
 // of outputs, of weights, of the gradients of outputs (A applied to them), and of sums in the transformed domain to gradients
 // of weights (G').
 #pragma once
@@ -15,10 +16,10 @@ namespace ISA {
 
 struct ThreeTaps {
   static constexpr int m = 4, n = 6, r = 3;
-  static constexpr float a = 0.70710678118654752440f, b = 1.41421356237309504880f, a2 = 0.5f, b2 = 2.0f;
+  static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
 
   INLINE void input(const V* d, V* o) {
-    o[0] = d[0] - 2.5f * d[2] + d[4];
+    o[0] = d[4] - (a2 + b2) * d[2] + (a2 * b2) * d[0];
     V even = d[4] - b2 * d[2], odd = d[3] - b2 * d[1];
     o[1] = even + a * odd;
     o[2] = even - a * odd;
@@ -26,7 +27,7 @@ struct ThreeTaps {
     odd = d[3] - a2 * d[1];
     o[3] = even + b * odd;
     o[4] = even - b * odd;
-    o[5] = d[1] - 2.5f * d[3] + d[5];
+    o[5] = d[5] - (a2 + b2) * d[3] + (a2 * b2) * d[1];
   }
   INLINE void output(const V* x, V* y) {
     V p = x[1] + x[2], q = x[1] - x[2], r = x[3] + x[4], s = x[3] - x[4];
@@ -49,7 +50,7 @@ struct ThreeTaps {
   INLINE void weights(const V* w, V* x) {
     constexpr float u = -1 / (2 * a2 * (b2 - a2)), v = 1 / (2 * b2 * (b2 - a2));
     const V low = w[0] + a2 * w[2], high = w[0] + b2 * w[2];
-    x[0] = w[0];
+    x[0] = (1 / (a2 * b2)) * w[0];
     x[1] = u * (low + a * w[1]);
     x[2] = u * (low - a * w[1]);
     x[3] = v * (high + b * w[1]);
@@ -58,7 +59,7 @@ struct ThreeTaps {
   }
   INLINE void filter(const V* x, V* w) {
     constexpr float u = -1 / (2 * a2 * (b2 - a2)), v = 1 / (2 * b2 * (b2 - a2));
-    w[0] = x[0] + u * (x[1] + x[2]) + v * (x[3] + x[4]);
+    w[0] = (1 / (a2 * b2)) * x[0] + u * (x[1] + x[2]) + v * (x[3] + x[4]);
     w[1] = (u * a) * (x[1] - x[2]) + (v * b) * (x[3] - x[4]);
     w[2] = (u * a2) * (x[1] + x[2]) + (v * b2) * (x[3] + x[4]) + x[5];
   }
@@ -66,7 +67,7 @@ struct ThreeTaps {
 
 struct TwoTaps {
   static constexpr int m = 4, n = 5, r = 2;
-  static constexpr float a = 0.5f, b = 1.2f, a2 = 0.25f, b2 = 1.44f;
+  static constexpr float a = 0.4375f, b = 1.375f, a2 = a * a, b2 = b * b;
 
   INLINE void input(const V* d, V* o) {
     V even = d[3] - b2 * d[1], odd = d[2] - b2 * d[0];

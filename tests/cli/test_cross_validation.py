@@ -18,7 +18,6 @@ import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.folds import make_folds, read_folds, write_folds
 from unetpp_fast.data.samples import ArraySample
-from unetpp_fast.models.ensemble import Ensemble
 from unetpp_fast.training.checkpoint import load_checkpoint, load_ensemble, load_model
 
 SMALL = ("--features", "4,8", "--patch", "32", "--patches-per-image", "1", "--device", "cpu", "--epochs", "1")
@@ -110,7 +109,7 @@ def test_the_folds_predict_together(folder, folds, tmp_path):
     """The folder, its checkpoints, and the mean of what each predicts are the same."""
     checkpoints = [folds / "fold0/best.pt", folds / "fold1/best.pt"]
     for name, places in {"folder": [folds], "files": checkpoints, "0": checkpoints[:1], "1": checkpoints[1:]}.items():
-        out = ("--out", tmp_path / name, "--probabilities", "--device", "cpu")
+        out = ("--out", tmp_path / name, "--probabilities", "--flips", "--device", "cpu")
         assert run("predict", "--checkpoint", *places, "--images", folder / "images", *out) == 0
     read = lambda name: np.array(Image.open(tmp_path / name / "probabilities/nuclei/cell0.png"), np.float64)  # noqa: E731
     assert np.array_equal(read("folder"), read("files"))
@@ -124,15 +123,17 @@ def test_the_folds_predict_together(folder, folds, tmp_path):
 def test_an_ensemble_is_the_mean_of_its_members_of_any_size():
     torch.manual_seed(0)
     members = [build(uf.UNetPlusPlus, 1, 2, features=(3,) * depth) for depth in (2, 4)]
-    ensemble = Ensemble(members)
+    ensemble = uf.Ensemble(members)
     assert ensemble.multiple == 8
     x = make_input(2, 1, 13, 21)
     expected = sum(member.predict(x) for member in members) / 2
     torch.testing.assert_close(ensemble.predict(x), expected)
     torch.testing.assert_close(uf.predict_tiled(ensemble, x), expected)
-    torch.testing.assert_close(uf.predict_tiled(Ensemble(members[:1]), x, tile=8), uf.predict_tiled(members[0], x, tile=8))
+    torch.testing.assert_close(
+        uf.predict_tiled(uf.Ensemble(members[:1]), x, tile=8), uf.predict_tiled(members[0], x, tile=8)
+    )
     with pytest.raises(InputError, match="different classes cannot predict together: 2 and 1"):
-        Ensemble([members[0], build(uf.UNetPlusPlus, 1, 1, features=(3, 3))])
+        uf.Ensemble([members[0], build(uf.UNetPlusPlus, 1, 1, features=(3, 3))])
 
 
 def test_a_fold_of_the_data_is_chosen(folder, tmp_path, capsys):

@@ -12,7 +12,7 @@ from support.command_line import run
 from support.medical_files import write_itk, write_series
 
 from unetpp_fast.data.file_formats import read_stored
-from unetpp_fast.training.checkpoint import load_model
+from unetpp_fast.training.checkpoint import load_checkpoint, load_model
 
 SHAPE = (10, 24, 20)
 NETWORK = ("--features", "4,8", "--device", "cpu", "--patch", "8", "--learning-rate", "2e-2")
@@ -87,9 +87,10 @@ def test_dicom_series_are_trained_on_and_predicted(tmp_path, capsys):
         mask.CopyInformation(sitk.ReadImage(sorted(map(str, (tmp_path / f"data/images/{key}").iterdir()), reverse=True)))
         (tmp_path / "data/labels").mkdir(exist_ok=True)
         sitk.WriteImage(mask, str(tmp_path / f"data/labels/{key}.nii.gz"))
-    arguments = ("--data", tmp_path / "data", "--out", tmp_path / "run", *NETWORK, "--epochs", "1", "--batch-size", "2")
+    arguments = ("--data", tmp_path / "data", "--out", tmp_path / "run", *NETWORK, "--epochs", "1")
     assert run("train", *arguments) == 0
     assert "found 2 volumes with masks of 1 class" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run/last.pt")["recipe"]["batch_size"] == 2
     for images, out in ((tmp_path / "data/images", "all"), (tmp_path / "data/images/b", "one")):
         arguments = ("--checkpoint", tmp_path / "run/best.pt", "--images", images, "--out", tmp_path / out)
         assert run("predict", *arguments) == 0

@@ -19,6 +19,7 @@ from unetpp_fast.data.images import STANDARD, read_image, standardise
 from unetpp_fast.data.masks import read_mask
 from unetpp_fast.data.samples import Sample
 from unetpp_fast.training.checkpoint import save_checkpoint
+from unetpp_fast.training.evaluation import evaluate
 
 imagecodecs = pytest.importorskip("imagecodecs", reason="writes 16-bit colours")
 SIZE = (9, 14)
@@ -167,3 +168,27 @@ def test_a_white_is_zero_set_is_predicted_as_it_was_trained(tmp_path):
     assert run("predict", "--checkpoint", tmp_path / "m.pt", "--images", tmp_path / "in", "--out", tmp_path / "out") == 0
     black, white = (tifffile.imread(tmp_path / f"out/masks/0/{name}.tif") for name in ("black", "white"))
     assert np.array_equal(black, white)
+
+
+@pytest.mark.parametrize("name", ["white.tif", "3.jpg", "6.png"])
+def test_what_validation_scores_is_what_the_command_writes(name, tmp_path):
+    """Of white-is-zero files and those with an orientation tag, whose masks are drawn on what they show."""
+    shown_upright = GREY.repeat(2, axis=0).repeat(2, axis=1)
+    turns = {"3.jpg": 2, "6.png": 1}.get(name, 0)
+    stored, (folder, path) = np.rot90(shown_upright, turns), (tmp_path / "in", tmp_path / "in" / name)
+    folder.mkdir()
+    if turns:
+        exif = Image.Exif()
+        exif[ORIENTATION] = int(name[0])
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **({"quality": 95} if name == "3.jpg" else {}))
+    else:
+        tifffile.imwrite(path, 255 - stored, photometric="miniswhite")
+    truth = shown_upright > 120
+    Image.fromarray(truth).save(tmp_path / "mask.png")
+    model = build(uf.UNetPlusPlus, 1, 1, features=(3, 4), deep_supervision=True).eval()
+    scores = evaluate(model, [Sample("x", path, (tmp_path / "mask.png",))])
+    save_checkpoint(tmp_path / "m.pt", {"config": model.config, "model": model.state_dict(), "about": {}})
+    assert run("predict", "--checkpoint", tmp_path / "m.pt", "--images", folder, "--out", tmp_path / "out") == 0
+    written = read_mask(next((tmp_path / "out/masks/0").iterdir()))
+    assert 0 < written.mean() < 1
+    assert (written & truth).sum() / (written | truth).sum() == pytest.approx(scores["iou"], abs=1e-6)

@@ -12,6 +12,7 @@ from support.medical_files import write_picture
 
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.class_names import read_names
+from unetpp_fast.data.images import standardise
 from unetpp_fast.data.label_maps import voc_palette
 from unetpp_fast.data.layouts import read_folder
 
@@ -111,17 +112,35 @@ def test_values_names_and_ignored_pixels(tmp_path):
         (["a.png", "b.png"], r"it holds 2 file\(s\) \.png; nearest: name the mask of <id>\.png <id>_mask\.png"),
         (["x/a.png", "readme.md"], r"it holds x/, 1 file\(s\) \.md; nearest: images/"),
         (["images/a.png", "images/b.png", "masks/a.png"], r"b\.png has no mask in .*masks \(1 such"),
+        (["images/a.png", "masks/seg_a.png"], r"call it like the image, or <id>_mask; there is seg_a\.png"),
+        (["x/images/a.png", "x/masks/a.png"], "it holds x/; nearest: give .*/x "),
+        (
+            ["images/train/a.png", "masks/train/a.png"],
+            "put the images into images/ itself, or into images/train and images/val",
+        ),
+        (["imagesTr/a.png"], r"put the masks of imagesTr/<id>\.png into labelsTr/<id>\.png"),
+        (["p/t1.npy", "p/seg.npy"], r'list the files in dataset\.json as \{"training"'),
+        (["a.json"], r'list the files in dataset\.json as \{"training"'),
     ],
 )
 def test_what_is_not_recognised_is_described(files, says, tmp_path):
     for name in files:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("text") if path.suffix in (".md", ".txt") else Image.fromarray(LABELS).save(path)
+        path.write_text("text") if path.suffix in (".md", ".txt", ".json", ".npy") else Image.fromarray(LABELS).save(path)
     with pytest.raises(InputError, match=says):
         read_folder(tmp_path)
     with pytest.raises(InputError, match="nowhere is not a folder"):
         read_folder(tmp_path / "nowhere")
+
+
+def test_archives_of_an_image_and_its_mask(tmp_path):
+    for key in "ab":
+        np.savez(tmp_path / f"{key}.npz", image=GREY.astype(np.float32), label=LABELS)
+    folder = read_folder(tmp_path)
+    assert folder.found == "found 2 images with label maps of 4 classes (background, 1, 2, 3)"
+    image, mask = folder.samples[0].load()
+    assert np.array_equal(image, standardise(GREY[None])) and np.array_equal(mask.argmax(axis=0), LABELS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from support.encoders import encoded
 from support.helpers import FLOAT32, assert_close_relative, build, make_input
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations, prune
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
@@ -78,11 +78,25 @@ def without_running_statistics(model: uf.Network) -> None:
     replace(model, nn.BatchNorm2d, make)
 
 
+def fused_norms(model: uf.Network) -> None:
+    for node in model.nodes.values():
+        for number in "12":
+            conv, norm = getattr(node, f"conv{number}"), getattr(node, f"norm{number}")
+            setattr(node, f"conv{number}", fuse_conv_bn_eval(conv, norm))
+            setattr(node, f"norm{number}", nn.Identity())
+
+
 CHANGES = {
     "gelu": to_act(nn.GELU),
+    "silu": to_act(nn.SiLU),
     "prelu": to_act(nn.PReLU),
     "another slope": lambda model: replace(model, nn.ReLU, lambda _: nn.LeakyReLU(0.3)),
-    "padding mode": lambda model: replace(model, nn.Conv2d, lambda c: like(c, padding_mode="circular")),
+    "circular padding": lambda model: replace(model, nn.Conv2d, lambda c: like(c, padding_mode="circular")),
+    "reflected padding": lambda model: replace(model, nn.Conv2d, lambda c: like(c, padding_mode="reflect")),
+    "replicated padding": lambda model: replace(model, nn.Conv2d, lambda c: like(c, padding_mode="replicate")),
+    "groups": lambda model: replace(
+        model, nn.Conv2d, lambda c: like(c, groups=c.in_channels) if c.in_channels == c.out_channels else c
+    ),
     "dilation": lambda model: replace(
         model, nn.Conv2d, lambda c: like(c, dilation=2, padding=2) if c.kernel_size == (3, 3) else c
     ),
@@ -93,6 +107,7 @@ CHANGES = {
         model, nn.BatchNorm2d, lambda norm: nn.GroupNorm(1, norm.num_features)
     ),
     "identity norms": lambda model: replace(model, nn.BatchNorm2d, lambda norm: nn.Identity()),
+    "fused norms": fused_norms,
     "no running statistics": without_running_statistics,
     "eps": set_all(nn.BatchNorm2d, eps=0.5),
     "hook of a layer": lambda model: model.nodes["x0_1"].register_forward_hook(double_output),
@@ -105,6 +120,7 @@ CHANGES = {
     "pruning mask": lambda model: prune.l1_unstructured(model.nodes["x0_1"].conv1, "weight", 0.5),
     "lora": lambda model: model.nodes["x0_1"].register_module("conv1", Lora(model.nodes["x0_1"].conv1)),
 }
+SAME = ("weight norm", "old spectral norm", "fused norms")  # which compute what was there, from other tensors
 NOT_PICKLED = ("patched inner method", "weight norm")  # pickle takes no lambda, and PyTorch no parametrization
 
 
@@ -128,7 +144,7 @@ def test_changed_layers_run_as_they_are_everywhere(name: str) -> None:
     model, x = changed(name), make_input(2, 2, 16, 24)
     with_plain = network()
     heads = reference.forward(model, x)
-    assert not torch.allclose(heads[-1], with_plain(x)[-1], rtol=1e-3) or name in ("weight norm", "old spectral norm")
+    assert not torch.allclose(heads[-1], with_plain(x)[-1], rtol=1e-3) or name in SAME
     assert_close_relative(model(x), heads, FLOAT32)
     assert_close_relative(copy.deepcopy(model)(x), heads, FLOAT32)
     assert_close_relative(model.prune(1)(x), heads[0], FLOAT32)
@@ -168,7 +184,7 @@ def test_the_reason_names_the_layer_and_what_differs() -> None:
         "eps": "nodes.x0_0.norm1 has eps=0.5, it was built with 1e-05",
         "hook of a layer": "nodes.x0_1 has hooks",
         "patched layer": "nodes.x0_0.act has another forward",
-        "padding mode": "nodes.x0_0.conv1 has padding_mode='circular', it was built with 'zeros'",
+        "circular padding": "nodes.x0_0.conv1 has padding_mode='circular', it was built with 'zeros'",
         "no running statistics": "nodes.x0_0.norm1 has track_running_stats=False, it was built with True",
         "lora": "nodes.x0_1.conv1 is a Lora, it was built as a Conv2d",
     }.items():

@@ -78,6 +78,26 @@ def test_the_command_logs_to_all_that_are_named(stubs, tmp_path):
     assert {call[0] for call in stubs} >= {"finish", "end_run"}
 
 
+def test_a_service_that_fails_does_not_end_the_run(stubs, tmp_path, capsys):
+    """At an epoch it is left out, at the start it is one error."""
+    folder = write_nuclei(tmp_path / "data", count=3)
+    command = ("train", "--data", folder, *SMALL, "--epochs", "2", "--log", "wandb", "mlflow")
+
+    def fails_once(*_, **__):
+        raise ConnectionError("the server is gone\nand more")
+
+    sys.modules["mlflow"].log_metrics = fails_once
+    assert run(*command, "--out", tmp_path / "run") == 0
+    text = capsys.readouterr().err
+    assert text.count("MLflow: the server is gone; the run is no longer logged there") == 1
+    assert [call[-1]["step"] for call in stubs if call[0] == "log"] == [1, 2] and "end_run" not in {
+        call[0] for call in stubs
+    }
+    sys.modules["mlflow"].start_run = fails_once
+    assert "--log mlflow cannot be started: the server is gone" in fails(capsys, *command, "--out", tmp_path / "other")
+    assert stubs[-1] == ("finish", {"exit_code": 1})
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_what_is_missing_names_its_extra(name, monkeypatch, tmp_path, capsys):
     folder = write_nuclei(tmp_path / "data", count=3)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from support.command_line import fails, run
 from support.folders import write_nuclei
-from support.helpers import FLOAT32, FLOAT64, assert_close_relative, make_input
+from support.helpers import FLOAT32, FLOAT64, assert_close_relative, build, make_input
 from torch import Tensor
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
+from unetpp_fast.data.patches import Patches
+from unetpp_fast.data.samples import ArraySample
 from unetpp_fast.training.checkpoint import load_checkpoint
 from unetpp_fast.training.loss_table import choose_loss
+from unetpp_fast.training.recipe import Recipe
+from unetpp_fast.training.trainer import Trainer
 from unetpp_fast.training.weighted_losses import balanced_weights
 
 WEIGHTS = (0.5, 2.0, 4.0)
@@ -175,3 +180,30 @@ def test_the_command_weighs_classes(tmp_path, capsys):
     assert "neither balanced nor a list" in fails(capsys, *some, "--out", tmp_path / "x", "--class-weights", "1,-2")
     assert "use bce-dice, focal or tversky" in fails(capsys, *some, "--out", tmp_path / "x", "--loss", "ce")
     assert "is for label maps" in fails(capsys, *some, "--out", tmp_path / "x", "--no-background")
+
+
+def test_a_trainer_takes_any_loss(tmp_path):
+    """Of lists as it is, of single logits by its mean over the heads; one that takes neither is named."""
+    losses = pytest.importorskip("monai.losses", reason="trains with MONAI's loss")
+    image = make_input(1, 16, 16).numpy()
+    sample = ArraySample("a", image, np.concatenate([image > 0, image <= 0]))
+
+    def trainer(loss):
+        model = build(uf.UNetPlusPlus, 1, 2, features=(2, 3), deep_supervision=True)
+        return Trainer(model, Patches([sample], 16, 2, 0), [sample], Recipe(epochs=1, batch_size=2), loss=loss)
+
+    one = losses.DiceCELoss(softmax=True)
+    one.exclusive = True
+    wrapped = trainer(one)
+    assert isinstance(wrapped.loss, uf.DeepSupervision) and wrapped.network.exclusive
+    assert wrapped.fit(progress=False) == trainer(uf.DeepSupervision(one)).fit(progress=False)
+    assert not trainer(uf.DeepSupervision(one, exclusive=False)).network.exclusive
+    assert isinstance(trainer(torch.nn.BCEWithLogitsLoss()).loss, uf.DeepSupervision)
+
+    class OfLists(torch.nn.Module):
+        def forward(self, outputs, target):
+            return sum(((output - target) ** 2).mean() for output in list(outputs)[::-1])
+
+    assert isinstance(trainer(loss := OfLists()).loss, OfLists) and trainer(loss).fit(progress=False)
+    with pytest.raises(InputError, match=r"the loss NLLLoss takes no logits and masks \[N, 2, \*S\], alone or in a list: "):
+        trainer(torch.nn.NLLLoss())

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,5 @@ def test_an_image_goes_in_and_its_mask_comes_out(served, tmp_path):
         assert "colour.png, 40 x 52" in page.text("#status")
         asked = page.requested()
         assert asked and all(address.startswith(served) for address in asked)
+    with urllib.request.urlopen(served) as answer:  # nothing else may be loaded, whatever gradio asks for
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'self';")

@@ -27,15 +27,14 @@ from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
 from ..reports import training_run
-from ..training import captured, checkpoint, evaluation, memory_budget, processes, run_folder
-from ..training.loggers import LOGGERS
+from ..training import captured, checkpoint, evaluation, loggers, memory_budget, processes, run_folder
 from ..training.loss_table import choose_loss
 from ..training.recipe import Recipe
 from ..training.trainer import Interrupted, Trainer
 from ..training.weighted_losses import balanced_weights
 from . import config, cross_validation
 from .arguments import Commands, add_command, build_network, label_options
-from .training_options import add_options, check_encoder, with_defaults
+from .training_options import BATCH, add_options, check_encoder, with_defaults
 
 
 def add_parser(commands: Commands) -> None:
@@ -59,7 +58,10 @@ def run(options: argparse.Namespace) -> int:
             _check_out(options)
         folder, channels = _read_data(options)
         cross_validation.check_data(options, folder)
-        options.patch = options.patch or PATCH[folder.spatial_dims]
+        if options.patch is None:
+            options.patch = PATCH[folder.spatial_dims]
+        if options.batch_size is None and not options.task:
+            recipe = replace(recipe, batch_size=BATCH[folder.spatial_dims])
 
         def train(job: argparse.Namespace, part: Folder) -> int:
             return _fit(_trainer(job, recipe, part, channels, device), job)
@@ -87,8 +89,9 @@ def _check_out(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace, dtype: str) -> Recipe:
     """The recipe of the options. Errors as `Recipe`."""
+    batch_size = BATCH[2] if options.batch_size is None else options.batch_size
     return Recipe(
-        epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
+        epochs=options.epochs, batch_size=batch_size, learning_rate=options.learning_rate,
         patience=options.patience, seed=options.seed, dtype=dtype, workers=options.workers, accumulate=options.accumulate,
         reproducible=options.reproducible, capture=options.capture and options.max_memory is None,
         optimizer=options.optimizer, weight_decay=options.weight_decay, schedule=options.schedule, warm_up=options.warm_up,
@@ -222,8 +225,8 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
     if processes.is_first():
         settings = config.settings(options, **_instead(options, trainer))
         wanted = dict.fromkeys([*options.log, *(["tensorboard"] if options.tensorboard else [])])
-        loggers = [LOGGERS[name](options.out, settings, len(trainer.history)) for name in wanted]
-        report = run_folder.Report(options.out, trainer.history, loggers)
+        started = loggers.start(wanted, options.out, settings, len(trainer.history))
+        report = run_folder.Report(options.out, trainer.history, started)
         if not (options.out / "config.json").exists():
             about = {"version": __version__, "torch": torch.__version__, "processes": processes.size()}
             recipe = {**asdict(trainer.recipe), "device": str(trainer.device)}

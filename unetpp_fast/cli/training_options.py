@@ -26,6 +26,8 @@ from .arguments import (
     width_list,
 )
 
+BATCH = {2: 8, 3: 2}  # patches per step, by the number of axes
+
 
 def add_options(train: argparse.ArgumentParser) -> None:
     """Adds all options of `train`."""
@@ -90,7 +92,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     train = command.add_argument_group("recipe")
     train.add_argument("--epochs", type=int, default=100, help="the largest number of epochs")
     batch = train.add_mutually_exclusive_group()
-    batch.add_argument("--batch-size", type=int, default=8, help="patches per step, over all processes together")
+    batch.add_argument("--batch-size", type=int, help="patches per step, of all processes (default: 8, of own volumes 2)")
     batch.add_argument("--max-memory", type=byte_count, help="8G: choose the largest batch that needs no more per process")
     train.add_argument("--accumulate", type=int, default=1, help="micro-batches per batch; more of them save memory")
     train.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="sgd has a Nesterov momentum of 0.9")

@@ -186,6 +186,14 @@ def read_stored(path: Path, mask: bool = False) -> Stored:
         raise InputError(f"{path} cannot be read as {form.name} ({first_line(error)}): replace or remove it") from error
 
 
+def holds_mask(path: Path) -> bool:
+    """Whether a file is an archive of an image and its mask."""
+    if not path.name.lower().endswith(".npz") or not zipfile.is_zipfile(path):
+        return False
+    with np.load(path, allow_pickle=False) as archive:
+        return "image" in archive.files and any(name in archive.files for name in MASK_ARRAYS)
+
+
 def files_by_id(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     """The files of a folder with one of these endings, by id (the name without the ending), sorted.
 

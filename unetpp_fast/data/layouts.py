@@ -2,7 +2,7 @@
 
 images/<id>.png, masks/<class>/<id>.png   masks, one folder per class; classes may overlap
 images/<id>.jpg, masks/<id>.png           label maps, or masks of one class (`IMAGES` and `MASKS` list other names)
-<id>.jpg, <id>_mask.png                   the same in one folder (`pairs.MARKS`)
+<id>.jpg, <id>_mask.png                   the same in one folder (`pairs.MARKS`), or <id>.npz with the arrays image and mask
 train/..., val/..., test/...              each of these in a folder for training, one for validation and one for testing
 images/train/..., masks/train/...         likewise
 imagesTr/<id>_0000.nii.gz, labelsTr/<id>.nii.gz, dataset.json   label maps as nnU-Net keeps them
@@ -22,7 +22,7 @@ from typing import Any
 
 from ..common.errors import InputError
 from . import itk
-from .file_formats import all_endings, ending_of, files_by_id, find_images
+from .file_formats import all_endings, ending_of, files_by_id, find_images, holds_mask, volume_endings
 from .pairs import MARKS, Folder, Pairs, Parts, by_image, class_folders, folder_of, single_files
 from .readers.coco import coco_folder
 from .readers.decathlon import file_list
@@ -107,6 +107,8 @@ def _pairs(root: Path, below: str = "") -> Pairs | None:
     files = files_by_id(root, all_endings())
     kept = {key: path for key, path in files.items() if not key.endswith(MARKS)}
     masks_here = by_image(files, kept, marked=True)
+    if not masks_here:  # archives of an image and its mask each
+        kept = masks_here = {key: path for key, path in files.items() if holds_mask(path)}
     return Pairs(single_files(kept), {"": masks_here}, root) if kept and masks_here else None
 
 
@@ -131,15 +133,23 @@ def _unrecognised(root: Path) -> str:
     return f"{root} has no layout that is known; it holds {', '.join(seen) or 'nothing'}; nearest: {near} (docs/data.md)"
 
 
+def _has_images_and_masks(place: Path) -> bool:
+    return bool(_named(place, IMAGES) and _named(place, MASKS))
+
+
 def _nearest(root: Path, inside: Sequence[Path], endings: Counter) -> str:
     """Which layout would work with the least change."""
     images, masks = _named(root, IMAGES), _named(root, MASKS)
+    if images and _only_folders(images, files_by_id(images, all_endings())):
+        parts = f"{images.name}/train and {images.name}/val"
+        return f"put the images into {images.name}/ itself, or into {parts}, and their masks likewise"
     if images:
-        near = f"put the masks of {images.name}/<id>.png into masks/<id>.png"
+        where = "labelsTr" if images.name == "imagesTr" else "masks"
+        near = f"put the masks of {images.name}/<id>.png into {where}/<id>.png"
         return near + (f"; {masks.name}/ holds no image ({', '.join(all_endings())})" if masks else "")
     if masks:
         return f"put the images of {masks.name}/<id>.png into images/<id>.png"
-    below = next((path for path in inside if path.is_dir() and (_folders(path) or (path / "imagesTr").is_dir())), None)
+    below = next((path for path in inside if path.is_dir() and _has_images_and_masks(path)), None)
     if below:
         return f"give {below}"
     if itk.is_series(root) or any(itk.is_series(path) for path in inside):
@@ -148,6 +158,7 @@ def _nearest(root: Path, inside: Sequence[Path], endings: Counter) -> str:
         ending = next(ending for ending in endings if ending in all_endings())
         mark = ".png" if ending in (".jpg", ".jpeg") else ending
         return f"name the mask of <id>{ending} <id>_mask{mark}, or use the folders images/ and masks/"
-    if ".json" in endings:
+    per_case = any(ending_of(file, volume_endings()) for path in inside if path.is_dir() for file in path.iterdir())
+    if ".json" in endings or per_case:
         return 'list the files in dataset.json as {"training": [{"image": ..., "label": ...}]}'
     return KNOWN

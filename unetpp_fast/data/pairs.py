@@ -82,9 +82,9 @@ class Pairs:
                 wanted = self.masks_at / label / f"{missing[0].rpartition('/')[2]}{ending}"
                 raise InputError(f"image {image} has no mask {wanted} ({len(missing)} such image(s))")
             text = f"image {image} has no mask in {self.masks_at} ({len(missing)} such image(s))"
-            if files and len(missing) == len(self.images):
-                other = next(iter(files.values())).name
-                text += f": call the mask of {image.name} as the image or <id>_mask; there is {other}"
+            others = files_by_id(self.masks_at, all_endings()) if len(missing) == len(self.images) else {}
+            if others:
+                text += f": call it like the image, or <id>_mask; there is {next(iter(others.values())).name}"
             raise InputError(text)
 
     def samples(self) -> list[Sample]:

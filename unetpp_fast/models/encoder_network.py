@@ -33,6 +33,7 @@ from .nest import Nest
 from .own_forward import check_prunable, own_forward, sharing
 from .prediction import evaluating
 from .pretrained import TRAINED_ON, Pretrained
+from .recomputed import recomputing
 
 
 class EncodedNetwork(Pretrained, nn.Module):
@@ -186,7 +187,9 @@ class EncodedNetwork(Pretrained, nn.Module):
         Raises:
             ValueError: the encoder gives other maps.
         """
-        maps, widths = list(self.encoder(x))[1:], self.topology.first_widths
+        widths = self.topology.first_widths
+        with recomputing(x):
+            maps = list(self.encoder(x))[1:]
         if not widths[0]:
             del maps[0]  # it has no channels
         if torch.compiler.is_compiling():  # a comparison would fix the sizes of a graph

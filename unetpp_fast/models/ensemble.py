@@ -14,7 +14,10 @@ from ..common.errors import InputError
 class Ensemble(nn.Module):
     """The mean of the probabilities of several networks, such as those of a cross-validation.
 
-    `predict`, `predict_tiled` and the attributes that describe a network are as those of one.
+    >>> model = Ensemble([from_pretrained("fold0"), from_pretrained("fold1")])
+    >>> probabilities = predict_tiled(model, x)  # or model.predict(x)
+
+    It is not trained, pruned or optimised: its members are.
 
     Args:
         networks: for the same channels, classes and number of spatial axes, trained on images prepared in one way.
@@ -56,7 +59,15 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor, **options: Any) -> Tensor:
-        """Probabilities `[N, out_channels, *S]` of `[N, in_channels, *S]` of any size; options as of `Network.predict`."""
+        """Probabilities `[N, out_channels, *S]`, as of `Network.predict`, which takes the same options.
+
+        Args:
+            x: `[N, in_channels, *S]` of any size, as each member takes it.
+            **options: mode, level, activation, flips.
+
+        Raises:
+            TypeError, ValueError: as `Network.predict`.
+        """
         total = self.members[0].predict(x, **options)
         for member in self.members[1:]:
             total = total + member.predict(x, **options)

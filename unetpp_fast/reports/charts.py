@@ -77,7 +77,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str = "epoch", mark: 
 def dot_chart(title: str, groups: Mapping[str, Sequence[float]], colours: Mapping[str, str], x_label: str) -> str:
     """A figure with a row per group: a dot for each of its values, a bar at their mean."""
     values = [value for group in groups.values() for value in group]
-    places, left, row = ticks(min(values), max(values)), 190, 34
+    places, left, row = ticks(min(values), max(values)), 20 + 7 * max(map(len, groups)), 34
     height = TOP + row * len(groups) + BOTTOM
     x = Scale(places[0], places[-1], left, WIDTH - RIGHT - 12)
     parts = [

@@ -58,9 +58,8 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, A
     )
     sections = [
         ("", page.tiles(figures)),
-        ("IoU", f"<div class='pair'>{chart}</div>"),
+        ("Runs", f"<div class='pair'>{chart}{curves}</div>"),
         ("Table", f"<p class='soft'>{page.escape(note)}</p>{_table(rows, ious)}"),
-        ("Trainings", f"<div class='pair'>{curves}</div>" if curves else ""),
         ("Settings", page.facts({key.replace("_", " "): _plain(value) for key, value in settings.items()})),
         ("Environment", page.facts(_environment())),
     ]

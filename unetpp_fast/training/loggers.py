@@ -12,11 +12,12 @@ import math
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..common.atomic_files import write_atomic
+from ..common.errors import InputError, first_line
 from ..common.extras import need
 
 PROJECT = "unetpp_fast"
@@ -108,6 +109,27 @@ class MLflow(Logger):
 
 
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def start(names: Iterable[str], out: Path, settings: Mapping[str, Any], epochs: int) -> list[Logger]:
+    """The loggers of these names; see `Logger`.
+
+    Raises:
+        InputError: one of them cannot be started, or what it needs is not installed.
+    """
+    started: list[Logger] = []
+    try:
+        for name in names:
+            started.append(LOGGERS[name](out, settings, epochs))
+    except Exception as error:  # of the service's own kind
+        for logger in started:
+            logger.close(True)
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"--log {name} cannot be started: {first_line(error)} (docs/training.md tells its variables)"
+        ) from error
+    return started
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_line
 from .exclusive import CrossEntropyDiceLoss
-from .losses import BCEDiceLoss
+from .losses import BCEDiceLoss, ClassWeighted
 from .weighted_losses import DeepSupervision, FocalLoss, TverskyLoss
+
+PROBED = 32  # pixels a side
 
 # By name: of classes that may overlap, and of classes that exclude one another; None if there is none.
 LOSSES: dict[str, tuple[Callable[..., nn.Module] | None, Callable[..., nn.Module] | None]] = {
@@ -27,6 +30,35 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module] | None, Callable[..., nn.Module
 def is_exclusive(loss: nn.Module) -> bool:
     """Whether the classes of a loss exclude each other."""
     return bool(getattr(loss, "exclusive", False))
+
+
+def taking_lists(loss: nn.Module, classes: int, like: Tensor, spatial_dims: int) -> nn.Module:
+    """A loss that takes the list of every head's logits: this one, or if it takes only single logits, its mean over
+    the heads.
+
+    like: a tensor of the device and precision of the network.
+
+    Raises:
+        InputError: it takes neither.
+    """
+    if isinstance(loss, (ClassWeighted, DeepSupervision)):
+        return loss
+    logits = like.new_zeros(1, classes, *[PROBED] * spatial_dims)
+    mask = torch.zeros_like(logits)
+    mask[:, 0] = 1
+    try:
+        with torch.no_grad():
+            if isinstance(loss([logits], mask), Tensor):
+                return loss
+    except Exception:  # of whatever kind: it takes no lists
+        pass
+    try:
+        with torch.no_grad():
+            loss(logits, mask)
+    except Exception as error:
+        what = f"the loss {type(loss).__name__} takes no logits and masks [N, {classes}, *S], alone or in a list"
+        raise InputError(f"{what}: {first_line(error)}") from error
+    return DeepSupervision(loss)
 
 
 def choose_loss(

@@ -7,12 +7,14 @@ import importlib.util
 import io
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.atomic_files import write_atomic
+from ..common.errors import first_line
 from ..common.extras import need
 from .loggers import Logger
 
@@ -85,13 +87,12 @@ class Report:
     """
 
     def __init__(self, out: Path, history: Sequence[Mapping[str, float]], loggers: Sequence[Logger] = ()):
-        self.out, self.history, self.loggers = out, history, loggers
+        self.out, self.history, self.loggers = out, history, list(loggers)
         self.draws = importlib.util.find_spec("matplotlib") is not None
         self.drawn, self.last = 0, time.monotonic()
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        for logger in self.loggers:
-            logger(row)
+        self._log(lambda logger: logger(row))
         if time.monotonic() - self.last > DRAW_SECONDS:
             self.draw()
 
@@ -104,5 +105,14 @@ class Report:
     def close(self, failed: bool = False) -> None:
         """Draws the last epochs and closes the loggers; call it when the run ends or fails."""
         self.draw()
-        for logger in self.loggers:
-            logger.close(failed)
+        self._log(lambda logger: logger.close(failed))
+
+    def _log(self, work: Callable[[Logger], None]) -> None:
+        """Lets every logger work; one that fails, such as a server that is gone, is left out and does not end the run."""
+        for logger in [*self.loggers]:
+            try:
+                work(logger)
+            except Exception as error:
+                self.loggers.remove(logger)
+                name = type(logger).__name__
+                print(f"{name}: {first_line(error)}; the run is no longer logged there", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from ..models.network import Network
 from ..models.normalisation import Normalisation
 from . import captured, evaluation, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
-from .loss_table import is_exclusive
+from .loss_table import is_exclusive, taking_lists
 from .losses import BCEDiceLoss
 from .recipe import Recipe
 from .step import make_step
@@ -55,7 +55,8 @@ class Trainer:
         out: the folder, or None to write nothing.
         about: plain data that goes into every checkpoint; a run is resumed only if it is the same.
         loss: a module that takes a list of logits `[N, classes, *S]`, one per head, and masks of that shape, float32, and
-            returns the mean over the N images; default `BCEDiceLoss()`. Its own parameters are not trained. Its `repr` must
+            returns the mean over the N images; default `BCEDiceLoss()`. One that takes only single logits, as those of
+            MONAI, becomes its mean over the heads (`DeepSupervision`). Its own parameters are not trained. Its `repr` must
             show its settings: a run is resumed only if it is the same. If its attribute `exclusive` is true, masks are
             one-hot, and the largest logit is chosen. `best.pt` holds the scores of each of several classes ("scores").
 
@@ -65,7 +66,8 @@ class Trainer:
     The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
 
     Raises:
-        InputError: the network returns something other than logits, or cannot be trained reproducibly as the recipe asks.
+        InputError: the network returns something other than logits, the loss does not take them, or the network cannot be
+            trained reproducibly as the recipe asks.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class Trainer:
         if network.form not in ("plain", "always_list"):
             raise InputError(f'set network.form = "plain" to train: the form {network.form!r} does not return logits')
         self.device = next(network.parameters()).device
-        self.loss = (loss or BCEDiceLoss()).to(self.device)
+        loss = (loss or BCEDiceLoss()).to(self.device)
+        self.loss = taking_lists(loss, network.out_channels, next(network.parameters()), network.topology.spatial_dims)
         network.exclusive = is_exclusive(self.loss)
         network.normalisation = _normalisation(patches)
         self.train_step = make_step(network, recipe, self.loss, -(-len(patches) // recipe.batch_size))

@@ -124,14 +124,15 @@ class DeepSupervision(nn.Module):
         loss: a module, such as MONAI's, that takes logits `[N, C, *S]` and a target of that shape.
         weights: "equal", the paper's (Zhou et al., 2018, https://arxiv.org/abs/1807.10165); "halving": the deepest head, the
             last, counts most and each before it half as much as the next (Isensee et al., 2021). They add up to 1.
+        exclusive: whether its classes exclude one another; None: as the loss's own attribute `exclusive` says, else no.
     """
 
-    def __init__(self, loss: nn.Module, weights: str = "equal"):
+    def __init__(self, loss: nn.Module, weights: str = "equal", *, exclusive: bool | None = None):
         super().__init__()
         if weights not in HEAD_WEIGHTS:
             raise InputError(f"the weights of heads are {' or '.join(HEAD_WEIGHTS)}, not {weights!r}")
         self.loss, self.weights = loss, weights
-        self.exclusive = bool(getattr(loss, "exclusive", False))
+        self.exclusive = bool(getattr(loss, "exclusive", False)) if exclusive is None else exclusive
 
     def forward(self, outputs: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
         """A scalar of logits `[N, C, *S]`, or a list of them with the deepest head last, and a target of that shape.

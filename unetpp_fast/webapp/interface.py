@@ -23,7 +23,7 @@ EXTRA = "app"
 SAMPLE = "nuclei/image.png"
 MOST_BYTES = "2gb"
 MEASURED_MS = 8000.0  # expected for all levels and modes together, up to which they are measured by themselves
-# Only from this server, whatever gradio's own page asks for (its default font, for one).
+# Only from this server, whatever gradio's own page asks for.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:"
