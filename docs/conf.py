@@ -25,7 +25,10 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 90
 
+highlight_language = "none"  # what a program prints
+
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_title = f"unetpp_fast {release}"
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}

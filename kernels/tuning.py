@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -68,7 +68,7 @@ def choose(
         times = {}
         for candidate in candidates():
             try:
-                times[str(candidate)] = _measure(partial(run, candidate))
+                times[str(candidate)] = _measure(lambda candidate=candidate: run(candidate))
             except Exception:  # Triton's or torch's: out of memory, shared memory or registers on this GPU
                 continue
         if times:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-ACTIVATIONS = {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.hardswish}
+ACTIVATIONS: set[Callable] = {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.hardswish}
 RELUS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 OTHERS = {F.gelu, F.pad}
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
@@ -47,7 +47,8 @@ class Recipe:
     it has, the value stays once it is computed."""
 
     def __init__(self, compute: Callable[[], Tensor]):
-        self.compute, self.left, self._value = compute, 0, None
+        self.compute, self.left = compute, 0
+        self._value: Tensor | None = None
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -60,7 +61,7 @@ class Kept:
     """What autograd keeps of a tensor: itself, or its recipe."""
 
     def __init__(self, tensor: Tensor):
-        self.source: Stored | Recipe = Stored(tensor)
+        self.source: Any = Stored(tensor)  # or a Recipe
 
     def become(self, recipe: Recipe) -> None:
         self.source = recipe
@@ -113,7 +114,7 @@ class Recomputing(TorchFunctionMode):
         """The result of a function, and its recipe if it has one."""
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
-        again = None
+        again: Any = None
         if func in ACTIVATIONS:
             given = SIGNATURES[func].bind(*args, **kwargs).arguments
             source, options = self._recipe(given.pop("input")), {**given, "inplace": False}
@@ -160,7 +161,7 @@ class Recomputing(TorchFunctionMode):
         gate, whole = (x, y) if x.numel() < y.numel() else (y, x)
         source = self._recipe(whole) if gate.numel() * GATE <= whole.numel() and gate.dtype == whole.dtype else None
         kept = source and Stored(gate)
-        return source and (lambda: kept.value() * source.value())
+        return (lambda: kept.value() * source.value()) if source else None
 
     def _recipe(self, tensor: Tensor) -> Recipe | None:
         known = self._known.get(tensor.untyped_storage()._cdata) if type(tensor) is Tensor else None
@@ -191,7 +192,7 @@ def _may_recompute(x: Tensor) -> bool:
     """Whether autograd runs as usual: others' hooks, such as those of checkpoints, see only what no hooks of ours keep."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.device.type != "cpu":
         return False
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd
     top = getattr(autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
     return (
         not torch._C._are_functorch_transforms_active()
