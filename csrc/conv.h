@@ -126,24 +126,25 @@ template <typename TRAITS, typename KIND>
 HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int steps, const Place<TRAITS>& place) {
   using T = typename TRAITS::T;
   using TILE = typename KIND::TILE;
-  constexpr int CHUNK = Format<T>::CHUNK, ROW = TRAITS::WEIGHT_ROW;
+  constexpr int CHUNK = Format<T>::CHUNK, ROW = TRAITS::WEIGHT_ROW, STEP_BYTES = Format<T>::STEP * ROW;
   const uint32_t pixels = stage + place.warp_row * KIND::WARP_ROWS * TILE::PITCH;
   const int parity = hw::fault(hw::Fault::phase) ? 0 : place.parity;
   const uint32_t weights = stage + TILE::BYTES + parity * KIND::PHASE_TAPS * CHUNK * ROW;
-  HW_NO_UNROLL
-  for (int step = 0; step < steps; ++step) {
-    const uint32_t step_weights = weights + step * Format<T>::STEP * ROW;
+  const Columns<T, TRAITS::CO_TILE> columns(place.part, place.lane);
+  HW_UNROLL
+  for (int x = 0; x < KIND::COLUMNS; ++x) {
+    const int first = TILE::place(place.parity + x) + place.lane % 16;
+    uint32_t column = pixels + TILE::PIXELS::at(first, place.lane / 16);
+    const uint32_t taps = weights + KIND::tap(x, 0) * CHUNK * ROW, end = steps * STEP_BYTES;
     HW_NO_UNROLL  // unrolled, sm_80 spills
-    for (int x = 0; x < KIND::COLUMNS; ++x) {
+    for (uint32_t step = 0; step < end; step += STEP_BYTES) {
       hw::Word b[KIND::SLOTS][4][2];
-      const int first = TILE::place(place.parity + x) + place.lane % 16;
-      const uint32_t column = pixels + TILE::PIXELS::at(first, step * 2 + place.lane / 16);
       HW_UNROLL
       for (int r = 0; r < KIND::FRAMES; ++r) {
         HW_UNROLL
         for (int slot = 0; slot < KIND::SLOTS; ++slot)
           if (KIND::begin(slot) == r && (slot || !hw::fault(hw::Fault::unwritten)))
-            load_columns<T, TRAITS::CO_TILE>(b[slot], step_weights, KIND::tap(x, slot) * CHUNK, place.part, place.lane);
+            columns.load(b[slot], taps + step + KIND::tap(0, slot) * CHUNK * ROW);
         hw::Word a[4];
         hw::load_matrices(a, column + r * TILE::PITCH);
         HW_UNROLL
@@ -154,60 +155,67 @@ HW_FUNCTION void add_products(float (&acc)[TRAITS::M][4][4], uint32_t stage, int
           for (int n = 0; n < 4; ++n) hw::multiply<T>(acc[m][n], a, b[slot][n]);
         }
       }
+      column = TILE::PIXELS::other(column);
     }
   }
 }
 
-// The stages in order: those of `a`, then those of `b`.
+// A stage: those of `a` come first, then those of `b`; of each, channels k.. of its planes one after another.
+struct Stage {
+  int index = 0, k = 0, plane = 0;
+};
+
 template <typename TRAITS>
 struct Stages {
   using T = typename TRAITS::T;
   static constexpr int CHUNK = Format<T>::CHUNK;
   const ConvArguments& p;
 
-  HW_FUNCTION static uint32_t memory(int index) { return index % TRAITS::STAGES * TRAITS::STAGE; }
+  HW_FUNCTION static uint32_t memory(const Stage& at) { return at.index % TRAITS::STAGES * TRAITS::STAGE; }
+  HW_FUNCTION void next(Stage& at) const {
+    const int planes = p.stages_a > at.index ? p.planes_a : p.planes_b;
+    if (++at.plane >= planes) at.plane = 0, at.k += CHUNK;
+    if (++at.index == p.stages_a) at.k = 0;
+  }
 
-  // Runs `with` by how the stage is sampled: its KIND, its map, its weights and its number among the map's stages.
+  // Runs `with` by how the stage is sampled: its KIND, its map and its weights.
   template <typename With>
-  HW_FUNCTION void visit(int index, With with) const {
-    const bool first = index < p.stages_a;
+  HW_FUNCTION void visit(const Stage& at, With with) const {
+    const bool first = p.stages_a > at.index;
     const Map& map = first ? p.a : p.b;
     const char* weights = first ? p.weights_a : p.weights_b;
-    const int own = first ? index : index - p.stages_a;
     if constexpr (!TRAITS::GATHERED)
-      if (!first && p.phased) return with(typename TRAITS::Low{}, map, weights, own);
-    with(typename TRAITS::First{}, map, weights, own);
+      if (!first && p.phased) return with(typename TRAITS::Low{}, map, weights);
+    with(typename TRAITS::First{}, map, weights);
   }
   template <typename KIND>
-  HW_FUNCTION Window window(KIND, const Map& map, int own, const Place<TRAITS>& place) const {
-    const int k = p.deep ? own / KIND::PLANES : own;
-    const int plane = p.deep ? KIND::plane(place.z, own % KIND::PLANES) + hw::fault(hw::Fault::plane) : 0;
-    return {map, place.image, plane, KIND::origin(place.y), KIND::origin(place.x), k * CHUNK};
+  HW_FUNCTION Window window(KIND, const Map& map, const Stage& at, const Place<TRAITS>& place) const {
+    const int plane = p.deep ? KIND::plane(place.z, at.plane) + hw::fault(hw::Fault::plane) : 0;
+    return {map, place.image, plane, KIND::origin(place.y), KIND::origin(place.x), at.k};
   }
 
-  HW_FUNCTION void load(int index) const {
-    visit(index, [&](auto kind, const Map& map, const char* weights, int own) {
+  HW_FUNCTION void load(const Stage& at) const {
+    visit(at, [&](auto kind, const Map& map, const char* weights) {
       using KIND = decltype(kind);
       using TILE = typename KIND::TILE;
       const Place<TRAITS> place(p);
-      const bool deep = hw::again(p.deep);
-      const Window shown = window(kind, map, own, place);
-      load_tile<TILE, TRAITS::THREADS>(memory(index), shown);
+      load_tile<TILE, TRAITS::THREADS>(memory(at), window(kind, map, at, place));
       load_weights<T, TRAITS::CO_TILE, KIND::TAPS, TRAITS::THREADS>(
-          memory(index) + TILE::BYTES, weights, map.channels, p.channels, shown.k, place.co,
-          deep ? KIND::plane_tap(place.z, own % KIND::PLANES) : 0, deep ? KIND::GROUP : 4, p.vector_weights);
+          memory(at) + TILE::BYTES, weights, map.channels, p.channels, at.k, place.co, KIND::plane_tap(place.z, at.plane),
+          hw::again(p.deep) ? KIND::GROUP : 4, p.vector_weights);
     });
   }
-  HW_FUNCTION void transform(int index) const {
-    visit(index, [&](auto kind, const Map& map, const char*, int own) {
+  HW_FUNCTION void transform(const Stage& at) const {
+    visit(at, [&](auto kind, const Map& map, const char*) {
       using TILE = typename decltype(kind)::TILE;
-      transform_tile<TILE, TRAITS::THREADS>(memory(index), window(kind, map, own, Place<TRAITS>(p)), p.slope, p.relu);
+      if (!map.scale && !Format<T>::TF32) return;  // before a window is computed
+      transform_tile<TILE, TRAITS::THREADS>(memory(at), window(kind, map, at, Place<TRAITS>(p)), p.slope, p.relu);
     });
   }
-  HW_FUNCTION void multiply(int index, float (&acc)[TRAITS::M][4][4]) const {
-    visit(index, [&](auto kind, const Map& map, const char*, int own) {
-      const int left = map.channels - (p.deep ? own / decltype(kind)::PLANES : own) * CHUNK;
-      add_products<TRAITS, decltype(kind)>(acc, memory(index), left > Format<T>::STEP ? 2 : 1, Place<TRAITS>(p));
+  HW_FUNCTION void multiply(const Stage& at, float (&acc)[TRAITS::M][4][4]) const {
+    visit(at, [&](auto kind, const Map& map, const char*) {
+      const int steps = map.channels - at.k > Format<T>::STEP ? 2 : 1;
+      add_products<TRAITS, decltype(kind)>(acc, memory(at), steps, Place<TRAITS>(p));
     });
   }
 };
@@ -218,19 +226,23 @@ template <typename TRAITS>
 HW_KERNEL void HW_BOUNDS(TRAITS::THREADS, TRAITS::BLOCKS) conv_kernel(HW_CONSTANT ConvArguments p) {
   const Stages<TRAITS> stages{p};
   float acc[TRAITS::M][4][4];
-  if (TRAITS::STAGES == 2) stages.load(0);
+  Stage loaded;
+  if (TRAITS::STAGES == 2) stages.load(loaded);
   begin(acc, p, Place<TRAITS>(p));
   HW_NO_UNROLL
-  for (int index = 0; index < p.stages; ++index) {
+  for (Stage at; p.stages > at.index; stages.next(at)) {
     if (TRAITS::STAGES == 1) {
-      if (index && !hw::fault(hw::Fault::reuse)) hw::barrier();  // every thread has read the previous stage
-      stages.load(index);
+      if (at.index && !hw::fault(hw::Fault::reuse)) hw::barrier();  // every thread has read the previous stage
+      stages.load(at);
     }
     hw::wait_copies();
-    stages.transform(index);
+    stages.transform(at);
     if (!hw::fault(hw::Fault::barrier)) hw::barrier();  // every thread has written this stage and read the previous one
-    if (TRAITS::STAGES == 2 && index + 1 < p.stages) stages.load(index + 1);
-    stages.multiply(index, acc);
+    if (TRAITS::STAGES == 2) {
+      stages.next(loaded);
+      if (p.stages > loaded.index) stages.load(loaded);
+    }
+    stages.multiply(at, acc);
   }
   finish(acc, p, Place<TRAITS>(p));
 }
@@ -245,10 +257,12 @@ const char* launch_conv(ConvArguments p, Stream stream) {
   p.tiles_x = (p.width + TRAITS::OUT_COLUMNS - 1) / TRAITS::OUT_COLUMNS;
   p.co_blocks = (p.channels + TRAITS::CO_TILE - 1) / TRAITS::CO_TILE;
   const auto stages = [&](const Map& map, int planes) {
-    return (map.channels + Format<T>::CHUNK - 1) / Format<T>::CHUNK * (p.deep ? planes : 1);
+    return (map.channels + Format<T>::CHUNK - 1) / Format<T>::CHUNK * planes;
   };
-  p.stages_a = stages(p.a, TRAITS::First::PLANES);
-  p.stages = p.stages_a + (p.b.data ? stages(p.b, p.phased ? TRAITS::Low::PLANES : TRAITS::First::PLANES) : 0);
+  p.planes_a = p.deep ? TRAITS::First::PLANES : 1;
+  p.planes_b = p.deep && p.phased ? TRAITS::Low::PLANES : p.planes_a;
+  p.stages_a = stages(p.a, p.planes_a);
+  p.stages = p.stages_a + (p.b.data ? stages(p.b, p.planes_b) : 0);
   const int64_t columns = int64_t{1} * p.tiles_x * p.co_blocks, planes = int64_t{1} * p.images * p.depth;
   if (columns >= int64_t{1} << 31 || p.tiles_y > hw::MOST_BLOCKS || planes > hw::MOST_BLOCKS) return "too many tiles";
   const hw::Grid grid{static_cast<int>(columns), p.tiles_y, static_cast<int>(planes)};

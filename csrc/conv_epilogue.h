@@ -53,12 +53,17 @@ HW_FUNCTION void unpack_piece(float (&values)[Format<T>::VECTOR], const hw::Vec&
 
 HW_FUNCTION int border_class(int place, int size) { return place == size - 1 ? 2 : place == 0 ? 0 : 1; }
 
-// Adds a thread's channels co + 8 n + {0, 1} of a vector.
-HW_FUNCTION void add_vector(float (&to)[4][2], const float* vector, int co, int channels) {
+// A thread's channels co + 8 n + {0, 1} of a vector, zeros past its end.
+HW_FUNCTION void load_vector(float (&to)[4][2], const float* vector, int co, int channels) {
+  if (co + 25 < channels) {  // all, without a comparison each
+    HW_UNROLL
+    for (int k = 0; k < 8; ++k) to[k / 2][k % 2] = vector[co + k / 2 * 8 + k % 2];
+    return;
+  }
   HW_UNROLL
   for (int k = 0; k < 8; ++k) {
     const int channel = co + k / 2 * 8 + k % 2;
-    if (channel < channels) to[k / 2][k % 2] += vector[channel];
+    to[k / 2][k % 2] = channel < channels ? vector[channel] : 0.0f;
   }
 }
 
@@ -69,8 +74,13 @@ HW_FUNCTION void begin(float (&acc)[TRAITS::M][4][4], const ConvArguments& p, co
   const bool within = place.y > 0 && place.y + TRAITS::OUT_ROWS < p.height && place.x > 0 &&
                       place.x + TRAITS::OUT_COLUMNS < p.width;
   float same[4][2] = {};
-  if (p.bias) add_vector(same, p.bias, co, p.channels);
-  if (p.border && within) add_vector(same, p.border + (plane + 4) * p.channels, co, p.channels);
+  if (p.bias) load_vector(same, p.bias, co, p.channels);
+  if (p.border && within) {
+    float inner[4][2];
+    load_vector(inner, p.border + (plane + 4) * p.channels, co, p.channels);
+    HW_UNROLL
+    for (int k = 0; k < 8; ++k) same[k / 2][k % 2] += inner[k / 2][k % 2];
+  }
   HW_UNROLL
   for (int k = 0; k < TRAITS::M * 16; ++k) acc[k / 16][k / 4 % 4][k % 4] = same[k / 4 % 4][k % 2];
   if (!p.border || within) return;
@@ -78,8 +88,8 @@ HW_FUNCTION void begin(float (&acc)[TRAITS::M][4][4], const ConvArguments& p, co
   for (int k = 0; k < TRAITS::M * 2; ++k) {
     const int m = k / 2, half = k % 2;
     const int row = plane + border_class(place.row(m), p.height) * 3 + border_class(place.column(half), p.width);
-    float own[4][2] = {};
-    add_vector(own, p.border + row * p.channels, co, p.channels);
+    float own[4][2];
+    load_vector(own, p.border + row * p.channels, co, p.channels);
     HW_UNROLL
     for (int n = 0; n < 8; ++n) acc[m][n / 2][half * 2 + n % 2] += own[n / 2][n % 2];
   }
@@ -100,7 +110,7 @@ struct Pieces {
     char* plane = p.out + place.image * p.out_image_bytes + place.z * p.out_plane_bytes + co * sizeof(T);
     row_bytes = p.out_row_bytes;
     step_bytes = ROW::APART * TRAITS::WARP_COLUMNS * p.out_pixel_bytes;
-    first = hw::advance(hw::advance(plane, x, p.out_pixel_bytes), y, row_bytes);
+    first = hw::kept(hw::advance(hw::advance(plane, x, p.out_pixel_bytes), y, row_bytes));
     rows = p.height - y;
     count = clamp(p.channels - co, 0, ROW::VECTOR);
     columns = count ? p.width - x : 0;

@@ -40,6 +40,8 @@ struct Rows {
     return piece ^ (PIECES == 4 ? row / 2 % 4 : sizeof(T) == 4 ? row % 4 * 2 : row % 8);
   }
   HW_FUNCTION static constexpr uint32_t at(int row, int piece) { return row * BYTES + permuted(row, piece) * 16; }
+  // Of four pieces, the address of the third from that of the first, of the fourth from that of the second, and back.
+  HW_FUNCTION static constexpr uint32_t other(uint32_t address) { return address ^ 32; }
 };
 
 template <typename T, int ROWS_, int COLUMNS_, bool SPLIT>
@@ -75,15 +77,15 @@ HW_FUNCTION hw::Vec load_piece(const char* from, int count, bool vector) {
   return vec;
 }
 
-// The same into shared memory, zeros if not `given`; with VECTOR they arrive by hw::wait_copies.
+// `left` values, at most a piece, into shared memory, zeros if not `given`; with VECTOR a piece, by hw::wait_copies.
 template <typename T, bool VECTOR>
-HW_FUNCTION void copy_piece(uint32_t to, const char* from, bool given, int count) {
+HW_FUNCTION void copy_piece(uint32_t to, const char* from, bool given, int left) {
   if constexpr (VECTOR) {
     hw::copy_async(to, from, given);
   } else {
     hw::store_shared(to, hw::Vec{});
     HW_NO_UNROLL
-    for (int k = 0; k < (given ? count : 0); ++k)
+    for (int k = 0; k < (given ? clamp(left, 0, Format<T>::VECTOR) : 0); ++k)
       hw::store_shared(to + k * sizeof(T), reinterpret_cast<const Bits<T>*>(from)[k]);
   }
 }
@@ -104,7 +106,8 @@ HW_FUNCTION void load_floats(float (&to)[COUNT], const float* row, int first, in
   for (int k = 0; k < COUNT; ++k) to[k] = first + k < end ? row[first + k] : 0.0f;
 }
 
-// What a tile shows of a map: 64 bytes of channels, from k on, of the pixels of a plane from (row, column) on.
+// What a tile shows of a map: 64 bytes of channels, from k on, of the pixels of a plane from (row, column) on; of what lies
+// above the map the tile's first row alone.
 struct Window {
   const Map& map;
   int image, plane, row, column, k;
@@ -113,8 +116,8 @@ struct Window {
 };
 
 // The thread's pieces of a tile: every STEP-th row of a column, and of the columns that are left because all of them do not
-// divide the threads, single ones. Calls of_column(column, row, STEP) for the first piece in each column, and what that
-// returns, with the offset, for this piece and each next one.
+// divide the threads, single ones. Calls of_column(column, row) for the first piece in each column, and what that returns,
+// with the offset and the rows from there, for this piece and each next one.
 template <typename TILE, int THREADS, typename OfColumn>
 HW_FUNCTION void for_pieces(uint32_t thread, OfColumn of_column) {
   constexpr int COLUMNS = TILE::COLUMNS / 16 * 16, LEFT = TILE::COLUMNS - COLUMNS, STEP = THREADS / 4 / COLUMNS;
@@ -122,15 +125,15 @@ HW_FUNCTION void for_pieces(uint32_t thread, OfColumn of_column) {
   using PIXELS = typename TILE::PIXELS;
   const int piece = thread % 4, pixel = thread / 4, x = pixel % COLUMNS, y = pixel / COLUMNS;
   const uint32_t first = PIXELS::at(TILE::place(x), piece) + y * TILE::PITCH;
-  auto each = of_column(x, y, STEP);
-  HW_UNROLL_3  // all at once, sm_120 spills
+  const auto each = of_column(x, y);
+  HW_UNROLL
   for (int row = 0; row < TILE::ROWS; row += STEP)
-    if (row + STEP <= TILE::ROWS || y < TILE::ROWS - row) each(first + row * TILE::PITCH);
+    if (row + STEP <= TILE::ROWS || y < TILE::ROWS - row) each(first + row * TILE::PITCH, row);
   if constexpr (LEFT) {
     HW_UNROLL
     for (int start = 0; start < TILE::ROWS * LEFT; start += THREADS / 4) {
       const int row = (start + pixel) / LEFT, column = COLUMNS + (start + pixel) % LEFT;
-      if (row < TILE::ROWS) of_column(column, row, 0)(PIXELS::at(TILE::place(column), piece) + row * TILE::PITCH);
+      if (row < TILE::ROWS) of_column(column, row)(PIXELS::at(TILE::place(column), piece) + row * TILE::PITCH, 0);
     }
   }
 }
@@ -142,18 +145,24 @@ HW_FUNCTION void load_tile(uint32_t offset, const Window& window) {
   const Map& map = window.map;
   const uint32_t thread = hw::again(hw::thread());
   const int first = window.k + thread % 4 * Format<T>::VECTOR, left = map.channels - first + hw::fault(hw::Fault::tail);
-  const int count = clamp(left, 0, Format<T>::VECTOR), pixel_bytes = map.pixel_bytes, row_bytes = map.row_bytes;
-  const char* plane = map.data + window.image * map.image_bytes + window.plane * map.plane_bytes;
-  const int height = window.exists() && count > 0 ? map.height + hw::fault(hw::Fault::bounds) : 0, width = map.width;
+  const int pixel_bytes = map.pixel_bytes, row_bytes = map.row_bytes;
+  const char* plane = map.data + static_cast<uint32_t>(window.image) * static_cast<uint64_t>(map.image_bytes);
+  int height = left > 0 ? map.height + hw::fault(hw::Fault::bounds) : 0;
+  if (window.plane) {  // never in 2D
+    if (window.exists())
+      plane += static_cast<uint32_t>(window.plane) * static_cast<uint64_t>(map.plane_bytes);
+    else
+      height = 0;
+  }
+  const int width = map.width;
   const auto copy = [&](auto vector) {
-    for_pieces<TILE, THREADS>(thread, [&](int x, int y, int step) {
+    for_pieces<TILE, THREADS>(thread, [&](int x, int y) {
       x += window.column + hw::fault(hw::Fault::halo), y += window.row;
-      const bool inside = within(x, width);
-      const char* from = hw::advance(hw::advance(plane + first * sizeof(T), x, pixel_bytes), y, row_bytes);
-      const int64_t step_bytes = int64_t{step} * row_bytes;
-      return [=](uint32_t at) mutable {
-        copy_piece<T, vector>(offset + at, from, inside & within(y, height), count);
-        y += step, from += step_bytes;
+      const int rows = within(x, width) ? height - y : 0;  // from here to the map's end
+      const bool above = y < 0;
+      const char* from = hw::kept(hw::advance(hw::advance(plane + first * sizeof(T), x, pixel_bytes), y, row_bytes));
+      return [=](uint32_t at, int row) {
+        copy_piece<T, vector>(offset + at, hw::advance(from, row, row_bytes), row < rows && (row || !above), left);
       };
     });
   };
@@ -189,13 +198,13 @@ HW_FUNCTION void transform_tile(uint32_t offset, const Window& window, float slo
   const uint32_t thread = hw::again(hw::thread());
   const int height = map.height, width = map.width;
   const auto change = [&](auto changed) {
-    for_pieces<TILE, THREADS>(thread, [&](int x, int y, int step) {
-      const bool inside = within(window.column + x, width);
+    for_pieces<TILE, THREADS>(thread, [&](int x, int y) {
       y += window.row;
-      return [=](uint32_t at) mutable {
+      const int rows = within(window.column + x, width) ? height - y : 0;
+      const bool above = y < 0;
+      return [=](uint32_t at, int row) {
         const hw::Vec vec = changed(hw::load_shared<hw::Vec>(offset + at));
-        if (inside & within(y, height) || hw::fault(hw::Fault::mask)) hw::store_shared(offset + at, vec);
-        y += step;
+        if ((row < rows && (row || !above)) || hw::fault(hw::Fault::mask)) hw::store_shared(offset + at, vec);
       };
     });
   };
@@ -230,16 +239,18 @@ HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels
   const uint32_t thread = hw::again(hw::thread());
   const int piece = thread % W::PIECES, row = thread / W::PIECES, tap = row / CHUNK;
   const int channel = k + row % CHUNK, column = co + piece * Format<T>::VECTOR;
-  const int count = clamp(columns - column, 0, Format<T>::VECTOR), row_bytes = columns * static_cast<int>(sizeof(T));
-  const char* first = hw::advance(weights + column * sizeof(T), (first_tap + tap) * channels + channel, row_bytes);
+  const int left = columns - column, row_bytes = columns * static_cast<int>(sizeof(T));
+  const int tap_bytes = channels * row_bytes;
+  const int row_of_map = (first_tap + tap) * channels + channel;
+  const char* first = hw::kept(hw::advance(weights + column * sizeof(T), row_of_map, row_bytes));
   const uint32_t to = offset + W::at(row, piece);
   const auto copy = [&](auto vectors) {
     HW_UNROLL
     for (int start = 0; start < TAPS * CHUNK; start += AT_ONCE) {
       const int t = start / CHUNK, c = start % CHUNK;
       if (start + AT_ONCE > TAPS * CHUNK && t + tap >= TAPS) continue;
-      const char* from = hw::advance(first, (t / 4 * group + t % 4) * channels + c, row_bytes);
-      copy_piece<T, vectors>(to + start * W::BYTES, from, count > 0 && channel + c < channels, count);
+      const char* from = hw::advance(hw::advance(first, t / 4 * group + t % 4, tap_bytes), c, row_bytes);
+      copy_piece<T, vectors>(to + start * W::BYTES, from, left > 0 && channel + c < channels, left);
     }
   };
   if (vector)
@@ -248,27 +259,35 @@ HW_FUNCTION void load_weights(uint32_t offset, const char* weights, int channels
     copy(std::false_type{});
 }
 
-// One step of channels (rows from `row` on) and 32 columns (from piece 4, of 32 bits 8, times `part` on) as second factors.
+// Second factors: a step of channels by 32 columns, from piece 4 (of 32 bits 8) times `part` on. Where a lane reads them in
+// its rows is computed once.
 template <typename T, int CO_TILE>
-HW_FUNCTION void load_columns(hw::Word (&b)[4][2], uint32_t offset, int row, int part, int lane) {
+struct Columns {
   using W = Rows<T, CO_TILE>;
-  if constexpr (Format<T>::TF32) {
-    const int group = lane / 4, quad = lane % 4;
+  static constexpr int COUNT = Format<T>::TF32 ? 8 : 2;
+  uint32_t at[COUNT];
+
+  HW_FUNCTION Columns(int part, int lane) {
     HW_UNROLL
-    for (int n = 0; n < 4; ++n)
-      HW_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t at = W::at(quad + 4 * half, part * 8 + n * 2 + group / 4) + group % 4 * 4;
-        b[n][half] = hw::tf32(hw::load_shared<float>(offset + row * W::BYTES + at));
-      }
-  } else {
-    HW_UNROLL
-    for (int pair = 0; pair < 2; ++pair) {
-      hw::Word r[4];
-      const uint32_t at = W::at(lane % 16, part * 4 + pair * 2 + lane / 16);
-      hw::load_matrices_transposed(r, offset + row * W::BYTES + at);
-      b[2 * pair][0] = r[0], b[2 * pair][1] = r[1];
-      b[2 * pair + 1][0] = r[2], b[2 * pair + 1][1] = r[3];
+    for (int k = 0; k < COUNT; ++k) {
+      if constexpr (Format<T>::TF32)
+        at[k] = W::at(lane % 4 + 4 * (k % 2), part * 8 + k / 2 * 2 + lane / 16) + lane / 4 % 4 * 4;
+      else
+        at[k] = hw::again(W::at(lane % 16, part * 4 + k * 2 + lane / 16));
     }
   }
-}
+  // From the rows at `offset` on.
+  HW_FUNCTION void load(hw::Word (&b)[4][2], uint32_t offset) const {
+    HW_UNROLL
+    for (int k = 0; k < COUNT; ++k) {
+      if constexpr (Format<T>::TF32) {
+        b[k / 2][k % 2] = hw::tf32(hw::load_shared<float>(offset + at[k]));
+      } else {
+        hw::Word r[4];
+        hw::load_matrices_transposed(r, offset + at[k]);
+        b[2 * k][0] = r[0], b[2 * k][1] = r[1];
+        b[2 * k + 1][0] = r[2], b[2 * k + 1][1] = r[3];
+      }
+    }
+  }
+};

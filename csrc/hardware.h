@@ -48,7 +48,6 @@ enum class Fault { none, halo, plane, bounds, barrier, reuse, wait, mask, tail, 
 #define HW_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define HW_CONSTANT const __grid_constant__
 #define HW_UNROLL _Pragma("unroll")
-#define HW_UNROLL_3 _Pragma("unroll 3")
 #define HW_NO_UNROLL _Pragma("unroll 1")
 
 namespace hw {
@@ -75,6 +74,14 @@ HW_FUNCTION constexpr bool fault(Fault) { return false; }
 HW_FUNCTION uint32_t again(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+// The same address of global memory, in registers: sums with it are not taken apart.
+template <typename Byte>
+HW_FUNCTION Byte* kept(Byte* from) {
+  size_t address = __cvta_generic_to_global(from);
+  asm volatile("" : "+l"(address));
+  return static_cast<Byte*>(__cvta_global_to_generic(address));
 }
 
 // from + count * bytes, by a product of 32 bits each.

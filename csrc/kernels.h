@@ -54,7 +54,7 @@ struct ConvArguments {
   bool deep = false;  // 3D
   bool act = false, add = false;
   // Set by the launch.
-  int tiles_y = 0, tiles_x = 0, co_blocks = 0, stages_a = 0, stages = 0;
+  int tiles_y = 0, tiles_x = 0, co_blocks = 0, stages_a = 0, stages = 0, planes_a = 1, planes_b = 1;
   bool vector_weights = false, vector_out = false, relu = false;  // relu: the slope is 0
   int out_pixel_bytes = 0, out_row_bytes = 0;
   int64_t out_plane_bytes = 0, out_image_bytes = 0;
@@ -69,6 +69,8 @@ struct ConvArguments {
     out_pixel_bytes = map.pixel_bytes, out_row_bytes = map.row_bytes;
     out_plane_bytes = map.plane_bytes, out_image_bytes = map.image_bytes;
     vector_out = map.vector;
+    const int64_t tap_bytes = int64_t{a.channels > b.channels ? a.channels : b.channels} * channels * value_bytes;
+    if (tap_bytes >= int64_t{1} << 31) return "the weights of a tap have 2^31 bytes or more";
     vector_weights = is_aligned(weights_a, channels * value_bytes) && is_aligned(weights_b, channels * value_bytes);
     relu = slope == 0;
     return nullptr;

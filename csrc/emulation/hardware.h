@@ -10,7 +10,6 @@
 #define HW_BOUNDS(threads, blocks)
 #define HW_CONSTANT const
 #define HW_UNROLL
-#define HW_UNROLL_3
 #define HW_NO_UNROLL
 
 namespace emulation {
@@ -84,6 +83,10 @@ class Word {
 
 inline int thread() { return emulation::current().index; }
 inline uint32_t again(uint32_t value) { return value; }
+template <typename Byte>
+Byte* kept(Byte* from) {
+  return from;
+}
 inline int block_x() { return emulation::block_x; }
 inline int block_y() { return emulation::block_y; }
 inline int block_z() { return emulation::block_z; }

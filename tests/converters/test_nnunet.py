@@ -53,11 +53,15 @@ def test_a_plan_for_unlike_axes() -> None:
     assert ours.multiples == (4, 32, 32) and ours.topology.strides == tuple(UNLIKE["strides"])
     assert ours.topology[0, 0].kernel == (1, 3, 3) and ours.topology[1, 1].kernel is None
     assert_same_outputs(theirs, uf.convert(theirs.state_dict()), x)
-    assert "reference (strides and kernels that differ between axes run on the reference)" in uf.explain(ours, x)
+    assert_same_passes(ours, x)
+    text = describe(Call(ours, x), "cpu", "asked for")
+    assert text.count("\ncpu ") == 21 and text.count(", slice by slice") == 7  # level 0 and X(1,0)
     with pytest.raises(ValueError, match=r"every axis must be a positive multiple of its number of \(4, 32, 32\)"):
         ours(x[:, :, :6])
     theirs = nnunet(2, strides=[(2, 1), (2, 2), (1, 2), (2, 2), (2, 2)], kernels=[(3, 3)] * 5 + [(1, 3)])
-    assert assert_converts(theirs, "nnunet", image()).multiples == (16, 16)
+    ours = assert_converts(theirs, "nnunet", image())
+    assert ours.multiples == (16, 16)
+    assert "others than (1, 2, 2) and (1, 3, 3) run on the reference" in uf.explain(ours, image())
 
 
 def test_a_bare_state_dict() -> None:

@@ -2,7 +2,7 @@
 The instructions are run too: every accumulator gets every product once.
 
 Run with `-s` for the table of registers and shared memory of every instance. Those for bfloat16, which differ from float16's
-in conversions alone, are compiled for sm_90 only; with UNETPP_FAST_COMPILE_ALL=1 for all.
+in conversions alone (a test compares them), are compiled for sm_90 only; with UNETPP_FAST_COMPILE_ALL=1 for all.
 """
 
 from __future__ import annotations
@@ -209,6 +209,22 @@ def test_sass_multiplies_every_product_once(sass, arguments, architecture: int):
         for thread in (0, threads - 19):  # the first lane of the first warp, and a lane of the last
             fault = wrong(product, code, architecture, arguments[product], thread)
             assert not fault, f"{what}, thread {thread}: {fault}"
+
+
+def test_sass_of_float16_and_bfloat16_differs_in_conversions_alone(sass):
+    """Two HADD2 convert a pair of float16, a shift and a mask one of bfloat16. Moves and additions of integers are written
+    for one unit or another; everything else is there as often, and both are equally long."""
+    integers = {"IADD3", "IMAD", "LEA", "LOP3", "MOV", "SHF", "VIADD"}
+    halves = {key: code for key, code in sass.items() if "hw4Half" in key[1] and (ALL or key[0] == 90)}
+    pairs = [(code, sass[at, name.replace("N2hw4HalfE", "N2hw8BFloat16E")]) for (at, name), code in halves.items()]
+    assert len(pairs) == (len(ARCHITECTURES) if ALL else 1) * (len(cuda_ops.CONFIGS) + 2)
+    for half, other in pairs:
+        counts = [Counter(instruction.name for instruction in code) for code in (half, other)]
+        conversions, others = counts[0].pop("HADD2"), counts[1].pop("HADD2", 0)
+        assert others == 0 and counts[1]["LOP3"] - counts[0]["LOP3"] == conversions // 2
+        assert len(half) == len(other)
+        rest = [{name: count for name, count in count.items() if name not in integers} for count in counts]
+        assert rest[0] == rest[1]
 
 
 def test_sass_copies_of_eight_lanes_meet_in_no_bank(sass, arguments):

@@ -113,8 +113,8 @@ def changed(**values) -> dict:
         (content((11, 7, [["x"] * 6])), "the object 1 of a1 cannot be drawn"),
         (changed(images=[{"id": 11}, {"id": 12}]), "is no complete COCO file: it lacks 'file_name'"),
         (changed(categories=[{"id": 7}]), "has a category without id or name"),
-        (changed(categories=[{"id": 7, "name": "a"}, {"id": 3, "name": "a"}]), r"outlines the categories \['a', 'a'\]"),
-        (changed(annotations=[]), r"outlines the categories \[\]: expected one or more"),
+        (changed(categories=[{"id": 7, "name": "a"}, {"id": 3, "name": "a"}]), r"names the classes \['a', 'a'\]"),
+        (changed(annotations=[]), "outlines no object"),
         (changed(images=[]), "the object 1 is on image 11, which is not listed"),
     ],
 )

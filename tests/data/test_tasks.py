@@ -94,7 +94,7 @@ class Stop(Exception):
 def test_a_task_selects_the_networks_and_the_recipe_of_the_paper(tmp_path, monkeypatch, arguments, name, deep):
     seen = {}
 
-    def stop(network, patches, validation, recipe, *_):
+    def stop(network, patches, validation, recipe, *_, **__):
         seen.update(network=network, patches=patches, recipe=recipe)
         raise Stop
 

@@ -167,14 +167,14 @@ def test_nnunet_without_its_json_with_colours_and_with_a_test_set(tmp_path):
 
 def test_regions_of_nnunet_overlap(tmp_path):
     write_nnunet(tmp_path)
-    labels = {"background": 0, "whole tumor": [1, 2], "core": [2]}
+    labels = {"background": 0, "whole/tumor": [1, 2], "core": [2]}
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels, "regions_class_order": [1, 2]}))
     folder = read_folder(tmp_path)
     assert (
         folder.found
-        == "found 3 volumes with label maps of 2 regions that may overlap (whole tumor, core), 2 channels (0, 1)"
+        == "found 3 volumes with label maps of 2 regions that may overlap (whole-tumor, core), 2 channels (0, 1)"
     )
-    assert not folder.exclusive and folder.classes == ["whole tumor", "core"] and check_samples(folder.samples) == 2
+    assert not folder.exclusive and folder.classes == ["whole-tumor", "core"] and check_samples(folder.samples) == 2
     image, (whole, core) = folder.samples[0].load()
     assert np.array_equal(whole, LABELS > 0) and np.array_equal(core, LABELS > 1)
     assert np.array_equal(image, standardise(VALUES)) and np.array_equal(folder.samples[0].values(), VALUES)
@@ -249,6 +249,7 @@ def test_a_list_of_nnunets_first_version(tmp_path):
         ({"training": [{"image": 7, "label": "labelsTr/a.nii.gz"}]}, "has 7 where the name of a file should be"),
         ({"training": []}, "lists no image for training"),
         ({"training": ENTRIES, "labels": {"0": "a", "2": "b"}}, "has the labels .* without a gap"),
+        ({"training": ENTRIES, "labels": {"0": "a", "1": "b", "2": "a"}}, r"names the classes \['a', 'b', 'a'\]"),
         ({"training": ENTRIES, "labels": {"0": "a", "1": "b"}}, "the values 0, 1, 2, expected 0 to 1"),
     ],
 )

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import cpu_kernels
+from support.fused_cases import assert_same_inference, assert_same_passes
 from support.helpers import FLOAT32, Recorder, assert_close_relative, build, make_input, weighted_sum
 
 import unetpp_fast as uf
+from unetpp_fast.architecture.options import reduces_channels
 
 SHAPES = {"strides": [(1, 2, 2), (2, 2, 2)], "kernels": [(1, 3, 3), (1, 3, 3), (3, 3, 3)]}
 
@@ -28,7 +31,33 @@ def test_every_map_has_its_size_and_the_operations_are_counted(upsample):
     sizes = {output[2:] for _, output in recorder.convolutions.elements()}
     assert {(6, 8, 12), (6, 4, 6), (3, 2, 3)} <= sizes
     assert model.gflop((6, 8, 12)) == pytest.approx(1e-9 * counter.get_total_flops())
-    assert "strides and kernels that differ between axes run on the reference" in uf.explain(model, x)
+
+
+KERNELS = [(1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3)]  # the third level begins with a kernel of 3 and a stride of 1
+ENGINE = [
+    {"upsample": ("deconv", {"bias": False}), "norm": "instance", "downsample": "stride"},
+    {"upsample": "nearest", "norm": None}, {"upsample": "linear", "downsample": "stride", "norm": None},
+    {"upsample": ("linear", {"project": True})}, {"downsample": "stride"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ENGINE, ids=str)
+@pytest.mark.parametrize("ops", ["naive", pytest.param("cpu", marks=cpu_kernels.needs_library())])
+def test_the_engine_against_the_reference(ops, options):
+    """Outputs, every gradient and running statistics; with and without a backward pass."""
+    up = None if reduces_channels(options.get("upsample", "deconv")) else lambda low, level: low
+    topology = uf.Topology.nested(2, (4, 6, 5, 3), spatial_dims=3, all_heads=True, up_width=up)
+    topology = topology.over_levels([(1, 2, 2), (1, 2, 2), (2, 2, 2)], KERNELS)
+    model = build(uf.Network, topology, 3, deep_supervision=True, **options)
+    x = make_input(2, 2, 4, 16, 16)
+    exact = ops == "naive"
+    model, x = (model.double(), x.double()) if exact else (model, x)
+    assert_same_passes(model, x, ops, bound=1e-9 if exact else 1e-4)
+    assert_same_inference(model.eval(), x, ops, bound=1e-9 if exact else 10 * FLOAT32)
+    assert_same_inference(model, x[:0], ops)
+    assert model.structure.unsupported["triton"] == (
+        "strides and kernels that differ between axes run on the reference on a GPU"
+    )
 
 
 def test_pruned_and_predicted_at_any_size():

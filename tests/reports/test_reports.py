@@ -158,6 +158,9 @@ def test_a_comparison_leaves_a_page(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert sum(tag[0] == "circle" for tag in shown.tags) == 8 + 8
     assert run("compare", "--config", tmp_path / "run.yaml") == 0
+    before = (tmp_path / "run.yaml").read_text()
+    assert run("compare", "--config", tmp_path / "run.yaml", "--epochs", "2") == 2
+    assert (tmp_path / "run.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.32), (-3, 900), (5, 5), (0, 0), (1e-9, 2e-9), (0.9, 1)])

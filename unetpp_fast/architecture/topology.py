@@ -162,6 +162,11 @@ class Topology:
         nodes = [dataclasses.replace(node, kernel=kernels[node.level]) if kernels else node for node in self.nodes]
         return dataclasses.replace(self, nodes=tuple(map(_plainly, nodes)), strides=_unless_all(strides, 2))
 
+    @property
+    def unlike_axes(self) -> bool:
+        """Whether strides or kernels differ between axes."""
+        return bool(self.strides) or any(node.kernel for node in self.nodes)
+
     def stride(self, level: int) -> tuple[int, ...]:
         """By how much each axis shrinks from the level above to this one."""
         return self.strides[level - 1] if self.strides else (2,) * self.spatial_dims

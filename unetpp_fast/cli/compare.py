@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
         if material.found:
             messages.say(material.found)
     check_folder(options.out)
-    config.write(options.out / "run.yaml", options)
+    if not (options.out / "run.yaml").exists():  # a comparison with other settings is refused below
+        config.write(options.out / "run.yaml", options)
     settings = {"data": "sample" if options.sample else str(options.data.resolve()), "task": options.task}
     if not options.sample and (names, ignore) != (None, 255):
         settings |= {"classes": names, "ignore": ignore}

@@ -1,8 +1,9 @@
-"""The names of classes in a file."""
+"""The names of classes, which are those of folders too."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..common.errors import InputError, first_line
@@ -28,3 +29,15 @@ def read_names(path: Path) -> list[str]:
     if len(names) < 2 or not plain or len(set(names)) < len(names):
         raise InputError(f"{path} names the classes {content!r}: expected 2 or more different plain names, of 0 first")
     return names
+
+
+def folder_names(names: Iterable[object], path: Path) -> list[str]:
+    """The names that a data set gives its classes, as those of folders: with - for /.
+
+    Raises:
+        InputError: two are the same, or one is empty; the message names the file `path`.
+    """
+    found = [str(name).strip().replace("/", "-").replace("\\", "-") for name in names]
+    if len(set(found)) < len(found) or any(name in ("", ".", "..") for name in found):
+        raise InputError(f"{path} names the classes {found}: expected different names")
+    return found

@@ -67,23 +67,27 @@ def write(stream: BinaryIO, values: np.ndarray, stored: Stored, ending: str) -> 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM, by its ending or its first bytes."""
-    if path.suffix.lower() in DICOM_ENDINGS:
-        return True
-    if path.suffix and not path.suffix[1:].isdecimal():  # scanners write names without an ending, or ending in numbers
+    named = path.suffix.lower() in DICOM_ENDINGS
+    if (
+        path.suffix and not named and not path.suffix[1:].isdecimal()
+    ):  # scanners write names without an ending, or with numbers
         return False
+    if named or not path.is_file():
+        return path.is_file()
     with open(path, "rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 
 
-def slices_in(folder: Path) -> list[Path]:
-    """The DICOM files directly in a folder."""
-    inside = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return [path for path in inside if path.name.upper() != "DICOMDIR" and is_dicom(path)]
+def _slices(folder: Path) -> Iterator[Path]:
+    """The DICOM files directly in a folder, in any order. Endings are looked at first: folders of pictures may be large."""
+    for path in folder.iterdir():
+        if not path.name.startswith(".") and path.name.upper() != "DICOMDIR" and is_dicom(path):
+            yield path
 
 
 def is_series(folder: Path) -> bool:
     """Whether a folder holds DICOM files."""
-    return folder.is_dir() and bool(slices_in(folder))
+    return folder.is_dir() and next(_slices(folder), None) is not None
 
 
 def read_series(folder: Path) -> Stored:
@@ -93,7 +97,7 @@ def read_series(folder: Path) -> Stored:
         InputError: a file is damaged, there are several series, or a slice is missing or there twice.
     """
     sitk = need("SimpleITK", "volumes")
-    files = slices_in(folder)
+    files = sorted(_slices(folder))
     with _quiet(sitk):
         if len(files) == 1:
             return _stored(sitk, folder, _read_slice(sitk, files[0]).Execute())

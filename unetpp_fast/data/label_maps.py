@@ -16,6 +16,7 @@ from .inputs import read_drawn_labels, read_inputs, spacing_of
 
 IGNORED = 255  # as in VOC and Cityscapes
 MOST = 254
+COUNTED = 2**22  # pixels at a time
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def survey(files: Sequence[Path]) -> Seen:
     palette, together = None, False
     for path in progress_bar(files, desc="reading labels", unit="file", disable=None):
         drawn = read_drawn_labels(path)
-        found = np.unique(drawn.values).tolist()
+        found = _values_in(drawn.values)
         palette = drawn.palette if palette is None else palette
         together = together or {1, IGNORED} <= set(found)
         values |= {value: values.get(value, path) for value in found}
@@ -100,6 +101,14 @@ def survey(files: Sequence[Path]) -> Seen:
     if len(dims) > 1:
         raise InputError(f"{dims[2]} is an image but {dims[3]} is a volume: train on one kind at a time")
     return Seen(tuple(sorted(values)), palette, together, next(iter(dims), 2))
+
+
+def _values_in(labels: np.ndarray) -> list[int]:
+    """The values of a label map; of bytes by counting them, since sorting a large volume takes seconds."""
+    if labels.dtype != np.uint8:
+        return np.unique(labels).tolist()
+    parts = np.array_split(labels.ravel(), 1 + labels.size // COUNTED)
+    return np.flatnonzero(np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)).tolist()
 
 
 def is_binary(seen: Seen) -> bool:

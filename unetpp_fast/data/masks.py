@@ -75,8 +75,9 @@ def whole_numbers(values: np.ndarray, path: Path) -> np.ndarray:
     Raises:
         InputError: a value is negative, no whole number, or does not fit into 31 bits.
     """
-    wrong = values[(values < 0) | (values != np.floor(values)) | (values >= 2**31)]
-    if wrong.size:
+    fits = values.dtype.kind in "bu" and values.dtype.itemsize < 4
+    wrong = [] if fits else values[(values < 0) | (values != np.floor(values)) | (values >= 2**31)]
+    if len(wrong):
         raise InputError(f"label map {path} holds {wrong[0]:.6g}: labels are 0, 1, 2, ...; 255 is ignored")
     return values.astype(np.uint8 if values.max(initial=0) < 256 else np.int32)
 

@@ -163,7 +163,8 @@ class Arithmetic(Registers):
         self.set(target, values and abs(values[0]))
 
     def do_prmt(self, kinds, target, a, selector, b) -> None:
-        values = self.integers(a, selector, b)
+        # As in do_lop3: half of such a register is kept, and never read.
+        values = self.integers(*("RZ" if self.is_unwritten(source) else source for source in (a, selector, b)))
         if values is None:
             self.set(target, None)
             return

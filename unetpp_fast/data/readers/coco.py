@@ -17,6 +17,7 @@ import numpy as np
 from ...common.errors import InputError, first_line
 from ...common.extras import need
 from ...models.normalisation import Normalisation
+from ..class_names import folder_names
 from ..images import STANDARD, read_normalised, read_values
 from ..pairs import Folder
 
@@ -161,10 +162,13 @@ def _classes(first: Path, sources: Mapping[Path, Any], used: set) -> dict[Any, t
     unknown = sorted(used - set(names), key=str)
     if unknown:
         raise InputError(f"{first} has objects of the category {unknown[0]}, which it does not list")
-    kept = {key: name.strip().replace("/", "-") for key, name in sorted(names.items()) if key in used}
-    if not kept or len(set(kept.values())) < len(kept):
-        raise InputError(f"{first} outlines the categories {list(kept.values())}: expected one or more different ones")
-    return {key: (name, index) for index, (key, name) in enumerate(kept.items())}
+    keys = [key for key in sorted(names) if key in used]
+    if not keys:
+        raise InputError(f"{first} outlines no object: there is nothing to learn")
+    return {
+        key: (name, index)
+        for index, (key, name) in enumerate(zip(keys, folder_names((names[key] for key in keys), first), strict=True))
+    }
 
 
 def _samples(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import InputError, first_line
+from ..class_names import folder_names
 from ..file_formats import all_endings, channels_by_id, files_by_id, id_of
 from ..pairs import Pairs, Parts
 
@@ -117,7 +118,7 @@ def _names(path: Path, labels: Any) -> list[str] | None:
         raise InputError(
             f'{path} has the labels {labels!r}: expected {{"0": "background", "1": ...}} without a gap'
         ) from error
-    return [str(name) for name in names]
+    return folder_names(names, path)
 
 
 def _is_numbered(labels: Mapping[str, Any]) -> bool:

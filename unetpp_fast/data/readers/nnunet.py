@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import InputError, first_line
+from ..class_names import folder_names
 from ..file_formats import all_endings, channels_by_id, files_by_id, find_images, format_of
 from ..pairs import Pairs, Parts, by_image
 
@@ -55,7 +56,7 @@ def _labels(path: Path, content: Mapping[str, Any]) -> tuple[list[str], int | No
     names = sorted(values, key=values.__getitem__)
     if [values[name] for name in names] != list(range(len(names))):
         raise InputError(f"{path} has the labels {values}: expected 0, 1, 2, ... without a gap")
-    return names, ignored
+    return folder_names(names, path), ignored
 
 
 def _regions(path: Path, content: Mapping[str, Any]) -> dict[str, list[int]] | None:
@@ -66,7 +67,8 @@ def _regions(path: Path, content: Mapping[str, Any]) -> dict[str, list[int]] | N
     regions = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
     if "ignore" in regions or not all(isinstance(value, int) for values in regions.values() for value in values):
         raise InputError(f"{path} has the regions {labels}: expected whole numbers, and no ignored value")
-    return {name: values for name, values in regions.items() if values != [0]}
+    kept = {name: values for name, values in regions.items() if values != [0]}
+    return dict(zip(folder_names(kept, path), kept.values(), strict=True))
 
 
 def _pairs(root: Path, part: str, channels: list[Any] | None) -> tuple[Pairs, int]:

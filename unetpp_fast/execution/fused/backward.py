@@ -25,6 +25,7 @@ from .composed import Composed
 from .forward import Forward
 from .gates import Gate, joined
 from .ops import read, takes_views
+from .slices import Strided, of_pool, of_step
 from .upsampling import even, upsampling
 
 
@@ -177,15 +178,17 @@ class Backward:
             gate = Gate(f"{name}.attention2", self.parameters)
             g.copy_(self._through_gate(gate, g, read(self.ops, out, affine_out, plan.slope)))
         total = self._through_norm(f"{node.name}.norm2", g, out, maps.level_tables[node.level], step.out)
-        gw = self.ops.conv_wgrad(mid, g, axes=plan.axes, affine=affine_mid, slope=plan.slope)[0]
+        ops = of_step(self.ops, step)
+        gw = ops.conv_wgrad(mid, g, axes=plan.axes, affine=affine_mid, slope=plan.slope)[0]
         if self.composed:
             self.parts[f"{node.name} second"] = gw
         else:
-            self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw, plan.axes))
+            taps = self.parameters[f"{name}.conv2.weight"].shape[2:]
+            self._add(f"{name}.conv2.weight", weight_composition.taps_last(gw, taps))
         self._add_bias(f"{name}.conv2.bias", total)
         g_mid = self._gradient_of_mid(step, mid)
         weights = self.composed.of_gradients(step) if self.composed else gradient_operands(plan, step, self.parameters)
-        self.ops.conv(g_mid, g, self._cast(weights.second), axes=plan.axes)
+        ops.conv(g_mid, g, self._cast(weights.second), axes=plan.axes)
         del g
         if step.out.offset >= self.rooms[node.level]:
             del self.last[node.level]
@@ -202,11 +205,24 @@ class Backward:
             self._first_parameters(maps, step, g, total, (gate.forward(x), None))
             self._into_gated(maps, step, g, weights.prefix, gate, x)
             return None
+        if step.source == "unlike":
+            self._add_bias(f"nodes.{node.name}.conv1.bias", total)
+            self._through_strided(maps, step, g)
+            return None
         self._first_parameters(maps, step, g, total, maps.prefix(step))
         gradient = self._into_prefix(maps, step, g, weights.prefix, needs_input)
         if step.form:
             self._into_low(maps, step, g, weights.low)
         return gradient
+
+    def _through_strided(self, maps: Maps, step: Step, g: Tensor) -> None:
+        """Through the first convolution of a node, where strides and taps differ between axes."""
+        name, level = f"nodes.{step.node.name}.conv1.weight", step.node.level
+        layer = Strided(self.parameters[name], self.plan.topology.stride(level))
+        gx, gw = layer.backward(g, read(self.ops, *maps.prefix(step), self.plan.slope))
+        self._add(name, gw.to(naive.accumulator(self.dtype)))
+        target = self._gradient(maps, level - 1, Slot(0, step.prefix))
+        target.add_(gx) if self._claim(maps, level - 1, [0]) else target.copy_(gx)
 
     def _through_gate(self, gate: Gate, g: Tensor, x: Tensor) -> Tensor:
         """The gradient of what a gate scales."""
@@ -230,14 +246,14 @@ class Backward:
         """The gradients of a node's first convolution and of its up-sampling, through the composition; `operand`: the first
         one, and how to read it."""
         plan, name = self.plan, f"nodes.{step.node.name}"
-        a, affine_a = operand
-        wa = g.new_zeros((3**plan.axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
+        (a, affine_a), ops, axes = operand, of_step(self.ops, step), 2 if step.flat else plan.axes
+        wa = g.new_zeros((3**axes, 0, g.shape[-1]), dtype=naive.accumulator(self.dtype))
         if step.source == "stride":
-            phases = self.ops.conv_wgrad(g, read(self.ops, a, affine_a, plan.slope), axes=plan.axes, phased=True)
-            wa = weight_composition.strided_weight_gradient(phases, plan.axes)
+            phases = ops.conv_wgrad(g, read(self.ops, a, affine_a, plan.slope), axes=axes, phased=True)
+            wa = weight_composition.strided_weight_gradient(phases, axes)
         elif step.source != "low":
             plain = maps.plain(step)
-            wa = self.ops.conv_wgrad(a, g, axes=plan.axes, affine=affine_a, slope=plan.slope, plain=plain)[0]
+            wa = ops.conv_wgrad(a, g, axes=axes, affine=affine_a, slope=plan.slope, plain=plain)[0]
         wb = border = None
         up, up_bias = up_parameters(plan, step, self.parameters)
         if step.form == "phases":
@@ -246,7 +262,7 @@ class Backward:
             border = None if up_bias is None else self.ops.border_sums(g, plan.axes)
         elif step.form == "full":
             low = upsampling(plan, step, self.parameters, maps).forward(*maps.low(step))
-            wb = self.ops.conv_wgrad(low, g, axes=plan.axes)
+            wb = ops.conv_wgrad(low, g, axes=axes)
         self._add_bias(f"{name}.conv1.bias", total)
         if self.composed:
             named = {"prefix": wa, "low": wb, "border": border}
@@ -290,35 +306,34 @@ class Backward:
         return gb * scale[0] if mode == "frozen" else None
 
     def _into_prefix(self, maps: Maps, step: Step, g: Tensor, weight: Tensor, needs_input: bool) -> Tensor | None:
-        plan, node = self.plan, step.node
+        plan, node, ops, axes = self.plan, step.node, of_step(self.ops, step), 2 if step.flat else self.plan.axes
         if step.source == "prefix":
             target = self._gradient(maps, node.level, Slot(0, step.prefix))
             add = self._claim(maps, node.level, node.prefix)
-            self.ops.conv(target, g, self._cast(weight), axes=plan.axes, add=add)
+            ops.conv(target, g, self._cast(weight), axes=axes, add=add)
             return None
         if step.source == "low" or (step.source == "input" and not needs_input):
             return None
         if step.source == "stride":
             target = self._gradient(maps, node.level - 1, Slot(0, step.prefix))
-            self.ops.conv(
-                target, view(target, Slot(0, 0)), self._cast(weight.new_empty(3**plan.axes, 0, step.prefix)), axes=plan.axes,
-                stride=2, phased=True, b=g, wb=self._cast(weight_composition.strided_gradient(weight, plan.axes)),
+            ops.conv(
+                target, view(target, Slot(0, 0)), self._cast(weight.new_empty(3**axes, 0, step.prefix)), axes=axes,
+                stride=2, phased=True, b=g, wb=self._cast(weight_composition.strided_gradient(weight, axes)),
                 add=self._claim(maps, node.level - 1, [0]),
             )  # fmt: skip
             return None
         a, _ = maps.prefix(step)
         ga = torch.empty_like(a)
-        self.ops.conv(ga, g, self._cast(weight), axes=plan.axes)
+        ops.conv(ga, g, self._cast(weight), axes=axes)
         if step.source == "input":
             return from_maps(ga, plan.axes)
         above = next(other for other in plan.steps if other.node.position == (node.level - 1, 0))
         x, affine_x = maps.out(above)
         target, add = self._gradient(maps, node.level - 1, above.out), self._claim(maps, node.level - 1, [0])
-        pooled = even(x, plan.axes)
+        pool, axes = of_pool(self.ops, plan, step)
+        pooled = even(x, axes)
         part = target if pooled is x else torch.empty_like(pooled)
-        self.ops.pool_backward(
-            part, ga, pooled, axes=plan.axes, affine=affine_x, slope=plan.slope, add=add and part is target
-        )
+        pool.pool_backward(part, ga, pooled, axes=axes, affine=affine_x, slope=plan.slope, add=add and part is target)
         if part is not target:  # the last pixel of an odd axis has no gradient
             target = target if add else target.zero_()
             target[tuple(map(slice, part.shape))] += part
@@ -332,7 +347,7 @@ class Backward:
             self.ops.conv(target, g, self._cast(weight), axes=plan.axes, taps=4, stride=2, add=add)
             return
         g_up = g.new_empty((*g.shape[:4], step.node.up_width))
-        self.ops.conv(g_up, g, self._cast(weight), axes=plan.axes)
+        of_step(self.ops, step).conv(g_up, g, self._cast(weight), axes=plan.axes)
         self._into_upsampled(maps, step, g_up)
 
     def _into_upsampled(self, maps: Maps, step: Step, g_up: Tensor) -> None:

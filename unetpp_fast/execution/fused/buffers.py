@@ -82,7 +82,7 @@ class Maps:
             return self.image, None
         if step.source == "pool":
             return self.pools[step.node.level], None
-        if step.source == "stride":
+        if step.source in ("stride", "unlike"):
             above = step.node.level - 1
             slot = Slot(0, step.prefix)
             return view(self.levels[above], slot), self._affine(above, slot)
@@ -181,7 +181,7 @@ def allocate(
     rows = x.shape[0] if plan.norm == "instance" else 1
     levels, tables = [], []
     for level, width in enumerate(plan.widths):
-        size = [*([] if axes == 3 else [1]), *(side >> level for side in full)]
+        size = [*([] if axes == 3 else [1]), *(s // by for s, by in zip(full, plan.topology.shrunk(level), strict=True))]
         tables.append([x.new_empty((4, rows, width), dtype=acc) if raw else None for _ in range(2)])
         room = width if keep else plan.least_widths[level]
         levels.append(x.new_empty((x.shape[0], *size, room), dtype=dtype))

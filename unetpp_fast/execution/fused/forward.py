@@ -20,10 +20,11 @@ from ..batch_statistics import gathered_statistics
 from ..call import Inputs, inputs_of
 from ..plan.operands import Modes, cast, node_operands
 from ..plan.steps import Plan, Slot, Step, head_step
-from ..plan.weight_composition import Operands, taps_first
+from ..plan.weight_composition import Operands, taps_first, taps_last
 from .buffers import Maps, allocate, from_maps, to_maps, view
 from .gates import Gate, joined
 from .ops import read, reads_linear, takes_views
+from .slices import Strided, of_pool, of_step
 from .upsampling import even, projected, upsampling
 
 
@@ -96,7 +97,7 @@ class Forward:
         mid, affine_mid = maps.mid(step)
         pixels = mid[..., 0].numel()
         self._normalise(f"{node.name}.norm1", stats, maps.mid_tables[node.level], step.out, pixels)
-        stats = self.ops.conv(
+        stats = of_step(self.ops, step).conv(
             maps.raw(step)[0], mid, self._cast(second.wa), axes=plan.axes, affine_a=affine_mid, slope=plan.slope,
             **self._epilogue(f"{node.name}.norm2", second),
         )  # fmt: skip
@@ -129,16 +130,26 @@ class Forward:
 
     def first(self, maps: Maps, step: Step, operands: Operands) -> Tensor | None:
         """Runs a node's first convolution into `maps.mids`; returns the statistics for its norm."""
+        if step.source == "unlike":
+            return self._strided(maps, step, operands)
         phased = step.form == "phases"
         stride = 2 if phased or step.source == "stride" else 1
         a, affine_a = self._operand(maps, step)
         b, affine_b, linear = self._low(maps, step)
         options = {} if linear is None else {"linear": linear}
-        return self.ops.conv(
+        return of_step(self.ops, step).conv(
             maps.mid(step)[0], a, self._cast(operands.wa), axes=self.plan.axes, stride=stride, phased=phased,
             slope=self.plan.slope, affine_a=affine_a, plain=maps.plain(step), b=b, wb=self._cast(operands.wb),
             affine_b=affine_b, **options, **self._epilogue(f"{step.node.name}.norm1", operands),
         )  # fmt: skip
+
+    def _strided(self, maps: Maps, step: Step, operands: Operands) -> Tensor | None:
+        """As `first`, where strides and taps differ between axes."""
+        weight = self.parameters[f"nodes.{step.node.name}.conv1.weight"]
+        layer = Strided(taps_last(operands.wa, weight.shape[2:]), self.plan.topology.stride(step.node.level))
+        epilogue = self._epilogue(f"{step.node.name}.norm1", operands)
+        x = read(self.ops, *maps.prefix(step), self.plan.slope)
+        return layer.forward(maps.mid(step)[0], x, epilogue["bias"], self.plan.slope, epilogue["act"], epilogue["stats"])
 
     def _cast(self, weight: Tensor | None) -> Tensor | None:
         return None if weight is None else cast(weight, self.dtype, not takes_views(self.ops))
@@ -155,7 +166,8 @@ class Forward:
         pooled = maps.pools.get(step.node.level)
         if pooled is None:
             pooled = x.new_empty((*maps.levels[step.node.level].shape[:4], x.shape[-1]))
-        self.ops.pool(pooled, even(x, self.plan.axes), axes=self.plan.axes, affine=affine_x, slope=self.plan.slope)
+        ops, axes = of_pool(self.ops, self.plan, step)
+        ops.pool(pooled, even(x, axes), axes=axes, affine=affine_x, slope=self.plan.slope)
         maps.pools[step.node.level] = pooled
 
     def _low(self, maps: Maps, step: Step) -> tuple[Tensor | None, naive.Affine | None, bool | None]:

@@ -95,10 +95,16 @@ def structure_of(network: NetworkSpec) -> Structure | None:
         "parameters": tuple(f"{layer}.{name}" for layer, (_, names, _) in layers for name in names),
         "buffers": tuple(f"{layer}.{name}" for layer, (_, _, names) in layers for name in names),
         "norms": tuple(layer.partition(".")[2] for layer, (facts, *_) in layers if issubclass(facts[0], NORMS)),
-        "unsupported": {backend: options_unsupported(network.options, backend) for backend in ENGINES},
+        "unsupported": {backend: _unsupported(network, backend) for backend in ENGINES},
     }
     odd = _shared({**facts, "plan": plan.of_odd_sizes}, None) if network.options.get("odd_sizes") else None
     return _shared(facts, odd)
+
+
+def _unsupported(network: NetworkSpec, backend: str) -> str:
+    if network.topology.unlike_axes and backend != "cpu":
+        return "strides and kernels that differ between axes run on the reference on a GPU"
+    return options_unsupported(network.options, backend)
 
 
 def _shared(facts: Mapping[str, Any], odd: Structure | None) -> Structure:

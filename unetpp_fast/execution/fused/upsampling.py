@@ -53,31 +53,32 @@ class Upsampling:
             x = from_maps(naive.read(low, affine, plan.slope).contiguous(), plan.axes)
             weight, bias = self._layer(low.dtype)
             if plan.upsample == "deconv":
-                x = (F.conv_transpose2d if plan.axes == 2 else F.conv_transpose3d)(x, weight, bias, stride=2)
+                x = (F.conv_transpose2d if plan.axes == 2 else F.conv_transpose3d)(x, weight, bias, stride=self._factors)
             else:
                 x = (F.conv2d if plan.axes == 2 else F.conv3d)(x, weight, bias, padding=1)
                 x = _mean_of_two(_shuffled(x), last=False)
         else:
             x = from_maps(naive.read(*projected(plan, self.step, self.parameters, low, affine), plan.slope), plan.axes)
             mode = "nearest" if plan.upsample == "nearest" else {2: "bilinear", 3: "trilinear"}[plan.axes]
-            x = F.interpolate(x, scale_factor=2, mode=mode, align_corners=plan.align_corners)
+            x = F.interpolate(x, scale_factor=tuple(map(float, self._factors)), mode=mode, align_corners=plan.align_corners)
         return to_maps(repeated(x, self.size), plan.axes).contiguous()
 
     def backward(self, g: Tensor, low: Tensor, affine: naive.Affine | None) -> tuple[Tensor, dict[str, Tensor]]:
         """From the gradient `[N, K, *S]` of the map to that of what is read of the low source, `[N, D, H, W, C]`, and those
         of the up-sampling's parameters, by name."""
         plan, small = self.plan, from_maps(low, self.plan.axes).shape[2:]
-        g = repeated_backward(g, [2 * side for side in small])
+        factors = self._factors
+        g = repeated_backward(g, [by * side for by, side in zip(factors, small, strict=True)])
         if plan.upsample in ("deconv", "pixelshuffle"):
             return self._layer_backward(g, low, affine)
         shape = [*g.shape[:2], *small]
         if plan.upsample == "nearest":
-            g = _windows_summed(g)
+            g = _windows_summed(g, factors)
         else:
             back = torch.ops.aten.upsample_bilinear2d_backward if plan.axes == 2 else (
                 torch.ops.aten.upsample_trilinear3d_backward
             )  # fmt: skip
-            g = back(g.contiguous(), list(g.shape[2:]), shape, plan.align_corners, *[2.0] * plan.axes)
+            g = back(g.contiguous(), list(g.shape[2:]), shape, plan.align_corners, *map(float, factors))
         if not plan.project:
             return to_maps(g, plan.axes), {}
         name = f"nodes.{self.step.node.name}.up.project"
@@ -88,6 +89,11 @@ class Upsampling:
             gx, g.contiguous(), low, weight.flatten(1).to(low.dtype), affine=affine, slope=plan.slope
         )
         return gx, {f"{name}.weight": gw.view_as(weight), f"{name}.bias": gb}
+
+    @property
+    def _factors(self) -> tuple[int, ...]:
+        """By how much each axis grows."""
+        return self.plan.topology.stride(self.step.node.level + 1)
 
     @property
     def _name(self) -> str:
@@ -103,10 +109,10 @@ class Upsampling:
         transposed = plan.upsample == "deconv"
         if not transposed:
             g = _unshuffled(_mean_of_two(g, last=True))
-        stride, padding = (2, 0) if transposed else (1, 1)
+        stride, padding = (list(self._factors), 0) if transposed else ([1] * plan.axes, 1)
         x = from_maps(naive.read(low, affine, plan.slope).contiguous(), plan.axes)
         gx, gw, gb = torch.ops.aten.convolution_backward(
-            g, x, weight, None if bias is None else list(bias.shape), [stride] * plan.axes, [padding] * plan.axes,
+            g, x, weight, None if bias is None else list(bias.shape), stride, [padding] * plan.axes,
             [1] * plan.axes, transposed, [0] * plan.axes, 1, [True, True, bias is not None],
         )  # fmt: skip
         found = {f"{self._name}.weight": gw, **({} if bias is None else {f"{self._name}.bias": gb})}
@@ -167,8 +173,9 @@ def _mean_of_two(x: Tensor, last: bool) -> Tensor:
     return pool(F.pad(x, ((0, 1) if last else (1, 0)) * axes), 2, stride=1)
 
 
-def _windows_summed(g: Tensor) -> Tensor:
-    """`[N, C, *2S]` as `[N, C, *S]`: the sum of each window."""
+def _windows_summed(g: Tensor, factors: Sequence[int]) -> Tensor:
+    """`[N, C, *S]`, each axis as many times as large as its factor, as the sum of each window."""
     axes = g.ndim - 2
-    windows = g.reshape(*g.shape[:2], *(part for side in g.shape[2:] for part in (side // 2, 2)))
+    parts = (part for side, by in zip(g.shape[2:], factors, strict=True) for part in (side // by, by))
+    windows = g.reshape(*g.shape[:2], *parts)
     return windows.sum(dim=[3 + 2 * i for i in range(axes)])

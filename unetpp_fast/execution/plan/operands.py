@@ -41,7 +41,7 @@ def conv1_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], mod
 
 def prefix_width(step: Step, weight: Tensor) -> int:
     """Channels of the first operand of a node's first convolution."""
-    return weight.shape[1] if step.source in ("input", "pool", "stride", "gated") else step.prefix
+    return weight.shape[1] if step.source in ("input", "pool", "stride", "unlike", "gated") else step.prefix
 
 
 def conv2_operands(plan: Plan, step: Step, parameters: Mapping[str, Tensor], modes: Modes) -> Operands:

@@ -45,7 +45,9 @@ class Step:
     reads every second pixel), "prefix" (the leading `prefix` channels of the node's level), "low" (there is none beside
     the low source) or "gated" (the prefix and the up-sampled low source in one map, scaled by a gate); "given" for a node
     that is not computed. prefix: of "stride", the channels above. form: how the low source `low`, channels of the level
-    below, is read beside the first operand: None, "phases" (at low resolution) or "full" (up-sampled).
+    below, is read beside the first operand: None, "phases" (at low resolution) or "full" (up-sampled). flat: its
+    convolutions have one tap along the first axis of a volume. Of "unlike" the kernel has 3 taps along an axis that its
+    stride does not halve; else as "stride".
     """
 
     node: Node
@@ -54,6 +56,7 @@ class Step:
     prefix: int
     low: Slot | None
     form: str | None
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Plan:
             reads = f"the image, {self.topology.in_channels} channels"
         elif step.source == "pool":
             reads = f"the pooled X({i - 1},0), {self.topology[i - 1, 0].width} channels"
-        elif step.source == "stride":
+        elif step.source in ("stride", "unlike"):
             reads = f"every second pixel of X({i - 1},0), {self.topology[i - 1, 0].width} channels"
         elif step.source == "given":
             return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; a copy of the encoder's map"
@@ -163,6 +166,7 @@ class Plan:
             place = "" if step.source == "gated" else " in place"
             reads = f"{names}{place}, {step.prefix} channels, and {how}" if names else how
             reads += ", in one gated map" if step.source == "gated" else ""
+        reads += ", slice by slice" if step.flat else ""
         reads += "; its output is gated by PyTorch's operators" if self.gates else ""
         return f"X({i},{j}) -> channels {step.out.offset}..{step.out.end - 1} of level {i}; reads {reads}"
 
@@ -172,8 +176,8 @@ def unsupported(topology: Topology, options: Options | None = None) -> str:
 
     Its prefixes must be the leading channels of their level, and some backend must be able to compute its options.
     """
-    if topology.strides or any(node.kernel for node in topology.nodes):
-        return "strides and kernels that differ between axes run on the reference"
+    if topology.unlike_axes and (reason := _unlike_axes(topology, options or {})):
+        return reason
     reasons = [options_unsupported(options or {}, backend) for backend in ENGINES]
     if all(reasons):
         return reasons[0]
@@ -181,6 +185,19 @@ def unsupported(topology: Topology, options: Options | None = None) -> str:
         columns = sorted(other.column for other in topology.nodes if other.level == node.level)
         if node.column and node.prefix != tuple(columns[: len(node.prefix)]):
             return f"X{node.position} does not read the leading nodes of its level"
+    return ""
+
+
+FLAT, FLAT_STRIDE = (1, 3, 3), (1, 2, 2)
+
+
+def _unlike_axes(topology: Topology, options: Options) -> str:
+    """Why strides and kernels that differ between axes have no plan; "" if they have one."""
+    if options.get("odd_sizes"):
+        return "strides and kernels that differ between axes run on the reference where sizes may be odd"
+    kernels = {node.kernel for node in topology.nodes} - {None, FLAT}
+    if kernels or set(topology.strides) - {FLAT_STRIDE, (2, 2, 2)}:
+        return "of strides and kernels that differ between axes, others than (1, 2, 2) and (1, 3, 3) run on the reference"
     return ""
 
 
@@ -207,7 +224,8 @@ def _make_plan(topology: Topology, options: tuple) -> Plan:
     act, act_keywords = parse_option(given["act"], "act", ACTIVATIONS)
     upsample, up_keywords = parse_option(given["upsample"], "upsample", UPSAMPLES)
     slots, widths = _slots(topology)
-    form = "phases" if UPSAMPLES[upsample].phases else "full"
+    unlike = topology.unlike_axes
+    form = "phases" if UPSAMPLES[upsample].phases and not unlike else "full"
     steps = []
     for node in topology.nodes:
         source = _source(topology, node, given.get("downsample", "pool"))
@@ -216,13 +234,17 @@ def _make_plan(topology: Topology, options: tuple) -> Plan:
         prefix = sum(topology[node.level, column].width for column in node.prefix)
         prefix = topology[node.level - 1, 0].width if source == "stride" else prefix
         low = slots[node.low] if node.column else None
-        steps.append(Step(node, slots[node.position], source, prefix, low, form if node.column and not gated else None))
+        flat = node.kernel is not None
+        if source == "stride" and topology.stride(node.level) != (FLAT_STRIDE if flat else (2,) * topology.spatial_dims):
+            source = "unlike"
+        how = form if node.column and not gated else None
+        steps.append(Step(node, slots[node.position], source, prefix, low, how, flat))
     return Plan(
         topology, tuple(steps), widths, norm, norm_keywords.get("eps", 1e-5), norm_keywords.get("momentum", 0.1),
         ACTIVATIONS[act].slope(act_keywords), upsample, up_keywords.get("align_corners"),
         bool(up_keywords.get("project", False)), bool(given["bias"]), given.get("head_taps", 1),
         ("up",) * (not up_keywords.get("bias", True)) + ("head",) * (not given.get("head_bias", True)),
-        not (UPSAMPLES[upsample].phases or upsample == "linear"), bool(given.get("attention")),
+        unlike or not (UPSAMPLES[upsample].phases or upsample == "linear"), bool(given.get("attention")),
     )  # fmt: skip
 
 

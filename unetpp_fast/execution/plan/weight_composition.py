@@ -24,6 +24,7 @@ places 1 and 3 as phase 1. In 2D and 3D the same is done axis by axis.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +52,9 @@ def taps_first(weight: Tensor) -> Tensor:
     return weight.flatten(2).permute(2, 1, 0)
 
 
-def taps_last(wa: Tensor, axes: int) -> Tensor:
-    """The inverse of `taps_first`."""
-    return wa.permute(2, 1, 0).unflatten(2, (3,) * axes)
+def taps_last(wa: Tensor, taps: int | Sequence[int]) -> Tensor:
+    """The inverse of `taps_first`; taps: per axis, or the number of axes that have 3."""
+    return wa.permute(2, 1, 0).unflatten(2, (3,) * taps if isinstance(taps, int) else tuple(taps))
 
 
 def flipped(wa: Tensor) -> Tensor:
@@ -222,12 +223,11 @@ def first_operands_backward(
     g: Operands, weight: Tensor, prefix: int, form: str | None, up: Tensor | None = None, up_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """From the gradients of `first_operands` (bias apart) to those of weight, up and up_bias."""
-    axes = weight.ndim - 2
     g_weight, g_up, g_up_bias = torch.empty_like(weight), None, None
-    g_weight[:, :prefix] = taps_last(g.wa, axes)
+    g_weight[:, :prefix] = taps_last(g.wa, weight.shape[2:])
     low, g_low = weight[:, prefix:], g_weight[:, prefix:]
     if form == "full":
-        g_low.copy_(taps_last(g.wb[0], axes))
+        g_low.copy_(taps_last(g.wb[0], weight.shape[2:]))
     elif form == "phases":
         from_phases, g_up = phase_weights_backward(g.wb, low, up)
         g_low.copy_(from_phases)
