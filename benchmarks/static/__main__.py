@@ -31,9 +31,9 @@ A kernel takes the longest of its parts' times, or more: stalls, waits and bank 
 Triton's issue slots, launches, the loss and the optimizer.
 Eager: weights and maps in bfloat16, channels-last. Its convolutions are taken to reach, by the narrower of their sides,
 {rates} TFLOP/s, all stalls included, and to read and write their maps once, the
-bias for nothing; all other operators move their bytes at DRAM's full rate. No casts and no launches are counted, so eager
-is not faster than this by more than those rates are too low. But the rates already hold what keeps cuDNN's kernels from
-overlapping, so a sum of parts, one after another, is unkind to the fused kernels, and all at once is kind to them.
+bias for nothing; all other operators move their bytes at DRAM's full rate, without casts and launches. So eager beats this
+estimate only where cuDNN beats those rates. They hold all that delays cuDNN's kernels, and the fused ones are summed from
+their parts: one part after another is unkind to these, all at once is kind to them.
 """
 
 
