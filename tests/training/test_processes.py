@@ -91,11 +91,15 @@ def make_trainer(name: str, out: Path | None = None, **recipe) -> Trainer:
     return Trainer(network.double() if wide else network, patches, samples, Recipe(**recipe), out)
 
 
+def all_weights(trainer: Trainer) -> dict:
+    averaged = {f"average of {key}": value for key, value in trainer.train_step.validated.state_dict().items()}
+    return {**trainer.network.state_dict(), **averaged}
+
+
 def trained(name: str) -> dict:
     trainer = make_trainer(name)
     history = trainer.fit(progress=False)
-    averaged = {f"average of {key}": value for key, value in trainer.train_step.validated.state_dict().items()}
-    return {"weights": {**trainer.network.state_dict(), **averaged}, "history": history}
+    return {"weights": all_weights(trainer), "history": history}
 
 
 def demo_weights() -> dict:
@@ -216,7 +220,7 @@ def test_one_process_resumes_a_run_of_two(two, place):
     trainer.resume()
     assert trainer.epoch == 1
     trainer.fit(progress=False)
-    assert_same_weights(dict(trainer.network.state_dict()), trained("nested")["weights"])
+    assert_same_weights(all_weights(trainer), trained("nested")["weights"])
 
 
 def test_dropout_resumes_exactly_with_the_same_number_of_processes(two):
