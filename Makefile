@@ -80,6 +80,9 @@ clean:
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
+# The pages need no kernels; those that are built stay.
+.venv/docs: export UNETPP_FAST_BUILD = none
+
 .venv/base:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
