@@ -80,8 +80,8 @@ clean:
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
-# The pages need no kernels; those that are built stay.
-.venv/docs: export UNETPP_FAST_BUILD = none
+# Neither the pages nor the tools of a release need kernels here; those that are built stay.
+.venv/docs .venv/release: export UNETPP_FAST_BUILD = none
 
 .venv/base:
 	$(PYTHON) -m venv .venv

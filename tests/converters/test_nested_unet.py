@@ -155,5 +155,5 @@ def test_an_activation_added_to_the_table_converts(monkeypatch: pytest.MonkeyPat
     ours = uf.convert(theirs)
     assert ours.options["act"] == ("elu", {"alpha": 0.3})
     assert_same_outputs(theirs, ours, image())
-    with pytest.raises(ValueError, match="its activation is Tanh; unetpp_fast has ReLU, LeakyReLU and ELU"):
+    with pytest.raises(ValueError, match=r"its activation is Tanh; unetpp_fast has ReLU, .* and ELU"):
         uf.convert(replace(nested(), torch.nn.ReLU, torch.nn.Tanh()))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from support.helpers import make_input
+from support.measured import forget, own_store, small
 from torch.utils.flop_counter import FlopCounterMode
 
 import unetpp_fast as uf
@@ -19,19 +20,9 @@ from unetpp_fast.kernels import tuning as kernel_tuning
 pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs Triton and its interpreter")
 
 
-def forget() -> None:
-    """As in a new process."""
-    tables = tuning._verdicts, tuning._latest, tuning._loaded, tuning._failures
-    for known in (*tables, kernel_tuning.table, kernel_tuning._chosen):
-        known.clear()
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path / "cache"))
-    forget()
-    yield tmp_path / "cache"
-    forget()
+    yield from own_store(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -47,11 +38,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     monkeypatch.setattr(kernel_tuning, "measuring", lambda *calls: pytest.MonkeyPatch.context())
     return times
-
-
-def small() -> tuple[uf.Network, torch.Tensor]:
-    torch.manual_seed(0)
-    return uf.UNet(1, 1, features=(3, 4)), make_input(2, 1, 4, 6)
 
 
 def test_auto_uses_what_was_measured_in_this_process_and_the_next(clock, cache):
@@ -352,40 +338,6 @@ def test_auto_does_not_use_kernels_that_are_wrong(clock, monkeypatch, training):
     assert name == "reference" and "wrong result" in reason
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"configurations": {}}'])
-def test_a_file_that_cannot_be_read_counts_as_none(cache, content):
-    model, x = small()
-    path = tuning.cache_file(x.device)
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    assert dispatch.choose(Call(model, x))[0] == "reference"
-
-
-def test_processes_keep_what_each_other_has_measured(monkeypatch):
-    """The second one to write adds to the file; nobody else is between its reading and writing."""
-    fcntl = pytest.importorskip("fcntl")
-    device, ratio = torch.device("cpu"), {"right": True, "ratio": 2.0}
-    names = [name + kernel_tuning.place(device) for name in ("first", "second")]
-    for name in names:
-        forget()
-        tuning._loaded.add(tuning.setting(device))  # began before the other one wrote
-        kernel_tuning.table[name] = "1.0"
-        tuning._keep(device, name, ratio)
-        tuning.save(device)
-    content = json.loads(tuning.cache_file(device).read_text())
-    assert content == {"configurations": dict.fromkeys(names, "1.0"), "verdicts": dict.fromkeys(names, ratio)}
-
-    def write(path, _):
-        with open(path.with_suffix(".lock")) as stream, pytest.raises(BlockingIOError):
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        writes.append(path)
-
-    writes = []
-    monkeypatch.setattr(tuning, "write_atomic", write)
-    tuning.save(device)
-    assert writes == [tuning.cache_file(device)]
-
-
 def test_what_cannot_run_cannot_be_tuned():
     model, x = small()
     with pytest.raises(RuntimeError, match=r"nothing to tune: .*torch\.float64"):
@@ -398,22 +350,3 @@ def test_the_clock_takes_the_median_after_a_warm_up():
     calls = []
     assert tuning.milliseconds(lambda: calls.append(1), torch.device("cpu"), rounds=5) >= 0
     assert len(calls) == 7
-
-
-def test_a_tuning_that_is_stopped_keeps_what_it_has_measured(monkeypatch):
-    model, x = small()
-    monkeypatch.setattr(tuning, "milliseconds", lambda run, device: run())
-    names = [name + kernel_tuning.place(x.device) for name in ("first", "second")]
-
-    def compute(call, backend):
-        kernel_tuning.choose(names[0], (1,), lambda: [3.0, 2.0], lambda time: time)
-        kernel_tuning.choose(names[1], (1,), lambda: [3.0, KeyboardInterrupt], stop)
-
-    def stop(candidate):
-        if candidate is KeyboardInterrupt:
-            raise candidate
-        return candidate
-
-    with pytest.raises(KeyboardInterrupt):
-        tuning._time_candidates(Call(model.eval(), x), "triton", "inference", False, compute)
-    assert json.loads(tuning.cache_file(x.device).read_text())["configurations"] == {names[0]: "2.0"}
