@@ -164,5 +164,8 @@ def test_an_encoder_of_another_library_may_name_its_maps_as_it_likes(monkeypatch
         build(EncodedNetwork, Tuple(), topology, 3, 2, upsample=("nearest", {"project": True})),
         make_input(2, 2, 8, 12),
     )
+    fast = uf.optimize(model)
     with torch.no_grad():
-        assert_close_relative(uf.optimize(model)(x), model.eval()(x), FLOAT32)
+        assert_close_relative(fast(x), model.eval()(x), FLOAT32)
+    with pytest.raises(ValueError, match="over an encoder is not loaded: load the original"):
+        uf.load_optimized(fast.state_dict())

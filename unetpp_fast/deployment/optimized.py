@@ -305,6 +305,8 @@ def load_optimized(source: Mapping[str, Any] | str | os.PathLike, device: str | 
         state = torch_files.read(source, "state_dict", device)
     extra = state.get("_extra_state") if isinstance(state, Mapping) else None
     if not isinstance(extra, Mapping) or extra.get("unetpp_fast_optimized") != FORMAT:
+        if isinstance(state, Mapping) and any(str(key).startswith("network.encoder.") for key in state):
+            raise InputError("an optimized network over an encoder is not loaded: load the original and optimize that")
         raise InputError(f"this is not a state_dict of an optimized module (format {FORMAT}): save fast.state_dict()")
     if isinstance(extra.get("config"), Mapping) and extra["config"].get("changed"):
         raise InputError(
