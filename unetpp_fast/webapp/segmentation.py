@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ..architecture.precision import autocast
 from ..common.errors import InputError, first_line
 from ..data import prediction_files
 from ..data.images import STANDARD
+from ..data.resampling import resampled
 from ..experiments import pictures
 from ..models.tiled_prediction import predict_tiled
 from .models import Model
@@ -70,8 +72,10 @@ class Opened:
     def _predict(self, mode: str, level: int, part: int) -> np.ndarray:
         network = self.model.network
         values = self.source.images()[part]
-        image = prediction_files.Prepared(self.source, values, network.normalisation or STANDARD)
-        whole = int(np.prod(values.shape[1:])) <= WHOLE_PIXELS
+        image: Any = prediction_files.Prepared(self.source, values, network.normalisation or STANDARD)
+        size, given = self.source.size_at(network.spacing), values.shape[1:]
+        image = image if size == given else resampled(image, size)[None]
+        whole = int(np.prod(size)) <= WHOLE_PIXELS
         options = {"mode": mode, "level": level}
         ready = torch.from_numpy(image[(0, ...)])[None].to(self.model.device) if whole else None
 
@@ -90,7 +94,7 @@ class Opened:
         except (MemoryError, RuntimeError, ValueError) as error:
             raise InputError(f"{self.name} cannot be predicted: {first_line(error)}") from error
         self.times[mode, level] = took
-        return found.numpy()
+        return found.numpy() if size == given else resampled(found.numpy()[None], given)
 
     def masks(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
         """bool `[classes, H, W]`, without the background of exclusive classes."""
