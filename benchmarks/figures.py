@@ -67,9 +67,11 @@ def _origin(rows: Rows) -> str:
 
     software = [f"{name} {all_of(name)}" for name in ("torch", "triton", "cuda", "cudnn", "driver") if all_of(name)]
     days = ", ".join(sorted({row["date"][:10] for row in rows}))
+    last = newest(rows)
+    older = "; a row with † is of older ones" if any(row["source_hash"] != last for row in rows) else ""
     return (
-        f"{'; '.join(software)}; commit {all_of('commit')}; {days}; sources `{newest(rows)}`. A row is current as long as "
-        "`python -m unetpp_fast.info` prints this hash of the sources; a row with † is of older ones. Milliseconds are "
+        f"{'; '.join(software)}; commit {all_of('commit')}; {days}; sources `{last}`. A row is current as long as "
+        f"`python -m unetpp_fast.info` prints this hash of the sources{older}. Milliseconds are "
         "medians, followed by the ratio to eager, taken round by round, and the peak memory."
     )
 

@@ -155,6 +155,11 @@ def is_current(row: Mapping) -> bool:
     return row["source_hash"] == source_hash()
 
 
+def legend(table: str) -> str:
+    """What † means, after a table with such a row; otherwise ""."""
+    return " † is of older sources." if "†" in table else ""
+
+
 def machine(device: torch.device) -> str:
     """The name of a machine's file of records, without its ending."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
