@@ -81,7 +81,7 @@ def load(device: torch.device) -> None:
         return
     _loaded.add(setting(device))
     try:
-        content = json.loads(cache_file(device).read_text())
+        content = json.loads(cache_file(device).read_text(encoding="utf-8"))
         table, verdicts = dict(content["configurations"]), dict(content["verdicts"])
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -99,7 +99,7 @@ def save(device: torch.device) -> Path:
     configurations = {key: value for key, value in kernel_tuning.table.items() if key.endswith(place)}
     with locked(path.with_suffix(".lock")):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             table, theirs = dict(content["configurations"]), dict(content["verdicts"])
         except (OSError, ValueError, KeyError, TypeError):
             table, theirs = {}, {}
