@@ -99,6 +99,11 @@ def _is_date(value: object) -> bool:
         return False
 
 
+def digits(value: float) -> str:
+    """Three of them, as tables show times: 0.123, 38.1, 2310."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def identity(row: Mapping) -> tuple:
     """What a row measured: rows of equal identity replace one another."""
     return tuple(tuple(row[key]) if key == "size" else row.get(key) for key in IDENTITY)
@@ -148,6 +153,11 @@ def merge(path: Path, rows: Iterable[Mapping]) -> None:
 def is_current(row: Mapping) -> bool:
     """Whether a row was measured with the present kernels and engine."""
     return row["source_hash"] == source_hash()
+
+
+def legend(table: str) -> str:
+    """What † means, after a table with such a row; otherwise ""."""
+    return " † is of older sources." if "†" in table else ""
 
 
 def machine(device: torch.device) -> str:

@@ -110,7 +110,7 @@ class Opened:
                 if ready is not None:
                     found = network.predict(ready, **options)[0].float().cpu()
                 else:
-                    tiles = {"tile": TILE} if hasattr(network, "encoder") else {"max_memory": MEMORY}
+                    tiles = {"tile": TILE} if network.over_encoder else {"max_memory": MEMORY}
                     found = predict_tiled(network, image, **tiles, **options)[0]
             return found, 1e3 * (time.perf_counter() - began)
 
