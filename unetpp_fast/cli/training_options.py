@@ -24,6 +24,7 @@ from .arguments import (
     class_weights,
     engine_options,
     patch_size,
+    spacing,
     width_list,
 )
 
@@ -87,6 +88,10 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--normalise", choices=["image", "dataset"], default="image",
         help="by mean and standard deviation of each image, or of all images to train on together",
+    )  # fmt: skip
+    train.add_argument(
+        "--spacing", type=spacing, metavar="MM",
+        help="resample volumes to voxels of 2.5,0.8,0.8 mm (z, y, x), or the median of those to train on; so does predict",
     )  # fmt: skip
 
 
