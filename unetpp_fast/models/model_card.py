@@ -73,7 +73,7 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
 def _training(run: Path) -> str:
     """The section about a run: the figures of its best epoch, which are those of best.pt, and its settings."""
     try:
-        with open(run / "log.csv", newline="") as stream:
+        with open(run / "log.csv", encoding="utf-8", newline="") as stream:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{run} has no readable log.csv: give the folder of a run of `unetpp-fast train`") from error
@@ -94,7 +94,7 @@ def _training(run: Path) -> str:
 def _settings(path: Path) -> dict[str, Any]:
     """The settings of a run; nothing if it has no such file."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
