@@ -107,7 +107,7 @@ def parts() -> dict[str, tuple[str, Case]]:
 def cells(row: Mapping, ours: Mapping | None) -> str:
     """A cell of the table: milliseconds or MB, how many times as fast (or as large) ours is, and the error."""
     memory = row["bench"] == "memory"
-    text = f"{row['peak_mb']:.0f} MB" if memory else f"{row['median_ms']:.3g} ms"
+    text = f"{row['peak_mb']:.0f} MB" if memory else f"{records.digits(row['median_ms'])} ms"
     if ours is not None and ours is not row:
         ratio = (ours["peak_ratio_to"] if memory else ours["ratio_to"]).get(row["impl"])
         text += "" if ratio is None else f" ({ratio:.2f}x)"

@@ -106,7 +106,7 @@ def models_table(rows: Rows) -> str:
 def _cell(cell: Mapping | None) -> str:
     if not cell:
         return ""
-    time = f"{cell['ms']:.3g} ms" if "ms" in cell else ""
+    time = f"{records.digits(cell['ms'])} ms" if "ms" in cell else ""
     ratio = f" ({cell['ratio']:.2f}x)" if cell.get("ratio") else ""
     memory = f"{cell['mb']:.0f} MB" if "mb" in cell else ""
     return ", ".join(part for part in (time + ratio, memory) if part) + (" †" if cell["older"] else "")
@@ -120,9 +120,10 @@ def kernels_table(rows: Rows) -> str:
         size = "x".join(map(str, row["size"]))
         ratio = f"{row['ratio_to']['eager']:.2f}" if "eager" in row["ratio_to"] else ""
         older = " †" if row["source_hash"] != newest(rows) else ""
+        time = records.digits(row["median_ms"])
         lines.append(
             f"| {row['model']}, {row['level']}, {size}, {row['batch']}, {row['dtype']}{older} | {row['impl']} "
-            f"| {row['median_ms']:.3g} | {ratio} | {row['tflops']:.1f} | {row['gb_s']:.0f} | {row['share_of_ceiling']:.0%} |"
+            f"| {time} | {ratio} | {row['tflops']:.1f} | {row['gb_s']:.0f} | {row['share_of_ceiling']:.0%} |"
         )
     return "\n".join(lines) if len(lines) > 2 else ""
 
