@@ -55,8 +55,14 @@ dl.facts { columns: 2 300px; column-gap: 40px; margin: 0; }
 .facts dt { flex: 0 0 150px; color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 table.matrix td { min-width: 64px; }
 footer { margin: 48px 0 0; font-size: 13px; }
-@media (max-width: 560px) { .panels { grid-template-columns: repeat(2, 1fr); } figure svg text { font-size: 17px; }
-  th, td { padding-right: 8px; } td.number, th.number { padding: 5px 6px; } td.number { white-space: nowrap; } table.matrix td { min-width: 0; } }
+@media (max-width: 560px) {
+  .panels { grid-template-columns: repeat(2, 1fr); }
+  figure svg text { font-size: 17px; }
+  th, td { padding-right: 8px; }
+  td.number, th.number { padding: 5px 6px; }
+  td.number { white-space: nowrap; }
+  table.matrix td { min-width: 0; }
+}
 @media print { body { background: #fff; } }
 """
 
