@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX").
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -98,9 +99,14 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def _torch() -> Path:
-    import torch
+    """The folder of torch, which is not imported: it may be one for another processor."""
+    return Path(importlib.util.find_spec("torch").origin).parent
 
-    return Path(torch.__file__).parent
+
+def machine(compiler: str) -> str:
+    """The processor that a compiler compiles for, such as "x86_64" or "aarch64"; this machine's if it does not say."""
+    done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True)
+    return (done.stdout.partition("-")[0] if done.returncode == 0 else "") or platform.machine().lower()
 
 
 def _bindings(source: Path, folder: Path, *options: str) -> Piece:
@@ -152,7 +158,7 @@ def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tu
     if compiler is None:
         raise RuntimeError(f"no C++ compiler was found: {system().install}")
     here = HERE / "cpu"
-    names = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else ("plain",)
+    names = INSTRUCTION_SETS if machine(compiler) in ("x86_64", "amd64") else ("plain",)
     pieces = []
     for name in names:
         target = folder / f"{name}.o"

@@ -90,6 +90,22 @@ def test_what_was_asked_for_fails_loudly_without_its_compiler(builder, kind, mes
     assert setup("build_ext", *folders, UNETPP_FAST_BUILD=kind).returncode != 0
 
 
+@pytest.mark.parametrize(("says", "names"), [("aarch64-linux-gnu", 1), ("x86_64-linux-gnu", 3), ("", 1)])
+def test_the_compiler_says_for_which_processor(says, names, builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cross compiler, for another one than this; PYTHONPATH leads to that one's torch, which cannot be imported here."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\necho {says}\n")
+    compiler.chmod(0o755)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('of another processor')")
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(builder.platform, "machine", lambda: "aarch64")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+    pieces, link = builder.cpu_commands(tmp_path / "library.so", tmp_path)
+    assert len(pieces) == names + 1 and f"-L{tmp_path / 'torch' / 'lib'}" in link
+
+
 def windows(builder, monkeypatch: pytest.MonkeyPatch, machine: str = "AMD64") -> None:
     monkeypatch.setattr(builder.platform, "system", lambda: "Windows")
     monkeypatch.setattr(builder.platform, "machine", lambda: machine)
