@@ -39,6 +39,7 @@ MIN_TILES = 6  # that share transformed weights, for Winograd; with fewer, the t
 TILES = ("cpu",)  # whose matrix tiles are used
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
 MANY_WEIGHTS = 2**13  # pairs of channels that are many
+FEW_PRODUCTS = 2**16  # pairs of channels times tiles of an image, up to which bare sums, as data gradients, are direct
 LEAST_PAIRED = 2**23  # bytes of a map that makes the two convolutions of a node run strip by strip
 PAIRED = 2**23  # bytes of such a strip
 CHUNK = 4096  # pixels of a partial sum
@@ -58,9 +59,12 @@ def matrix_tiles() -> str:
     return ("", "plain", "cpu")[torch.ops.unetpp_fast_cpu.matrix_tiles()]
 
 
-def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool) -> str:
+def kernel_for(
+    out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool, bare: bool = False
+) -> str:
     """What computes a convolution of `inputs` channels into `out`: "winograd" with packed weights, "few" with weights that
-    are transformed as they are read, "tiles" in matrix tiles, or "direct"."""
+    are transformed as they are read, "tiles" in matrix tiles, or "direct". bare: it is nothing but sums, as data gradients
+    are; narrow ones of small maps are direct, as errors of transforms add up on the way to an encoder's parameters."""
     halves = taps in (3, 4) and stride == 2 and not phased and not low
     known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or halves
     tiles = math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
@@ -70,6 +74,9 @@ def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phas
         return "tiles"
     if axes == 2 and inputs * out.shape[-1] >= MANY_WEIGHTS and MIN_TILES <= tiles * out.shape[0] <= FEW_TILES:
         return "few"
+    narrow = bare and axes == 2 and out.dtype == torch.float32 and (taps, stride) == (3, 1)
+    if narrow and inputs * out.shape[-1] * tiles <= FEW_PRODUCTS:
+        return "direct"
     return "winograd" if tiles >= MIN_TILES else "direct"
 
 
@@ -102,7 +109,8 @@ def conv(
             linear=linear, slope=slope, plain=plain, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
     inputs, low_inputs = a.shape[-1], 0 if b is None else b.shape[-1]
-    kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None)
+    bare = b is None and bias is None and not act and not stats  # data gradients, and forward passes under frozen norms
+    kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None, bare)
     form = "gathered" if taps == 4 else "plain"
     if kernel != "direct" and (taps, stride, phased) == (3, 2, False):
         taps, form = 4, "strided"  # of which the kernels know four taps

@@ -112,6 +112,19 @@ def test_the_kernel_follows_the_tiles(tiles, images, channels, kernel):
     assert cpu_ops.kernel_for(out.bfloat16(), channels, 2, 3, 1, False, False) == with_tiles
 
 
+@pytest.mark.parametrize("side, channels, kernel", [
+    (16, 64, "direct"), (32, 32, "direct"), (32, 64, "winograd"), (64, 8, "direct"), (64, 16, "winograd"),
+    (16, 512, "few"),
+])  # fmt: skip
+@pytest.mark.parametrize("images", [1, 2])
+def test_narrow_bare_sums_of_small_maps_are_direct(side, channels, kernel, images):
+    out = torch.empty(images, 1, side, side, 32)
+    assert cpu_ops.kernel_for(out, channels, 2, 3, 1, False, False, bare=True) == kernel
+    usual = "few" if kernel == "few" else "winograd"
+    assert cpu_ops.kernel_for(out, channels, 2, 3, 1, False, False) == usual
+    assert cpu_ops.kernel_for(out.bfloat16(), channels, 2, 3, 1, False, False, bare=True) in (usual, "tiles")
+
+
 @each_dtype
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_transformed_as_they_are_read(dtype, form, monkeypatch):
@@ -331,7 +344,7 @@ def test_memory_stays_flat_over_a_thousand_shapes():
             args, options = wgrad_of(dtypes_of(kernel)[0], units, chosen.random() < 0.5, *channels[:2])
             cpu_ops.conv_wgrad(*args, **options)
 
-    usual = cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS, cpu_ops.TILES
+    usual = {name: getattr(cpu_ops, name) for name in cpu_kernels.CHOICES}
     try:
         for _ in range(300):
             once()
@@ -339,5 +352,5 @@ def test_memory_stays_flat_over_a_thousand_shapes():
         for _ in range(1000):
             once()
     finally:
-        cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS, cpu_ops.TILES = usual
+        vars(cpu_ops).update(usual)
     assert resident() <= before + 8
