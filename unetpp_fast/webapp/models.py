@@ -15,7 +15,7 @@ from ..data.images import STANDARD
 from ..experiments import demo, pictures
 from ..models.architectures import AnyNetwork, UNetPlusPlus, parameter_count
 from ..models.ensemble import Ensemble
-from ..models.pretrained import from_pretrained
+from ..models.pretrained import WEIGHTS, from_pretrained
 from ..training.checkpoint import checkpoints, load_model, together
 from ..training.classes import class_names, palette
 
@@ -95,7 +95,7 @@ def _members(place: str, device: torch.device) -> list[Member]:
     if not (path / "best.pt").is_file():
         if (path / "last.pt").is_file():  # of a training that has no best one yet
             return [(place, *load_model(path / "last.pt", device))]
-        if (path / "config.json").is_file():
+        if (path / WEIGHTS).is_file():
             return [(place, from_pretrained(path, device=device), {})]
     found = checkpoints(path)
     names = [f"{place}/{file.parent.name}" if len(found) > 1 else place for file in found]
@@ -118,7 +118,7 @@ def _model(name: str, members: Sequence[Member], dtype: str) -> Model:
         raise InputError(f"{name} was trained on images scaled to one size: use unetpp-fast predict")
     classes, colours = class_names(network, content), palette(network, content.get("about") or {})
     shown = classes[1:] if network.exclusive else classes
-    tints = np.array(colours[1:], np.float32) if colours else pictures.COLOURS
+    tints = pictures.class_colours(colours) if colours else pictures.COLOURS
     tints = tints[np.arange(len(shown)) % len(tints)]
     model = Model(name, network.eval(), tuple((one, member) for one, member, _ in members), tuple(shown), tints, dtype)
     if not model.levels:
