@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 
@@ -22,9 +23,12 @@ def quicken() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     replace_operators = interpreter._patch_lang
 
+    @functools.cache
+    def modules_of(fn) -> list:
+        return [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+
     def replace_once(fn):
-        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
-        if any(tl.core.is_builtin(module.load) for module in modules):
+        if any(tl.core.is_builtin(module.load) for module in modules_of(fn)):
             return replace_operators(fn)
         return interpreter._LangPatchScope()
 
