@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -121,22 +122,18 @@ class Block(nn.Module):
 def test_activations_of_every_layer(kind, inplace, pads, n, dtype, size):
     mine, x = build(Block, kind, inplace, False, pads).eval(), make_input(n, 3, *size)
     changed = with_layers(mine, make_input(1, 3, 16, 16))
-    acts = {
-        name: layer.act
-        for name, module in changed.named_modules()
-        if (layer := module.__dict__.get("forward")) and name != "act"
-    }
+    found = {name: module.__dict__.get("forward") for name, module in changed.named_modules()}
+    acts = {name: layer.act for name, layer in found.items() if isinstance(layer, Layer)}
     act = encoder_layers.MODULES[kind]
     assert {name for name, one in acts.items() if one} == {"stem", "expand", "depth", "halve"}
     assert {one for one in acts.values() if one} == {act} and len(layers_of(changed)) == 4
     exact = copy.deepcopy(mine).double()(x.double())
-    for kernels in (range(4), (1,), ()):
-        for inference in (False, True):
-            with torch.inference_mode(inference), torch.no_grad(), running(Pass(kernels)):
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    found = changed(x)
-            for one, other in zip(found, exact, strict=True):
-                assert_close_relative(one, other.detach(), FLOAT32 if dtype == torch.float32 else 0.05)
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    for kernels, inference in itertools.product((range(4), (1,), ()), (False, True)):
+        with torch.inference_mode(inference), torch.no_grad(), running(Pass(kernels)), precision:
+            maps = changed(x)
+        for one, other in zip(maps, exact, strict=True):
+            assert_close_relative(one, other.detach(), FLOAT32 if dtype == torch.float32 else 0.05)
 
 
 def test_what_is_applied_by_a_function_stays_with_the_encoder():

@@ -227,7 +227,8 @@ def _activation(node: Any) -> Act:
     name = type(node).__name__
     if name == "HardtanhBackward0":
         return "relu6" if (node._saved_min_val, node._saved_max_val) == (0, 6) else False
-    return {"ReluBackward0": True, "SiluBackward0": "silu", "HardswishBackward0": "hardswish"}.get(name, False)
+    acts: dict[str, Act] = {"ReluBackward0": True, "SiluBackward0": "silu", "HardswishBackward0": "hardswish"}
+    return acts.get(name, False)
 
 
 def _has_kernel(conv: nn.Module) -> bool:
