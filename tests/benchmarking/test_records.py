@@ -149,3 +149,10 @@ def test_info_says_which_records_are_current(tmp_path, monkeypatch):
 
 def test_rows_are_plain_json():
     assert all(json.loads(json.dumps(good)) == good for good in GOOD) and "json" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(2309.6, "2310"), (38.148, "38.1"), (0.12345, "0.123"), (1000.4, "1000"), (7.0, "7")]
+)
+def test_times_are_shown_in_three_digits(value, shown):
+    assert records.digits(value) == shown

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.encoders import encoded
 from support.helpers import FLOAT32, assert_close_relative, build, make_input
 from support.resident import peak_of
 from torch import nn
@@ -43,7 +44,9 @@ def test_one_tile_is_one_pass(size, norm):
             assert torch.equal(uf.predict_tiled(model, x, **tile, **options), expected)
 
 
-@pytest.mark.parametrize("size, tile, overlap", [((118, 96), 48, 0.5), ((131, 77), (40, 48), 0.25), ((50, 48, 30), 32, 0.5)])
+@pytest.mark.parametrize(
+    "size, tile, overlap", [((118, 96), 48, 0.5), ((131, 77), (40, 48), (0.25, 0.5)), ((50, 48, 30), 32, 0.5)]
+)
 def test_the_middle_of_tiles_is_one_pass(size, tile, overlap):
     """Also of a size that is not a multiple of 2: the last tile is padded as one pass pads."""
     model = network(len(size), features=(3, 4))
@@ -148,6 +151,8 @@ def test_the_bar_is_shown_only_when_asked(capfd):
         ({"tile": 0}, ValueError, "positive multiple of 4"),
         ({"overlap": 1.0}, ValueError, "overlap must be 0 or more and below 1"),
         ({"overlap": math.nan}, ValueError, "overlap must be"),
+        ({"overlap": (0.5, 0.5, 0.5)}, ValueError, "or 2 such numbers"),
+        ({"overlap": (0.5, 1.0)}, ValueError, "overlap must be"),
         ({"blend": "linear"}, ValueError, "blend must be one of"),
         ({"max_memory": "lots"}, ValueError, "'lots' is not an amount of memory"),
         ({"max_memory": 0}, ValueError, "0 is not an amount of memory"),
@@ -167,11 +172,17 @@ def test_a_mistake_is_said_clearly(options, error, says):
     assert says in str(caught.value)
 
 
-def test_what_cannot_be_counted_asks_for_the_tile():
-    model = network()
-    model.encoder = nn.Identity()
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "in an ensemble"])
+def test_what_cannot_be_counted_asks_for_the_tile(together):
+    model = uf.Ensemble([network(), encoded(channels=1)]) if together else encoded(channels=1)
     with pytest.raises(ValueError, match="give tile= instead of max_memory="):
-        uf.predict_tiled(model, make_input(1, 1, 16, 16))
+        uf.predict_tiled(model, make_input(1, 1, 32, 32))
+
+
+def test_an_ensemble_counts_its_largest_member():
+    small, large = network(), network(features=(16, 16, 16))
+    counted = [tiled_prediction.memory(uf.Ensemble(order), (64, 64), (64, 64)) for order in ([small, large], [large, small])]
+    assert counted[0] == counted[1] > tiled_prediction.memory(large, (64, 64), (64, 64))
 
 
 def test_the_largest_tile_that_fits_is_chosen():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,37 @@ def engine_options(table: Mapping[str, Entry]) -> list[str]:
 
 
 def tile_size(text: str) -> tuple[int, ...]:
-    """`512` as (512,), `32x256x256` as (32, 256, 256)."""
-    return _integers(text, "x", "a size such as 512 or 32x256x256")
+    """`512` as (512,), `32,256,256` or `32x256x256` as (32, 256, 256)."""
+    return _integers(text.replace("x", ","), ",", "a size such as 512 or 32,256,256")
+
+
+def patch_size(text: str) -> int | tuple[int, ...]:
+    """`64` as 64, `32,128,128` as (32, 128, 128)."""
+    sides = tile_size(text)
+    return sides[0] if len(sides) == 1 else sides
+
+
+def spacing(text: str) -> str | tuple[float, ...]:
+    """`median`, or `1` as (1.0, 1.0, 1.0), `2.5,0.8,0.8` as (2.5, 0.8, 0.8)."""
+    if text == "median":
+        return text
+    try:
+        sizes = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    sizes = sizes * 3 if len(sizes) == 1 else sizes
+    if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither median nor sizes of a voxel in mm such as 2.5,0.8,0.8")
+    return sizes
+
+
+def overlap(text: str) -> float | tuple[float, ...]:
+    """`0.25` as 0.25, `0.5,0.25,0.25` as (0.5, 0.25, 0.25)."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25, or 0.5,0.25,0.25") from None
+    return shares[0] if len(shares) == 1 else shares
 
 
 def image_size(text: str) -> tuple[int, ...]:

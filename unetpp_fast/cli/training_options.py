@@ -23,6 +23,8 @@ from .arguments import (
     byte_count,
     class_weights,
     engine_options,
+    patch_size,
+    spacing,
     width_list,
 )
 
@@ -66,9 +68,10 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
     train = command.add_argument_group("patches and augmentation")
     train.add_argument(
         "--patch",
-        type=int,
+        type=patch_size,
+        metavar="SIZE",
         default=argparse.SUPPRESS,
-        help="side of the random patches (default: 96, of volumes 64, or the task's)",
+        help="side of the random patches, or one per axis: 32,128,128 (default: 96, of volumes 64, or the task's)",
     )
     train.add_argument(
         "--patches-per-image", type=int, default=argparse.SUPPRESS,
@@ -85,6 +88,10 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--normalise", choices=["image", "dataset"], default="image",
         help="by mean and standard deviation of each image, or of all images to train on together",
+    )  # fmt: skip
+    train.add_argument(
+        "--spacing", type=spacing, metavar="MM",
+        help="resample volumes to voxels of 2.5,0.8,0.8 mm (z, y, x), or the median of those to train on; so does predict",
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def device_name(device: torch.device) -> str:
 
 def processor() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
     model = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)

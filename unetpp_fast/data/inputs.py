@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..common.errors import InputError
-from .file_formats import format_of, read_stored
-from .geometry import check_affines, times
+from .file_formats import affine_of, format_of, read_stored
+from .geometry import check_affines, spacing_from, times
 from .images import check_finite, check_size, read_values
 from .masks import read_label_map, read_mask, two_valued, whole_numbers
 from .stored import Stored
@@ -78,10 +78,9 @@ def read_drawn_values(path: Path) -> Drawn:
     return Drawn(path, values[0] if values.ndim == 3 and len(values) == 1 else values, affine=stored.affine)
 
 
-def spacing_of(path: Path) -> tuple[float, ...] | None:
-    """Millimetres between neighbours along z, y and x of a volume whose format tells; else None."""
-    affine = None if format_of(path).images else read_stored(path, mask=True).affine
-    return None if affine is None else tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
+def spacing_of(*paths: Path) -> tuple[float, ...] | None:
+    """Millimetres between neighbours along z, y and x, by the first of these volumes whose format tells; else None."""
+    return next((spacing for path in paths if (spacing := spacing_from(affine_of(path)))), None)
 
 
 def stack_masks(masks: Sequence[Drawn]) -> np.ndarray:

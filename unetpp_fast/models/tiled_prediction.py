@@ -22,6 +22,7 @@ from ..architecture.input_checks import check_input
 from ..architecture.wrappers import network_of as network_of_module
 from ..architecture.wrappers import unwrapped
 from ..common.extras import need
+from .ensemble import Ensemble
 from .normalisation import prepared
 
 BLENDS = ("gaussian", "constant")
@@ -40,7 +41,7 @@ def predict_tiled(
     image: Any,
     *,
     tile: int | Sequence[int] | None = None,
-    overlap: float = 0.25,
+    overlap: float | Sequence[float] = 0.25,
     blend: str = "gaussian",
     max_memory: int | str = "2G",
     out: Any = None,
@@ -57,8 +58,8 @@ def predict_tiled(
             for slices (zarr, h5py). Floating-point values are converted to the model's precision and not changed; whole
             numbers are prepared as in training (`normalisation`), with statistics taken band by band.
         tile: size in pixels, for all axes or one per axis, multiples of 2^depth; default the largest within `max_memory`.
-        overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too; the step is rounded down
-            to a multiple of 2^depth.
+        overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too, for all axes or one per
+            axis; the step is rounded down to a multiple of 2^depth.
         blend: "gaussian" (weights fall off from the centre of a tile, sigma 1/8 of its size) or "constant". The weights of
             a pixel add up to 1.
         max_memory: bytes, or a text such as "512M", for the maps of a tile and for the band of results; the program, the
@@ -143,9 +144,13 @@ def bands(
 
 
 def make_grid(
-    model: nn.Module, size: Sequence[int], tile: int | Sequence[int] | None, overlap: float = 0.25, blend: str = "gaussian"
+    model: nn.Module,
+    size: Sequence[int],
+    tile: int | Sequence[int] | None,
+    overlap: float | Sequence[float] = 0.25,
+    blend: str = "gaussian",
 ) -> list[Axis]:
-    """The tiles along each axis of an image of `size`; `tile` None means one tile.
+    """The tiles along each axis of an image of `size`; `tile` None means one tile. The others as for `predict_tiled`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -158,12 +163,13 @@ def make_grid(
     if not fits:
         what = f"{multiples[0]} (2^depth)" if len(set(multiples)) == 1 else f"{multiples}"
         raise ValueError(f"tile must be a positive multiple of {what}, or {len(size)} of them, not {tile!r}")
-    if not 0.0 <= overlap < 1.0:
-        raise ValueError(f"overlap must be 0 or more and below 1, not {overlap!r}")
+    shares = [overlap] * len(size) if isinstance(overlap, (int, float)) else list(overlap)
+    if len(shares) != len(size) or not all(0.0 <= share < 1.0 for share in shares):
+        raise ValueError(f"overlap must be 0 or more and below 1, or {len(size)} such numbers, not {overlap!r}")
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {BLENDS}, not {blend!r}")
-    axes = zip(size, tiles, multiples, strict=True)
-    return [_axis(length, side or length, overlap, multiple, blend) for length, side, multiple in axes]
+    axes = zip(size, tiles, shares, multiples, strict=True)
+    return [_axis(length, side or length, share, multiple, blend) for length, side, share, multiple in axes]
 
 
 def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Axis:
@@ -213,8 +219,11 @@ def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: 
     Raises:
         ValueError: the model has an encoder, or `options` name a level that it does not have.
     """
+    if isinstance(model, Ensemble):  # each member runs alone, beside the sum of the results
+        tiles = 2 * max(4, _sample(model).dtype.itemsize) * model.out_channels * math.prod(tile)
+        return tiles + max(memory(member, tile, size, options) for member in model.members)
     network = network_of(model)
-    if hasattr(network, "encoder"):
+    if network.over_encoder:
         raise ValueError("the memory of this model cannot be counted: give tile= instead of max_memory=")
     topology = network.topology
     level, mode = (options or {}).get("level"), (options or {}).get("mode", "accurate")

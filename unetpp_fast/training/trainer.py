@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architecture.network_spec import NetworkSpec
 from ..common.errors import InputError
 from ..common.extras import need
 from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
+from ..execution import dispatch
 from ..models.network import Network
-from ..models.normalisation import Normalisation
 from . import captured, evaluation, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
 from .loss_table import is_exclusive, taking_lists
@@ -63,7 +64,8 @@ class Trainer:
         max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
         surface: whether validation measures distances between surfaces too (`evaluation`).
 
-    The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
+    The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`
+    and `resampled_to`).
 
     Raises:
         InputError: the network returns something other than logits, the loss does not take them, or the network cannot be
@@ -91,7 +93,8 @@ class Trainer:
         loss = (loss or BCEDiceLoss()).to(self.device)
         self.loss = taking_lists(loss, network.out_channels, next(network.parameters()), network.topology.spatial_dims)
         network.exclusive = is_exclusive(self.loss)
-        network.normalisation = _normalisation(patches)
+        network.normalisation = _of_all(patches, "normalisation")
+        network.spacing = _of_all(patches, "resampled_to")
         self.train_step = make_step(network, recipe, self.loss, -(-len(patches) // recipe.batch_size))
         self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running epoch
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
@@ -284,6 +287,7 @@ class Trainer:
                 "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
                 "progress": {"step": self.step, "sums": self.sums.tolist(), "stale": self.stale},
                 "history": self.history,
+                "measured": dispatch.measured(_engine_part(self.network)),
             }
         save_checkpoint(self.out / name, content)
 
@@ -311,6 +315,7 @@ class Trainer:
             raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
         self.network.load_state_dict(content["model"])
         self.train_step.load_state_dict(content)
+        dispatch.adopt(_engine_part(self.network), content.get("measured", {}))  # another backend would give other bits
         torch.set_rng_state(content["random"]["cpu"])
         if self.device.type == "cuda" and content["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
@@ -343,9 +348,14 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _normalisation(patches: Patches) -> Normalisation | None:
-    """How all samples are prepared; None if they do not tell, or differ."""
-    found = {getattr(sample, "normalisation", None) for sample in patches.samples}
+def _engine_part(network: Any) -> NetworkSpec:
+    """What the engine runs of a network: over an encoder, the nest."""
+    return getattr(network, "nest", network)
+
+
+def _of_all(patches: Patches, name: str) -> Any:
+    """What all samples have under this name; None if they do not tell, or differ."""
+    found = {getattr(sample, name, None) for sample in patches.samples}
     return found.pop() if len(found) == 1 else None
 
 
