@@ -39,7 +39,7 @@ class LabelSample:
         Raises:
             InputError: a file cannot be read, the sizes or grids differ, or a label is none of the classes.
         """
-        drawn = read_drawn_labels(self.labels)
+        drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image, labels = self.normalisation(read_inputs((self.image, *self.channels), drawn)), drawn.values
         one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, *[1] * labels.ndim)
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
@@ -57,7 +57,7 @@ class LabelSample:
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`."""
-        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels))
+        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels).on_grid_of(self.image))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RegionSample(LabelSample):
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image, float32 `[C, *S]`, and masks, bool `[classes, *S]`; errors as `LabelSample.load`."""
-        drawn = read_drawn_labels(self.labels)
+        drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image = self.normalisation(read_inputs((self.image, *self.channels), drawn))
         masks = np.stack([np.isin(drawn.values, values) for values in self.regions])
         return at_spacing(image, masks, self.file_spacing(), self.resampled_to, self.image)
