@@ -49,8 +49,9 @@ def test_the_file_gives_what_the_command_line_leaves_out(tmp_path):
     assert options.max_memory == 8 * 2**30 and options.patience == 20 and not hasattr(options, "patch")
     other = parsed("train", "--config", file, "--batch-size", "2", "--capture")
     assert other.max_memory is None and other.batch_size == 2 and other.capture
-    file = written(tmp_path, "checkpoint: a\nimages: b\nout: c\ntile: [8, 16]")
-    assert parsed("predict", "--config", file).tile == (8, 16)
+    file = written(tmp_path, "checkpoint: a\nimages: b\nout: c\ntile: [8, 16]\noverlap: [0.5, 0.25]")
+    options = parsed("predict", "--config", file)
+    assert (options.tile, options.overlap) == ((8, 16), (0.5, 0.25))
     assert parsed("compare", "--config", written(tmp_path, "sample: true\nseeds: [4, 5]")).seeds == (4, 5)
 
 

@@ -135,6 +135,7 @@ def test_tiles_and_a_memory_budget(tmp_path, monkeypatch):
     for flags, options in (
         (("--tile", "32"), {"tile": 32}),
         (("--tile", "32x16", "--overlap", "0.5"), {"tile": (32, 16), "overlap": 0.5}),
+        (("--tile", "32,16", "--overlap", "0.5,0"), {"tile": (32, 16), "overlap": (0.5, 0)}),
         (("--max-memory", "17M"), {"max_memory": "17M"}),
     ):
         assert run(*arguments, "--out", tmp_path / "out", *flags) == 0
@@ -230,6 +231,8 @@ def test_a_bad_file_is_one_line(name, content, says, tmp_path, capsys):
         (("--tile", "big"), "'big' is not a size such as 512"),
         (("--tile", "32x32x32"), "or 2 of them"),
         (("--overlap", "1", "--tile", "32"), "overlap must be 0 or more and below 1"),
+        (("--overlap", "0.5,0.5,0.5", "--tile", "32"), "or 2 such numbers, not (0.5, 0.5, 0.5)"),
+        (("--overlap", "half"), "'half' is not a share such as 0.25"),
         (("--max-memory", "much"), "'much' is not an amount of memory"),
         (("--max-memory", "1K"), "is too small for tiles"),
     ],

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from support.command_line import run
 from support.medical_files import write_itk, write_series
 
+import unetpp_fast as uf
 from unetpp_fast.data.file_formats import read_stored
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model
 
@@ -98,3 +100,40 @@ def test_dicom_series_are_trained_on_and_predicted(tmp_path, capsys):
     series = read_stored(tmp_path / "data/images/b")
     assert np.array_equal(masks[0].values, masks[1].values) and masks[0].values.shape == series.values.shape
     assert all(np.allclose(mask.affine, series.affine, atol=1e-5) for mask in masks)
+
+
+def test_patches_of_unlike_sides_train_resume_and_repeat(data, tmp_path, capsys):
+    """The same run in one go and in two, one with its patch from a file of options, ends with the same weights."""
+    network = (*NETWORK[:4], "--patch", "4,16,8", "--patches-per-image", "2", "--max-memory", "200M")
+    for out, epochs, more in (("whole", "2", ()), ("parts", "1", ()), ("parts", "2", ("--resume",))):
+        assert run("train", "--data", data, "--out", tmp_path / out, *network, "--epochs", epochs, *more) == 0
+    one, two = (load_checkpoint(tmp_path / out / "last.pt") for out in ("whole", "parts"))
+    assert list(one["about"]["patch"]) == [4, 16, 8]
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+    assert "patch: [4, 16, 8]" in (tmp_path / "whole/run.yaml").read_text()
+    assert "4, 16, 8" in (tmp_path / "whole/report.html").read_text()
+    assert run("train", "--config", tmp_path / "whole/run.yaml") == 0
+    again = load_checkpoint(tmp_path / "whole-2/last.pt")
+    assert all(torch.equal(value, again["model"][key]) for key, value in one["model"].items())
+    capsys.readouterr()
+    common = ("train", "--data", data, "--out", tmp_path / "no", *NETWORK[:4])
+    for patch, says in {
+        "4,15,8": "--patch must be a positive multiple of 2 for 2 levels, not 4,15,8",
+        "4,8": "--patch gives 2 sides, but the data is 3D: give one, or 3 of them",
+        "4,b,8": "'4,b,8' is not a size such as 512 or 32,256,256",
+        "0": "--patch must be a positive multiple of 2 for 2 levels, not 0",
+    }.items():
+        assert run(*common, "--patch", patch) == 2
+        assert says in capsys.readouterr().err
+    assert run("train", "--data", data, "--out", tmp_path / "parts", *network[:-4], "--patch", "8", "--resume") == 2
+    assert "was made with another" in capsys.readouterr().err
+
+
+def test_tiles_of_unlike_sides_predict_as_one_pass_does(data, tmp_path):
+    """Where no tile ends within the reach of the network; here every tile holds the whole of two axes."""
+    arguments = ("train", "--data", data, "--out", tmp_path / "run", *NETWORK[:4], "--patch", "4,16,8", "--epochs", "1")
+    assert run(*arguments, "--norm", "none") == 0
+    network, _ = load_model(tmp_path / "run/best.pt")
+    x = torch.randn(1, 2, 40, 12, 10)
+    tiled = uf.predict_tiled(network, x, tile=(24, 12, 10), overlap=(0.9, 0, 0))
+    assert (tiled - network.predict(x)).abs().max() < 0.05

@@ -34,6 +34,16 @@ def blocks(side: int, dims: int) -> np.ndarray:
     return np.kron(np.random.default_rng(0).integers(0, 3, (side // 8,) * dims), np.ones((8,) * dims, int))
 
 
+def test_a_patch_of_unlike_sides_is_read_with_the_margin_of_its_longest():
+    """A turn brings in voxels from far beyond the thin side: hardly one comes from outside of what was read."""
+    transform = Augmentation([["RandAffine", {"prob": 1.0, "rotate_range": [0.5, 0.3, 0.3]}]], 3, (8, 24, 16))
+    assert transform.margin == 9
+    around = np.ones((1, 8 + 18, 24 + 18, 16 + 18), np.float32)
+    for seed in range(5):
+        image, mask = transform(around, around > 0, (seed,))
+        assert image.shape == mask.shape == (1, 8, 24, 16) and mask.mean() > 0.98
+
+
 @pytest.mark.parametrize(("dims", "spec"), [(2, MOVES), (3, MOVES_3D)])
 @pytest.mark.parametrize("outside", [None, 0])
 def test_image_and_label_map_move_alike(dims, spec, outside):

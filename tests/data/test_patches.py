@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.patches import BatchLoader, Patches
 from unetpp_fast.data.samples import ArraySample
 
@@ -114,3 +115,34 @@ def test_images_are_read_once_over_all_epochs(workers, tmp_path):
     batches = patches.batches(4, 2)
     assert torch.equal(next(iter(loader.load(batches)))[0], torch.stack([patches[item][0] for item in batches[0]]))
     loader.close()
+
+
+def test_sides_of_a_patch_may_differ_and_then_it_is_turned_by_180_degrees_alone():
+    volume = np.arange(12 * 10 * 20, dtype=np.float32).reshape(1, 12, 10, 20)
+    sample = ArraySample("ramp", volume, volume > volume.mean())
+    patches = Patches([sample], (4, 8, 16), 64, seed=0, foreground=0.5)
+    signs = set()
+    for draw in range(64):
+        image, mask = patches[0, draw]
+        assert image.shape == mask.shape == (1, 4, 8, 16) and torch.equal(mask, (image > 0).float())
+        steps = [image[0, 1, 0, 0] - image[0, 0, 0, 0], image[0, 0, 1, 0] - image[0, 0, 0, 0]]
+        across = image[0, 0, 0, 1] - image[0, 0, 0, 0]
+        signs.add((*(np.sign(step.item()) for step in (*steps, across)), bool(abs(steps[1]) > abs(across))))
+    assert len(signs) == 8 and all(along for *_, along in signs)  # rows stay rows
+    turned = {bool(abs(image[0, 0, 1, 0] - image[0, 0, 0, 0]) > abs(image[0, 0, 0, 1] - image[0, 0, 0, 0]))
+              for image, _ in (Patches([sample], (4, 8, 8), 16, seed=0)[0, draw] for draw in range(16))}  # fmt: skip
+    assert turned == {True, False}  # as before where the last two sides are equal
+    same, cube = (Patches([sample], patch, 8, seed=3)[1, 5][0] for patch in ((8, 8, 8), 8))
+    assert torch.equal(same, cube)
+
+
+def test_a_patch_of_unlike_sides_pads_where_the_volume_is_smaller():
+    volume = np.random.default_rng(0).normal(size=(1, 3, 20, 5)).astype(np.float32)
+    patches = Patches([ArraySample("thin", volume, volume > 0)], (4, 16, 8), 4, seed=0, augment=False)
+    assert patches[0, 1][0].shape == (1, 4, 16, 8) and torch.equal(patches[0, 1][0][:, 3], patches[0, 1][0][:, 2])
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 8), (8, 0), (8,), 0])
+def test_a_patch_that_does_not_fit_the_axes_is_one_error(patch):
+    with pytest.raises(InputError, match="a patch has one side, or one for each of the 2 axes"):
+        Patches([make_sample(20, 30)], patch, 1, seed=0)[0, 0]

@@ -126,8 +126,9 @@ def measured(monkeypatch, tmp_path, faster) -> None:
     """Times by `faster`, which says whether the kernels take less for a place."""
     monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(encoder_layers.tuning, "may_measure", lambda x: True)
-    monkeypatch.setattr(encoder_layers.tuning, "_verdicts", {})
-    monkeypatch.setattr(encoder_layers.tuning, "_loaded", set())
+    for name, empty in (("_known", {}), ("_latest", {}), ("_loaded", set()), ("_doubted", set())):
+        monkeypatch.setattr(encoder_layers.verdicts, name, empty)
+    monkeypatch.setattr(encoder_layers, "share_waited", lambda since: 0.0)  # whatever runs beside the tests
     compute = Pass.compute
 
     def timed(self, layer, x):
@@ -147,6 +148,15 @@ def test_the_faster_of_both_is_taken_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(encoder_layers, "_measured", None)  # it is not called again
     assert fastest(changed, x, 2) == (1, 3)
     assert fastest(mine, x, 2) == fastest(changed, x.double(), 2) == fastest(changed, x[:0], 2) == ()
+
+
+def test_what_was_measured_beside_other_programs_is_measured_again_by_the_next_process(monkeypatch, tmp_path):
+    for waited, faster, taken in ((0.3, (1, 3), (1, 3)), (0.0, (2,), (2,)), (0.0, (0,), (2,))):
+        measured(monkeypatch, tmp_path, lambda place, faster=faster: place in faster)  # a new process
+        monkeypatch.setattr(encoder_layers, "share_waited", lambda since, waited=waited: waited)
+        mine, x = encoder()
+        changed = with_layers(mine, x)
+        assert fastest(changed, x, 2) == fastest(changed, x, 2) == taken
 
 
 def test_kernels_with_a_wrong_result_are_not_taken(monkeypatch, tmp_path):

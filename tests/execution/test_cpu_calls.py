@@ -15,7 +15,7 @@ import unetpp_fast as uf
 from unetpp_fast.execution import dispatch, reference
 from unetpp_fast.execution.call import Call
 from unetpp_fast.execution.cpu import inference, kept_operands
-from unetpp_fast.execution.fused import tuning
+from unetpp_fast.execution.fused import tuning, verdicts
 
 pytestmark = pytest.mark.skipif(not dispatch.CPU_KERNELS[0], reason=f"the CPU kernels are off: {dispatch.CPU_KERNELS[1]}")
 
@@ -190,9 +190,9 @@ def measured(monkeypatch, tmp_path) -> list[str]:
     """Measuring as on a user's machine, with times given: reference 4 ms, kernels 2 ms; lists what is timed."""
     monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
-    for table in (tuning._verdicts, tuning._latest):
-        monkeypatch.setattr(tuning, "_verdicts" if table is tuning._verdicts else "_latest", {})
-    monkeypatch.setattr(tuning, "_loaded", set())
+    for name, empty in (("_known", {}), ("_latest", {}), ("_loaded", set()), ("_doubted", set())):
+        monkeypatch.setattr(verdicts, name, empty)
+    monkeypatch.setattr(tuning, "share_waited", lambda since: 0.0)  # whatever runs beside the tests
     timed: list[str] = []
 
     def milliseconds(run, device, rounds):
@@ -212,8 +212,8 @@ def test_auto_takes_what_was_measured_for_inference_and_for_training(measured):
         assert dispatch.choose(Call(model, make_input(1, 1, 8, 16))) == faster and len(measured) == 2  # of one bucket
         assert dispatch.choose(Call(model, make_input(1, 1, 16, 20))) == faster and len(measured) == 4
     assert dispatch.choose(Call(model, x)) == faster and len(measured) == 6  # gradients are another pass
-    tuning._verdicts.clear()
-    tuning._loaded.clear()
+    verdicts._known.clear()
+    verdicts._loaded.clear()
     with torch.no_grad():  # as another process does
         assert dispatch.choose(Call(model, x)) == faster and len(measured) == 6
 
@@ -234,13 +234,13 @@ def test_two_processes_keep_what_both_have_measured(measured):
     model = network(backend="auto")
     with torch.no_grad():
         dispatch.choose(Call(model, make_input(1, 1, 8, 12)))
-        first = dict(tuning._verdicts)
-        tuning._verdicts.clear()  # of a process that has not seen the first one's
+        first = dict(verdicts._known)
+        verdicts._known.clear()  # of a process that has not seen the first one's
         dispatch.choose(Call(model, make_input(1, 1, 16, 20)))
-        tuning._verdicts.clear()
-        tuning._loaded.clear()
-        tuning.load(torch.device("cpu"))
-    assert set(first) < set(tuning._verdicts) and len(tuning._verdicts) == 2
+        verdicts._known.clear()
+        verdicts._loaded.clear()
+        verdicts.load(torch.device("cpu"))
+    assert set(first) < set(verdicts._known) and len(verdicts._known) == 2
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import unetpp_fast as uf
 from unetpp_fast.execution import dispatch, explanation
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.fused import operators, tuning
+from unetpp_fast.execution.fused import operators, tuning, verdicts
 from unetpp_fast.execution.fused.ops import HAS_TRITON, INTERPRETED
+from unetpp_fast.execution.source_hash import source_hash
 from unetpp_fast.kernels import tuning as kernel_tuning
 
 pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs Triton and its interpreter")
@@ -59,7 +60,7 @@ def test_auto_uses_what_was_measured_in_this_process_and_the_next(clock, cache):
             assert dispatch.choose(Call(uf.UNet(1, 1, features=(3, 5)).eval(), x))[0] == "reference"
         forget()
     (path,) = cache.glob("*.json")
-    assert tuning.source_hash() in path.name and set(json.loads(path.read_text())) == {"configurations", "verdicts"}
+    assert source_hash() in path.name and set(json.loads(path.read_text())) == {"configurations", "verdicts"}
 
 
 def test_auto_stays_with_a_faster_reference(clock):
@@ -203,7 +204,7 @@ def test_passes_that_compute_other_things_are_measured_separately(clock, at_firs
                 call = Call(model.train(training), x)
                 dispatch.choose(call)
                 keys.add(tuning._key(call))
-    assert len(keys) == len(tuning._verdicts) == 4
+    assert len(keys) == len(verdicts._known) == 4
 
 
 @pytest.fixture
@@ -232,24 +233,24 @@ def test_every_device_has_its_own_measurements(cache, monkeypatch):
     kernel_tuning._place.cache_clear()
     for index, place in enumerate(places):
         kernel_tuning.table[f"conv{place}"] = f"block {index}"
-    monkeypatch.setattr(tuning, "device_name", torch.cuda.get_device_name)
-    tuning._setting.cache_clear()
+    monkeypatch.setattr(verdicts, "device_name", torch.cuda.get_device_name)
+    verdicts._setting.cache_clear()
     for index, place in enumerate(places):
-        path = tuning.save(torch.device("cuda", index))
+        path = verdicts.save(torch.device("cuda", index))
         assert json.loads(path.read_text())["configurations"] == {f"conv{place}": f"block {index}"}
-    tuning._setting.cache_clear()
+    verdicts._setting.cache_clear()
 
 
 def test_a_graph_is_compiled_by_the_verdict_of_its_device(monkeypatch):
     """A CPU's backend would not run on a GPU."""
-    monkeypatch.setattr(tuning, "setting", str)
+    monkeypatch.setattr(verdicts, "setting", str)
     model, x = small()
     call = Call(model, x)
-    tuning._keep(torch.device("cuda", 0), tuning._key(call), {"backend": "cuda"})
-    tuning._keep(x.device, tuning._key(call), {"backend": "cpu"})
+    verdicts.keep(torch.device("cuda", 0), tuning._key(call), {"backend": "cuda"})
+    verdicts.keep(x.device, tuning._key(call), {"backend": "cpu"})
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert tuning.verdict(call) == {"backend": "cpu"}
-    tuning._keep(torch.device("cuda", 0), tuning._key(call), {"backend": "cuda"})
+    verdicts.keep(torch.device("cuda", 0), tuning._key(call), {"backend": "cuda"})
     assert tuning.verdict(call) == {"backend": "cpu"}
 
 

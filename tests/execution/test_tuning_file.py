@@ -10,7 +10,7 @@ from support.measured import forget, own_store, small
 
 from unetpp_fast.execution import dispatch
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.fused import tuning
+from unetpp_fast.execution.fused import tuning, verdicts
 from unetpp_fast.execution.fused.ops import HAS_TRITON, INTERPRETED
 from unetpp_fast.kernels import tuning as kernel_tuning
 
@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"configurations": {}}'])
 def test_a_file_that_cannot_be_read_counts_as_none(cache, content):
     model, x = small()
-    path = tuning.cache_file(x.device)
+    path = verdicts.cache_file(x.device)
     path.parent.mkdir(parents=True)
     path.write_text(content)
     assert dispatch.choose(Call(model, x))[0] == "reference"
@@ -38,11 +38,11 @@ def test_processes_keep_what_each_other_has_measured(monkeypatch):
     names = [name + kernel_tuning.place(device) for name in ("first", "second")]
     for name in names:
         forget()
-        tuning._loaded.add(tuning.setting(device))  # began before the other one wrote
+        verdicts._loaded.add(verdicts.setting(device))  # began before the other one wrote
         kernel_tuning.table[name] = "1.0"
-        tuning._keep(device, name, ratio)
-        tuning.save(device)
-    content = json.loads(tuning.cache_file(device).read_text())
+        verdicts.keep(device, name, ratio)
+        verdicts.save(device)
+    content = json.loads(verdicts.cache_file(device).read_text())
     assert content == {"configurations": dict.fromkeys(names, "1.0"), "verdicts": dict.fromkeys(names, ratio)}
 
     def write(path, _):
@@ -51,9 +51,9 @@ def test_processes_keep_what_each_other_has_measured(monkeypatch):
         writes.append(path)
 
     writes = []
-    monkeypatch.setattr(tuning, "write_atomic", write)
-    tuning.save(device)
-    assert writes == [tuning.cache_file(device)]
+    monkeypatch.setattr(verdicts, "write_atomic", write)
+    verdicts.save(device)
+    assert writes == [verdicts.cache_file(device)]
 
 
 def test_a_tuning_that_is_stopped_keeps_what_it_has_measured(monkeypatch):
@@ -72,4 +72,4 @@ def test_a_tuning_that_is_stopped_keeps_what_it_has_measured(monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         tuning._time_candidates(Call(model.eval(), x), "triton", "inference", False, compute)
-    assert json.loads(tuning.cache_file(x.device).read_text())["configurations"] == {names[0]: "2.0"}
+    assert json.loads(verdicts.cache_file(x.device).read_text())["configurations"] == {names[0]: "2.0"}

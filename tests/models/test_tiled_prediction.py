@@ -43,7 +43,9 @@ def test_one_tile_is_one_pass(size, norm):
             assert torch.equal(uf.predict_tiled(model, x, **tile, **options), expected)
 
 
-@pytest.mark.parametrize("size, tile, overlap", [((118, 96), 48, 0.5), ((131, 77), (40, 48), 0.25), ((50, 48, 30), 32, 0.5)])
+@pytest.mark.parametrize(
+    "size, tile, overlap", [((118, 96), 48, 0.5), ((131, 77), (40, 48), (0.25, 0.5)), ((50, 48, 30), 32, 0.5)]
+)
 def test_the_middle_of_tiles_is_one_pass(size, tile, overlap):
     """Also of a size that is not a multiple of 2: the last tile is padded as one pass pads."""
     model = network(len(size), features=(3, 4))
@@ -148,6 +150,8 @@ def test_the_bar_is_shown_only_when_asked(capfd):
         ({"tile": 0}, ValueError, "positive multiple of 4"),
         ({"overlap": 1.0}, ValueError, "overlap must be 0 or more and below 1"),
         ({"overlap": math.nan}, ValueError, "overlap must be"),
+        ({"overlap": (0.5, 0.5, 0.5)}, ValueError, "or 2 such numbers"),
+        ({"overlap": (0.5, 1.0)}, ValueError, "overlap must be"),
         ({"blend": "linear"}, ValueError, "blend must be one of"),
         ({"max_memory": "lots"}, ValueError, "'lots' is not an amount of memory"),
         ({"max_memory": 0}, ValueError, "0 is not an amount of memory"),

@@ -10,20 +10,21 @@ import torch
 from support.helpers import make_input
 
 import unetpp_fast as uf
-from unetpp_fast.execution.fused import tuning
+from unetpp_fast.execution.fused import tuning, verdicts
 from unetpp_fast.kernels import tuning as kernel_tuning
 
 
 def forget() -> None:
     """As in a new process."""
-    tables = tuning._verdicts, tuning._latest, tuning._loaded, tuning._failures
-    for known in (*tables, kernel_tuning.table, kernel_tuning._chosen):
+    tables = verdicts._known, verdicts._latest, verdicts._loaded, verdicts._doubted
+    for known in (*tables, tuning._failures, kernel_tuning.table, kernel_tuning._chosen):
         known.clear()
 
 
 def own_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """For a fixture: the empty folder of the store; what was known before and after is forgotten."""
     monkeypatch.setenv("UNETPP_FAST_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(tuning, "share_waited", lambda since: 0.0)  # whatever runs beside the tests
     forget()
     yield folder / "cache"
     forget()

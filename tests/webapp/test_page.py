@@ -1,12 +1,15 @@
-"""`unetpp-fast app` in a browser: the sample, another image, a broken file, levels and modes; nothing from elsewhere."""
+"""`unetpp-fast app` in a browser: the sample, another image, a broken file, levels and modes, several models; nothing from
+elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +24,27 @@ from unetpp_fast.training.checkpoint import save_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, seed: int = 0) -> Path:
     """The folder of a training, with weights as they were drawn."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = uf.UNetPlusPlus(1, 2, features=(4, 8, 8), deep_supervision=True)
     content = {"config": network.config, "model": network.state_dict(), "about": {"classes": ["cells", "<b>rims"]}}
     save_checkpoint(folder / "best.pt", content)
     return folder
 
 
-@pytest.fixture
-def served(tmp_path):
-    """The address of the page of a small model."""
+@contextlib.contextmanager
+def serving(folder: Path, *models: Path) -> Iterator[str]:
+    """The address of the page of models; its log is in the folder."""
     if not (GRADIO / "gradio").is_dir():
         pytest.skip(f"gradio is not installed: pip install --target {GRADIO.relative_to(ROOT)} gradio")
-    port, model = free_port(), write_run(tmp_path / "run")
-    command = [sys.executable, "-m", "unetpp_fast", "app", "--model", model, "--port", str(port), "--device", "cpu"]
+    port = free_port()
+    command = [sys.executable, "-m", "unetpp_fast", "app", "--port", str(port), "--device", "cpu", "--model", *models]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{GRADIO}", "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
     try:
-        log = tmp_path / "log"
+        log = folder / "log"
         wait_for(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, "the page")
         assert process.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}/"
@@ -49,6 +52,13 @@ def served(tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The address of the page of a small model."""
+    with serving(tmp_path, write_run(tmp_path / "run")) as address:
+        yield address
 
 
 def test_an_image_goes_in_and_its_mask_comes_out(served, tmp_path):
@@ -84,3 +94,23 @@ def test_an_image_goes_in_and_its_mask_comes_out(served, tmp_path):
         assert asked and all(address.startswith(served) for address in asked)
     with urllib.request.urlopen(served) as answer:  # nothing else may be loaded, whatever gradio asks for
         assert answer.headers["Content-Security-Policy"].startswith("default-src 'self';")
+
+
+def test_the_folds_of_a_cross_validation_predict_together(tmp_path):
+    for number in range(2):
+        write_run(tmp_path / f"cv/fold{number}", number)
+    with serving(tmp_path, tmp_path / "cv") as address, browser(tmp_path / "profile") as page:
+        page.open(address)
+        wait_for(lambda: "cv, the mean of 2 networks (fold0, fold1)" in page.text("body"), "the model")
+        page.click("#sample")
+        wait_for(lambda: page.text("#times").count(" ms") == 4 + 3, "the times of all levels and of the members")
+        assert re.search(r"fold0 [\d.]+ ms fold1 [\d.]+ ms in sum [\d.]+ ms$", page.text("#times"))
+        sources = "return ['overlay', 'mask'].map(id => document.querySelector(`#${id} img`).src)"
+        before = page.run(sources)
+        page.click("#view input[value=disagreement]")
+        wait_for(lambda: page.run(sources)[0] != before[0], "the picture of where they disagree")
+        assert "where the members' probabilities lie 0." in page.text("#status")
+        page.click("#mode input[value=fast]")
+        wait_for(lambda: "MEMBER L2, FAST" in page.text("#times").upper(), "the times of the fast mode")
+        page.click("#view input[value=masks]")
+        wait_for(lambda: "of the pixels" in page.text("#status"), "the masks")

@@ -26,7 +26,7 @@ def small(channels: int = 1, classes: int = 1, exclusive: bool = False, dims: in
     network.exclusive, network.normalisation = exclusive, STANDARD
     names = [f"class {index}" for index in range(classes)]
     about = {"classes": names, "exclusive": exclusive, "palette": [[index, 2, 3] for index in range(classes)]}
-    return models._model("small", network, {"about": about}, "float32")
+    return models._model("small", [("small", network, {"about": about})], "float32")
 
 
 def picture(path, shape, dtype=np.uint8):
@@ -42,7 +42,7 @@ def test_masks_are_those_of_predict(tmp_path):
         expected = model.network.predict(image, mode=mode, level=level)[0].numpy()
         np.testing.assert_allclose(opened.probabilities(mode, level), expected, atol=1e-6)
         assert np.array_equal(opened.mask(mode, level), (expected[0] > 0.5) * np.uint8(255))
-        assert opened.overlay(mode, level).shape == (21, 30, 3) and opened.times[mode, level] > 0
+        assert opened.overlay(mode, level).shape == (21, 30, 3) and opened.times[mode, level][0] > 0
     assert opened.planes == 1
 
 
@@ -104,14 +104,66 @@ def test_models_come_from_a_run_a_file_and_a_saved_folder(tmp_path):
     network = small().network
     save_checkpoint(tmp_path / "run/best.pt", {"config": network.config, "model": network.state_dict(), "about": {}})
     for place in (tmp_path / "run", tmp_path / "run/best.pt"):
-        assert models.load(str(place), CPU).levels == (1, 2)
+        assert models.load([str(place)], CPU).levels == (1, 2)
     pytest.importorskip("safetensors")
     network.save_pretrained(tmp_path / "saved")
-    assert models.load(str(tmp_path / "saved"), CPU).describe().endswith("heads at L1, L2; cpu, float32")
+    assert models.load([str(tmp_path / "saved")], CPU).describe().endswith("heads at L1, L2; cpu, float32")
     (tmp_path / "empty").mkdir()
-    for place, says in (("empty", "holds no best.pt or last.pt"), ("none.pt", "does not exist")):
+    for place, says in (("empty", "name a file in it, or the folder of a run"), ("none.pt", "does not exist")):
         with pytest.raises(InputError, match=says):
-            models.load(str(tmp_path / place), CPU)
+            models.load([str(tmp_path / place)], CPU)
+
+
+def write_folds(folder, *depths):
+    """A cross-validation of networks with so many levels below the first, and heads at all."""
+    for number, depth in enumerate(depths):
+        torch.manual_seed(number)
+        network = uf.UNetPlusPlus(1, 1, features=(3, 4, 5, 6)[: depth + 1], deep_supervision=True)
+        content = {"config": network.config, "model": network.state_dict(), "about": {}}
+        save_checkpoint(folder / f"fold{number}/best.pt", content)
+    return folder
+
+
+def test_a_cross_validation_is_the_mean_of_its_folds(tmp_path):
+    folder, path = write_folds(tmp_path / "cv", 2, 2, 3), picture(tmp_path / "a.png", (21, 30))
+    model = models.load([str(folder)], CPU)
+    assert "cv, the mean of 3 networks (fold0, fold1, fold2):" in model.describe() and model.levels == (1, 2)
+    opened, image = segmentation.open_file(model, path), torch.from_numpy(standardise(read_image(path)))[None]
+    for mode, level in (("fast", 1), ("accurate", 2)):
+        each = torch.stack([network.predict(image, mode=mode, level=level)[0] for _, network in model.members])
+        np.testing.assert_allclose(opened.probabilities(mode, level), each.mean(dim=0), atol=1e-6)
+        apart = each.amax(dim=0) - each.amin(dim=0)
+        np.testing.assert_allclose(opened.disagreement(mode, level), apart[0], atol=1e-6)
+        assert len(opened.times[mode, level]) == 3 and opened.heat(mode, level).shape == (21, 30, 3)
+    assert model.parameters(1) == sum(uf.parameter_count(network.prune(1)) for _, network in model.members)
+
+
+def test_several_models_are_named_by_their_places(tmp_path):
+    one, two = (str(write_folds(tmp_path / name, 2, 2)) for name in ("a", "b"))
+    model = models.load([one, f"{two}/fold1/best.pt"], CPU)
+    assert [name for name, _ in model.members] == [f"{one}/fold0", f"{one}/fold1", f"{two}/fold1/best.pt"]
+    assert model.name == "2 models"
+    content = {"config": small(3).network.config, "model": small(3).network.state_dict(), "about": {}}
+    save_checkpoint(tmp_path / "colour.pt", content)
+    with pytest.raises(InputError, match="different channels"):
+        models.load([one, str(tmp_path / "colour.pt")], CPU)
+    lone = uf.UNetPlusPlus(1, 1, features=(3, 4, 5, 6))
+    save_checkpoint(tmp_path / "lone.pt", {"config": lone.config, "model": lone.state_dict(), "about": {}})
+    with pytest.raises(InputError, match="no level in common"):
+        models.load([one, str(tmp_path / "lone.pt")], CPU)
+
+
+def test_a_visit_to_several_models(tmp_path):
+    model = models.load([str(write_folds(tmp_path / "cv", 2, 2))], CPU)
+    app = interface.App(model, CPU, "float32")
+    session = app.open(app.begin(), str(picture(tmp_path / "a.png", (16, 24))))
+    session, masks, mask, table, _ = app.look(session, 2, "fast", 0)
+    assert "<td>fold1</td>" in table and table.count(" ms") == 4 and "in sum" in table
+    session, heat, same, _, line = app.look(session, 2, "fast", 0, interface.DISAGREEMENT)
+    assert np.array_equal(mask, same) and not np.array_equal(masks, heat) and "where the members' probabilities lie" in line
+    session.model = small()  # chosen while the page still asks for what only several models have
+    session = app.open(session, str(tmp_path / "a.png"))
+    assert np.array_equal(app.look(session, 2, "fast", 0, interface.DISAGREEMENT)[1], session.opened.overlay("fast", 2))
 
 
 def test_the_events_of_a_visit(tmp_path, monkeypatch):

@@ -97,8 +97,23 @@ def engine_options(table: Mapping[str, Entry]) -> list[str]:
 
 
 def tile_size(text: str) -> tuple[int, ...]:
-    """`512` as (512,), `32x256x256` as (32, 256, 256)."""
-    return _integers(text, "x", "a size such as 512 or 32x256x256")
+    """`512` as (512,), `32,256,256` or `32x256x256` as (32, 256, 256)."""
+    return _integers(text.replace("x", ","), ",", "a size such as 512 or 32,256,256")
+
+
+def patch_size(text: str) -> int | tuple[int, ...]:
+    """`64` as 64, `32,128,128` as (32, 128, 128)."""
+    sides = tile_size(text)
+    return sides[0] if len(sides) == 1 else sides
+
+
+def overlap(text: str) -> float | tuple[float, ...]:
+    """`0.25` as 0.25, `0.5,0.25,0.25` as (0.5, 0.25, 0.25)."""
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25, or 0.5,0.25,0.25") from None
+    return shares[0] if len(shares) == 1 else shares
 
 
 def image_size(text: str) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from ..models.architectures import AnyNetwork
 from ..models.ensemble import Ensemble
 from ..training import checkpoint
 from ..training.classes import class_names, palette
-from .arguments import Commands, add_command, add_device, byte_count, tile_size
+from .arguments import Commands, add_command, add_device, byte_count, overlap, tile_size
 
 FAILED = 2
 
@@ -53,8 +53,11 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("--keep-largest", type=int, help="keep only so many connected parts, the largest ones")
     predict.add_argument("--fill-holes", action="store_true", help="fill the holes")
     predict = command.add_argument_group("large images")
-    predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32x256x256 in 3D")
-    predict.add_argument("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour")
+    predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32,256,256 in 3D")
+    predict.add_argument(
+        "--overlap", type=overlap, default=0.25,
+        help="share of a tile that overlaps its neighbour: 0.25, or 0.5,0.25,0.25, one per axis",
+    )  # fmt: skip
     predict.add_argument(
         "--max-memory", type=byte_count, help="512M, 2G: choose tiles that need no more; default: one tile per image"
     )

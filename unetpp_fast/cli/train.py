@@ -19,6 +19,7 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..data.augmentation import STRONG, Augmentation, read_spec
+from ..data.geometry import sides_of
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
@@ -286,7 +287,7 @@ def _with_batch_size(
     if options.resume:
         before = checkpoint.load_checkpoint(options.out / "last.pt").get("recipe", {})
         return replace(recipe, batch_size=before.get("batch_size", recipe.batch_size))
-    size = (options.patch,) * network.topology.spatial_dims
+    size = sides_of(options.patch, network.topology.spatial_dims)
     times = recipe.accumulate * processes.size()
     most = -(-len(patches) // times)
     average = sum(tensor.nbytes for tensor in network.state_dict().values()) if recipe.ema else 0
@@ -298,10 +299,15 @@ def _with_batch_size(
 
 def _check_patches(network: Network, options: argparse.Namespace) -> None:
     """Raises InputError unless --patch and --patches-per-image suit the network."""
-    multiple = network.multiple
-    if options.patch < 1 or options.patch % multiple:
+    patch, dims = options.patch, network.topology.spatial_dims
+    if not isinstance(patch, int) and len(patch) != dims:
+        raise InputError(f"--patch gives {len(patch)} sides, but the data is {dims}D: give one, or {dims} of them")
+    sides, multiples = ((number,) * dims if isinstance(number, int) else number for number in (patch, network.multiples))
+    if any(side < 1 or side % step for side, step in zip(sides, multiples, strict=True)):
         levels = f"the encoder {options.encoder}" if options.encoder else f"{len(options.features)} levels"
-        raise InputError(f"--patch must be a positive multiple of {multiple} for {levels}, not {options.patch}")
+        levels = f"the network of {options.init_from}" if options.init_from else levels
+        steps, given = (",".join(map(str, dict.fromkeys(s) if len(set(s)) == 1 else s)) for s in (multiples, sides))
+        raise InputError(f"--patch must be a positive multiple of {steps} for {levels}, not {given}")
     if options.patches_per_image < 1:
         raise InputError(f"--patches-per-image must be at least 1, not {options.patches_per_image}")
 
@@ -311,7 +317,7 @@ def _check_batches(network: Network, patches: Patches, recipe: Recipe) -> None:
     largest = min(recipe.batch_size, len(patches))
     batches = {largest, len(patches) % recipe.batch_size or largest}
     smallest = min(whole // recipe.micro_batch_count(whole, processes.size()) for whole in batches)
-    shape = (smallest, network.topology.in_channels, *[patches.patch] * network.topology.spatial_dims)
+    shape = (smallest, network.topology.in_channels, *sides_of(patches.patch, network.topology.spatial_dims))
     try:
         check_input(network, torch.empty(shape, device="meta"))
     except ValueError as error:

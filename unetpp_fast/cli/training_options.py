@@ -23,6 +23,7 @@ from .arguments import (
     byte_count,
     class_weights,
     engine_options,
+    patch_size,
     width_list,
 )
 
@@ -66,9 +67,10 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
     train = command.add_argument_group("patches and augmentation")
     train.add_argument(
         "--patch",
-        type=int,
+        type=patch_size,
+        metavar="SIZE",
         default=argparse.SUPPRESS,
-        help="side of the random patches (default: 96, of volumes 64, or the task's)",
+        help="side of the random patches, or one per axis: 32,128,128 (default: 96, of volumes 64, or the task's)",
     )
     train.add_argument(
         "--patches-per-image", type=int, default=argparse.SUPPRESS,

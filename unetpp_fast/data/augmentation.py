@@ -18,10 +18,11 @@ import torch
 
 from ..common.errors import InputError, first_line
 from ..common.extras import need
+from .geometry import sides_of
 
 Spec = list[list]  # [name, settings], ...
 EXTRA = "augment"
-MARGIN = 3 / 8  # of a patch: what is read around it, so that turning and shrinking brings in pixels rather than emptiness
+MARGIN = 3 / 8  # of the longest side: what is read around a patch, so that turning and shrinking brings in no emptiness
 SIZED = ("RandAffine", "Rand2DElastic", "Rand3DElastic")  # can return the middle of what they read
 OF_THE_IMAGE = ("RandSimulateLowResolution",)  # MONAI counts it among those that move pixels
 _INTENSITIES = (
@@ -48,26 +49,26 @@ class Augmentation:
     Args:
         spec: names and settings.
         spatial_dims: 2 or 3.
-        patch: side in pixels.
+        patch: side in pixels, of every axis or one per axis.
 
     Raises:
         InputError: MONAI is missing, or a transform is unknown or does not take its settings.
     """
 
-    def __init__(self, spec: Spec, spatial_dims: int, patch: int):
+    def __init__(self, spec: Spec, spatial_dims: int, patch: int | Sequence[int]):
         need("monai", EXTRA)
-        self.spec, self.patch = spec, patch
+        self.spec, self.sides = spec, sides_of(patch, spatial_dims)
         kinds = [_find(name, spatial_dims) for name, _ in spec]
         movers = [index for index, (_, moves) in enumerate(kinds) if moves]
         self.resamples = any("mode" in inspect.signature(kinds[index][0]).parameters for index in movers)
-        self.margin = -int(-MARGIN * patch // 1) if self.resamples else 0
+        self.margin = -int(-MARGIN * max(self.sides) // 1) if self.resamples else 0
         small = (4 if self.resamples else 0) + 12
         trial = torch.rand(1, *[small] * spatial_dims, generator=torch.Generator().manual_seed(0))
         self.moving, self.colouring = [], []
         for index, ((name, settings), (kind, moves)) in enumerate(zip(spec, kinds, strict=True)):
             given = _settings(name, kind, moves, settings, spatial_dims)
             sized = name in SIZED and index == movers[-1]
-            extra = {"spatial_size": (patch,) * spatial_dims} if sized else {}
+            extra = {"spatial_size": self.sides} if sized else {}
             try:
                 transform = kind(**given, **extra)
                 content = {"image": trial, "mask": trial}
@@ -80,10 +81,10 @@ class Augmentation:
             (self.moving if moves else self.colouring).append(transform)
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """A changed patch: image float32 `[C, patch, ...]` and mask bool `[classes, patch, ...]`.
+        """A changed patch: image float32 `[C, *patch]` and mask bool `[classes, *patch]`.
 
         Args:
-            image: float32 `[C, patch + 2 margin, ...]`.
+            image: float32 `[C, *S]`, along each axis as long as the patch with a margin on both sides.
             mask: of that size; pixels that come from outside of it have no class.
             seed: integers that determine all choices.
         """
@@ -102,8 +103,8 @@ class Augmentation:
         return np.asarray(content["image"], np.float32), np.asarray(content["mask"]) > 0.5
 
     def _middle(self, values: torch.Tensor) -> torch.Tensor:
-        starts = [(size - self.patch) // 2 for size in values.shape[1:]]
-        return values[(slice(None), *(slice(start, start + self.patch) for start in starts))]
+        starts = [(size - side) // 2 for size, side in zip(values.shape[1:], self.sides, strict=True)]
+        return values[(slice(None), *(slice(start, start + side) for start, side in zip(starts, self.sides, strict=True)))]
 
 
 def read_spec(path: Path) -> Spec:

@@ -1,8 +1,8 @@
-"""Whether a mask lies on the grid of its volume."""
+"""Whether a mask lies on the grid of its volume, and the sides of patches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +31,15 @@ def check_affines(
 def times(sizes: Iterable[float]) -> str:
     """`0.7x0.8x2.5`."""
     return "x".join(f"{size:.4g}" for size in sizes)
+
+
+def sides_of(patch: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """The side of a patch along each of so many axes; one number is that of all.
+
+    Raises:
+        InputError: there are not as many sides as axes, or one is not positive.
+    """
+    sides = (patch,) * axes if isinstance(patch, int) else tuple(patch)
+    if len(sides) != axes or min(sides) < 1:
+        raise InputError(f"a patch has one side, or one for each of the {axes} axes, of at least 1, not {patch}")
+    return sides

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.errors import InputError, first_line
 from .augmentation import Augmentation
+from .geometry import sides_of
 from .samples import ArraySample, Sample
 
 CACHE_BYTES = 2**31
@@ -20,14 +21,15 @@ SECONDS_TO_NOTICE = 5.0  # at most, between the death of a worker process and th
 
 
 class Patches(torch.utils.data.Dataset):
-    """Random square or cubic patches with flips and, within the last two axes, 90-degree rotations, and further changes.
+    """Random patches with flips and, within the last two axes, 90-degree rotations (by 180 degrees if these axes have unlike
+    sides), and further changes.
 
     A patch depends only on (seed, epoch, draw), so a resumed training draws the same patches, with any number of workers.
     Images smaller than the patch are padded by repeating their border.
 
     Args:
         samples: images with masks.
-        patch: side in pixels, the same along every axis.
+        patch: side in pixels, of every axis or one per axis.
         per_image: draws from each image per epoch.
         seed: of all random choices.
         augment: whether to flip and rotate.
@@ -41,9 +43,9 @@ class Patches(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, samples: Sequence[Sample | ArraySample], patch: int, per_image: int, seed: int, augment: bool = True,
-        transform: Augmentation | None = None, foreground: float = 0.0, background: int | None = None,
-        outside: int | None = None,
+        self, samples: Sequence[Sample | ArraySample], patch: int | Sequence[int], per_image: int, seed: int,
+        augment: bool = True, transform: Augmentation | None = None, foreground: float = 0.0,
+        background: int | None = None, outside: int | None = None,
     ):  # fmt: skip
         if not 0.0 <= foreground <= 1.0:
             raise InputError(f"the share of patches with foreground must be between 0 and 1, not {foreground}")
@@ -68,12 +70,13 @@ class Patches(torch.utils.data.Dataset):
         return image, mask
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Image float32 `[C, patch, ...]` and mask float32 `[classes, patch, ...]` for (epoch, draw)."""
+        """Image float32 `[C, *patch]` and mask float32 `[classes, *patch]` for (epoch, draw)."""
         epoch, draw = item
         random = np.random.default_rng((self.seed, epoch, draw))
         index = draw % len(self.samples)
         image, mask = (self._enlarge(values) for values in self.load(index))
-        starts = [int(random.integers(size - self.patch + 1)) for size in image.shape[1:]]
+        sides = sides_of(self.patch, image.ndim - 1)
+        starts = [int(random.integers(size - side + 1)) for size, side in zip(image.shape[1:], sides, strict=True)]
         if self.foreground and random.random() < self.foreground:
             starts = self._starts_of_foreground(index, mask, random) or starts
         if self.transform:
@@ -85,6 +88,7 @@ class Patches(torch.utils.data.Dataset):
             image, mask = (self._around(values, starts, 0) for values in (image, mask))
         if self.augment:
             turns, flip = int(random.integers(4)), bool(random.integers(2))
+            turns -= turns % 2 if sides[-1] != sides[-2] else 0
             image, mask = (np.rot90(values, turns, axes=(-2, -1)) for values in (image, mask))
             if flip:
                 image, mask = image[..., ::-1], mask[..., ::-1]
@@ -95,8 +99,8 @@ class Patches(torch.utils.data.Dataset):
     def _around(self, values: np.ndarray, starts: list[int], margin: int) -> np.ndarray:
         """The patch that begins at `starts`, with a margin on each side that is zero outside of the image."""
         inner, missing = [], []
-        for start, size in zip(starts, values.shape[1:], strict=True):
-            first, last = start - margin, start + self.patch + margin
+        for start, size, side in zip(starts, values.shape[1:], sides_of(self.patch, len(starts)), strict=True):
+            first, last = start - margin, start + side + margin
             inner.append(slice(max(first, 0), min(last, size)))
             missing.append((max(-first, 0), max(last - size, 0)))
         part = values[(slice(None), *inner)]
@@ -112,12 +116,14 @@ class Patches(torch.utils.data.Dataset):
             return []
         found = self._places[index][random.integers(len(self._places[index]))]
         pixel = np.unravel_index(found[random.integers(len(found))], mask.shape[1:])
-        lowest = [max(0, int(at) - self.patch + 1) for at in pixel]
-        highest = [min(int(at), size - self.patch) for at, size in zip(pixel, mask.shape[1:], strict=True)]
+        sides = sides_of(self.patch, len(pixel))
+        lowest = [max(0, int(at) - side + 1) for at, side in zip(pixel, sides, strict=True)]
+        highest = [min(int(at), size - side) for at, size, side in zip(pixel, mask.shape[1:], sides, strict=True)]
         return [int(random.integers(low, high + 1)) for low, high in zip(lowest, highest, strict=True)]
 
     def _enlarge(self, values: np.ndarray) -> np.ndarray:
-        missing = [max(0, self.patch - size) for size in values.shape[1:]]
+        sides = sides_of(self.patch, values.ndim - 1)
+        missing = [max(0, side - size) for size, side in zip(values.shape[1:], sides, strict=True)]
         if not any(missing):
             return values
         return np.pad(values, [(0, 0)] + [(amount // 2, amount - amount // 2) for amount in missing], mode="edge")

@@ -22,7 +22,7 @@ from . import agreement, reference
 from .built import changed
 from .call import Call, Inputs
 from .cpu import inference, kept_operands
-from .fused import libraries, operators, ops, tuning
+from .fused import libraries, operators, ops, tuning, verdicts
 from .plan import steps
 
 BACKENDS = ("reference", *ENGINES)
@@ -119,6 +119,8 @@ def _by(verdict: Mapping) -> tuple[str, str]:
     if "float32_ms" in verdict:
         share = verdict["float32_ms"] / min(verdict["fused_ms"], verdict["reference_ms"])
         reason += f"; float32 would take {share:.2f} of the faster one's" if share < 1 else ""
+    if verdicts.is_doubtful(verdict):
+        reason += ", while other programs used the cores"
     return name, reason
 
 
@@ -139,7 +141,19 @@ def prepare(network: NetworkSpec) -> None:
     """Reads earlier measurements of the GPU that a network was just moved to."""
     device = next(network.parameters()).device
     if device.type == "cuda" and ops.HAS_TRITON:
-        tuning.load(device)
+        verdicts.load(device)
+
+
+def measured(network: NetworkSpec) -> dict[str, dict]:
+    """What was measured of a network's passes on its device, as plain data; `adopt` makes a later process choose alike."""
+    if network.structure is None:
+        return {}
+    return verdicts.beginning_with(next(network.parameters()).device, f"{network.structure.key} ")
+
+
+def adopt(network: NetworkSpec, found: Mapping[str, Mapping[str, dict]]) -> None:
+    """Takes over what `measured` gave to an earlier process, if this one runs on the same device and sources."""
+    verdicts.adopt(next(network.parameters()).device, found)
 
 
 def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bool = True) -> dict[str, dict]:
@@ -159,7 +173,7 @@ def tune(network: NetworkSpec, x: Tensor, *, training: bool = True, progress: bo
     Returns:
         A dictionary by "inference" (and "training") of "backend", the fastest that is right; "right", whether outputs (and
         gradients) are within twice the reference's error against float64; "ratio", the reference's time over the kernels';
-        "reference_ms", "fused_ms".
+        "reference_ms", "fused_ms"; "waited", the share of the time in which threads waited for cores that others used.
 
     Raises:
         RuntimeError: the kernels cannot run `network(x)` here; the message says why.

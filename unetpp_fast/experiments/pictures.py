@@ -12,6 +12,7 @@ from ..common.atomic_files import write_atomic
 from ..common.extras import need
 
 COLOURS = np.array([[255, 80, 60], [60, 170, 255], [80, 220, 100], [250, 200, 40], [200, 100, 250]], np.float32)
+HEAT = np.array([255, 225, 40], np.float32)
 AGREE, MISSED, EXTRA = "#e8e8e8", "#3c8cff", "#ff5a3c"
 
 
@@ -30,6 +31,13 @@ def overlay(image: np.ndarray, masks: np.ndarray, colours: np.ndarray = COLOURS)
         picture[mask] = 0.7 * picture[mask] + 0.3 * colour
         picture[mask & ~_eroded(mask)] = colour
     return picture.astype(np.uint8)
+
+
+def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """uint8 `[H, W, 3]`: the image `[C, H, W]` in dark grey, and `HEAT` where the values `[H, W]`, from 0, are largest."""
+    grey = 0.6 * stretch(image).astype(np.float32).mean(axis=2, keepdims=True)
+    share = values[..., None] / max(float(values.max(initial=0)), 1e-6)
+    return (grey * (1 - share) + HEAT * share).astype(np.uint8)
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def predict_tiled(
     image: Any,
     *,
     tile: int | Sequence[int] | None = None,
-    overlap: float = 0.25,
+    overlap: float | Sequence[float] = 0.25,
     blend: str = "gaussian",
     max_memory: int | str = "2G",
     out: Any = None,
@@ -57,8 +57,8 @@ def predict_tiled(
             for slices (zarr, h5py). Floating-point values are converted to the model's precision and not changed; whole
             numbers are prepared as in training (`normalisation`), with statistics taken band by band.
         tile: size in pixels, for all axes or one per axis, multiples of 2^depth; default the largest within `max_memory`.
-        overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too; the step is rounded down
-            to a multiple of 2^depth.
+        overlap: the least share of a tile, at least 0 and below 1, that its neighbour covers too, for all axes or one per
+            axis; the step is rounded down to a multiple of 2^depth.
         blend: "gaussian" (weights fall off from the centre of a tile, sigma 1/8 of its size) or "constant". The weights of
             a pixel add up to 1.
         max_memory: bytes, or a text such as "512M", for the maps of a tile and for the band of results; the program, the
@@ -143,9 +143,13 @@ def bands(
 
 
 def make_grid(
-    model: nn.Module, size: Sequence[int], tile: int | Sequence[int] | None, overlap: float = 0.25, blend: str = "gaussian"
+    model: nn.Module,
+    size: Sequence[int],
+    tile: int | Sequence[int] | None,
+    overlap: float | Sequence[float] = 0.25,
+    blend: str = "gaussian",
 ) -> list[Axis]:
-    """The tiles along each axis of an image of `size`; `tile` None means one tile.
+    """The tiles along each axis of an image of `size`; `tile` None means one tile. The others as for `predict_tiled`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -158,12 +162,13 @@ def make_grid(
     if not fits:
         what = f"{multiples[0]} (2^depth)" if len(set(multiples)) == 1 else f"{multiples}"
         raise ValueError(f"tile must be a positive multiple of {what}, or {len(size)} of them, not {tile!r}")
-    if not 0.0 <= overlap < 1.0:
-        raise ValueError(f"overlap must be 0 or more and below 1, not {overlap!r}")
+    shares = [overlap] * len(size) if isinstance(overlap, (int, float)) else list(overlap)
+    if len(shares) != len(size) or not all(0.0 <= share < 1.0 for share in shares):
+        raise ValueError(f"overlap must be 0 or more and below 1, or {len(size)} such numbers, not {overlap!r}")
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {BLENDS}, not {blend!r}")
-    axes = zip(size, tiles, multiples, strict=True)
-    return [_axis(length, side or length, overlap, multiple, blend) for length, side, multiple in axes]
+    axes = zip(size, tiles, shares, multiples, strict=True)
+    return [_axis(length, side or length, share, multiple, blend) for length, side, share, multiple in axes]
 
 
 def _axis(size: int, tile: int, overlap: float, multiple: int, blend: str) -> Axis:

@@ -85,20 +85,36 @@ def load_ensemble(
     Raises:
         InputError: as `load_model`, a folder holds no such file, or the networks or their classes differ.
     """
-    paths = [path for place in places for path in _checkpoints(place)]
-    loaded = [load_model(path, device) for path in paths]
-    (network, content), *others = loaded
+    paths = [path for place in places for path in checkpoints(place)]
+    return together([(str(path), *load_model(path, device)) for path in paths])
+
+
+def together(members: Sequence[tuple[str, Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """The network that predicts as the mean of all, or the only one, and the content of the first checkpoint.
+
+    Args:
+        members: names for an error, and what `load_model` returned.
+
+    Raises:
+        InputError: the networks or their classes differ.
+    """
+    (name, network, content), *others = members
     if not others:
         return network, content
-    for path, (_, other) in zip(paths[1:], others, strict=True):
+    for other, _, another in others:
         for key in ("classes", "palette", "prepare", "channel_files"):
-            one, two = ((part.get("about") or {}).get(key) for part in (content, other))
+            one, two = ((part.get("about") or {}).get(key) for part in (content, another))
             if one != two:
-                raise InputError(f"{paths[0]} and {path} cannot predict together: their {key} are {one} and {two}")
-    return Ensemble([network for network, _ in loaded]), content
+                raise InputError(f"{name} and {other} cannot predict together: their {key} are {one} and {two}")
+    return Ensemble([member for _, member, _ in members]), content
 
 
-def _checkpoints(place: Path) -> list[Path]:
+def checkpoints(place: Path) -> list[Path]:
+    """The file `place`, or the checkpoints of a folder: of a cross-validation, `fold*/best.pt`, of a training, `best.pt`.
+
+    Raises:
+        InputError: the folder holds no such file.
+    """
     if not place.is_dir():
         return [place]
     folds = [path for path in place.glob("fold*/best.pt") if path.parent.name[4:].isdecimal()]

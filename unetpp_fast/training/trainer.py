@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architecture.network_spec import NetworkSpec
 from ..common.errors import InputError
 from ..common.extras import need
 from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
+from ..execution import dispatch
 from ..models.network import Network
 from ..models.normalisation import Normalisation
 from . import captured, evaluation, processes, run_folder
@@ -284,6 +286,7 @@ class Trainer:
                 "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
                 "progress": {"step": self.step, "sums": self.sums.tolist(), "stale": self.stale},
                 "history": self.history,
+                "measured": dispatch.measured(_engine_part(self.network)),
             }
         save_checkpoint(self.out / name, content)
 
@@ -311,6 +314,7 @@ class Trainer:
             raise InputError(f"{path} was made with another {shown}: resume with the same, or choose another folder")
         self.network.load_state_dict(content["model"])
         self.train_step.load_state_dict(content)
+        dispatch.adopt(_engine_part(self.network), content.get("measured", {}))  # another backend would give other bits
         torch.set_rng_state(content["random"]["cpu"])
         if self.device.type == "cuda" and content["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
@@ -341,6 +345,11 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _engine_part(network: Any) -> NetworkSpec:
+    """What the engine runs of a network: over an encoder, the nest."""
+    return getattr(network, "nest", network)
 
 
 def _normalisation(patches: Patches) -> Normalisation | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from ..common.errors import InputError
 from ..common.extras import need
 from ..experiments import demo
-from ..models.architectures import parameter_count
+from ..experiments.pictures import HEAT
 from ..reports.page import escape
 from . import models, segmentation
 from .models import Model
 from .segmentation import MODES, Opened
 
 EXTRA = "app"
+MASKS, DISAGREEMENT = "masks", "disagreement"  # what the overlay shows
 SAMPLE = "nuclei/image.png"
 MOST_BYTES = "2gb"
 MEASURED_MS = 8000.0  # expected for all levels and modes together, up to which they are measured by themselves
@@ -39,6 +40,7 @@ table.times tr { border-bottom: 1px solid var(--border-color-primary) !important
 table.times th { color: var(--body-text-color-subdued); font-weight: 500; }
 table.times th:first-child, table.times td:first-child { text-align: left; }
 table.times td.chosen { background: #d9483b22; box-shadow: inset 0 0 0 2px #d9483b; border-radius: 4px; font-weight: 600; }
+table.times + table.times { margin-top: 12px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 6px 0 14px; }
 .problem { border-left: 4px solid #d9483b; padding: 6px 12px; }
 """
@@ -54,6 +56,7 @@ class Session:
     mode: str = "accurate"
     level: int = 1
     plane: int = 0
+    view: str = MASKS
     path: Path | None = field(default=None, repr=False)
 
 
@@ -93,8 +96,8 @@ class App:
             if not self.choose:
                 raise InputError("this page has one model")
             if not place.strip():
-                raise InputError("give the folder of a training, a checkpoint, or owner/name on the Hugging Face Hub")
-            return self._use(session, models.load(place.strip(), self.device, self.dtype))
+                raise InputError("give the folder of a training or cross-validation, a checkpoint, or owner/name on the Hub")
+            return self._use(session, models.load([place.strip()], self.device, self.dtype))
         except InputError as error:
             session.problem = str(error)
             return session
@@ -104,19 +107,23 @@ class App:
         return self._use(session, models.train_on_sample(self.device))
 
     def _use(self, session: Session, model: Model) -> Session:
-        session.model, session.level = model, model.levels[-1]
+        session.model, session.level, session.view = model, model.levels[-1], MASKS
         return self.open(session, str(session.path) if session.path else None)
 
-    def look(self, session: Session, level: float, mode: str, plane: float) -> tuple[Session, Any, Any, str, str]:
+    def look(
+        self, session: Session, level: float, mode: str, plane: float, view: str = MASKS
+    ) -> tuple[Session, Any, Any, str, str]:
         """The overlay and the mask that are chosen, the table of times, and a line about what is shown."""
+        shown, several = session.opened, session.model is not None and len(session.model.members) > 1
         session.level, session.mode, session.plane = int(level), mode, int(plane)
-        shown = session.opened
+        session.view = view if several else MASKS
         if shown is None:
             return session, None, None, times(session), status(session)
         try:
             session.plane = min(session.plane, shown.planes - 1)
             chosen = (mode, session.level, session.plane)
-            overlay, mask = shown.overlay(*chosen), shown.mask(*chosen)
+            overlay = (shown.heat if session.view == DISAGREEMENT else shown.overlay)(*chosen)
+            mask = shown.mask(*chosen)
         except InputError as error:
             session.problem = str(error)
             return session, None, None, times(session), status(session)
@@ -128,7 +135,7 @@ class App:
         shown = session.opened
         if shown is None or not shown.times or session.problem:
             return
-        cost = max(shown.times.values()) * 2 * len(shown.model.levels) * 1.5
+        cost = max(map(sum, shown.times.values())) * 2 * len(shown.model.levels) * 1.5
         if cost > MEASURED_MS:
             return
         for level in shown.model.levels:
@@ -142,24 +149,35 @@ class App:
 
 
 def times(session: Session) -> str:
-    """The table of levels: parameters, and milliseconds of both modes as far as they are known."""
+    """The table of levels: parameters, and milliseconds of both modes as far as they are known; below it that of the
+    members, if there are several, in the mode and level that are chosen."""
     if session.model is None:
         return ""
     taken = session.opened.times if session.opened else {}
+    now = (session.mode, session.level)
     rows = []
     for level in session.model.levels:
         cells = ""
         for mode in MODES:
-            ms = taken.get((mode, level))
-            chosen = ' class="chosen"' if (mode, level) == (session.mode, session.level) else ""
-            cells += f"<td{chosen}>{'' if ms is None else _duration(ms)}</td>"
-        count = parameter_count(session.model.network.part(level, keep_heads=True))
-        rows.append(f"<tr><td>L{level}</td><td>{count:,}</td>{cells}</tr>")
-    head = "<tr><th>level</th><th>parameters</th><th>fast</th><th>accurate</th></tr>"
-    return f'<table class="times">{head}{"".join(rows)}</table>'
+            chosen = ' class="chosen"' if (mode, level) == now else ""
+            cells += f"<td{chosen}>{_duration(sum(taken.get((mode, level), [])))}</td>"
+        rows.append(f"<tr><td>L{level}</td><td>{session.model.parameters(level):,}</td>{cells}</tr>")
+    found = _table("<th>level</th><th>parameters</th><th>fast</th><th>accurate</th>", rows)
+    if len(session.model.members) == 1 or now not in taken:
+        return found
+    members = zip(session.model.members, taken[now], strict=True)
+    rows = [f"<tr><td>{escape(name)}</td><td>{_duration(ms)}</td></tr>" for (name, _), ms in members]
+    rows.append(f"<tr><td>in sum</td><td>{_duration(sum(taken[now]))}</td></tr>")
+    return found + _table(f"<th>member</th><th>L{session.level}, {session.mode}</th>", rows)
+
+
+def _table(head: str, rows: list[str]) -> str:
+    return f'<table class="times"><tr>{head}</tr>{"".join(rows)}</table>'
 
 
 def _duration(ms: float) -> str:
+    if not ms:
+        return ""
     return f"{ms / 1e3:.1f} s" if ms >= 1e4 else f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms"
 
 
@@ -172,16 +190,23 @@ def status(session: Session) -> str:
         return "<p>No model yet: train a small one on the sample, or name one below.</p>"
     if shown is None:
         return "<p>Drop an image or a volume, or take the sample.</p>"
-    masks = shown.masks(session.mode, session.level, session.plane)
-    names = zip(session.model.classes, session.model.colours, masks, strict=True)
-    legend = "".join(
-        f' <i style="background:rgb({",".join(str(int(v)) for v in colour)})"></i>{escape(name)} {mask.mean():.1%}'
-        for name, colour, mask in names
-    )
     size = " x ".join(map(str, shown.source.shape))
     plane = f", plane {session.plane}" if shown.planes > 1 else ""
     note = f"; {escape(shown.note)}" if shown.note else ""
-    return f'<p class="legend">{escape(shown.name)}, {size}{plane}{note}:{legend} of the pixels</p>'
+    chosen = (session.mode, session.level, session.plane)
+    if session.view == DISAGREEMENT:
+        apart = shown.disagreement(*chosen)
+        found = f"where the members' probabilities lie {apart.max():.2f} apart; {apart.mean():.3f} in the mean"
+        legend = f" {_patch(HEAT)}{found}"
+    else:
+        names = zip(session.model.classes, session.model.colours, shown.masks(*chosen), strict=True)
+        shares = [f" {_patch(colour)}{escape(name)} {mask.mean():.1%}" for name, colour, mask in names]
+        legend = "".join(shares) + " of the pixels"
+    return f'<p class="legend">{escape(shown.name)}, {size}{plane}{note}:{legend}</p>'
+
+
+def _patch(colour: Iterable[float]) -> str:
+    return f'<i style="background:rgb({",".join(str(int(value)) for value in colour)})"></i>'
 
 
 def build(app: App) -> Any:
@@ -207,6 +232,10 @@ def build(app: App) -> Any:
                     ["accurate", "fast"], value="accurate", label="Mode", elem_id="mode",
                     info="accurate: the mean over the heads up to the level; fast: its head alone",
                 )  # fmt: skip
+                view = gr.Radio(
+                    [MASKS, DISAGREEMENT], value=MASKS, label="Overlay", visible=False, elem_id="view",
+                    info="disagreement: how far the probabilities of the members lie apart",
+                )  # fmt: skip
                 plane = gr.Slider(0, 1, 0, step=1, label="Plane", visible=False, elem_id="plane")
                 table = gr.HTML(elem_id="times")
             with gr.Column(scale=2, min_width=480):
@@ -218,7 +247,7 @@ def build(app: App) -> Any:
         with gr.Accordion("Another model", open=app.model is None, visible=app.choose):
             place = gr.Textbox(
                 label="Model", elem_id="place", lines=1, max_lines=1,
-                placeholder="the folder of a training, a checkpoint of any UNet++, or owner/name on the Hugging Face Hub",
+                placeholder="the folder of a training or cross-validation, a UNet++'s checkpoint, or owner/name on the Hub",
             )  # fmt: skip
             choose = gr.Button("Load", elem_id="choose")
 
@@ -233,12 +262,13 @@ def build(app: App) -> Any:
                 gr.update(minimum=levels[0], maximum=levels[-1], value=now.level, visible=len(levels) > 1 and bool(model)),
                 gr.update(visible=len(levels) > 1 and bool(model)),
                 gr.update(maximum=max(planes - 1, 1), value=now.plane, visible=planes > 1),
+                gr.update(value=now.view, visible=bool(model) and len(model.members) > 1),
             )
 
-        widgets = [session, about, train, level, mode, plane]
+        widgets = [session, about, train, level, mode, plane, view]
         results = [session, overlay, mask, table, line]
         one = {"concurrency_limit": 1, "concurrency_id": "compute"}  # models compute one after the other
-        chosen = [session, level, mode, plane]
+        chosen = [session, level, mode, plane, view]
 
         def then_show(event: Any) -> Any:
             return event.then(app.look, chosen, results, show_progress_on=[overlay], **one).then(
@@ -257,7 +287,7 @@ def build(app: App) -> Any:
         ]
         taken = sample.click(lambda: str(demo.example(SAMPLE)), None, [file])
         measuring.append(then_show(taken.then(first(app.open), [session, file], widgets, **one)))
-        for widget in (level, mode, plane):
+        for widget in (level, mode, plane, view):
             stop = widget.input(lambda: None, None, None, trigger_mode="always_last", queue=False, cancels=list(measuring))
             then_show(stop)
     return page

@@ -1,10 +1,11 @@
-"""An image and what a model finds in it: read in any format, predicted head by head, drawn."""
+"""An image and what a model finds in it: read in any format, predicted head by head and member by member, drawn."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,15 +30,17 @@ OTHER_CHANNELS = {1: 3, 3: 1}
 class Opened:
     """A file that was read for a model, and the predictions of it so far.
 
-    note: what was done to its channels. times: milliseconds by (mode, level).
+    note: what was done to its channels. times: milliseconds of each member, by (mode, level). kept: the mean of the members'
+    probabilities, by (mode, level, image), and apart: how far they lie apart.
     """
 
     model: Model
     name: str
     source: prediction_files.Source
     note: str = ""
-    times: dict[tuple[str, int], float] = field(default_factory=dict)
+    times: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     kept: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
+    apart: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict)
 
     @property
     def planes(self) -> int:
@@ -53,7 +56,7 @@ class Opened:
         return plane if self.source.is_stack else 0
 
     def probabilities(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
-        """float32 `[classes, H, W]` of the plane; computed once, and timed.
+        """float32 `[classes, H, W]` of the plane, the mean of the members; computed once, and timed.
 
         Raises:
             InputError: the image does not fit the model, or the memory.
@@ -61,36 +64,64 @@ class Opened:
         key = (mode, level, self._part(plane))
         if key not in self.kept:
             try:
-                self.kept[key] = self._predict(mode, level, self._part(plane))
+                self._predict(key)
             except InputError as error:
                 raise _named(error, self.source.stored.path, self.name) from error
         found = self.kept[key]
         return found if found.ndim == 3 else found[:, plane]
 
-    def _predict(self, mode: str, level: int, part: int) -> np.ndarray:
-        network = self.model.network
-        values = self.source.images()[part]
-        image = prediction_files.Prepared(self.source, values, network.normalisation or STANDARD)
-        whole = int(np.prod(values.shape[1:])) <= WHOLE_PIXELS
-        options = {"mode": mode, "level": level}
-        ready = torch.from_numpy(image[(0, ...)])[None].to(self.model.device) if whole else None
+    def disagreement(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
+        """float32 `[H, W]`: the largest probability of a member less the smallest, of the class where that is most.
 
-        def once() -> torch.Tensor:
+        Raises:
+            InputError: as `probabilities`.
+        """
+        self.probabilities(mode, level, plane)
+        found = self.apart[mode, level, self._part(plane)]
+        return found if found.ndim == 2 else found[plane]
+
+    def _predict(self, key: tuple[str, int, int]) -> None:
+        """Keeps the mean of the members' probabilities, `[classes, *S]`, how far they lie apart, `[*S]`, and the times."""
+        mode, level, part = key
+        values = self.source.images()[part]
+        image = prediction_files.Prepared(self.source, values, self.model.network.normalisation or STANDARD)
+        whole = int(np.prod(values.shape[1:])) <= WHOLE_PIXELS
+        ready = torch.from_numpy(image[(0, ...)])[None].to(self.model.device) if whole else None
+        (_, first), *others = self.model.members
+        options = {"mode": mode, "level": level}
+        total, ms = self._timed(first, image, ready, options)
+        low = high = total
+        took = [ms]
+        for _, network in others:
+            found, ms = self._timed(network, image, ready, options)
+            total, low, high = total + found, np.minimum(low, found), np.maximum(high, found)
+            took.append(ms)
+        if others:
+            total /= np.float32(len(took))
+            self.apart[key] = (high - low).max(axis=0)
+        self.kept[key], self.times[mode, level] = total, took
+
+    def _timed(self, network: Any, image: Any, ready: torch.Tensor | None, options: dict) -> tuple[np.ndarray, float]:
+        """A member's probabilities and milliseconds, of the whole image `ready` or, without it, in tiles."""
+
+        def once() -> tuple[torch.Tensor, float]:
+            began = time.perf_counter()
             with torch.no_grad(), autocast(self.model.device, self.model.dtype):
-                if whole:
-                    return network.predict(ready, **options)[0].float().cpu()
-                tiles = {"tile": TILE} if hasattr(network, "encoder") else {"max_memory": MEMORY}
-                return predict_tiled(network, image, **tiles, **options)[0]
+                if ready is not None:
+                    found = network.predict(ready, **options)[0].float().cpu()
+                else:
+                    tiles = {"tile": TILE} if hasattr(network, "encoder") else {"max_memory": MEMORY}
+                    found = predict_tiled(network, image, **tiles, **options)[0]
+            return found, 1e3 * (time.perf_counter() - began)
 
         try:
-            found, took = _timed(once)
+            found, took = once()
             if took < TWICE_MS:
-                found, again = _timed(once)
+                found, again = once()
                 took = min(took, again)
         except (MemoryError, RuntimeError, ValueError) as error:
             raise InputError(f"{self.name} cannot be predicted: {first_line(error)}") from error
-        self.times[mode, level] = took
-        return found.numpy()
+        return found.numpy(), took
 
     def masks(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
         """bool `[classes, H, W]`, without the background of exclusive classes."""
@@ -109,8 +140,14 @@ class Opened:
     def overlay(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
         """uint8 `[H, W, 3]`: the image with its masks; a large one with fewer pixels."""
         image, masks = self.image(plane), self.masks(mode, level, plane)
-        step = max(1, -(-max(image.shape[1:]) // SHOWN))
+        step = _step(image)
         return pictures.overlay(image[:, ::step, ::step], masks[:, ::step, ::step], self.model.colours)
+
+    def heat(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
+        """uint8 `[H, W, 3]`: the image in grey, and the more yellow, the further the members lie apart."""
+        image, apart = self.image(plane), self.disagreement(mode, level, plane)
+        step = _step(image)
+        return pictures.heat(image[:, ::step, ::step], apart[::step, ::step])
 
     def mask(self, mode: str, level: int, plane: int = 0) -> np.ndarray:
         """uint8 of every pixel: `[H, W]`, 255 is foreground, of one class; otherwise `[H, W, 3]` in the classes' colours."""
@@ -123,10 +160,9 @@ class Opened:
         return picture
 
 
-def _timed(run) -> tuple[torch.Tensor, float]:
-    began = time.perf_counter()
-    found = run()
-    return found, 1e3 * (time.perf_counter() - began)
+def _step(image: np.ndarray) -> int:
+    """Every how many pixels of `[C, H, W]` are drawn."""
+    return max(1, -(-max(image.shape[1:]) // SHOWN))
 
 
 def open_file(model: Model, path: Path, name: str | None = None) -> Opened:

@@ -1,40 +1,33 @@
-"""Measures the kernels once on the user's GPU and remembers the results.
+"""Measures the kernels once on the user's GPU or CPU; `verdicts.py` keeps the results.
 
 `tune(model, x)` times the candidates of every convolution of a pass, checks the fused result against float64 and times the
-whole pass against the reference. `backend="auto"` uses the kernels if they were measured to be right and faster. Results
-are kept in one file per GPU, torch, triton and state of the kernel sources.
+whole pass against the reference. `backend="auto"` uses the kernels if they were measured to be right and faster.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import os
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...architecture.network_spec import NetworkSpec
-from ...common.atomic_files import locked, write_atomic
-from ...common.devices import device_name, wait
+from ...common.devices import wait
 from ...common.progress import progress_bar
+from ...common.waiting import computed_and_waited, share_waited
 from ...kernels import tuning as kernel_tuning
 from ...kernels.naive import dot_precision
 from .. import reference
 from ..acceptance import as_vector, disagreement, farther_off
 from ..batch_statistics import copy_alone
 from ..call import Call
-from ..source_hash import source_hash
-from . import ops
+from . import ops, verdicts
 
 ROUNDS = 15
 NEVER_MS = 1e9  # the reference's time if it does not fit into memory
@@ -45,78 +38,7 @@ CLOSE = 0.75  # on a CPU, times that are nearer to each other are taken twice, a
 DRAWS = 8  # of noise, with one of which gradients must be right
 JUDGEMENTS = 3  # of a size that runs out of memory: other tensors may be gone at the next call
 Compute = Callable[[Call, str], list[Tensor]]
-_verdicts: dict[str, dict] = {}  # by setting and key
-_latest: dict[str, dict] = {}  # by device and the key without size, for graphs that are being compiled
 _failures: dict[str, int] = {}  # judgements that ran out of memory, by setting and key
-_loaded: set[str] = set()
-
-
-def setting(device: torch.device) -> str:
-    """A name for everything that a measurement depends on besides the model and its input."""
-    return _setting(device, torch.get_num_threads() if device.type == "cpu" else 0)
-
-
-@lru_cache
-def _setting(device: torch.device, threads: int) -> str:
-    kernels = f"isa{os.environ.get('UNETPP_FAST_ISA', '')}"
-    if device.type == "cuda":
-        import triton
-
-        kernels = f"triton{triton.__version__}"
-    return re.sub(r"[^\w.+-]+", "_", f"{device_name(device)}-torch{torch.__version__}-{kernels}-{source_hash()}")
-
-
-def cache_file(device: torch.device) -> Path:
-    """The file of a device's measurements, in `UNETPP_FAST_CACHE` or the user's cache folder."""
-    root = (
-        os.environ.get("UNETPP_FAST_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unetpp_fast"
-    )
-    return Path(root) / f"{setting(device)}.json"
-
-
-def load(device: torch.device) -> None:
-    """Reads the measurements of a device, once per process; an unreadable file counts as missing."""
-    if setting(device) in _loaded:
-        return
-    _loaded.add(setting(device))
-    try:
-        content = json.loads(cache_file(device).read_text())
-        table, verdicts = dict(content["configurations"]), dict(content["verdicts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    kernel_tuning.table.update(table)
-    for key, value in verdicts.items():
-        _keep(device, key, value)
-
-
-def save(device: torch.device) -> Path:
-    """Writes the measurements of a device, atomically, merged with those that other processes have written meanwhile."""
-    path = cache_file(device)
-    mine = {key.split("|", 1)[1]: value for key, value in _verdicts.items() if key.startswith(f"{setting(device)}|")}
-    verdicts = {key: value for key, value in mine.items() if "error" not in value}  # which may pass
-    place = kernel_tuning.place(device)
-    configurations = {key: value for key, value in kernel_tuning.table.items() if key.endswith(place)}
-    with locked(path.with_suffix(".lock")):
-        try:
-            content = json.loads(path.read_text())
-            table, theirs = dict(content["configurations"]), dict(content["verdicts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            table, theirs = {}, {}
-        merged = {"configurations": {**table, **configurations}, "verdicts": {**theirs, **verdicts}}
-        text = json.dumps(merged, indent=1, sort_keys=True)
-        write_atomic(path, lambda stream: stream.write(text.encode()))
-    return path
-
-
-def _save_if_possible(device: torch.device) -> None:
-    with contextlib.suppress(OSError):
-        save(device)
-
-
-def _keep(device: torch.device, key: str, verdict: dict) -> None:
-    _verdicts[f"{setting(device)}|{key}"] = verdict
-    _latest[f"{device} {key.rpartition(' ')[0]}"] = verdict
 
 
 def verdict(call: Call) -> dict | None:
@@ -125,20 +47,14 @@ def verdict(call: Call) -> dict | None:
     While a graph is compiled, the latest verdict on such a pass at any size: sizes may be symbols.
     """
     if torch.compiler.is_compiling():
-        return _latest.get(f"{call.x.device} {pass_key(call)}")
-    return recall(call.x.device, _key(call))
+        return verdicts.latest(call.x.device, pass_key(call))
+    return recall(call.x, _key(call))
 
 
-def recall(device: torch.device, key: str) -> dict | None:
-    """What was measured on a device under a key, by this process or one before it."""
-    load(device)
-    return _verdicts.get(f"{setting(device)}|{key}")
-
-
-def remember(device: torch.device, key: str, verdict: dict) -> None:
-    """Keeps what was measured, on disk too if that is possible. key: its last word is the size."""
-    _keep(device, key, verdict)
-    _save_if_possible(device)
+def recall(x: Tensor, key: str) -> dict | None:
+    """What was measured on the device of `x` under a key; None too if it is doubtful and this call may measure again."""
+    known, again = verdicts.recall(x.device, key)
+    return None if again and may_measure(x) else known
 
 
 def pass_key(call: Call) -> str:
@@ -177,18 +93,18 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 def tune(call: Call, training: bool, progress: bool, kernels: Sequence[str], compute: Compute) -> dict[str, dict]:
     """See `dispatch.tune`; `kernels`: the backends to compare with the reference."""
     device = call.x.device
-    load(device)
-    verdicts = {}
+    verdicts.load(device)
+    found = {}
     for name in ("inference", "training")[: 1 + training]:
         with torch.set_grad_enabled(name == "training"):
             measured = _copy(call, name == "training")
             if device.type == "cuda":
                 for backend in kernels:
                     _time_candidates(measured, backend, name, progress, compute)
-            verdicts[name] = _judge(measured, kernels, compute)
-            _keep(device, _key(measured), verdicts[name])
-            save(device)
-    return verdicts
+            found[name] = _judge(measured, kernels, compute)
+            verdicts.keep(device, _key(measured), found[name])
+            verdicts.save(device)
+    return found
 
 
 def may_measure(x: Tensor) -> bool:
@@ -217,13 +133,12 @@ def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
         verdict = _judge(_copy(call, call.network.training), kernels, compute, rounds=5 if x.is_cuda else 3)
     except Exception as error:  # whatever it is, the reference takes over
         verdict = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
-        place = f"{setting(x.device)}|{_key(call)}"
+        place = f"{verdicts.setting(x.device)}|{_key(call)}"
         if isinstance(error, torch.OutOfMemoryError):
             _failures[place] = _failures.get(place, 0) + 1
             if _failures[place] < JUDGEMENTS:
                 return verdict
-    remember(x.device, _key(call), verdict)
-    return verdict
+    return verdicts.remember(x.device, _key(call), verdict)
 
 
 def _copy(call: Call, training: bool) -> Call:
@@ -263,7 +178,7 @@ def _time_candidates(call: Call, backend: str, name: str, progress: bool, comput
             bar.update()
             return milliseconds(launch, call.x.device)
 
-        with kernel_tuning.measuring(measure, lambda: _save_if_possible(call.x.device)):
+        with kernel_tuning.measuring(measure, lambda: verdicts.save_if_possible(call.x.device)):
             _run(_by(backend, call.dtype, compute), call.network, call.inputs, call.needs_gradients)
 
 
@@ -279,27 +194,30 @@ def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = R
     def took(forward: Callable) -> float:
         return milliseconds(lambda: _run(forward, call.network, call.inputs, training), device, rounds)
 
-    verdicts: list[dict[str, Any]] = []
+    def reference_took() -> float:
+        try:
+            return took(reference.forward)
+        except torch.OutOfMemoryError:  # only the kernels, which need less memory, are left
+            return NEVER_MS
+
+    found: list[dict[str, Any]] = []
     failed: Exception | None = None
     for backend in kernels:
         try:
             forward = _by(backend, call.dtype, compute)
-            right = _is_right(call.network, checked, call.dtype, training, forward)
-            try:
-                reference_ms = took(reference.forward)
-            except torch.OutOfMemoryError:  # only the kernels, which need less memory, are left
-                reference_ms = NEVER_MS
-            fused_ms = took(forward)
-            if device.type == "cpu" and CLOSE < fused_ms / reference_ms < 1 / CLOSE:  # other programs may have slowed one
-                reference_ms, fused_ms = min(reference_ms, took(reference.forward)), min(fused_ms, took(forward))
+            right, began = _is_right(call.network, checked, call.dtype, training, forward), computed_and_waited()
+            reference_ms, fused_ms = reference_took(), took(forward)
+            doubtful = CLOSE < fused_ms / reference_ms < 1 / CLOSE or share_waited(began) > verdicts.BUSY
+            if device.type == "cpu" and doubtful:  # other programs may have slowed one of them
+                reference_ms, fused_ms = min(reference_ms, reference_took()), min(fused_ms, took(forward))
         except Exception as error:
             failed = error
             continue
-        times = {"reference_ms": reference_ms, "fused_ms": fused_ms}
-        verdicts.append({"backend": backend, "right": right, "ratio": reference_ms / fused_ms, **times})
-    if not verdicts:
+        times = {"reference_ms": reference_ms, "fused_ms": fused_ms, "waited": round(share_waited(began), 3)}
+        found.append({"backend": backend, "right": right, "ratio": reference_ms / fused_ms, **times})
+    if not found:
         raise failed
-    best = max(verdicts, key=lambda verdict: verdict["ratio"] if verdict["right"] else -1.0)
+    best = max(found, key=lambda verdict: verdict["ratio"] if verdict["right"] else -1.0)
     if device.type == "cpu" and call.dtype != torch.float32:  # which may be faster there
         single = Call(_own(call.network).float(), [x.float() for x in call.inputs], torch.float32)
         forward = _by(best["backend"], torch.float32, compute)
