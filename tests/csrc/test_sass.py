@@ -2,7 +2,8 @@
 The instructions are run too: every accumulator gets every product once.
 
 Run with `-s` for the table of registers and shared memory of every instance. Those for bfloat16, which differ from float16's
-in conversions alone (a test compares them), are compiled for sm_90 only; with UNETPP_FAST_COMPILE_ALL=1 for all.
+in conversions alone (a test compares them), are compiled for sm_90 only; with UNETPP_FAST_COMPILE_ALL=1 for all. A release
+runs this against its wheel ([tool.cibuildwheel]).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.compiled_kernels import ALL
+from support import compiled_kernels
 from support.csrc import builder, cuobjdump
 from support.emulation import SCHEMAS, SOURCES
 from support.library_needs import foreign_libraries, foreign_symbols, symbols
@@ -29,10 +30,13 @@ from support.sass.listing import Instruction, decode, functions
 from support.sass.products import Conv, Wgrad
 from support.sass.thread import Thread
 
+from unetpp_fast.execution.fused import libraries
 from unetpp_fast.kernels import cuda_ops
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 100, 120)
+RELEASED = os.environ.get("UNETPP_FAST_BUILD") == "cuda"  # and installed, with all instances
+ALL = compiled_kernels.ALL or RELEASED
 # Shared memory and registers of a block at most.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 REGISTERS = 64 * 1024
@@ -57,7 +61,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The extension for all generations, built again when a source has changed; kept in `build/`, which git ignores."""
+    """The extension for all generations, built again when a source has changed; kept in `build/`, which git ignores. Of a
+    release the one that is installed."""
+    if RELEASED:
+        return libraries.FOLDER / "unetpp_fast_cuda.so"
     files = sorted(path for path in [*SOURCES.iterdir(), Path(__file__)] if path.suffix in (".h", ".cu", ".cpp", ".py"))
     text = b"".join(path.read_bytes() for path in files) + f"{torch.__version__} {ALL}".encode()
     folder = ROOT / "build" / "sass" / hashlib.sha256(text).hexdigest()[:16]
@@ -261,7 +268,6 @@ for name in ("conv", "conv_wgrad"):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a torch without CUDA")
 def test_sass_library_is_off_and_says_why(library: Path):
     from unetpp_fast import info
-    from unetpp_fast.execution.fused import libraries
 
     assert libraries.load("cuda", library.parent) == (False, "this torch has no CUDA")
     assert any(line.startswith("CUDA kernels") and "off: this torch has no CUDA" in line for line in info.lines())
