@@ -8,6 +8,7 @@ pip install --no-build-isolation .
 
 import importlib.util
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent
 LIBRARY = "unetpp_fast.execution.fused.unetpp_fast_"  # and "cpu" or "cuda"
 MODE = os.environ.get("UNETPP_FAST_BUILD", "auto")
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/common/version.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "unetpp_fast/common/version.py").read_text("utf-8")).group(1)
 
 COMMANDS = ["pillow>=10", "tqdm>=4.60", "pyyaml>=6"]
 COMPLETION = ["shtab>=1.7"]
@@ -60,9 +61,12 @@ INSTEAD = {"cpu": "PyTorch's operators serve instead", "cuda": "Triton's serve i
 
 def obstacle(kind: str) -> str:
     """Why "auto" does not build the kernels of this kind here; "" if it does."""
-    compiler = {"cpu": ("C++ compiler", builder().find_compiler), "cuda": ("nvcc", builder().find_nvcc)}[kind]
-    if compiler[1]() is None:
-        return f"there is no {compiler[0]}"
+    build = builder()
+    if kind == "cuda" and platform.system() == "Windows":
+        return "nobody has tried them on Windows"
+    name = "nvcc" if kind == "cuda" else "C++ compiler" if build.system().compiler == "c++" else build.system().compiler
+    if (build.find_nvcc if kind == "cuda" else build.find_compiler)() is None:
+        return f"there is no {name}"
     if importlib.util.find_spec("torch") is None:
         return "there is no torch to compile against (pip install --no-build-isolation)"
     import torch
@@ -92,7 +96,7 @@ class BuildLibrary(build_ext):
     """The kernels of one kind as a library that is not linked to Python."""
 
     def get_ext_filename(self, name: str) -> str:
-        return name.replace(".", "/") + ".so"
+        return name.replace(".", "/") + builder().system().suffix
 
     def build_extension(self, extension: Extension) -> None:
         kind = extension.name.removeprefix(LIBRARY)
@@ -117,7 +121,7 @@ setup(
     name="unetpp_fast",
     version=VERSION,
     description="UNet++ for PyTorch: nested U-Nets with deep supervision, pruning, the paper's loss and recipe",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",

@@ -107,7 +107,7 @@ def parts() -> dict[str, tuple[str, Case]]:
 def cells(row: Mapping, ours: Mapping | None) -> str:
     """A cell of the table: milliseconds or MB, how many times as fast (or as large) ours is, and the error."""
     memory = row["bench"] == "memory"
-    text = f"{row['peak_mb']:.0f} MB" if memory else f"{row['median_ms']:.3g} ms"
+    text = f"{row['peak_mb']:.0f} MB" if memory else f"{records.digits(row['median_ms'])} ms"
     if ours is not None and ours is not row:
         ratio = (ours["peak_ratio_to"] if memory else ours["ratio_to"]).get(row["impl"])
         text += "" if ratio is None else f" ({ratio:.2f}x)"
@@ -132,15 +132,16 @@ def markdown(rows: Sequence[Mapping], found: Mapping[str, Mapping], cases: Seque
             what = f"{'memory, ' if case.memory_of else ''}{case.memory_of or case.bench}"
             shown = [cells(mine[name], mine.get(columns[0])) if name in mine else "" for name in columns]
             lines.append(f"| {what}, {case.model} {size}, batch {case.batch}, {case.dtype} | {' | '.join(shown)} |")
-    lines += ["", "Times: how many times as fast ours is, and the relative error against float64. Memory: ours, of theirs. "
-              "† is of older sources."]  # fmt: skip
+    about = "Times: how many times as fast ours is, and the relative error against float64. Memory: ours, of theirs."
+    listed = []
     for name, check in found.items():
         values = check["values"]
         some = values if len(values) < 8 else dict(sorted(values.items(), key=lambda item: item[1])[:3])
         more = "" if len(some) == len(values) else f" (the least 3 of {len(values)})"
         old = "" if check["source_hash"] == source_hash() else " †"
-        lines.append(f"- {name}{more}: {', '.join(f'{key} {value:.2f}' for key, value in some.items())}{old}")
-    return "\n".join(lines)
+        listed.append(f"- {name}{more}: {', '.join(f'{key} {value:.2f}' for key, value in some.items())}{old}")
+    legend = records.legend("\n".join([*lines, *listed]))
+    return "\n".join([*lines, "", about + legend, *listed])
 
 
 def of_case(row: Mapping, case: Case) -> bool:

@@ -148,7 +148,8 @@ def pruned_table(rows: Sequence[Mapping]) -> str:
             f"| `prune({level})` | {gflop[level]:.1f} | {shares[0]:.2f} | {ours:.0f}{old} | {shares[1]:.2f} | {usual} |"
         )
     facts = shown[deepest][OURS]
-    return "\n".join([*lines, "", f"One image, float32, {facts['device']}, medians. † is of older sources."])
+    text = "\n".join(lines)
+    return f"{text}\n\nOne image, float32, {facts['device']}, medians.{records.legend(text)}"
 
 
 def write(page: Path, rows: Sequence[Mapping]) -> None:

@@ -67,9 +67,11 @@ def _origin(rows: Rows) -> str:
 
     software = [f"{name} {all_of(name)}" for name in ("torch", "triton", "cuda", "cudnn", "driver") if all_of(name)]
     days = ", ".join(sorted({row["date"][:10] for row in rows}))
+    last = newest(rows)
+    older = "; a row with † is of older ones" if any(row["source_hash"] != last for row in rows) else ""
     return (
-        f"{'; '.join(software)}; commit {all_of('commit')}; {days}; sources `{newest(rows)}`. A row is current as long as "
-        "`python -m unetpp_fast.info` prints this hash of the sources; a row with † is of older ones. Milliseconds are "
+        f"{'; '.join(software)}; commit {all_of('commit')}; {days}; sources `{last}`. A row is current as long as "
+        f"`python -m unetpp_fast.info` prints this hash of the sources{older}. Milliseconds are "
         "medians, followed by the ratio to eager, taken round by round, and the peak memory."
     )
 
@@ -104,7 +106,7 @@ def models_table(rows: Rows) -> str:
 def _cell(cell: Mapping | None) -> str:
     if not cell:
         return ""
-    time = f"{cell['ms']:.3g} ms" if "ms" in cell else ""
+    time = f"{records.digits(cell['ms'])} ms" if "ms" in cell else ""
     ratio = f" ({cell['ratio']:.2f}x)" if cell.get("ratio") else ""
     memory = f"{cell['mb']:.0f} MB" if "mb" in cell else ""
     return ", ".join(part for part in (time + ratio, memory) if part) + (" †" if cell["older"] else "")
@@ -118,9 +120,10 @@ def kernels_table(rows: Rows) -> str:
         size = "x".join(map(str, row["size"]))
         ratio = f"{row['ratio_to']['eager']:.2f}" if "eager" in row["ratio_to"] else ""
         older = " †" if row["source_hash"] != newest(rows) else ""
+        time = records.digits(row["median_ms"])
         lines.append(
             f"| {row['model']}, {row['level']}, {size}, {row['batch']}, {row['dtype']}{older} | {row['impl']} "
-            f"| {row['median_ms']:.3g} | {ratio} | {row['tflops']:.1f} | {row['gb_s']:.0f} | {row['share_of_ceiling']:.0%} |"
+            f"| {time} | {ratio} | {row['tflops']:.1f} | {row['gb_s']:.0f} | {row['share_of_ceiling']:.0%} |"
         )
     return "\n".join(lines) if len(lines) > 2 else ""
 

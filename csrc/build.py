@@ -1,7 +1,8 @@
 """Builds the kernels into libraries for every torch >= 2.10 and every Python: `python csrc/build.py cpu|cuda LIBRARY`.
 
-The CPU kernels need a C++17 compiler (GCC or Clang), the CUDA kernels nvcc too; both need a torch with its headers, whose
-own CUDA does not matter. Used by setup.py and the tests. The environment may set CXX, MAX_JOBS and, for CUDA, CUDA_HOME and
+The CPU kernels need a C++17 compiler: GCC or Clang, on Windows Clang with the headers and libraries of Visual Studio. The
+CUDA kernels need nvcc too, and another system than Windows. Both need a torch with its headers, whose own CUDA does not
+matter. Used by setup.py and the tests. The environment may set CXX, MAX_JOBS and, for CUDA, CUDA_HOME and
 TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX").
 """
 
@@ -10,18 +11,20 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 KERNELS = ("half.cu", "bfloat16.cu", "tf32.cu", "kernels.cu")
 # sm_80 code runs on 8.6 to 8.9 too; PTX serves later GPUs.
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
-CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden"]
+CPU_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
 # The CPU kernels are compiled once per instruction set; the library chooses when it is loaded.
 INSTRUCTION_SETS = {
     "plain": [],
@@ -35,6 +38,28 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest that may load th
 Piece = tuple[Path, Path, list]  # source, object, command
 
 
+class System(NamedTuple):
+    """What differs between operating systems."""
+
+    compiler: str  # of C++, unless CXX names another
+    install: str  # what to do where there is none
+    suffix: str  # of a library's name
+    compile: list[str]
+    link: list[str]
+
+
+def system() -> System:
+    """This one. On Windows the library throws its errors through torch and frees what torch has allocated, so it takes the
+    runtime of Visual Studio that torch takes; of the compilers for that, only Clang knows the vectors of the kernels."""
+    if platform.system() != "Windows":
+        return System("c++", "install g++ or clang, or set CXX", ".so", ["-fPIC"], [])
+    target = f"--target={'aarch64' if platform.machine().lower() == 'arm64' else 'x86_64'}-pc-windows-msvc"
+    # Clang links the static runtime to whatever it is not told to link itself: the objects name the one that torch uses.
+    link = [target, "-fuse-ld=lld", "-nostartfiles", "-nostdlib", "-lkernel32"]
+    install = "install LLVM (winget install LLVM.LLVM) and the C++ tools of Visual Studio, or set CXX to a clang++"
+    return System("clang++", install, ".dll", [target, "-fms-runtime-lib=dll"], link)
+
+
 def find_nvcc() -> str | None:
     """The CUDA compiler of CUDA_HOME, else the first of PATH."""
     home = os.environ.get("CUDA_HOME")
@@ -43,7 +68,7 @@ def find_nvcc() -> str | None:
 
 def find_compiler() -> str | None:
     """The C++ compiler that CXX names, else the first of PATH."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    return shutil.which(os.environ.get("CXX", system().compiler))
 
 
 def jobs() -> int:
@@ -51,7 +76,7 @@ def jobs() -> int:
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     try:
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))[1]) * 1024
     except OSError:
         free = 4 * JOB_BYTES
     return max(1, min(os.cpu_count() or 1, free // JOB_BYTES))
@@ -82,7 +107,7 @@ def _torch() -> Path:
 
 def _bindings(source: Path, folder: Path, *options: str) -> Piece:
     target = folder / "bindings.o"
-    flags = ["-std=c++20", "-O2", "-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *options]
+    flags = ["-std=c++20", "-O2", *system().compile, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *options]
     return source, target, [find_compiler(), *flags, f"-isystem{_torch() / 'include'}", "-c", source, "-o", target]
 
 
@@ -90,8 +115,10 @@ def cuda_commands(library: Path, folder: Path) -> tuple[list[Piece], list[str]]:
     """The pieces of the CUDA library, and the command that links them.
 
     Raises:
-        RuntimeError: nvcc is missing.
+        RuntimeError: nvcc is missing, or this is Windows.
     """
+    if platform.system() == "Windows":
+        raise RuntimeError("the CUDA kernels are not built on Windows, where nobody has tried them")
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME")
@@ -114,7 +141,7 @@ def _takes(compiler: str, options: list[str]) -> bool:
     """Whether a compiler knows these options, and its assembler the instructions of matrix tiles."""
     command = [compiler, *options, "-x", "c++", "-c", "-", "-o", os.devnull]
     source = 'void release() { __asm__("tilerelease"); }'
-    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+    return subprocess.run(command, input=source.encode(), capture_output=True).returncode == 0
 
 
 def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tuple[list[Piece], list[str]]:
@@ -125,20 +152,21 @@ def cpu_commands(library: Path, folder: Path, extra: tuple[str, ...] = ()) -> tu
     """
     compiler = find_compiler()
     if compiler is None:
-        raise RuntimeError("no C++ compiler was found: install g++ or clang, or set CXX")
+        raise RuntimeError(f"no C++ compiler was found: {system().install}")
     here = HERE / "cpu"
     names = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else ("plain",)
     pieces = []
     for name in names:
         target = folder / f"{name}.o"
-        options = [*CPU_FLAGS, *INSTRUCTION_SETS[name], *extra]
-        if name == "avx512" and _takes(compiler, MATRIX_TILES):
+        options = [*CPU_FLAGS, *system().compile, *INSTRUCTION_SETS[name], *extra]
+        if name == "avx512" and _takes(compiler, [*system().compile, *MATRIX_TILES]):
             options += MATRIX_TILES
         pieces.append((here / f"{name}.cpp", target, [compiler, *options, "-c", here / f"{name}.cpp", "-o", target]))
     pieces.append(_bindings(here / "bindings.cpp", folder, *extra))
     objects = [target for _, target, _ in pieces]
     libraries = [f"-L{_torch() / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    return pieces, [str(part) for part in [compiler, "-shared", *extra, *objects, "-o", library, *libraries]]
+    link = [compiler, "-shared", *system().link, *extra, *objects, "-o", library, *libraries]
+    return pieces, [str(part) for part in link]
 
 
 def build(kind: str, library: Path, folder: Path, extra: tuple[str, ...] = ()) -> Path:
@@ -151,7 +179,7 @@ def build(kind: str, library: Path, folder: Path, extra: tuple[str, ...] = ()) -
     library.parent.mkdir(parents=True, exist_ok=True)
     pieces, link = cuda_commands(library, folder) if kind == "cuda" else cpu_commands(library, folder, extra)
     if shutil.which("ninja"):
-        (folder / "build.ninja").write_text(_ninja(pieces, link, library))
+        (folder / "build.ninja").write_text(_ninja(pieces, link, library), encoding="utf-8")
         _output("ninja", "-C", folder, "-j", jobs())
     else:
         with ThreadPoolExecutor(jobs()) as pool:
@@ -161,16 +189,23 @@ def build(kind: str, library: Path, folder: Path, extra: tuple[str, ...] = ()) -
 
 
 def _ninja(pieces: list[Piece], link: list[str], library: Path) -> str:
-    headers = " ".join(str(path) for path in sorted(HERE.rglob("*.h")))
+    def line(command: list) -> str:
+        parts = [str(part) for part in command]
+        return (subprocess.list2cmdline(parts) if os.name == "nt" else shlex.join(parts)).replace("$", "$$")
+
+    def files(*paths: Path) -> str:
+        return " ".join(re.sub(r"[$: ]", r"$\g<0>", str(path)) for path in paths)
+
+    headers = files(*sorted(HERE.rglob("*.h")))
     lines = ["rule run", "  command = $what"]
     for source, target, command in pieces:
-        lines += [f"build {target}: run {source} | {headers}", f"  what = {' '.join(map(str, command))}"]
-    objects = " ".join(str(target) for _, target, _ in pieces)
-    return "\n".join([*lines, f"build {library}: run {objects}", f"  what = {' '.join(link)}", ""])
+        lines += [f"build {files(target)}: run {files(source)} | {headers}", f"  what = {line(command)}"]
+    objects = files(*(target for _, target, _ in pieces))
+    return "\n".join([*lines, f"build {files(library)}: run {objects}", f"  what = {line(link)}", ""])
 
 
 def _output(*command) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{(done.stderr or done.stdout)[-4000:]}")
     return done.stdout

@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 project, author = "unetpp_fast", "The unetpp_fast developers"
 copyright = author
-release = re.search(r'__version__ = "(.+?)"', (ROOT / "unetpp_fast/common/version.py").read_text())[1]
+release = re.search(r'__version__ = "(.+?)"', (ROOT / "unetpp_fast/common/version.py").read_text("utf-8"))[1]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence"]

@@ -3,18 +3,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <atomic>
 #include <cstdlib>
 #include <string>
 
 #include "arguments.h"
 #include "bindings_conv.h"
+#include "features.h"
 
 namespace unetpp {
 
@@ -58,11 +53,9 @@ Table choose() {
   const char* asked = std::getenv("UNETPP_FAST_ISA");
   const std::string name = asked ? asked : "";
 #if defined(__x86_64__)
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (wide && (name.empty() || name == "avx512")) return kernels_avx512;
-  if (narrow && name != "plain") return kernels_avx2;
+  const Features cpu;
+  if (cpu.avx512 && (name.empty() || name == "avx512")) return kernels_avx512;
+  if (cpu.avx2 && name != "plain") return kernels_avx2;
 #endif
   return kernels_plain;
 }
@@ -73,23 +66,6 @@ const Kernels& kernels(Element element) {
   static const Table chosen = choose();
   return chosen(element);
 }
-
-namespace {
-
-// Linux gives a process the registers of tiles when it asks for them.
-bool cpu_has_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
-  constexpr long kAsk = 0x1023, kTileData = 18;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTile) &&
-         syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-}  // namespace
 
 Tiles tiles() {
   static const Tiles found = !kernels().tiles ? Tiles::kPlain : cpu_has_tiles() ? Tiles::kCpu : Tiles::kNone;

@@ -134,7 +134,8 @@ struct TileBlock {
     const Place at(conv, blocks, block);
     Work<First, BFloat16> work;
     operands_of(conv, at.image, at.z, out_blocks, work);
-    const auto &first = work.first, &low = work.phases[0];
+    const auto& first = work.first;
+    const auto& low = work.phases[0];
     number = block;
     rows = at.rows;
     pitch = at.columns + First::r - 1;

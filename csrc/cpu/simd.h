@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 #if LANES >= 8
@@ -175,23 +176,25 @@ constexpr int WIDTH = 2 * LANES;  // output channels of a block
 
 // Memory that a thread keeps from call to call; what was in it is lost.
 struct Scratch {
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kPage = sizeof(float);  // exactly what is asked for, every time, so that its end is seen
+#else
+  static constexpr size_t kPage = 1 << 21;  // a huge one
+#endif
   float* data = nullptr;
   size_t size = 0;
   float* get(size_t count) {
-#ifdef __SANITIZE_ADDRESS__
-    std::free(data);  // exactly what is asked for, so that its end is seen
-    return data = static_cast<float*>(std::malloc(count * sizeof(float)));
-#endif
-    if (count > size) {
-      std::free(data);
-      size_t bytes = (count * sizeof(float) + (1 << 21) - 1) >> 21 << 21;
-      data = static_cast<float*>(std::aligned_alloc(1 << 21, bytes));
+    if (count > size || kPage == sizeof(float)) {
+      release();
+      const size_t bytes = (count * sizeof(float) + kPage - 1) / kPage * kPage;
+      data = static_cast<float*>(::operator new(bytes, std::align_val_t(kPage), std::nothrow));
       size = data ? bytes / sizeof(float) : 0;
       if (!data) std::abort();
     }
     return data;
   }
-  ~Scratch() { std::free(data); }
+  void release() { ::operator delete(data, std::align_val_t(kPage)); }
+  ~Scratch() { release(); }
 };
 
 static thread_local Scratch scratch;

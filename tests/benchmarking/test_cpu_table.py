@@ -41,6 +41,9 @@ def test_the_table_shows_times_ratios_errors_and_stale_rows():
     text = cpu_table.table([ours, theirs], found)
     assert f"| inference, {name} 512x512, batch 1, float32 | 10 ms, 1e-06 |" in text
     assert "| 15 ms (1.50x), 2e-04 † |" in text and text.count("† |") == 1
+    assert "† is of older sources." in text and "†" not in cpu_table.table([ours], found)
+    older = {"sweep-nearest": {"values": {"0": 1.0}, "source_hash": "0" * 16}}
+    assert "† is of older sources." in cpu_table.table([ours], older)
     assert "sweep-nearest (the least 3 of 9): 0 1.00, 1 2.00, 2 3.00" in text
 
 

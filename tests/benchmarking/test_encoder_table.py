@@ -78,6 +78,9 @@ def test_the_pruned_networks_are_written_into_the_page(tmp_path):
     encoder_table.write(page, rows)
     text = page.read_text()
     assert "| `prune(1)` | 30.0 | 0.19 | 20 | 0.25 |  |\n| `prune(4)` | 160.0 | 1.00 | 80 | 1.00 |  |" in text
+    assert "†" not in text.partition(encoder_table.BEGIN)[2].partition(encoder_table.END)[0]
+    older = encoder_table.pruned_table([{**rows[0], "source_hash": "0" * 16}, rows[1]])
+    assert "| 20 † |" in older and older.endswith("medians. † is of older sources.")
     before = encoder_table.PAGE.read_text()
     for marker in (encoder_table.BEGIN, encoder_table.END):
         assert text.count(marker) == before.count(marker) == 1

@@ -128,7 +128,7 @@ def test_the_sources_hold_the_kernels_and_the_engine():
 
 def test_a_machine_has_a_name_for_a_file_and_one_for_people(monkeypatch):
     device = torch.device("cpu")
-    assert f"{torch.get_num_threads()} threads" in device_name(device)
+    assert f"{torch.get_num_threads()} thread" in device_name(device)
     assert set(records.machine(device)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     monkeypatch.setenv("UNETPP_FAST_COMMIT", "abc")
     assert records.facts(device)["commit"] == "abc"
@@ -149,3 +149,10 @@ def test_info_says_which_records_are_current(tmp_path, monkeypatch):
 
 def test_rows_are_plain_json():
     assert all(json.loads(json.dumps(good)) == good for good in GOOD) and "json" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(2309.6, "2310"), (38.148, "38.1"), (0.12345, "0.123"), (1000.4, "1000"), (7.0, "7")]
+)
+def test_times_are_shown_in_three_digits(value, shown):
+    assert records.digits(value) == shown

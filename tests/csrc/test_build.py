@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,61 @@ def test_what_was_asked_for_fails_loudly_without_its_compiler(builder, kind, mes
         builder.build(kind, tmp_path / "library.so", tmp_path / "objects")
     folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
     assert setup("build_ext", *folders, UNETPP_FAST_BUILD=kind).returncode != 0
+
+
+def windows(builder, monkeypatch: pytest.MonkeyPatch, machine: str = "AMD64") -> None:
+    monkeypatch.setattr(builder.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(builder.platform, "machine", lambda: machine)
+
+
+@pytest.mark.parametrize(("machine", "target"), [("AMD64", "x86_64"), ("ARM64", "aarch64")])
+def test_commands_for_windows(machine, target, builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By clang++ for Visual Studio's C++, with the runtime library that torch shares; against torch's import library."""
+    windows(builder, monkeypatch, machine)
+    compiler = tmp_path / "clang++"
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    pieces, link = builder.cpu_commands(tmp_path / "unetpp_fast_cpu.dll", tmp_path)
+    commands = {source.name: command for source, _, command in pieces}
+    assert set(commands) == {"plain.cpp", "bindings.cpp"} | ({"avx2.cpp", "avx512.cpp"} if target == "x86_64" else set())
+    for command in commands.values():
+        assert {f"--target={target}-pc-windows-msvc", "-fms-runtime-lib=dll"} < set(command) and "-fPIC" not in command
+        assert command[0] == str(compiler)
+    assert {f"--target={target}-pc-windows-msvc", "-fuse-ld=lld", "-nostdlib", "-ltorch_cpu"} < set(link)
+    assert link[0] == str(compiler) and link[link.index("-o") + 1].endswith(".dll")
+    assert builder.system().suffix == ".dll"
+
+
+def test_windows_without_clang(builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """g++ or cl on PATH do not count; CUDA is said not to be there."""
+    windows(builder, monkeypatch)
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found: install LLVM .* or set CXX to a clang\+\+$"):
+        builder.cpu_commands(tmp_path / "unetpp_fast_cpu.dll", tmp_path)
+    with pytest.raises(RuntimeError, match="not built on Windows"):
+        builder.cuda_commands(tmp_path / "unetpp_fast_cuda.dll", tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("ninja"), reason="ninja is not installed")
+def test_ninja_takes_paths_of_any_kind(builder, tmp_path: Path):
+    """Spaces, as in C:\\Program Files, colons and dollars; a second run has nothing to do."""
+    folder = tmp_path / "a b:c$d"
+    folder.mkdir()
+    copy = "import shutil, sys; shutil.copy(*sys.argv[1:])"
+    source, target, library = folder / "in.cpp", folder / "in.o", folder / "lib.so"
+    source.write_text("text")
+    pieces = [(source, target, [sys.executable, "-c", copy, source, target])]
+    link = [sys.executable, "-c", copy, str(target), str(library)]
+    (tmp_path / "build.ninja").write_text(builder._ninja(pieces, link, library))
+    builder._output("ninja", "-C", tmp_path)
+    assert library.read_text() == "text"
+    assert "no work to do" in builder._output("ninja", "-C", tmp_path)
 
 
 def test_another_mode_is_refused():

@@ -22,14 +22,14 @@ from support.library_needs import foreign_libraries, foreign_symbols, symbols
 from unetpp_fast.execution.fused import libraries
 
 ASKED = {"cpu": ["cpu"], "cuda": ["cpu", "cuda"]}.get(os.environ.get("UNETPP_FAST_BUILD", ""), [])
-BUILT = [kind for kind in ("cpu", "cuda") if (libraries.FOLDER / f"unetpp_fast_{kind}.so").exists()]
+BUILT = [kind for kind in ("cpu", "cuda") if (libraries.FOLDER / f"unetpp_fast_{kind}{libraries.SUFFIX}").exists()]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 LISTED = sys.platform == "linux" and shutil.which("nm") and shutil.which("readelf")
 needs_binutils = pytest.mark.skipif(not LISTED, reason="listing what a library needs takes nm and readelf")
 
 
 def path(kind: str) -> Path:
-    return libraries.FOLDER / f"unetpp_fast_{kind}.so"
+    return libraries.FOLDER / f"unetpp_fast_{kind}{libraries.SUFFIX}"
 
 
 def test_what_was_asked_for_is_there():

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.encoders import encoded
 from support.helpers import FLOAT32, assert_close_relative, build, make_input
 from support.resident import peak_of
 from torch import nn
@@ -171,11 +172,17 @@ def test_a_mistake_is_said_clearly(options, error, says):
     assert says in str(caught.value)
 
 
-def test_what_cannot_be_counted_asks_for_the_tile():
-    model = network()
-    model.encoder = nn.Identity()
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "in an ensemble"])
+def test_what_cannot_be_counted_asks_for_the_tile(together):
+    model = uf.Ensemble([network(), encoded(channels=1)]) if together else encoded(channels=1)
     with pytest.raises(ValueError, match="give tile= instead of max_memory="):
-        uf.predict_tiled(model, make_input(1, 1, 16, 16))
+        uf.predict_tiled(model, make_input(1, 1, 32, 32))
+
+
+def test_an_ensemble_counts_its_largest_member():
+    small, large = network(), network(features=(16, 16, 16))
+    counted = [tiled_prediction.memory(uf.Ensemble(order), (64, 64), (64, 64)) for order in ([small, large], [large, small])]
+    assert counted[0] == counted[1] > tiled_prediction.memory(large, (64, 64), (64, 64))
 
 
 def test_the_largest_tile_that_fits_is_chosen():

@@ -60,7 +60,7 @@ def resident_peak(build: Callable[[], Run]) -> float:
     run = build()
     run()
     _return_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     run()
     run()
     return max(_resident("VmHWM") - before, 0) / 1e6
@@ -69,7 +69,7 @@ def resident_peak(build: Callable[[], Run]) -> float:
 def _resident(field: str) -> int:
     """Bytes in a field of /proc/self/status."""
     _return_freed_memory()
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}")

@@ -33,7 +33,7 @@ def _converted(network: Network, x: Tensor, case: Case, command: Sequence[str], 
         raise Unavailable("it is measured in float32 only")
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "model.onnx").write_bytes(onnx_bytes(network, x, case))
-    done = subprocess.run(command, cwd=folder.name, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder.name, capture_output=True, encoding="utf-8", errors="replace")
     if not (Path(folder.name) / result).exists():
         lines = (done.stdout + done.stderr).strip().splitlines() or [""]
         raise Unavailable(f"its converter failed: {lines[-1]}")

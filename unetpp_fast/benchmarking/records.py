@@ -99,6 +99,11 @@ def _is_date(value: object) -> bool:
         return False
 
 
+def digits(value: float) -> str:
+    """Three of them, as tables show times: 0.123, 38.1, 2310."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def identity(row: Mapping) -> tuple:
     """What a row measured: rows of equal identity replace one another."""
     return tuple(tuple(row[key]) if key == "size" else row.get(key) for key in IDENTITY)
@@ -111,7 +116,7 @@ def read(path: Path) -> list[dict]:
         InputError: the file cannot be read or a row is not valid; the message says which and why.
     """
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -150,6 +155,11 @@ def is_current(row: Mapping) -> bool:
     return row["source_hash"] == source_hash()
 
 
+def legend(table: str) -> str:
+    """What † means, after a table with such a row; otherwise ""."""
+    return " † is of older sources." if "†" in table else ""
+
+
 def machine(device: torch.device) -> str:
     """The name of a machine's file of records, without its ending."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
@@ -180,7 +190,7 @@ def _version(package: str) -> str | None:
 
 def _driver() -> str | None:
     try:
-        version = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        version = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
     except OSError:
         return None
     return version[1] if version else None
@@ -196,7 +206,9 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

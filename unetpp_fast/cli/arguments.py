@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def patch_size(text: str) -> int | tuple[int, ...]:
     return sides[0] if len(sides) == 1 else sides
 
 
+def spacing(text: str) -> str | tuple[float, ...]:
+    """`median`, or `1` as (1.0, 1.0, 1.0), `2.5,0.8,0.8` as (2.5, 0.8, 0.8)."""
+    if text == "median":
+        return text
+    try:
+        sizes = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    sizes = sizes * 3 if len(sizes) == 1 else sizes
+    if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither median nor sizes of a voxel in mm such as 2.5,0.8,0.8")
+    return sizes
+
+
 def overlap(text: str) -> float | tuple[float, ...]:
     """`0.25` as 0.25, `0.5,0.25,0.25` as (0.5, 0.25, 0.25)."""
     try:
@@ -164,6 +179,11 @@ def byte_count(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def cache_bytes(text: str) -> int:
+    """As `byte_count`, but `0` for none."""
+    return 0 if text == "0" else byte_count(text)
 
 
 def _integers(text: str, separator: str, what: str) -> tuple[int, ...]:

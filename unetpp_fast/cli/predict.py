@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..common.progress import progress_bar
 from ..data import prediction_files
 from ..data.images import STANDARD, scaled, standardise, write_png
 from ..data.postprocessing import postprocess
+from ..data.resampling import planes, resampled
 from ..experiments import pictures
 from ..models import tiled_prediction
 from ..models.architectures import AnyNetwork
@@ -131,7 +132,7 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     if source.is_picture:
         shown, colours = masks, pictures.COLOURS
         if job.palette:
-            colours = np.array(job.palette[1:], np.float32)
+            colours = pictures.class_colours(job.palette)
             shown = masks[0] == np.arange(1, len(job.classes)).reshape(-1, 1, 1)
         picture = pictures.overlay(source.stored.real(source.images()[0]), shown, colours)
         write_png(out / "overlays" / f"{name}.png", picture)
@@ -151,7 +152,7 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
     chosen = {"mode": options.mode, "level": options.level, "flips": options.flips}
     chosen["activation"] = "softmax" if exclusive else "sigmoid"
     images = source.images()
-    size, tile = images[0].shape[1:], options.tile
+    size, tile = source.size_at(network.spacing), options.tile
     if tile is None and options.max_memory is not None:
         tile = tiled_prediction.choose_tile(network, size, options.max_memory, chosen)
     grid = tiled_prediction.make_grid(network, size, tile[0] if tile and len(tile) == 1 else tile, options.overlap)
@@ -166,12 +167,31 @@ def _predict_file(job: Job, source: prediction_files.Source) -> tuple[np.ndarray
     kept = source.parts(probabilities) if options.probabilities else [None] * len(images)
     bar = messages.shown() and sys.stderr.isatty() and any(len(axis) > 1 for axis in grid)
     for image, mask, values in zip(prepared, source.parts(masks), kept, strict=True):
-        for _, first, band in tiled_prediction.bands(network, image, grid, progress=bar, **chosen):
+        for first, band in _bands(job, image, size, grid, progress=bar, **chosen):
             rows = slice(first, first + band.shape[1])
-            mask[:, rows] = (band.argmax(dim=0, keepdim=True) if exclusive else band > options.threshold).numpy()
+            mask[:, rows] = band.argmax(axis=0, keepdims=True) if exclusive else band > options.threshold
             if values is not None:
-                values[:, rows] = band.numpy()
+                values[:, rows] = band
     return masks, probabilities
+
+
+def _bands(
+    job: Job, image: prediction_files.Prepared, size: Sequence[int], grid: Sequence[tiled_prediction.Axis], **chosen: Any
+) -> Iterator[tuple[int, np.ndarray]]:
+    """As `tiled_prediction.bands`, first row and rows of one image, which the network sees in the size `size`; resampled
+    volumes lie in temporary files."""
+    given, network, out = image.shape[2:], job.network, job.options.out
+    source: Any = image
+    if size != given:
+        source = resampled(image, size, prediction_files.spool((image.shape[1], *size), np.float32, out))[None]
+    found = tiled_prediction.bands(network, source, grid, **chosen)
+    if size == given:
+        yield from ((first, band.numpy()) for _, first, band in found)
+        return
+    whole = prediction_files.spool((network.out_channels, *size), np.float32, out)
+    for _, first, band in found:
+        whole[:, first : first + band.shape[1]] = band.numpy()
+    yield from ((index, plane[:, None]) for index, plane in enumerate(planes(whole[None], given)))
 
 
 def _predict_scaled(

@@ -19,11 +19,20 @@ from ..common.devices import choose_device
 from ..common.errors import InputError
 from ..common.version import __version__
 from ..data.augmentation import STRONG, Augmentation, read_spec
-from ..data.geometry import sides_of
+from ..data.geometry import sides_of, times
 from ..data.layouts import read_folder
 from ..data.pairs import Folder
 from ..data.patches import Patches
-from ..data.samples import check_samples, class_pixels, dataset_normalisation, groups, split, with_normalisation
+from ..data.samples import (
+    check_samples,
+    class_pixels,
+    dataset_normalisation,
+    dataset_spacing,
+    groups,
+    split,
+    with_normalisation,
+    with_spacing,
+)
 from ..data.tasks import PATCH, TASKS
 from ..models.architectures import parameter_count
 from ..models.network import Network
@@ -68,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             return _fit(_trainer(job, recipe, part, channels, device), job)
 
         if options.folds is not None:
-            return cross_validation.run(options, _normalised(folder, options), _check_out, train, _say)
+            return cross_validation.run(options, _prepared(folder, options), _check_out, train, _say)
         return train(options, folder)
 
 
@@ -124,7 +133,7 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
         training, validation = split(folder.samples, options.val_fraction, options.seed)
         folder = replace(folder, samples=training, validation=validation)
     if options.folds is None:
-        folder = _normalised(folder, options)
+        folder = _prepared(folder, options)
     training, validation = folder.samples, folder.validation
     classes, task = folder.classes, TASKS.get(options.task)
     loss = _loss(options, folder)
@@ -179,13 +188,18 @@ def _trainer(options: argparse.Namespace, recipe: Recipe, folder: Folder, channe
     return trainer
 
 
-def _normalised(folder: Folder, options: argparse.Namespace) -> Folder:
-    """The folder with its images prepared as --normalise says, by those to train on: all folds alike, as in nnU-Net."""
-    if options.normalise == "image":
-        return folder
-    normalisation = dataset_normalisation(folder.samples)
-    samples, validation = (part and with_normalisation(part, normalisation) for part in (folder.samples, folder.validation))
-    return replace(folder, samples=samples, validation=validation)
+def _prepared(folder: Folder, options: argparse.Namespace) -> Folder:
+    """The folder with its images prepared as --normalise and --spacing say, by those to train on: all folds alike, as in
+    nnU-Net."""
+    parts = folder.samples, folder.validation
+    if options.normalise == "dataset":
+        normalisation = dataset_normalisation(folder.samples)
+        parts = tuple(part and with_normalisation(part, normalisation) for part in parts)
+    if options.spacing is not None:
+        spacing = dataset_spacing(folder.samples) if options.spacing == "median" else options.spacing
+        parts = tuple(part and with_spacing(part, spacing) for part in parts)
+        _say(f"volumes are resampled to voxels of {times(spacing)} mm")
+    return replace(folder, samples=parts[0], validation=parts[1])
 
 
 def _patches(training: list, folder: Folder, spatial_dims: int, options: argparse.Namespace) -> Patches:
@@ -197,7 +211,7 @@ def _patches(training: list, folder: Folder, spatial_dims: int, options: argpars
     return Patches(
         training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
         transform=transform, foreground=options.foreground, background=0 if folder.exclusive else None,
-        outside=0 if folder.exclusive and folder.ignore is None else None,
+        outside=0 if folder.exclusive and folder.ignore is None else None, cache=options.cache_memory,
     )  # fmt: skip
 
 
@@ -212,11 +226,15 @@ def _augmented(patches: Patches) -> dict[str, Any]:
 def _read_data(options: argparse.Namespace) -> tuple[Folder, int]:
     """The samples that the options name, and the number of channels of the images; says what was found."""
     names, ignore = label_options(options)
+    if options.task and options.spacing:
+        raise InputError("--spacing does not go with --task, whose volumes are read as the paper did")
     if options.task:
         samples, classes, channels = TASKS[options.task].read(options.data)
         return Folder(samples, classes, "", spatial_dims=TASKS[options.task].spatial_dims), channels
     folder = read_folder(options.data, names, ignore, 0 if options.folds else options.fold or 0)
     _say(folder.found)
+    if options.spacing and folder.spatial_dims != 3:
+        raise InputError(f"--spacing resamples volumes, and {options.data} holds images: leave it out")
     return folder, check_samples([*folder.samples, *(folder.validation or [])])
 
 
@@ -256,8 +274,9 @@ def _fit(trainer: Trainer, options: argparse.Namespace) -> int:
 
 def _instead(options: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     """What stands in `run.yaml`, by which --config repeats the training, in place of the options: None for nothing."""
-    instead = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
+    instead: dict[str, Any] = {"batch_size": trainer.recipe.batch_size, "max_memory": None}
     instead |= {"out": options.out.parent} if options.folds else {}
+    instead |= {"spacing": trainer.network.spacing} if options.spacing else {}
     return {**instead, "features": None} if options.encoder or options.init_from else instead
 
 

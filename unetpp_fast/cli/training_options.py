@@ -21,9 +21,11 @@ from .arguments import (
     add_task,
     augmentation,
     byte_count,
+    cache_bytes,
     class_weights,
     engine_options,
     patch_size,
+    spacing,
     width_list,
 )
 
@@ -88,6 +90,10 @@ def _add_patches(command: argparse.ArgumentParser) -> None:
         "--normalise", choices=["image", "dataset"], default="image",
         help="by mean and standard deviation of each image, or of all images to train on together",
     )  # fmt: skip
+    train.add_argument(
+        "--spacing", type=spacing, metavar="MM",
+        help="resample volumes to voxels of 2.5,0.8,0.8 mm (z, y, x), or the median of those to train on; so does predict",
+    )  # fmt: skip
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -127,6 +133,10 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 def _add_machine(command: argparse.ArgumentParser) -> None:
     train = command.add_argument_group("the machine")
     train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
+    train.add_argument(
+        "--cache-memory", type=cache_bytes, metavar="BYTES", default="2G",
+        help="8G: what images kept in memory may take, of all workers together; the others are read for each patch; 0: none",
+    )  # fmt: skip
     train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
     train.add_argument(
         "--capture", action=argparse.BooleanOptionalAction, default=True,

@@ -13,7 +13,7 @@ def computed_and_waited() -> tuple[int, int]:
     computed = waited = 0
     for path in TASKS.glob("*/schedstat"):
         try:
-            run, wait = map(int, path.read_text().split()[:2])
+            run, wait = map(int, path.read_text(encoding="utf-8").split()[:2])
         except (OSError, ValueError):  # the thread has just ended
             continue
         computed, waited = computed + run, waited + wait

@@ -200,8 +200,8 @@ def _compare(peer: Peer, module: nn.Module, network: Network | EncodedNetwork) -
         return
     if weight.dtype.itemsize < 4:
         module, network = copy.deepcopy(module).float(), copy.deepcopy(network).float()
-    over_encoder = isinstance(network, EncodedNetwork)  # whose kernels may be larger than the least image
-    image = network.sample() if over_encoder else small_image(network, network.multiple)
+    # An encoder's kernels may be larger than the least image.
+    image = network.sample() if network.over_encoder else small_image(network, network.multiple)
     try:
         with evaluating(module), evaluating(network), without_tf32():
             expected, actual = module(image), network(image)

@@ -115,7 +115,7 @@ def read_spec(path: Path) -> Spec:
     """
     yaml = need("yaml", "commands")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"--augment: {path} cannot be read ({error.strerror}): give none, light, strong or a file"

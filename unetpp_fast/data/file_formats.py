@@ -9,16 +9,16 @@ import gzip
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ..common.errors import InputError, first_line
 from ..common.extras import need
-from . import itk
+from . import dicom_seg, itk
 from .decoding import read_picture
 from .stored import Stored
 
@@ -37,6 +37,7 @@ class FileFormat:
         is_picture: whether the files are meant to be looked at; `predict` adds an overlay.
         images: whether the files are pictures, decoded by the rules of `decoding` and, if masks, of `masks`.
         read_mask: reads a mask or label map, if not as `read`.
+        read_affine: reads where voxels lie, as in `Stored`, from the header; None if the format does not tell.
     """
 
     name: str
@@ -48,6 +49,7 @@ class FileFormat:
     is_picture: bool = False
     images: bool = False
     read_mask: Callable[[Path], Stored] | None = None
+    read_affine: Callable[[Path], np.ndarray | None] | None = None
 
 
 def _write_picture(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
@@ -94,6 +96,10 @@ def _read_nifti(path: Path) -> Stored:
     return Stored(path, values.T, "CZYX"[-values.ndim :], image, slope, offset, affine=image.affine)
 
 
+def _nifti_affine(path: Path) -> np.ndarray:
+    return need("nibabel", "nifti").load(path).affine
+
+
 def _write_nifti(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
     header = stored.header.header.copy()
     header.set_data_dtype(values.dtype)
@@ -103,6 +109,20 @@ def _write_nifti(stream: BinaryIO, values: np.ndarray, stored: Stored) -> None:
         return
     with gzip.GzipFile(fileobj=stream, mode="wb", filename="", mtime=0) as packed:
         image.to_stream(packed)
+
+
+def _by_itk(name: str, endings: tuple[str, ...], written_as: str) -> FileFormat:
+    write = partial(itk.write, ending=written_as)
+    return FileFormat(name, endings, itk.read, write, written_as, read_affine=itk.read_affine)
+
+
+def _read_dicom_mask(path: Path) -> Stored:
+    return dicom_seg.read(path) if dicom_seg.is_segmentation(path) else itk.read(path)
+
+
+def _dicom_affine(path: Path) -> np.ndarray | None:
+    """None for a segmentation, whose planes may be any of its volume."""
+    return None if dicom_seg.is_segmentation(path) else itk.read_affine(path)
 
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -121,13 +141,16 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("TIFF", (".tif", ".tiff"), read_picture, _write_tiff, foreground=255, images=True),
     FileFormat("an array", (".npy",), _read_npy, _write_npy),
     FileFormat("an archive of arrays", (".npz",), _read_npz, _write_npz, read_mask=partial(_read_npz, wanted=MASK_ARRAYS)),
-    FileFormat("NIfTI", (".nii", ".nii.gz"), _read_nifti, _write_nifti),
-    FileFormat("MetaImage", (".mha", ".mhd"), itk.read, partial(itk.write, ending=".mha"), written_as=".mha"),
-    FileFormat("NRRD", (".nrrd", ".nhdr"), itk.read, partial(itk.write, ending=".nrrd"), written_as=".nrrd"),
-    FileFormat("DICOM", itk.DICOM_ENDINGS, itk.read, partial(itk.write, ending=".nii.gz"), written_as=".nii.gz"),
+    FileFormat("NIfTI", (".nii", ".nii.gz"), _read_nifti, _write_nifti, read_affine=_nifti_affine),
+    _by_itk("MetaImage", (".mha", ".mhd"), ".mha"),
+    _by_itk("NRRD", (".nrrd", ".nhdr"), ".nrrd"),
+    replace(_by_itk("DICOM", itk.DICOM_ENDINGS, ".nii.gz"), read_mask=_read_dicom_mask, read_affine=_dicom_affine),
 )
 # A folder of slices. DICOM has no plain masks, so they are written as NIfTI, with the grid of the series.
-SERIES = FileFormat("a DICOM series", (), itk.read_series, partial(itk.write, ending=".nii.gz"), written_as=".nii.gz")
+SERIES = FileFormat(
+    "a DICOM series", (), itk.read_series, partial(itk.write, ending=".nii.gz"), ".nii.gz",
+    read_affine=lambda folder: itk.read_series(folder).affine,
+)  # fmt: skip
 
 
 def all_endings() -> tuple[str, ...]:
@@ -175,11 +198,25 @@ def read_stored(path: Path, mask: bool = False) -> Stored:
     Raises:
         InputError: the file is missing, damaged, or of an unknown format.
     """
+    form = _existing(path)
+    return _tried(form, (form.read_mask if mask else None) or form.read, path)
+
+
+def affine_of(path: Path) -> np.ndarray | None:
+    """Where the voxels of a volume lie, as in `Stored`; of most formats only the header is read. Errors as `read_stored`."""
+    form = _existing(path)
+    return None if form.read_affine is None else _tried(form, form.read_affine, path)
+
+
+def _existing(path: Path) -> FileFormat:
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    form = format_of(path)
+    return format_of(path)
+
+
+def _tried(form: FileFormat, read: Callable[[Path], Any], path: Path) -> Any:
     try:
-        return ((form.read_mask if mask else None) or form.read)(path)
+        return read(path)
     except InputError:
         raise
     except Exception as error:  # a damaged file can make a reader fail in any way

@@ -53,7 +53,7 @@ def load_folds(path: Path) -> list[Fold]:
         InputError: it holds none.
     """
     try:
-        folds = json.loads(path.read_text())
+        folds = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): remove it") from error
     if not isinstance(folds, list) or not all(isinstance(fold, dict) and {"train", "val"} <= fold.keys() for fold in folds):

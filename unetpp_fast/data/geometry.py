@@ -33,6 +33,11 @@ def times(sizes: Iterable[float]) -> str:
     return "x".join(f"{size:.4g}" for size in sizes)
 
 
+def spacing_from(affine: np.ndarray | None) -> tuple[float, ...] | None:
+    """Millimetres between voxels along z, y and x, of a matrix from voxels x, y, z to mm; None for None."""
+    return None if affine is None else tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
+
+
 def sides_of(patch: int | Sequence[int], axes: int) -> tuple[int, ...]:
     """The side of a patch along each of so many axes; one number is that of all.
 

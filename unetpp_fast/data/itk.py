@@ -50,6 +50,16 @@ def read(path: Path) -> Stored:
         return _stored(sitk, path, sitk.ReadImage(str(path)))
 
 
+def read_affine(path: Path) -> np.ndarray | None:
+    """Where the voxels of a file lie, as in `Stored`, from its header alone."""
+    sitk = need("SimpleITK", "volumes")
+    with _quiet(sitk):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        return Grid(reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()).affine
+
+
 def write(stream: BinaryIO, values: np.ndarray, stored: Stored, ending: str) -> None:
     """Writes `[z, y, x]` or `[y, x]` with the grid of a file that was read, in the format of this ending."""
     sitk = need("SimpleITK", "volumes")

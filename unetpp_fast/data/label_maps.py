@@ -13,6 +13,7 @@ from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .images import STANDARD
 from .inputs import read_drawn_labels, read_inputs, spacing_of
+from .resampling import at_spacing
 
 IGNORED = 255  # as in VOC and Cityscapes
 MOST = 254
@@ -21,7 +22,7 @@ COUNTED = 2**22  # pixels at a time
 
 @dataclass(frozen=True)
 class LabelSample:
-    """An image or volume and its label map; read when needed. channels: further files of the image."""
+    """An image or volume and its label map; read when needed. channels, resampled_to: as of `Sample`."""
 
     name: str
     image: Path
@@ -30,6 +31,7 @@ class LabelSample:
     ignore: int | None
     channels: tuple[Path, ...] = field(default=(), kw_only=True)
     normalisation: Normalisation = field(default=STANDARD, kw_only=True)
+    resampled_to: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image, float32 `[C, *S]`, and one-hot labels, bool `[classes, *S]`; ignored pixels have no class.
@@ -37,21 +39,25 @@ class LabelSample:
         Raises:
             InputError: a file cannot be read, the sizes or grids differ, or a label is none of the classes.
         """
-        drawn = read_drawn_labels(self.labels)
+        drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image, labels = self.normalisation(read_inputs((self.image, *self.channels), drawn)), drawn.values
         one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, *[1] * labels.ndim)
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
-        return image, one_hot
+        return at_spacing(image, one_hot, self.file_spacing(), self.resampled_to, self.image, exclusive=True)
 
     def spacing(self) -> tuple[float, ...] | None:
         """As `Sample.spacing`."""
-        return spacing_of(self.labels)
+        return self.resampled_to or self.file_spacing()
+
+    def file_spacing(self) -> tuple[float, ...] | None:
+        """As `Sample.file_spacing`."""
+        return spacing_of(self.labels, self.image)
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`."""
-        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels))
+        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels).on_grid_of(self.image))
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,10 @@ class RegionSample(LabelSample):
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image, float32 `[C, *S]`, and masks, bool `[classes, *S]`; errors as `LabelSample.load`."""
-        drawn = read_drawn_labels(self.labels)
+        drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image = self.normalisation(read_inputs((self.image, *self.channels), drawn))
-        return image, np.stack([np.isin(drawn.values, values) for values in self.regions])
+        masks = np.stack([np.isin(drawn.values, values) for values in self.regions])
+        return at_spacing(image, masks, self.file_spacing(), self.resampled_to, self.image)
 
 
 @dataclass(frozen=True)

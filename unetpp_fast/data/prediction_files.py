@@ -30,10 +30,11 @@ from .file_formats import (
     id_of,
     read_stored,
 )
-from .geometry import check_affines
+from .geometry import check_affines, spacing_from
 from .images import check_finite, write_palette_png
 from .itk import is_series
 from .pairs import single_files
+from .resampling import checked_spacing, size_at
 from .stored import Stored
 
 # By the number of axes of the model and of the array: the axes that an array without names may have; the first that fits.
@@ -78,6 +79,18 @@ class Source:
             values, axes = values[None], "C" + axes
         values = np.moveaxis(values, axes.index("C"), 0)
         return list(np.moveaxis(values, self._stack_axis + 1, 0)) if self.is_stack else [values]
+
+    def size_at(self, spacing: Sequence[float] | None) -> tuple[int, ...]:
+        """The size `[*S]` of `images` if their voxels were of `spacing` mm; as it is for None.
+
+        Raises:
+            InputError: the file does not tell the size of its voxels.
+        """
+        size = self.images()[0].shape[1:]
+        if spacing is None:
+            return size
+        own = checked_spacing(spacing_from(self.stored.affine), self.spatial_dims, self.stored.path)
+        return size_at(size, own, spacing)
 
     def parts(self, results: np.ndarray) -> list[np.ndarray]:
         """Views of results `[classes, *shape]`, one for each of `images`."""

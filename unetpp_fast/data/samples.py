@@ -13,18 +13,21 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .images import STANDARD
-from .inputs import read_drawn_mask, read_inputs, spacing_of, stack_masks
+from .inputs import Drawn, read_drawn_mask, read_inputs, spacing_of, stack_masks
+from .resampling import at_spacing, checked_spacing, common_spacing
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image or volume and its masks, one file per class; read when needed. channels: further files of the image."""
+    """An image or volume and its masks, one file per class; read when needed. channels: further files of the image.
+    resampled_to: the spacing of volumes after reading, in mm along each axis of `*S`; None for that of the file."""
 
     name: str
     image: Path
     masks: tuple[Path, ...]
     channels: tuple[Path, ...] = field(default=(), kw_only=True)
     normalisation: Normalisation | None = field(default=STANDARD, kw_only=True)
+    resampled_to: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image, float32 `[C, *S]`, and mask, bool `[classes, *S]`.
@@ -32,16 +35,24 @@ class Sample:
         Raises:
             InputError: a file cannot be read, or the sizes or grids differ.
         """
-        masks = [read_drawn_mask(path) for path in self.masks]
-        return self.normalisation(read_inputs((self.image, *self.channels), masks[0])), stack_masks(masks)
+        masks = [self._drawn(path) for path in self.masks]
+        image = self.normalisation(read_inputs((self.image, *self.channels), masks[0]))
+        return at_spacing(image, stack_masks(masks), self.file_spacing(), self.resampled_to, self.image)
 
     def spacing(self) -> tuple[float, ...] | None:
         """Millimetres between voxels along each axis of `*S`, if the files are volumes that tell."""
-        return spacing_of(self.masks[0])
+        return self.resampled_to or self.file_spacing()
+
+    def file_spacing(self) -> tuple[float, ...] | None:
+        """As `spacing`, before volumes are resampled."""
+        return spacing_of(self.masks[0], self.image)
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`; errors as `load`."""
-        return read_inputs((self.image, *self.channels), read_drawn_mask(self.masks[0]))
+        return read_inputs((self.image, *self.channels), self._drawn(self.masks[0]))
+
+    def _drawn(self, path: Path) -> Drawn:
+        return read_drawn_mask(path).on_grid_of(self.image)
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,29 @@ def with_normalisation(samples: Sequence[Any], normalisation: Normalisation) -> 
     """These samples, prepared by it; `Trainer` then notes it in the network. Errors as `dataset_normalisation`."""
     _check_free(samples)
     return [replace(sample, normalisation=normalisation) for sample in samples]
+
+
+def with_spacing(samples: Sequence[Any], wanted: Sequence[float]) -> list[Any]:
+    """These samples of volumes, resampled to a spacing when they are read; `Trainer` then notes it in the network.
+
+    wanted: in mm, one number for each axis of `*S`.
+
+    Raises:
+        InputError: a volume does not tell the size of its voxels.
+    """
+    for sample in samples:
+        _file_spacing(sample, len(wanted))
+    return [replace(sample, resampled_to=tuple(map(float, wanted))) for sample in samples]
+
+
+def dataset_spacing(samples: Sequence[Any]) -> tuple[float, ...]:
+    """The spacing that suits these samples of volumes (`resampling.common_spacing`). Errors as `with_spacing`."""
+    return common_spacing([_file_spacing(sample, 3) for sample in samples])
+
+
+def _file_spacing(sample: Any, axes: int) -> Sequence[float]:
+    found = sample.file_spacing() if hasattr(sample, "file_spacing") else None
+    return checked_spacing(found, axes, sample.name if isinstance(sample, ArraySample) else sample.image)
 
 
 def _check_free(samples: Sequence[Any]) -> None:

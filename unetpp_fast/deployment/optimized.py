@@ -269,15 +269,15 @@ def optimize(
     if not isinstance(model, (Network, EncodedNetwork)):
         with evaluating(model):
             model = convert(model)
-    topology, pruned, over_encoder = model.topology, level is not None, isinstance(model, EncodedNetwork)
+    topology, pruned = model.topology, level is not None
     if pruned:
         check_prunable(model)
     if "forward" not in model.__dict__:
         kept = topology.pruned(topology.heads[-1] if level is None else level, keep_heads=True)
         model = model.subnetwork(kept, deep_supervision=model.deep_supervision and not pruned, form=model.form)
-    own, kind = next(model.parameters()).dtype, OptimizedModule if over_encoder else Optimized
+    own, kind = next(model.parameters()).dtype, OptimizedModule if model.over_encoder else Optimized
     fast = kind(_own_copy(model, dtype), pruned=pruned, dtype=dtype or (own if own.itemsize < 4 else None), mode=mode)
-    fast.compare(model, fast.network.sample() if over_encoder else small_image(fast.network, fast.network.multiple))
+    fast.compare(model, fast.network.sample() if model.over_encoder else small_image(fast.network, fast.network.multiple))
     return fast
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = ("architecture", "execution", "models", "deployment")  # of the package: the code that a pass runs
-BUILT = {".pyc", ".so", ".o", ".d", ".md"}
+BUILT = {".pyc", ".so", ".dll", ".o", ".d", ".md"}
 
 
 def pass_files(package: Path = PACKAGE) -> dict[str, Path]:

@@ -163,7 +163,7 @@ def _finished_rows(path: Path, settings: Mapping[str, Any]) -> list[dict]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         rows, earlier = content["rows"], content["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}): remove it, or choose another --out") from error

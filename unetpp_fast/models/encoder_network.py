@@ -52,7 +52,7 @@ class EncodedNetwork(Pretrained, nn.Module):
         unused: a module kept for its weights and never run.
     """
 
-    sync_group, recompute = "", False  # as in `Network`
+    over_encoder, sync_group, recompute = True, "", False  # as in `Network`
 
     def __init__(
         self,

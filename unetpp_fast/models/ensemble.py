@@ -35,6 +35,7 @@ class Ensemble(nn.Module):
             "classes": [network.out_channels for network in networks],
             "spatial axes": [network.topology.spatial_dims for network in networks],
             "ways to prepare images": [network.normalisation for network in networks],
+            "sizes of voxels": [network.spacing for network in networks],
             "kinds of classes (exclusive or not)": [network.exclusive for network in networks],
         }.items():
             other = next((value for value in values if value != values[0]), values[0])
@@ -50,6 +51,7 @@ class Ensemble(nn.Module):
     topology = property(lambda self: self.network.topology)
     out_channels = property(lambda self: self.network.out_channels)
     normalisation = property(lambda self: self.network.normalisation)
+    spacing = property(lambda self: self.network.spacing)
     exclusive = property(lambda self: self.network.exclusive)
     multiple = property(lambda self: self.network.multiple)
 

@@ -45,7 +45,7 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
     """The text, Markdown with the Hub's header.
 
     Args:
-        network: with a `topology`, `out_channels`, `options` and `normalisation`.
+        network: with a `topology`, `out_channels`, `options`, `normalisation` and `spacing`.
         name: of the folder or of the repository on the Hub.
         run: the folder of `unetpp-fast train`; without it the card says nothing about training.
 
@@ -63,6 +63,8 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
     )
     if network.normalisation is not None:
         what += f" Give images as whole numbers, or prepared as in training: {network.normalisation.in_words}."
+    if network.spacing is not None:
+        what += f" Its voxels are {' x '.join(f'{size:g}' for size in network.spacing)} mm: resample volumes to that."
     sides = "H, W" if topology.spatial_dims == 2 else "D, H, W"
     text = CARD.format(name=name, what=what, channels=topology.in_channels, classes=network.out_channels, sides=sides)
     return text if run is None else f"{text}\n{_training(Path(run))}"
@@ -71,7 +73,7 @@ def model_card(network: nn.Module, name: str, run: Path | None = None) -> str:
 def _training(run: Path) -> str:
     """The section about a run: the figures of its best epoch, which are those of best.pt, and its settings."""
     try:
-        with open(run / "log.csv", newline="") as stream:
+        with open(run / "log.csv", encoding="utf-8", newline="") as stream:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{run} has no readable log.csv: give the folder of a run of `unetpp-fast train`") from error
@@ -92,7 +94,7 @@ def _training(run: Path) -> str:
 def _settings(path: Path) -> dict[str, Any]:
     """The settings of a run; nothing if it has no such file."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

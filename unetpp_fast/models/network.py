@@ -40,6 +40,7 @@ class Network(Pretrained, nn.Module):
         ValueError: an option is unknown or out of range; the message says what is allowed.
     """
 
+    over_encoder = False  # whether another library's layers compute a part of it
     sync_group = ""  # the process group over which batch norms take statistics; set by `sync_batch_norm`
     recompute = False  # backward passes recompute the inside of nodes instead of keeping it: less memory, more time
 

@@ -7,6 +7,7 @@ needed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from .normalisation import Normalisation
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 EXTRA = "hub"
-TRAINED_ON = ("exclusive", "normalisation")  # of a config: no arguments of the network
+TRAINED_ON = ("exclusive", "normalisation", "spacing")  # of a config: no arguments of the network
 
 
 class Pretrained:
@@ -39,6 +40,9 @@ class Pretrained:
     kinds: ClassVar[dict[str, Any]] = {}
     exclusive = False  # its classes exclude one another: set by a training with such a loss
     normalisation: Normalisation | None = None  # how whole numbers are prepared: set by a training
+    spacing: tuple[float, ...] | None = (
+        None  # of the voxels, in mm along each axis: set by a training that resampled volumes
+    )
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -47,13 +51,15 @@ class Pretrained:
 
     def _trained_on(self) -> dict[str, Any]:
         """What a training has set, for `config`."""
-        found = {"exclusive": True} if self.exclusive else {}
-        return found | ({"normalisation": self.normalisation.config} if self.normalisation else {})
+        found: dict[str, Any] = {"exclusive": True} if self.exclusive else {}
+        found |= {"normalisation": self.normalisation.config} if self.normalisation else {}
+        return found | ({"spacing": list(self.spacing)} if self.spacing else {})
 
     def _take_over(self, config: Mapping[str, Any]) -> None:
         """Sets what `_trained_on` gave."""
         self.exclusive = config.get("exclusive", False)
         self.normalisation = Normalisation.from_config(config.get("normalisation"))
+        self.spacing = _spacing(config.get("spacing"))
 
     def save_pretrained(self, folder: str | os.PathLike, *, run: str | os.PathLike | None = None) -> Path:
         """Writes `model.safetensors`, `README.md` and `config.json`, each atomically and the config last.
@@ -144,6 +150,19 @@ def from_pretrained(
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} does not hold the weights of the network it describes: {first_line(error)}") from error
     return network.to(device).eval()
+
+
+def _spacing(numbers: Any) -> tuple[float, ...] | None:
+    """Sizes of a voxel in a config."""
+    if numbers is None:
+        return None
+    try:
+        found = tuple(float(value) for value in numbers)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(0 < value < math.inf for value in found):
+        raise InputError(f"{numbers!r} is no spacing of voxels: expected positive numbers")
+    return found
 
 
 def _save(network: Any, folder: Path, name: str, run: str | os.PathLike | None) -> Path:

@@ -22,6 +22,7 @@ from ..architecture.input_checks import check_input
 from ..architecture.wrappers import network_of as network_of_module
 from ..architecture.wrappers import unwrapped
 from ..common.extras import need
+from .ensemble import Ensemble
 from .normalisation import prepared
 
 BLENDS = ("gaussian", "constant")
@@ -218,8 +219,11 @@ def memory(model: nn.Module, tile: Sequence[int], size: Sequence[int], options: 
     Raises:
         ValueError: the model has an encoder, or `options` name a level that it does not have.
     """
+    if isinstance(model, Ensemble):  # each member runs alone, beside the sum of the results
+        tiles = 2 * max(4, _sample(model).dtype.itemsize) * model.out_channels * math.prod(tile)
+        return tiles + max(memory(member, tile, size, options) for member in model.members)
     network = network_of(model)
-    if hasattr(network, "encoder"):
+    if network.over_encoder:
         raise ValueError("the memory of this model cannot be counted: give tile= instead of max_memory=")
     topology = network.topology
     level, mode = (options or {}).get("level"), (options or {}).get("mode", "accurate")

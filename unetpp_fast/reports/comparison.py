@@ -101,7 +101,7 @@ def _curve(out: Path, rows: Sequence[Mapping[str, Any]], title: str, column: str
 
 
 def _column(path: Path, column: str) -> list[tuple[float, float]]:
-    with open(path, newline="") as stream:
+    with open(path, encoding="utf-8", newline="") as stream:
         found = [(float(row["epoch"]), float(row.get(column) or math.nan)) for row in csv.DictReader(stream)]
     return found
 

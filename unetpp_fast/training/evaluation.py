@@ -125,7 +125,7 @@ def tile_within(network: Network, size: Sequence[int], max_memory: int | str) ->
     the smallest that makes sense if none does. Over an encoder it is fixed (`TILES`)."""
     multiple = network.multiple
     padded = tuple(length + -length % multiple for length in size)
-    if hasattr(network, "encoder"):
+    if network.over_encoder:
         fixed = TILES[len(size)] + -TILES[len(size)] % multiple
         return tuple(min(fixed, length) for length in padded)
     heads, pixels = len(network.topology.heads), math.prod(size)

@@ -139,7 +139,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _kept(out: Path) -> dict[str, str]:
     """The names of this run in the services."""
     try:
-        return json.loads((out / KEPT).read_text())
+        return json.loads((out / KEPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

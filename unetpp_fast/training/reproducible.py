@@ -46,7 +46,7 @@ def check(network: Network, device: torch.device, dtype: str) -> None:
         reason = f"only on a CPU, not on {device}: use --device cpu"
     elif dtype != "float32":
         reason = f"only in float32, not in {dtype}: use --dtype float32"
-    elif hasattr(network, "encoder"):
+    elif network.over_encoder:
         reason = "only without an encoder of another library, whose layers compute whole batches"
     elif network.options["dropout"]:
         reason = "only without dropout, for which every process draws its own numbers: use --dropout 0"

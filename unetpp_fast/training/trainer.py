@@ -27,7 +27,6 @@ from ..data.patches import BatchLoader, Patches
 from ..data.samples import ArraySample, Sample
 from ..execution import dispatch
 from ..models.network import Network
-from ..models.normalisation import Normalisation
 from . import captured, evaluation, processes, run_folder
 from .checkpoint import load_checkpoint, save_checkpoint
 from .loss_table import is_exclusive, taking_lists
@@ -65,7 +64,8 @@ class Trainer:
         max_memory: for the maps of a validation image, which is computed in tiles if it takes more (`evaluation`).
         surface: whether validation measures distances between surfaces too (`evaluation`).
 
-    The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`).
+    The network is told whether its classes are exclusive, and how the samples are prepared (their `normalisation`
+    and `resampled_to`).
 
     Raises:
         InputError: the network returns something other than logits, the loss does not take them, or the network cannot be
@@ -93,7 +93,8 @@ class Trainer:
         loss = (loss or BCEDiceLoss()).to(self.device)
         self.loss = taking_lists(loss, network.out_channels, next(network.parameters()), network.topology.spatial_dims)
         network.exclusive = is_exclusive(self.loss)
-        network.normalisation = _normalisation(patches)
+        network.normalisation = _of_all(patches, "normalisation")
+        network.spacing = _of_all(patches, "resampled_to")
         self.train_step = make_step(network, recipe, self.loss, -(-len(patches) // recipe.batch_size))
         self.epoch, self.step = 0, 0  # finished epochs; finished steps of the running epoch
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, IoU, images, over the running epoch and all processes
@@ -352,9 +353,9 @@ def _engine_part(network: Any) -> NetworkSpec:
     return getattr(network, "nest", network)
 
 
-def _normalisation(patches: Patches) -> Normalisation | None:
-    """How all samples are prepared; None if they do not tell, or differ."""
-    found = {getattr(sample, "normalisation", None) for sample in patches.samples}
+def _of_all(patches: Patches, name: str) -> Any:
+    """What all samples have under this name; None if they do not tell, or differ."""
+    found = {getattr(sample, name, None) for sample in patches.samples}
     return found.pop() if len(found) == 1 else None
 
 

@@ -14,6 +14,7 @@ from ..architecture.precision import autocast
 from ..common.errors import InputError, first_line
 from ..data import prediction_files
 from ..data.images import STANDARD
+from ..data.resampling import resampled
 from ..experiments import pictures
 from ..models.tiled_prediction import predict_tiled
 from .models import Model
@@ -84,8 +85,10 @@ class Opened:
         """Keeps the mean of the members' probabilities, `[classes, *S]`, how far they lie apart, `[*S]`, and the times."""
         mode, level, part = key
         values = self.source.images()[part]
-        image = prediction_files.Prepared(self.source, values, self.model.network.normalisation or STANDARD)
-        whole = int(np.prod(values.shape[1:])) <= WHOLE_PIXELS
+        image: Any = prediction_files.Prepared(self.source, values, self.model.network.normalisation or STANDARD)
+        given, size = values.shape[1:], self.source.size_at(self.model.network.spacing)
+        image = image if size == given else resampled(image, size)[None]
+        whole = int(np.prod(size)) <= WHOLE_PIXELS
         ready = torch.from_numpy(image[(0, ...)])[None].to(self.model.device) if whole else None
         (_, first), *others = self.model.members
         options = {"mode": mode, "level": level}
@@ -98,8 +101,10 @@ class Opened:
             took.append(ms)
         if others:
             total /= np.float32(len(took))
-            self.apart[key] = (high - low).max(axis=0)
-        self.kept[key], self.times[mode, level] = total, took
+            apart = (high - low).max(axis=0)
+            self.apart[key] = apart if size == given else resampled(apart[None, None], given)[0]
+        self.kept[key] = total if size == given else resampled(total[None], given)
+        self.times[mode, level] = took
 
     def _timed(self, network: Any, image: Any, ready: torch.Tensor | None, options: dict) -> tuple[np.ndarray, float]:
         """A member's probabilities and milliseconds, of the whole image `ready` or, without it, in tiles."""
@@ -110,7 +115,7 @@ class Opened:
                 if ready is not None:
                     found = network.predict(ready, **options)[0].float().cpu()
                 else:
-                    tiles = {"tile": TILE} if hasattr(network, "encoder") else {"max_memory": MEMORY}
+                    tiles = {"tile": TILE} if network.over_encoder else {"max_memory": MEMORY}
                     found = predict_tiled(network, image, **tiles, **options)[0]
             return found, 1e3 * (time.perf_counter() - began)
 

@@ -5,6 +5,7 @@ They register `torch.ops.unetpp_fast_cpu` and `torch.ops.unetpp_fast_cuda`.
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from ...kernels import cpu_ops
 
 FOLDER = Path(__file__).parent
+SUFFIX = ".dll" if platform.system() == "Windows" else ".so"
 
 
 @lru_cache
@@ -20,9 +22,9 @@ def load(kind: str, folder: Path = FOLDER) -> tuple[bool, str]:
     """Loads the "cpu" or "cuda" library once; whether it is loaded, and if not, why."""
     if kind == "cuda" and torch.version.cuda is None:
         return False, "this torch has no CUDA"
-    library = folder / f"unetpp_fast_{kind}.so"
+    library = folder / f"unetpp_fast_{kind}{SUFFIX}"
     if not library.exists():
-        needs = {"cpu": "a C++ compiler", "cuda": "nvcc"}[kind]
+        needs = {"cpu": "a C++ compiler (on Windows, clang++)", "cuda": "nvcc"}[kind]
         return False, f"it was not built: install with UNETPP_FAST_BUILD={kind} where {needs} is, without build isolation"
     try:
         torch.ops.load_library(library)

@@ -68,7 +68,7 @@ def load(device: torch.device) -> None:
 
 def _read(device: torch.device) -> tuple[dict[str, str], dict[str, dict]]:
     try:
-        content = json.loads(cache_file(device).read_text())
+        content = json.loads(cache_file(device).read_text(encoding="utf-8"))
         return dict(content["configurations"]), dict(content["verdicts"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}, {}
