@@ -128,7 +128,7 @@ def test_the_sources_hold_the_kernels_and_the_engine():
 
 def test_a_machine_has_a_name_for_a_file_and_one_for_people(monkeypatch):
     device = torch.device("cpu")
-    assert f"{torch.get_num_threads()} threads" in device_name(device)
+    assert f"{torch.get_num_threads()} thread" in device_name(device)
     assert set(records.machine(device)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     monkeypatch.setenv("UNETPP_FAST_COMMIT", "abc")
     assert records.facts(device)["commit"] == "abc"

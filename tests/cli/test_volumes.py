@@ -137,3 +137,18 @@ def test_tiles_of_unlike_sides_predict_as_one_pass_does(data, tmp_path):
     x = torch.randn(1, 2, 40, 12, 10)
     tiled = uf.predict_tiled(network, x, tile=(24, 12, 10), overlap=(0.9, 0, 0))
     assert (tiled - network.predict(x)).abs().max() < 0.05
+
+
+def test_a_run_with_another_cache_is_the_same_run(data, tmp_path, capsys):
+    """No cache, and one that is changed between two parts of a run."""
+    common = ("train", "--data", data, *NETWORK[:4], "--patch", "8", "--patches-per-image", "2", "--foreground", "0.5")
+    parts = (("whole", "2", "0"), ("parts", "1", "1G"), ("parts", "2", "50K"))
+    for out, epochs, cache in parts:
+        resume = ("--resume",) if (tmp_path / out).exists() else ()
+        assert run(*common, "--out", tmp_path / out, "--epochs", epochs, "--cache-memory", cache, *resume) == 0
+    one, two = (load_checkpoint(tmp_path / out / "last.pt") for out in ("whole", "parts"))
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+    assert "cache_memory: 0" in (tmp_path / "whole/run.yaml").read_text()
+    capsys.readouterr()
+    assert run(*common, "--out", tmp_path / "no", "--cache-memory", "much") == 2
+    assert "'much' is not an amount of memory such as 512M" in capsys.readouterr().err

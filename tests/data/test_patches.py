@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.resident import peak_of
 
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.patches import BatchLoader, Patches
@@ -146,3 +147,47 @@ def test_a_patch_of_unlike_sides_pads_where_the_volume_is_smaller():
 def test_a_patch_that_does_not_fit_the_axes_is_one_error(patch):
     with pytest.raises(InputError, match="a patch has one side, or one for each of the 2 axes"):
         Patches([make_sample(20, 30)], patch, 1, seed=0)[0, 0]
+
+
+def test_ten_thousand_images_train_within_the_cache():
+    """10,000 images of 1 MB, with masks and places of foreground: the memory that it takes is the cache and little more."""
+    program = """
+import numpy as np
+from unetpp_fast.data.patches import Patches
+
+class Made:
+    name = "made"
+    def load(self):
+        image = np.full((1, 512, 512), 1.5, np.float32)
+        mask = np.zeros((1, 512, 512), bool)
+        mask[0, 100:140, 100:140] = True
+        return image, mask
+
+patches = Patches([Made()] * 10_000, 32, 1, seed=0, foreground=0.5, cache=40 * 2**20)
+patches[0, 0]
+before = begin()
+for batch in patches.batches(0, 8):
+    for item in batch:
+        patches[item]
+assert len(patches._cache) == 31 and patches._kept <= patches.cache
+"""
+    assert peak_of(program) < 52 * 2**20
+
+
+@pytest.mark.parametrize("cache", [0, 5000, 2**31])
+def test_a_cache_changes_no_patch_and_workers_share_it(cache, tmp_path):
+    ramp = make_sample(20, 30)  # 2400 bytes and a mask of 600
+    names = [str(tmp_path / name) for name in "abc"]
+    samples = [CountedSample(name, ramp.image, ramp.mask) for name in names]
+    patches = Patches(samples, 8, 4, seed=0, foreground=0.5, cache=cache)
+    loader = BatchLoader(patches, 2, pin=False)
+    for epoch in range(2):
+        batches = patches.batches(epoch, 2)
+        for (image, _), batch in zip(loader.load(batches), batches, strict=True):
+            plain = Patches([ramp] * 3, 8, 4, seed=0, foreground=0.5)
+            assert torch.equal(image, torch.stack([plain[item][0] for item in batch]))
+    loader.close()
+    reads = sum(Path(name).read_text().count("read") for name in names)
+    assert reads == 24 if cache < 6000 else reads <= 6  # 2500 bytes for each worker hold no sample
+    with pytest.raises(InputError, match="at least 0 bytes, not -1"):
+        Patches(samples, 8, 4, seed=0, cache=-1)

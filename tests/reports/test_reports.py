@@ -18,9 +18,10 @@ from support.command_line import run
 from support.folders import write_nuclei
 
 import unetpp_fast as uf
+from unetpp_fast.data import label_maps
 from unetpp_fast.data.patches import Patches
 from unetpp_fast.data.samples import ArraySample
-from unetpp_fast.experiments import demo
+from unetpp_fast.experiments import demo, pictures
 from unetpp_fast.reports import charts, examples, page, training_run
 from unetpp_fast.training.recipe import Recipe
 from unetpp_fast.training.trainer import Interrupted, Trainer
@@ -185,3 +186,11 @@ def test_differences_have_their_colours_and_ignored_pixels_none():
     assert picture[0] == picture[5] == [0, 0, 0]
     assert sorted(examples._spread(11)) == list(range(11)) and examples._spread(8)[:4] == [0, 4, 2, 6]
     assert page.picture(np.zeros((2000, 10, 3), np.uint8), "x").count("base64") == 1
+
+
+def test_classes_without_colours_of_their_own_are_drawn_in_colours_that_differ():
+    assert np.array_equal(pictures.class_colours(label_maps.voc_palette(3)), pictures.COLOURS[:2])
+    own = [[0, 0, 0], [1, 2, 3], [128, 0, 0]]
+    assert pictures.class_colours(own).tolist() == own[1:]
+    many = label_maps.voc_palette(21)
+    assert np.array_equal(pictures.class_colours(many), many[1:])

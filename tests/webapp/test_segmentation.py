@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from support.command_line import fails
+from support.medical_files import write_nifti
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.images import STANDARD, read_image, standardise
+from unetpp_fast.data.resampling import resampled
 from unetpp_fast.experiments import demo
 from unetpp_fast.training.checkpoint import save_checkpoint
 from unetpp_fast.webapp import interface, models, segmentation
@@ -191,3 +193,15 @@ def test_the_small_model_learns_the_sample(monkeypatch):
 def test_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'unetpp_fast[app]'" in fails(capsys, "app", "--device", "cpu")
+
+
+def test_a_volume_is_resampled_to_the_spacing_of_the_network_and_back(tmp_path):
+    path = write_nifti(tmp_path / "v.nii", np.random.default_rng(0).normal(size=(16, 12, 8)).astype(np.float32))
+    model = small(dims=3)
+    model.network.spacing = (1.25, 0.8, 0.7)  # of 2.5, 0.8 and 0.7
+    opened = segmentation.open_file(model, path)
+    values = np.asarray(opened.source.values, np.float64)[None]
+    fine = torch.from_numpy(resampled(standardise(values)[None], (16, 12, 16)))[None]
+    expected = resampled(model.network.predict(fine, mode="fast", level=1).numpy(), (8, 12, 16))
+    for plane in range(opened.planes):
+        np.testing.assert_allclose(opened.probabilities("fast", 1, plane), expected[:, plane], atol=1e-5)

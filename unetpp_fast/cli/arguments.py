@@ -181,6 +181,11 @@ def byte_count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def cache_bytes(text: str) -> int:
+    """As `byte_count`, but `0` for none."""
+    return 0 if text == "0" else byte_count(text)
+
+
 def _integers(text: str, separator: str, what: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(separator))

@@ -132,7 +132,7 @@ def _predict_one(job: Job, name: str, files: Sequence[Path]) -> bool:
     if source.is_picture:
         shown, colours = masks, pictures.COLOURS
         if job.palette:
-            colours = np.array(job.palette[1:], np.float32)
+            colours = pictures.class_colours(job.palette)
             shown = masks[0] == np.arange(1, len(job.classes)).reshape(-1, 1, 1)
         picture = pictures.overlay(source.stored.real(source.images()[0]), shown, colours)
         write_png(out / "overlays" / f"{name}.png", picture)

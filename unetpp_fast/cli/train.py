@@ -211,7 +211,7 @@ def _patches(training: list, folder: Folder, spatial_dims: int, options: argpars
     return Patches(
         training, options.patch, options.patches_per_image, options.seed, augment=options.augment in ("light", "strong"),
         transform=transform, foreground=options.foreground, background=0 if folder.exclusive else None,
-        outside=0 if folder.exclusive and folder.ignore is None else None,
+        outside=0 if folder.exclusive and folder.ignore is None else None, cache=options.cache_memory,
     )  # fmt: skip
 
 

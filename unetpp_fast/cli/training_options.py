@@ -21,6 +21,7 @@ from .arguments import (
     add_task,
     augmentation,
     byte_count,
+    cache_bytes,
     class_weights,
     engine_options,
     patch_size,
@@ -132,6 +133,10 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 def _add_machine(command: argparse.ArgumentParser) -> None:
     train = command.add_argument_group("the machine")
     train.add_argument("--workers", type=int, default=0, help="processes that read images ahead")
+    train.add_argument(
+        "--cache-memory", type=cache_bytes, metavar="BYTES", default="2G",
+        help="8G: what images kept in memory may take, of all workers together; the others are read for each patch; 0: none",
+    )  # fmt: skip
     train.add_argument("--recompute", action="store_true", help="recompute maps in the backward pass, to save memory")
     train.add_argument(
         "--capture", action=argparse.BooleanOptionalAction, default=True,

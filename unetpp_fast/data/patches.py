@@ -37,37 +37,47 @@ class Patches(torch.utils.data.Dataset):
         foreground: share of the patches that hold a pixel of a class chosen at random from those of the image, 0 to 1.
         background: the class that does not count as foreground; None if all do (masks).
         outside: the class of pixels that a transform brings in from outside of the image; None: they have none.
+        cache: bytes of samples, and of where their foreground is, that are kept in memory; the workers of a `BatchLoader`
+            share it out evenly. What does not fit is read for every patch again.
 
     Raises:
-        InputError: a share is out of range.
+        InputError: a share or the cache is out of range.
     """
 
     def __init__(
         self, samples: Sequence[Sample | ArraySample], patch: int | Sequence[int], per_image: int, seed: int,
         augment: bool = True, transform: Augmentation | None = None, foreground: float = 0.0,
-        background: int | None = None, outside: int | None = None,
+        background: int | None = None, outside: int | None = None, cache: int = CACHE_BYTES,
     ):  # fmt: skip
         if not 0.0 <= foreground <= 1.0:
             raise InputError(f"the share of patches with foreground must be between 0 and 1, not {foreground}")
+        if cache < 0:
+            raise InputError(f"the memory to keep images in must be at least 0 bytes, not {cache}")
         self.samples, self.patch, self.per_image, self.seed, self.augment = samples, patch, per_image, seed, augment
         self.transform, self.foreground, self.background, self.outside = transform, foreground, background, outside
         self._places: dict[int, list[np.ndarray]] = {}
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._cached_bytes = 0
+        self.cache, self._kept = cache, 0
 
     def __len__(self) -> int:
         """Draws per epoch."""
         return len(self.samples) * self.per_image
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample `index`; samples are cached in memory, up to 2 GiB in all."""
+        """Sample `index`, from the cache if it is there."""
         if index in self._cache:
             return self._cache[index]
         image, mask = self.samples[index].load()
-        if self._cached_bytes + image.nbytes + mask.nbytes <= CACHE_BYTES:
+        if self._has_room(image, mask):
             self._cache[index] = image, mask
-            self._cached_bytes += image.nbytes + mask.nbytes
         return image, mask
+
+    def _has_room(self, *arrays: np.ndarray) -> bool:
+        """Whether the cache of this process has room for these, which then count as kept."""
+        worker, count = torch.utils.data.get_worker_info(), sum(values.nbytes for values in arrays)
+        room = self._kept + count <= self.cache // (worker.num_workers if worker else 1)
+        self._kept += count if room else 0
+        return room
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Image float32 `[C, *patch]` and mask float32 `[classes, *patch]` for (epoch, draw)."""
@@ -108,13 +118,16 @@ class Patches(torch.utils.data.Dataset):
 
     def _starts_of_foreground(self, index: int, mask: np.ndarray, random: np.random.Generator) -> list[int]:
         """Where a patch begins that holds a pixel of a class of this sample; [] if it has no foreground."""
-        if index not in self._places:
+        places = self._places.get(index)
+        if places is None:
             classes = [np.flatnonzero(values) for number, values in enumerate(mask) if number != self.background]
-            places = [found[np.linspace(0, len(found) - 1, PLACES).astype(int)] for found in classes if len(found)]
-            self._places[index] = [np.unique(found) for found in places]
-        if not self._places[index]:
+            chosen = [found[np.linspace(0, len(found) - 1, PLACES).astype(int)] for found in classes if len(found)]
+            places = [np.unique(found) for found in chosen]
+            if self._has_room(*places):
+                self._places[index] = places
+        if not places:
             return []
-        found = self._places[index][random.integers(len(self._places[index]))]
+        found = places[random.integers(len(places))]
         pixel = np.unravel_index(found[random.integers(len(found))], mask.shape[1:])
         sides = sides_of(self.patch, len(pixel))
         lowest = [max(0, int(at) - side + 1) for at, side in zip(pixel, sides, strict=True)]

@@ -10,10 +10,19 @@ import numpy as np
 
 from ..common.atomic_files import write_atomic
 from ..common.extras import need
+from ..data.label_maps import voc_palette
 
 COLOURS = np.array([[255, 80, 60], [60, 170, 255], [80, 220, 100], [250, 200, 40], [200, 100, 250]], np.float32)
 HEAT = np.array([255, 225, 40], np.float32)
 AGREE, MISSED, EXTRA = "#e8e8e8", "#3c8cff", "#ff5a3c"
+
+
+def class_colours(palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """float32 `[K, 3]`: how exclusive classes are drawn over an image, without the background: as in the palette, or as in
+    `COLOURS` if it is VOC's, whose first ones, dark red and dark green, are hard to see and to tell apart."""
+    count = len(palette) - 1
+    plain = count <= len(COLOURS) and np.array_equal(palette, voc_palette(count + 1))
+    return COLOURS[:count] if plain else np.array(palette[1:], np.float32)
 
 
 def stretch(image: np.ndarray) -> np.ndarray:

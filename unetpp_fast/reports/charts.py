@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from .page import escape, keys
 
-WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
+WIDTH, HEIGHT = 480, 266
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
 WITH_DOTS = 60  # points of a line up to which each has a dot
 
 
@@ -55,7 +55,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str = "epoch", mark: 
     x = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, LEFT, WIDTH - RIGHT)
     y = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = _grid(y_ticks, y)
-    parts += [f'<text x="{x(v):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{v:g}</text>' for v in x_ticks]
+    parts += [f'<text x="{x(v):.1f}" y="{HEIGHT - 22}" text-anchor="middle">{v:g}</text>' for v in x_ticks]
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>')
     if mark is not None and min(xs) <= mark <= max(xs):
         parts.append(
@@ -75,20 +75,20 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str = "epoch", mark: 
 
 
 def dot_chart(title: str, groups: Mapping[str, Sequence[float]], colours: Mapping[str, str], x_label: str) -> str:
-    """A figure with a row per group: a dot for each of its values, a bar at their mean."""
+    """A figure with a row per group, under its name: a dot for each of its values, a bar at their mean."""
     values = [value for group in groups.values() for value in group]
-    places, left, row = ticks(min(values), max(values)), 20 + 7 * max(map(len, groups)), 34
+    places, left, row = ticks(min(values), max(values)), 12, 52
     height = TOP + row * len(groups) + BOTTOM
     x = Scale(places[0], places[-1], left, WIDTH - RIGHT - 12)
     parts = [
         f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="{TOP}" y2="{height - BOTTOM}" stroke="var(--line)"/>'
-        f'<text x="{x(v):.1f}" y="{height - 18}" text-anchor="middle">{v:g}</text>'
+        f'<text x="{x(v):.1f}" y="{height - 22}" text-anchor="middle">{round(v, 10):g}</text>'
         for v in places
     ]
-    parts.append(f'<text x="{(left + WIDTH) / 2}" y="{height - 3}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="{(left + WIDTH - RIGHT) / 2}" y="{height - 2}" text-anchor="middle">{escape(x_label)}</text>')
     for index, (name, group) in enumerate(groups.items()):
-        y, mean = TOP + row * (index + 0.5), sum(group) / len(group)
-        parts.append(f'<text class="strong" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        y, mean = TOP + row * index + 34, sum(group) / len(group)
+        parts.append(f'<text class="strong" x="{left + 6}" y="{y - 16}">{escape(name)}</text>')
         parts.append(
             f'<rect x="{x(mean) - 1.5:.1f}" y="{y - 9:.1f}" width="3" height="18" rx="1.5" fill="{colours[name]}">'
             f"<title>{escape(name)}: mean {mean:.4f}</title></rect>"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..data.samples import ArraySample, Sample
-from ..experiments.pictures import COLOURS, overlay, stretch
+from ..experiments.pictures import COLOURS, class_colours, overlay, stretch
 from ..models.architectures import AnyNetwork
 from ..models.prediction import mean_probabilities
 from ..training.evaluation import MEMORY, logits
@@ -99,7 +99,7 @@ def panels(network: AnyNetwork, sample: Sample | ArraySample, about: Mapping[str
 def tints(about: Mapping[str, Any]) -> np.ndarray:
     """The colours of the classes, float32 `[K, 3]`, without that of exclusive classes' background."""
     palette = about.get("palette") if about.get("exclusive") else None
-    return np.array(palette[1:], np.float32) if palette else COLOURS
+    return class_colours(palette) if palette else COLOURS
 
 
 def _differences(truth: np.ndarray, found: np.ndarray, counted: np.ndarray | None) -> np.ndarray:

@@ -34,13 +34,13 @@ p { margin: 0 0 12px; }
 .tile b { display: block; font-size: 24px; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border-radius: 10px; padding: 14px 16px 10px; }
-figure svg { display: block; width: 100%; height: auto; }
+figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg text { fill: var(--soft); font-size: 12px; }
 figure svg text.strong { fill: var(--text); }
 figure h3 { margin: 0 0 6px; font-size: 14px; font-weight: 600; overflow-wrap: anywhere; }
 .key { display: inline-block; margin: 0 14px 0 0; font-size: 13px; }
 .key i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 6px; vertical-align: middle; }
-.key i.square { height: 10px; width: 10px; }
+.key i.square { height: 10px; width: 10px; box-shadow: 0 0 0 1px var(--line); }
 .example { margin: 0 0 14px; }
 .panels { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; }
 .panels img { width: 100%; display: block; border-radius: 4px; image-rendering: auto; }
@@ -55,7 +55,14 @@ dl.facts { columns: 2 300px; column-gap: 40px; margin: 0; }
 .facts dt { flex: 0 0 150px; color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 table.matrix td { min-width: 64px; }
 footer { margin: 48px 0 0; font-size: 13px; }
-@media (max-width: 560px) { .panels { grid-template-columns: repeat(2, 1fr); } }
+@media (max-width: 560px) {
+  .panels { grid-template-columns: repeat(2, 1fr); }
+  figure svg text { font-size: 17px; }
+  th, td { padding-right: 8px; }
+  td.number, th.number { padding: 5px 6px; }
+  td.number { white-space: nowrap; }
+  table.matrix td { min-width: 0; }
+}
 @media print { body { background: #fff; } }
 """
 

@@ -118,7 +118,7 @@ def _model(name: str, members: Sequence[Member], dtype: str) -> Model:
         raise InputError(f"{name} was trained on images scaled to one size: use unetpp-fast predict")
     classes, colours = class_names(network, content), palette(network, content.get("about") or {})
     shown = classes[1:] if network.exclusive else classes
-    tints = np.array(colours[1:], np.float32) if colours else pictures.COLOURS
+    tints = pictures.class_colours(colours) if colours else pictures.COLOURS
     tints = tints[np.arange(len(shown)) % len(tints)]
     model = Model(name, network.eval(), tuple((one, member) for one, member, _ in members), tuple(shown), tints, dtype)
     if not model.levels:
