@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OLDEST_TRITON := 3.6.0
 SMP := 0.6.0
+# What the tests use besides what is installed, each in a folder of its own.
+BESIDE = .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP) .venv/gradio
 
 # What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
 ARGS ?= --quick
@@ -17,13 +19,15 @@ TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libc10.so
 GPU_TRITON ?=
 WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 
-.PHONY: demo test bench figures static docs coverage wheel gpu-check gpu-prepare lint format clean
+.PHONY: demo test beside bench figures static docs coverage wheel gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
-test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP) .venv/gradio
+test: .venv/test $(BESIDE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+beside: $(BESIDE)
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -62,7 +66,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 # The tests, and what of the package none of them runs; see also build/coverage/index.html.
-coverage: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP)
+coverage: .venv/test $(BESIDE)
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --sort=cover

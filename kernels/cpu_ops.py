@@ -2,8 +2,8 @@
 precisions run in `naive.py`. Sums, and what a reader computes of a map, are float32 in both.
 
 A 3-tap convolution is computed by Winograd's minimal filtering, F(4x4, 3x3), its low source and the gradient of a low source
-by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. Where the CPU has matrix tiles (AMX), bfloat16 maps are
-convolved in those, with products of bfloat16. The library registers `torch.ops.unetpp_fast_cpu`;
+by F(4x4, 2x2) for each phase; maps of a few tiles, and one tap, by direct sums. Where the CPU has matrix tiles (AMX),
+bfloat16 maps are convolved in those, with products of bfloat16. The library registers `torch.ops.unetpp_fast_cpu`;
 `unetpp_fast.execution.fused.libraries` loads it.
 """
 
@@ -35,6 +35,7 @@ __all__ = [
 
 WAYS = {"direct": 0, "winograd": 1, "few": 1, "tiles": 2}  # of the library, by kernel
 LINEAR = {None: 0, False: 1, True: 2}  # of the library, by `linear`
+ACTIVATIONS = {False: 0, True: 1, "relu6": 2, "silu": 3, "hardswish": 4}  # of the library, by `act`
 MIN_TILES = 6  # that share transformed weights, for Winograd; with fewer, the transform costs more than it saves
 TILES = ("cpu",)  # whose matrix tiles are used
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
@@ -91,7 +92,7 @@ def conv(
     plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
-    act: bool = False,
+    act: bool | str = False,
     add: bool = False,
     stats: bool = False,
 ) -> Tensor | None:
@@ -114,7 +115,7 @@ def conv(
         partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
         out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
-        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), plain, act, add,
+        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), plain, ACTIVATIONS[act], add,
     )  # fmt: skip
     return partial
 

@@ -108,7 +108,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("train", "--data", "DATA", "--out", "OUT", *SMALL, "--patch", "2", "--batch-size", "11"), "shape (1, 3, 2, 2)"),
         (("demo", "--seed", "-1"), "seed must be at least 0"),
         (("demo", "--out", "GREY"), "cannot write to the folder"),
-        (("predict", "--checkpoint", "DATA", "--images", "DATA/images", "--out", "OUT"), "is a folder: name a file in it"),
+        (("predict", "--checkpoint", "DATA", "--images", "DATA/images", "--out", "OUT"), "holds no best.pt"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "1.1"), "between 0"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "nan"), "between 0"),
         (("predict", "--checkpoint", "none.pt", "--images", "DATA/images", "--out", "OUT"), "none.pt does not exist"),

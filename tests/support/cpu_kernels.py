@@ -32,6 +32,7 @@ FORMS = {
     "edges": {"kb": 1, "linear": False, "affine": "shared image", "slope": 0.1, "act": True, "stats": True},
     "corners": {"kb": 1, "linear": True, "affine": "image", "bias": True, "add": True},
     "gathered": {"taps": 4, "affine": "shared", "add": True},
+    "point": {"taps": 1, "affine": "image", "slope": 0.1, "bias": True, "act": "silu"},
     "strided": {"strided": True, "affine": "image", "bias": True, "stats": True},
     "phased": {"phased": True, "affine": "shared", "bias": True, "add": True, "stats": True},
     "node": {"phased": True, "kb": 1, "affine": "shared image", "slope": 0.1, "border": True, "act": True, "stats": True},

@@ -11,7 +11,9 @@ import pydicom
 import SimpleITK as sitk
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage, generate_uid
+
+LabelMapSegmentationStorage = "1.2.840.10008.5.1.4.1.1.66.7"  # which older versions of pydicom do not name
 
 
 def write_picture(path: Path, values: np.ndarray) -> Path:
@@ -170,3 +172,59 @@ def write_scan(root: Path, patient: str = "LIDC-IDRI-0001", slices: int = 6, sid
     dot = [(uids[0], True, [(5, 5)])]  # a nodule under 3 mm
     write_annotation(folder / "069.xml", series, [[exact, dot], [exact], [wide], []])
     return folder
+
+
+def write_segmentation(
+    path: Path, labels: np.ndarray, kind: str = "BINARY", origin: tuple[float, float, float] = (0, 0, 0), shared: bool = True
+) -> Path:
+    """A DICOM segmentation on the grid of `write_series`: for each segment the slices `[y, x]` of `labels` `[z, y, x]` that
+    have it, last first. shared: whether what frames have in common is said once."""
+
+    def item(**values: object) -> pydicom.Sequence:
+        content = pydicom.Dataset()
+        content.update({name: value for name, value in values.items()})
+        return pydicom.Sequence([content])
+
+    data = pydicom.Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = SegmentationStorage
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    data.SeriesInstanceUID, data.PatientID, data.Modality = generate_uid(), "p", "SEG"
+    numbers = [number for number in np.unique(labels).tolist() if number]
+    if kind == "LABELMAP":  # all segments of a slice in one frame
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = LabelMapSegmentationStorage
+        places = [(0, z) for z in np.flatnonzero(labels.any(axis=(1, 2)))[::-1].tolist()]
+    else:
+        places = [
+            (number, z) for number in numbers for z in np.flatnonzero((labels == number).any(axis=(1, 2)))[::-1].tolist()
+        ]
+    grid = pydicom.Dataset()
+    grid.PlaneOrientationSequence = item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    grid.PixelMeasuresSequence = item(PixelSpacing=[0.7, 0.7], SliceThickness=2.5)
+    data.SharedFunctionalGroupsSequence = pydicom.Sequence([grid if shared else pydicom.Dataset()])
+    frames = []
+    for number, z in places:
+        frame = pydicom.Dataset()
+        frame.update({} if shared else grid)
+        if number:
+            frame.SegmentIdentificationSequence = item(ReferencedSegmentNumber=number)
+        frame.PlanePositionSequence = item(ImagePositionPatient=[origin[0], origin[1], origin[2] + 2.5 * z])
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    data.SegmentSequence = pydicom.Sequence([item(SegmentNumber=n, SegmentLabel=f"s{n}")[0] for n in numbers])
+    data.Rows, data.Columns, data.NumberOfFrames = *labels.shape[1:], len(places)
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
+    marked = np.stack([labels[z] == number if number else labels[z] for number, z in places])
+    bits = 1 if kind == "BINARY" else 8
+    data.SegmentationType, data.BitsAllocated, data.BitsStored, data.HighBit = kind, bits, bits, bits - 1
+    packed = (
+        np.packbits(marked.ravel(), bitorder="little")
+        if bits == 1
+        else (marked * (200 if kind == "FRACTIONAL" else 1)).astype(np.uint8)
+    )
+    data.MaximumFractionalValue = 200
+    data.PixelData = packed.tobytes() + b"\0" * (packed.size % 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path

@@ -111,7 +111,9 @@ def test_models_come_from_a_run_a_file_and_a_saved_folder(tmp_path):
     network.save_pretrained(tmp_path / "saved")
     assert models.load([str(tmp_path / "saved")], CPU).describe().endswith("heads at L1, L2; cpu, float32")
     (tmp_path / "empty").mkdir()
-    for place, says in (("empty", "name a file in it, or the folder of a run"), ("none.pt", "does not exist")):
+    (tmp_path / "run/best.pt").unlink()
+    (tmp_path / "run/config.json").write_text("{}")  # as `train` writes it, of its settings
+    for place, says in (("empty", "holds no best.pt"), ("run", "holds no best.pt"), ("none.pt", "does not exist")):
         with pytest.raises(InputError, match=says):
             models.load([str(tmp_path / place)], CPU)
 

@@ -9,7 +9,7 @@ import gzip
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..common.errors import InputError, first_line
 from ..common.extras import need
-from . import itk
+from . import dicom_seg, itk
 from .decoding import read_picture
 from .stored import Stored
 
@@ -116,6 +116,15 @@ def _by_itk(name: str, endings: tuple[str, ...], written_as: str) -> FileFormat:
     return FileFormat(name, endings, itk.read, write, written_as, read_affine=itk.read_affine)
 
 
+def _read_dicom_mask(path: Path) -> Stored:
+    return dicom_seg.read(path) if dicom_seg.is_segmentation(path) else itk.read(path)
+
+
+def _dicom_affine(path: Path) -> np.ndarray | None:
+    """None for a segmentation, whose planes may be any of its volume."""
+    return None if dicom_seg.is_segmentation(path) else itk.read_affine(path)
+
+
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 MASK_ARRAYS = ("mask", "label", "labels")
 FORMATS: tuple[FileFormat, ...] = (
@@ -135,7 +144,7 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("NIfTI", (".nii", ".nii.gz"), _read_nifti, _write_nifti, read_affine=_nifti_affine),
     _by_itk("MetaImage", (".mha", ".mhd"), ".mha"),
     _by_itk("NRRD", (".nrrd", ".nhdr"), ".nrrd"),
-    _by_itk("DICOM", itk.DICOM_ENDINGS, ".nii.gz"),
+    replace(_by_itk("DICOM", itk.DICOM_ENDINGS, ".nii.gz"), read_mask=_read_dicom_mask, read_affine=_dicom_affine),
 )
 # A folder of slices. DICOM has no plain masks, so they are written as NIfTI, with the grid of the series.
 SERIES = FileFormat(

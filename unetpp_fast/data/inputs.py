@@ -19,18 +19,45 @@ from .images import check_finite, check_size, read_values
 from .masks import read_label_map, read_mask, two_valued, whole_numbers
 from .stored import Stored
 
+OFF_GRID = 0.1  # voxels by which a plane of a segmentation may lie off its volume's
+
 
 @dataclass(frozen=True)
 class Drawn:
     """A mask, bool `[*S]`, or a label map, whole numbers `[*S]`.
 
-    palette: uint8 `[entries, 3]`, or None. affine: as in `Stored`.
+    palette: uint8 `[entries, 3]`, or None. affine, places: as in `Stored`; with places the values are planes of a volume.
     """
 
     path: Path
     values: np.ndarray
     palette: np.ndarray | None = None
     affine: np.ndarray | None = None
+    places: np.ndarray | None = None
+
+    def on_grid_of(self, path: Path) -> Drawn:
+        """The whole mask of the volume `path`, if this is some of its planes; else the mask as it is.
+
+        Raises:
+            InputError: the volume cannot be read, or the planes do not lie on its slices.
+        """
+        if self.places is None or self.affine is None:
+            return self
+        stored = read_stored(path)
+        if stored.affine is None:
+            raise InputError(f"{path} does not tell where its voxels lie, as the segmentation {self.path} needs")
+        shape = [size for size, axis in zip(stored.values.shape, stored.axes or "ZYX", strict=False) if axis != "C"]
+        corner = np.array([*self.values.shape[:0:-1], 0.0])  # beyond the last pixel of a plane: x, y
+        ends = np.concatenate([self.places, self.places + self.affine[:3, :3] @ corner])
+        at = (np.linalg.inv(stored.affine) @ np.c_[ends, np.ones(len(ends))].T).T[:, :3].reshape(2, -1, 3)  # in voxels
+        z = np.round(at[0, :, 2]).astype(int)
+        wanted = np.stack([np.c_[0 * z, 0 * z, z], np.c_[0 * z, 0 * z, z] + corner])
+        fits = self.values.shape[1:] == tuple(shape[1:]) and z.min() >= 0 and z.max() < shape[0]
+        if not fits or np.abs(at - wanted).max() > OFF_GRID:
+            raise InputError(f"segmentation {self.path} does not lie on the slices of {path}: give the series that it is of")
+        values = np.zeros(shape, self.values.dtype)
+        values[z] = self.values
+        return replace(self, values=values, affine=stored.affine, places=None)
 
 
 def read_drawn_mask(path: Path) -> Drawn:
@@ -75,7 +102,8 @@ def read_drawn_values(path: Path) -> Drawn:
     values = stored.real(values) if (stored.slope, stored.offset) != (1.0, 0.0) else np.asarray(values)
     values = values.view(np.uint8) if values.dtype == bool else values
     check_finite(values, f"mask {path}")
-    return Drawn(path, values[0] if values.ndim == 3 and len(values) == 1 else values, affine=stored.affine)
+    single = values.ndim == 3 and len(values) == 1 and stored.places is None
+    return Drawn(path, values[0] if single else values, affine=stored.affine, places=stored.places)
 
 
 def spacing_of(*paths: Path) -> tuple[float, ...] | None:

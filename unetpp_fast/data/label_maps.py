@@ -39,13 +39,13 @@ class LabelSample:
         Raises:
             InputError: a file cannot be read, the sizes or grids differ, or a label is none of the classes.
         """
-        drawn = read_drawn_labels(self.labels)
+        drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image, labels = self.normalisation(read_inputs((self.image, *self.channels), drawn)), drawn.values
         one_hot = labels == np.arange(self.classes, dtype=labels.dtype).reshape(-1, *[1] * labels.ndim)
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
-        return at_spacing(image, one_hot, self.file_spacing(), self.resampled_to, self.image, exclusive=True)
+        return at_spacing(image, one_hot, self.file_spacing, self.resampled_to, self.image, exclusive=True)
 
     def spacing(self) -> tuple[float, ...] | None:
         """As `Sample.spacing`."""
@@ -57,7 +57,7 @@ class LabelSample:
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`."""
-        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels))
+        return read_inputs((self.image, *self.channels), read_drawn_labels(self.labels).on_grid_of(self.image))
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class RegionSample(LabelSample):
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Normalised image, float32 `[C, *S]`, and masks, bool `[classes, *S]`; errors as `LabelSample.load`."""
-        drawn = read_drawn_labels(self.labels)
+        drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image = self.normalisation(read_inputs((self.image, *self.channels), drawn))
         masks = np.stack([np.isin(drawn.values, values) for values in self.regions])
-        return at_spacing(image, masks, self.file_spacing(), self.resampled_to, self.image)
+        return at_spacing(image, masks, self.file_spacing, self.resampled_to, self.image)
 
 
 @dataclass(frozen=True)

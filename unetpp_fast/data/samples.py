@@ -13,7 +13,7 @@ from ..common.errors import InputError
 from ..common.progress import progress_bar
 from ..models.normalisation import Normalisation
 from .images import STANDARD
-from .inputs import read_drawn_mask, read_inputs, spacing_of, stack_masks
+from .inputs import Drawn, read_drawn_mask, read_inputs, spacing_of, stack_masks
 from .resampling import at_spacing, checked_spacing, common_spacing
 
 
@@ -35,9 +35,9 @@ class Sample:
         Raises:
             InputError: a file cannot be read, or the sizes or grids differ.
         """
-        masks = [read_drawn_mask(path) for path in self.masks]
+        masks = [self._drawn(path) for path in self.masks]
         image = self.normalisation(read_inputs((self.image, *self.channels), masks[0]))
-        return at_spacing(image, stack_masks(masks), self.file_spacing(), self.resampled_to, self.image)
+        return at_spacing(image, stack_masks(masks), self.file_spacing, self.resampled_to, self.image)
 
     def spacing(self) -> tuple[float, ...] | None:
         """Millimetres between voxels along each axis of `*S`, if the files are volumes that tell."""
@@ -49,7 +49,10 @@ class Sample:
 
     def values(self) -> np.ndarray:
         """The image before it is normalised, float64 `[C, *S]`; errors as `load`."""
-        return read_inputs((self.image, *self.channels), read_drawn_mask(self.masks[0]))
+        return read_inputs((self.image, *self.channels), self._drawn(self.masks[0]))
+
+    def _drawn(self, path: Path) -> Drawn:
+        return read_drawn_mask(path).on_grid_of(self.image)
 
 
 @dataclass(frozen=True)

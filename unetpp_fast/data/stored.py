@@ -20,6 +20,7 @@ class Stored:
         (a window of Hounsfield units) take values without it.
     affine: where the voxels of a volume lie: the matrix from voxels x, y, z to mm to the right, front and top, `[4, 4]`;
         None if the format has none.
+    places: of a segmentation that holds some planes of its volume, where each begins in these mm, `[P, 3]`.
     """
 
     path: Any
@@ -30,6 +31,7 @@ class Stored:
     offset: float = 0.0
     scale: float = 1.0
     affine: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     def real(self, values: np.ndarray, physical: bool = False) -> np.ndarray:
         """What a part of `values` stands for, float64."""

@@ -309,7 +309,7 @@ def launch(app: App, host: str, port: int, browser: bool = False, wait: bool = T
     gr = need("gradio", EXTRA)
     theme = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue=gr.themes.colors.red
-    )
+    ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # gradio's own are hard to read
     try:
         _, address, _ = page.queue().launch(
             server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, share=False,
