@@ -107,6 +107,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("train", "--data", "DATA", "--out", "GREY", *SMALL), "cannot write to the folder"),
         (("train", "--data", "DATA", "--out", "OUT", *SMALL, "--patch", "2", "--batch-size", "11"), "shape (1, 3, 2, 2)"),
         (("demo", "--seed", "-1"), "seed must be at least 0"),
+        (("train", "--data", "DATA", "--out", "OUT", "--features", "8", "16"), "lists of numbers take commas"),
         (("demo", "--out", "GREY"), "cannot write to the folder"),
         (("predict", "--checkpoint", "DATA", "--images", "DATA/images", "--out", "OUT"), "holds no best.pt"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT", "--threshold", "1.1"), "between 0"),
@@ -115,7 +116,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, trained, tmp_path, capsy
         (("predict", "--checkpoint", "RUN/log.csv", "--images", "DATA/images", "--out", "OUT"), "not a readable checkpoint"),
         (
             ("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/none", "--out", "OUT"),
-            "none is not a folder of images",
+            "none is not a folder of images: it does not exist",
         ),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "GREY", "--out", "OUT"), "1 channel(s), the model takes 3"),
         (("predict", "--checkpoint", "RUN/best.pt", "--images", "DATA/images", "--out", "OUT", "--level", "3"), "heads at"),

@@ -54,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         if unknown and command:
             alike = {near: None for name in unknown for near in difflib.get_close_matches(name, self._option_string_actions)}
             hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+            if all(name.replace(".", "", 1).isdecimal() for name in unknown):
+                hint = "; lists of numbers take commas, without spaces, such as 16,32"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options, unknown
 
