@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import cpu_kernels
+from support.csrc import builder
 from torch import Tensor
 
 from unetpp_fast.execution.fused import libraries
@@ -214,6 +214,7 @@ import sys, torch
 load = torch.ops.load_library
 torch.ops.load_library = lambda path: load(sys.argv[1])  # in place of the library of the package
 from support import cpu_kernels
+from support.csrc import builder
 cpu_kernels.run_small_grid(sys.argv[1], getattr(cpu_kernels, sys.argv[2]))
 """
 
@@ -235,13 +236,6 @@ def test_every_instruction_set(name):
     if lanes != LANES[name]:
         pytest.skip(f"this CPU or this build has no {name}")
     assert calls > 50
-
-
-def builder():
-    spec = importlib.util.spec_from_file_location("unetpp_fast_build", SOURCES / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sanitized() -> Path:
