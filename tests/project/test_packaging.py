@@ -77,8 +77,8 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    """A wheel built from the source distribution: on Linux, if there is a compiler, with both libraries. The real CUDA kernels
-    take many minutes where there are nvcc and a torch with CUDA."""
+    """A wheel built from the source distribution: on Linux, if there is a compiler, with both libraries. The real CUDA
+    kernels take many minutes where there are nvcc and a torch with CUDA."""
     out, home = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("cuda")
     (home / "bin").mkdir()
     (home / "bin" / "nvcc").write_text(NVCC.format(compiler=COMPILER))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -190,6 +191,21 @@ def test_the_small_model_learns_the_sample(monkeypatch):
     monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 1)
     model = models.train_on_sample(CPU, epochs=1)
     assert model.classes == ("nuclei",) and model.network.normalisation == STANDARD and not model.network.training
+
+
+@pytest.mark.parametrize("error", [OSError("taken"), OverflowError("bind(): port must be 0-65535.")], ids=["taken", "none"])
+def test_a_port_that_cannot_be_used(monkeypatch, error):
+    class Page:
+        def queue(self):
+            return self
+
+        def launch(self, **options):
+            raise error
+
+    monkeypatch.setattr(interface, "build", lambda app: Page())
+    monkeypatch.setattr(interface, "need", lambda *names: MagicMock())
+    with pytest.raises(InputError, match=r"the port 99999 of .* cannot be used: choose another --port"):
+        interface.launch(interface.App(None, CPU, "float32"), "127.0.0.1", 99999)
 
 
 def test_the_extra_is_named(monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import platform
 import sys
@@ -92,6 +93,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the system's code page lacks, in names of files, is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     messages.set_level(messages.QUIET if options.quiet else messages.VERBOSE if options.verbose else messages.NORMAL)
     messages.detail(f"unetpp_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")

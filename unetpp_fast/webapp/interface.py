@@ -316,7 +316,7 @@ def launch(app: App, host: str, port: int, browser: bool = False, wait: bool = T
             theme=theme, css=STYLE, footer_links=[], ssr_mode=False, max_file_size=MOST_BYTES, show_error=True,
             allowed_paths=[str(demo.example(SAMPLE).parent)], app_kwargs={"middleware": [_policy()]},
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter: no port has this number
         raise InputError(f"the port {port} of {host} cannot be used: choose another --port") from error
     if wait:
         print(f"{address} (Ctrl-C ends it)", flush=True)
