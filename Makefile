@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OLDEST_TRITON := 3.6.0
 SMP := 0.6.0
+# What the tests use besides what is installed, each in a folder of its own.
+BESIDE = .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP) .venv/gradio
 
 # What `make bench` measures: everything with ARGS=, a part with ARGS='-k "512x512 and inference-unet++-L4"'.
 ARGS ?= --quick
@@ -17,13 +19,15 @@ TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libc10.so
 GPU_TRITON ?=
 WITH_TRITON = $(if $(GPU_TRITON),PYTHONPATH=.venv/triton-$(GPU_TRITON))
 
-.PHONY: demo test bench figures static docs coverage wheel gpu-check gpu-prepare lint format clean
+.PHONY: demo test beside bench figures static docs coverage wheel wheel-cuda gpu-check gpu-prepare lint format clean
 
 demo: .venv/demo
 	$(BIN)/python -m unetpp_fast demo --out demo
 
-test: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP) .venv/gradio
+test: .venv/test $(BESIDE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+beside: $(BESIDE)
 
 bench: .venv/bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -39,10 +43,13 @@ docs: .venv/docs
 static: .venv/test
 	$(BIN)/python benchmarks/static
 
-# A wheel with the CPU kernels for every Python, and every torch >= 2.10, of a Linux as old as this one or newer.
-wheel: .venv/release
-	rm -rf build/wheel
-	UNETPP_FAST_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+# A wheel for every Python, and every torch >= 2.10, of a Linux as old as this one or newer: with the CPU kernels, or, for
+# which nvcc is needed and no GPU, with the CUDA kernels too.
+wheel: KERNELS = cpu
+wheel-cuda: KERNELS = cuda
+wheel wheel-cuda: .venv/release
+	rm -rf build/wheel build/lib.*  # which may hold a library that this wheel is to be without
+	UNETPP_FAST_BUILD=$(KERNELS) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist $(TORCH_LIBRARIES:%=--exclude %) build/wheel/*.whl
 
 # On a machine with a GPU; with the Python that has its torch: make gpu-check OUT=folder PYTHON=python3
@@ -62,7 +69,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 # The tests, and what of the package none of them runs; see also build/coverage/index.html.
-coverage: .venv/test .venv/triton-$(OLDEST_TRITON) .venv/smp-$(SMP)
+coverage: .venv/test $(BESIDE)
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --sort=cover

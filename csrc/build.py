@@ -93,7 +93,9 @@ def architectures(nvcc: str) -> list[str]:
         if not re.fullmatch(r"\d+a?", number) or int(number.rstrip("a")) < 80:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {name!r}; the kernels need 8.0 or later, such as 8.0;9.0+PTX")
         if asked or f"sm_{number}" in known:
-            codes += [f"sm_{number}"] + ["compute_80"] * name.endswith("+PTX")
+            codes.append(f"sm_{number}")
+        if name.endswith("+PTX"):  # also for a GPU that this nvcc does not know
+            codes.append("compute_80")
     # Nothing newer than sm_80 is used, so one translation serves all.
     return [f"-gencode=arch=compute_80,code=[{','.join(dict.fromkeys(codes))}]"]
 

@@ -2,8 +2,8 @@
 precisions run in `naive.py`. Sums, and what a reader computes of a map, are float32 in both.
 
 A 3-tap convolution is computed by Winograd's minimal filtering, F(4x4, 3x3), its low source and the gradient of a low source
-by F(4x4, 2x2) for each phase; maps of a few tiles by direct sums. Where the CPU has matrix tiles (AMX), bfloat16 maps are
-convolved in those, with products of bfloat16. The library registers `torch.ops.unetpp_fast_cpu`;
+by F(4x4, 2x2) for each phase; maps of a few tiles, and one tap, by direct sums. Where the CPU has matrix tiles (AMX),
+bfloat16 maps are convolved in those, with products of bfloat16. The library registers `torch.ops.unetpp_fast_cpu`;
 `unetpp_fast.execution.fused.libraries` loads it.
 """
 
@@ -35,10 +35,12 @@ __all__ = [
 
 WAYS = {"direct": 0, "winograd": 1, "few": 1, "tiles": 2}  # of the library, by kernel
 LINEAR = {None: 0, False: 1, True: 2}  # of the library, by `linear`
+ACTIVATIONS = {False: 0, True: 1, "relu6": 2, "silu": 3, "hardswish": 4}  # of the library, by `act`
 MIN_TILES = 6  # that share transformed weights, for Winograd; with fewer, the transform costs more than it saves
 TILES = ("cpu",)  # whose matrix tiles are used
 FEW_TILES = 1024  # of all images, up to which a convolution of many channels transforms its weights as it reads them
 MANY_WEIGHTS = 2**13  # pairs of channels that are many
+FEW_PRODUCTS = 2**16  # pairs of channels times tiles of an image, up to which bare sums, as data gradients, are direct
 LEAST_PAIRED = 2**23  # bytes of a map that makes the two convolutions of a node run strip by strip
 PAIRED = 2**23  # bytes of such a strip
 CHUNK = 4096  # pixels of a partial sum
@@ -58,9 +60,12 @@ def matrix_tiles() -> str:
     return ("", "plain", "cpu")[torch.ops.unetpp_fast_cpu.matrix_tiles()]
 
 
-def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool) -> str:
+def kernel_for(
+    out: Tensor, inputs: int, axes: int, taps: int, stride: int, phased: bool, low: bool, bare: bool = False
+) -> str:
     """What computes a convolution of `inputs` channels into `out`: "winograd" with packed weights, "few" with weights that
-    are transformed as they are read, "tiles" in matrix tiles, or "direct"."""
+    are transformed as they are read, "tiles" in matrix tiles, or "direct". bare: it is nothing but sums, as data gradients
+    are; narrow ones of small maps are direct, as errors of transforms add up on the way to an encoder's parameters."""
     halves = taps in (3, 4) and stride == 2 and not phased and not low
     known = (taps, stride, phased) in ((3, 1, False), (3, 2, True)) or halves
     tiles = math.ceil(out.shape[2] / 4) * math.ceil(out.shape[3] / 4)
@@ -70,6 +75,9 @@ def kernel_for(out: Tensor, inputs: int, axes: int, taps: int, stride: int, phas
         return "tiles"
     if axes == 2 and inputs * out.shape[-1] >= MANY_WEIGHTS and MIN_TILES <= tiles * out.shape[0] <= FEW_TILES:
         return "few"
+    narrow = bare and axes == 2 and out.dtype == torch.float32 and (taps, stride) == (3, 1)
+    if narrow and inputs * out.shape[-1] * tiles <= FEW_PRODUCTS:
+        return "direct"
     return "winograd" if tiles >= MIN_TILES else "direct"
 
 
@@ -91,7 +99,7 @@ def conv(
     plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
-    act: bool = False,
+    act: bool | str = False,
     add: bool = False,
     stats: bool = False,
 ) -> Tensor | None:
@@ -102,7 +110,8 @@ def conv(
             linear=linear, slope=slope, plain=plain, bias=bias, border=border, act=act, add=add, stats=stats,
         )  # fmt: skip
     inputs, low_inputs = a.shape[-1], 0 if b is None else b.shape[-1]
-    kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None)
+    bare = b is None and bias is None and not act and not stats  # data gradients, and forward passes under frozen norms
+    kernel = kernel_for(out, inputs + low_inputs, axes, taps, stride, phased, b is not None, bare)
     form = "gathered" if taps == 4 else "plain"
     if kernel != "direct" and (taps, stride, phased) == (3, 2, False):
         taps, form = 4, "strided"  # of which the kernels know four taps
@@ -114,7 +123,7 @@ def conv(
         partial = out.new_empty(out.shape[0], parts, 3, out.shape[-1], dtype=torch.float32)
     torch.ops.unetpp_fast_cpu.conv(
         out, a, ua, *(affine_a or (None, None)), b, ub, *(affine_b or (None, None)), bias, border, partial,
-        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), plain, act, add,
+        axes, taps, stride, phased, LINEAR[linear], WAYS[kernel], float(slope), plain, ACTIVATIONS[act], add,
     )  # fmt: skip
     return partial
 

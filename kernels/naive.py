@@ -19,6 +19,7 @@ from torch.nn import functional as F
 Affine = tuple[Tensor, Tensor]
 Averages = Callable[[Tensor, int], Tensor]
 MOST_CLASSES = 64  # of a head, in the kernels
+FURTHER_ACTIVATIONS = {"relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}  # of convolutions by the CPU's ops
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +33,10 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
-def activate(x: Tensor, slope: float) -> Tensor:
+def activate(x: Tensor, slope: float, act: bool | str = True) -> Tensor:
+    """Leaky ReLU with `slope`, or one of `FURTHER_ACTIVATIONS`."""
+    if isinstance(act, str):
+        return FURTHER_ACTIVATIONS[act](x)
     return torch.where(x >= 0, x, x * slope) if slope else x.relu()
 
 
@@ -61,7 +65,8 @@ def phases(axes: int, phased: bool) -> list[tuple[int, int, int]]:
 
 
 def sampled(x: Tensor, taps: int, stride: int, phase: tuple[int, int, int], units: tuple, axes: int) -> Iterator[Tensor]:
-    """Per tap, in row-major order, `[N, *units, C]`: x at stride * unit + phase - 1 + tap, zero outside."""
+    """Per tap, in row-major order, `[N, *units, C]`: x at stride * unit + phase - 1 + tap, zero outside; a single tap lies
+    on its pixel."""
     reach = taps + stride
     pad = [0, 0]
     for on in reversed(_axes(axes)):
@@ -71,7 +76,7 @@ def sampled(x: Tensor, taps: int, stride: int, phase: tuple[int, int, int], unit
     for tap in itertools.product(*ranges):
         window = [slice(None)]
         for t, p, count in zip(tap, phase, units, strict=True):
-            first = 0 if t is None else reach + p - 1 + t
+            first = 0 if t is None else reach + p - (taps > 1) + t
             step = 1 if t is None else stride
             window.append(slice(first, first + step * (count - 1) + 1, step))
         yield x[tuple(window)]
@@ -102,7 +107,7 @@ def conv(
     plain: int = 0,
     bias: Tensor | None = None,
     border: Tensor | None = None,
-    act: bool = False,
+    act: bool | str = False,
     add: bool = False,
     stats: bool = False,
 ) -> Tensor | None:
@@ -113,14 +118,16 @@ def conv(
         a: the first operand, `[N, *Sa, KA]`; wa: `[taps^axes, KA, CO]`. KA may be 0 beside `b`.
         plain: the first channels of `a` that are read as they are, although there is `affine_a`; their rows in it are not
             used.
+        taps: 1 (of the CPU's ops, without `b`, `border` and `stats`), 3, or 4 at stride 2.
         stride: 2 if `a` is twice the size of the unit grid along each axis; with `phased`, so is `out`.
         b: the low source `[N, *S/2, KB]`, wb: `[2^axes phases, 2^axes taps, KB, CO]` with `phased`;
             else an operand of the size of `out`, wb: `[1, 3^axes, KB, CO]`.
         linear: b is a low source `[N, *S/2, KB]` that is up-sampled linearly as it is read, True: so that corners meet
             (`align_corners`); only ops of `fused.ops.reads_linear` know it.
         bias: `[CO]`; border: `[3^axes, CO]`, added by border class (0 first, 1 inner, 2 last pixel of each axis).
-        act: activate before storing. stats: return `[N, T, 3, CO]`, the count, mean and sum of squared deviations of
-            each of T parts of every image, over the values as stored.
+        act: activate before storing; by one of `FURTHER_ACTIVATIONS`, if named (the CPU's ops). stats: return
+            `[N, T, 3, CO]`, the count, mean and sum of squared deviations of each of T parts of every image, over the values
+            as stored.
     """
     acc_dtype = accumulator(a.dtype)
     active = _axes(axes)
@@ -142,7 +149,7 @@ def conv(
             rows = placed(border_classes(out.shape[1:4], axes, out.device)[None], phase, phased, axes)[0]
             total += border[rows]
         if act:
-            total = activate(total, slope)
+            total = activate(total, slope, act)
         target = placed(out, phase, phased, axes)
         target.copy_(target + total if add else total)
     return statistics(out) if stats else None

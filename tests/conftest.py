@@ -25,6 +25,8 @@ LONGEST = (
     "training/test_processes.py",
     "csrc/test_emulation_conv.py",
     "project/test_packaging.py",
+    "benchmarking/test_harness.py",
+    "training/test_trainer.py",
 )
 
 # The modules that these import cannot be imported without Triton, which is for Linux alone.

@@ -201,7 +201,7 @@ STABLE_TORCH_LIBRARY(unetpp_fast_cpu, library) {
   library.def(
       "conv(Tensor(a!) out, Tensor a, Tensor ua, Tensor? scale_a, Tensor? shift_a, Tensor? b, Tensor? ub, Tensor? scale_b, "
       "Tensor? shift_b, Tensor? bias, Tensor? border, Tensor(b!)? stats, int axes, int taps, int stride, bool phased, "
-      "int linear, int way, float slope, int plain, bool act, bool add) -> ()");
+      "int linear, int way, float slope, int plain, int act, bool add) -> ()");
   library.def(
       "conv_pair(Tensor(a!) out, Tensor(b!) mid, Tensor a, Tensor ua, Tensor? b, Tensor? ub, Tensor? bias, Tensor? border, "
       "Tensor second, Tensor? second_bias, bool phased, int linear, float slope) -> ()");

@@ -73,7 +73,9 @@ inline Conv conv_call(const Map& o, int64_t images, const Tensor& a, const Tenso
   call.images = static_cast<int>(images);
   call.a = map_of(a, o.element, "a", scale_a, shift_a);
   check_axes(axes, o.depth);
-  STD_TORCH_CHECK((taps == 3 || taps == 4) && (stride == 1 || stride == 2), "taps are 3 or 4, and stride is 1 or 2");
+  STD_TORCH_CHECK((taps == 3 || taps == 4) ? stride == 1 || stride == 2 : taps == 1 && stride == 1,
+                  "taps are 1, 3 or 4, and stride is 1 or, of 3 and 4 taps, 2");
+  STD_TORCH_CHECK(taps > 1 || (way == Way::kDirect && !b && !border), "taps: one comes without b and border, by direct sums");
   STD_TORCH_CHECK(way != Way::kTiles || o.element == Element::kBFloat16, "matrix tiles take bfloat16 maps");
   if (phased) check_even(axes, o);
   check_images(a, images, "a");
@@ -120,9 +122,26 @@ inline void run_conv(const Conv& call) {
   run(call);
 }
 
+inline Activation activation_of(int64_t act) {
+  STD_TORCH_CHECK(act >= 0 && act <= 4, "act is 0 (none), 1 (leaky ReLU), 2 (ReLU6), 3 (SiLU) or 4 (Hardswish)");
+  return static_cast<Activation>(act);
+}
+
+// Of one tap: every image is a row of pixels.
+inline void run_point(Conv call) {
+  STD_TORCH_CHECK(!call.stats, "stats: a convolution of one tap gives none");
+  for (Map* map : {&call.out, &call.a}) {
+    map->width *= map->height * map->depth;
+    map->height = map->depth = 1;
+  }
+  call.axes = 2;
+  call.end = 1;
+  kernels(call.out.element).conv_point(call);
+}
+
 inline void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shift_a, Optional b, Optional ub,
                  Optional scale_b, Optional shift_b, Optional bias, Optional border, Optional stats, int64_t axes,
-                 int64_t taps, int64_t stride, bool phased, int64_t linear, int64_t way, double slope, int64_t plain, bool act,
+                 int64_t taps, int64_t stride, bool phased, int64_t linear, int64_t way, double slope, int64_t plain, int64_t act,
                  bool add) {
   const Map o = map_of(out, element_of(out, "out"), "out");
   Conv call = conv_call(o, out.size(0), a, ua, scale_a, shift_a, b, ub, scale_b, shift_b, bias, border, axes, taps, stride,
@@ -131,11 +150,13 @@ inline void conv(Tensor out, Tensor a, Tensor ua, Optional scale_a, Optional shi
   const int64_t parts = parts_of(call, way_of(way));
   call.stats = const_cast<float*>(values(stats, call.images * parts * 3 * o.channels, "stats"));
   call.slope = static_cast<float>(slope);
-  call.act = act;
+  call.act = activation_of(act);
   call.add = add;
   call.past = !add && out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
   if (out.numel() == 0) return;
-  if (way_of(way) == Way::kDirect)
+  if (taps == 1)
+    run_point(call);
+  else if (way_of(way) == Way::kDirect)
     kernels(o.element).conv_direct(call, static_cast<int>(taps), static_cast<int>(stride));
   else
     run_conv(call);
@@ -175,7 +196,7 @@ inline void conv_pair(Tensor out, Tensor mid, Tensor a, Tensor ua, Optional b, O
   STD_TORCH_CHECK(!last.ta || o.element == Element::kBFloat16, "second: matrix tiles take bfloat16 maps");
   last.bias = values(second_bias, o.channels, "second_bias");
   first.slope = last.slope = static_cast<float>(slope);
-  first.act = last.act = true;
+  first.act = last.act = Activation::kLeaky;
   last.past = out.numel() * static_cast<int64_t>(out.element_size()) >= kLarge;
   const Map a_all = first.a, b_all = first.b;
   if (out.numel() == 0) return;

@@ -167,7 +167,8 @@ static void finish_rows(const Conv& conv, const Place& here, int first_row, int 
   const Map& out = conv.out;
   const int first = block * WIDTH, count = std::min(WIDTH, out.channels - first);
   const int depth_class = conv.axes == 3 ? border_class(here.z, out.depth) * 9 : 0;
-  const bool act = conv.act, add = conv.add, past = conv.past;
+  const bool add = conv.add, past = conv.past;
+  const Activation act = conv.act;
   const float slope = conv.slope, *border = conv.border;
   V bias[2] = {};
   for (int v = 0; conv.bias && v < count; v += LANES) bias[v / LANES] = load_some(conv.bias + first + v, count - v);
@@ -183,7 +184,7 @@ static void finish_rows(const Conv& conv, const Place& here, int first_row, int 
           const int64_t row = row_class + border_class(here.x0 + x, out.width);
           value += load_some(border + row * out.channels + first + v, count - v);
         }
-        if (act) value = activate(value, slope);
+        if (act != Activation::kNone) value = activate(value, act, slope);
         if (add) value += load_some(place + v, count - v);
         value = past ? stream_some(place + v, value, count - v) : store_some(place + v, value, count - v);
         if (!totals) continue;

@@ -50,6 +50,9 @@ enum class Geometry { kPlain, kPhased, kGathered };
 // What computes a convolution: sums of taps; Winograd's minimal filtering; or sums of taps in matrix tiles, of bfloat16 maps.
 enum class Way { kDirect, kWinograd, kTiles };
 
+// What becomes of a sum: nothing, leaky ReLU, ReLU6, SiLU or Hardswish.
+enum class Activation { kNone, kLeaky, kRelu6, kSilu, kHardswish };
+
 // out = epilogue(conv(a) + conv(b)), as kernels/naive.py:conv. Weights are packed, ua and ub, or as they are, wa and wb, or
 // packed for tiles, ta and tb.
 struct Conv {
@@ -65,7 +68,8 @@ struct Conv {
   const float* border = nullptr;  // [3^axes, CO]
   float* stats = nullptr;         // [N, parts, 3, CO]
   float slope = 0;
-  bool act = false, add = false;
+  Activation act = Activation::kNone;
+  bool add = false;
   bool linear = false, align_corners = false;  // b has half the size, and is up-sampled linearly
   bool past = false;      // the result goes past the caches: it is large, and not read soon
   int begin = 0, end = 0;  // the rows of the result that are computed
@@ -106,6 +110,7 @@ struct Kernels {
   void (*conv_winograd)(const Conv&);
   void (*conv_few)(const Conv&);
   void (*conv_direct)(const Conv&, int taps, int stride);
+  void (*conv_point)(const Conv&);
   void (*conv_tiles)(const Conv&);
   void (*conv_wgrad)(const Wgrad&);
   void (*conv_wgrad_tiles)(const Wgrad&);

@@ -165,6 +165,33 @@ INLINE V first_lanes(int count, V x, V y) {
 // Leaky ReLU; NaN passes, and a slope of 0 makes 0 of -inf.
 INLINE V activate(V x, float slope) { return slope == 0 ? (x < 0 ? V{} : x) : (x < 0 ? x * slope : x); }
 
+// e^x of x within +-87; within two roundings.
+INLINE V exponential(V x) {
+  constexpr float kRound = 12582912;  // 1.5 * 2^23: its last bit is worth 1
+  const V shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+  const V r = x - n * 0.693359375f + n * 2.12194440e-4f;  // -ln(2) / 2 to ln(2) / 2
+  V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  return y * reinterpret_cast<V>((reinterpret_cast<Words>(shifted) + 127u) << 23);
+}
+
+INLINE V clamped(V x, float least, float most) {
+  x = x < least ? splat(least) : x;
+  return x > most ? splat(most) : x;
+}
+
+// Any activation; NaN passes. `kind` is not kNone.
+INLINE V activate(V x, Activation kind, float slope) {
+  if (kind == Activation::kLeaky) return activate(x, slope);
+  if (kind == Activation::kRelu6) return clamped(x, 0, 6);
+  if (kind == Activation::kHardswish) return x * clamped(x + 3.0f, 0, 6) * (1.0f / 6);
+  return x / (1.0f + exponential(clamped(-x, -87, 87)));
+}
+
 INLINE float sum(V v) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];

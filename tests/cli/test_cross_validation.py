@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(folder, folds, tmp_path, capsys):
     assert "nothing to resume" in fails(capsys, *command(folder, out, "--folds", "2", "--resume"))
     assert not out.exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"is a folder: name a file in it, or .*with best\.pt or fold\*/best\.pt"):
+    with pytest.raises(InputError, match=r"holds no best\.pt and no fold\*/best\.pt: name a checkpoint"):
         load_ensemble([tmp_path / "empty"])
     assert run(*command(folder, tmp_path / "other")) == 0
     with pytest.raises(InputError, match="different ways to prepare images"):

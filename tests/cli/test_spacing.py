@@ -128,3 +128,13 @@ def test_only_volumes_are_resampled(tmp_path, capsys):
             np.save(tmp_path / "v" / folder / f"{key}.npy", np.eye(16, dtype=np.uint8)[None].repeat(9, 0))
     assert run("train", "--data", tmp_path / "v", "--out", tmp_path / "no", "--spacing", "1") == 2
     assert ".npy does not tell the size of its voxels, and cannot be resampled: save it as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spacing", [[2.0, 0.0, 1.0], ["thin"], 3, [1.0, math.inf, 1.0], []])
+def test_a_checkpoint_with_no_spacing_of_voxels_is_one_error(spacing):
+    network = uf.UNetPlusPlus(1, 1, features=(2, 4), spatial_dims=3)
+    network.spacing = (2.0, 1.0, 1.0)
+    config = network.config
+    assert config["spacing"] == [2.0, 1.0, 1.0] and uf.UNetPlusPlus.from_config(config).spacing == network.spacing
+    with pytest.raises(InputError, match="is no spacing of voxels: expected positive numbers"):
+        uf.UNetPlusPlus.from_config({**config, "spacing": spacing})

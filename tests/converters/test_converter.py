@@ -105,6 +105,7 @@ def test_a_wrong_shape_anywhere_is_an_error() -> None:
     ({}, ValueError, r"this state_dict is not of a known UNet\+\+ \(its weights: none\): convert takes MONAI"),
     ({"layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, ValueError, "not of a known"),
     ({"epoch": 3, "state_dict": {}}, ValueError, r"'epoch' is a int; give its \['state_dict'\]"),
+    ({"epoch": 3, "state_dict": {"fc.weight": torch.ones(2)}}, ValueError, r"not of a known.*its weights: fc.weight"),
     ({"config": "x"}, ValueError, "give only the weights"),
     (torch.nn.Conv2d(1, 1, 1), ValueError, r"this Conv2d is not of a known UNet\+\+ \(its weights: weight, bias\)"),
     ([1, 2], TypeError, "not list"),

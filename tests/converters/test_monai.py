@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.convert_cases import assert_converts, assert_equal_state, assert_round_trip, assert_same_outputs
 from support.fused_cases import assert_same_inference, assert_same_passes
+from support.grids import pairs_of
 from support.helpers import FLOAT32, FLOAT64, assert_close_relative, build, make_input
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,10 +41,11 @@ def image(dims: int = 2, batch: int = 2, size: tuple[int, ...] | None = None) ->
     return make_input(batch, 2, *(size or SIZES[dims]), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("deep_supervision", [True, False], ids=["4heads", "1head"])
-@pytest.mark.parametrize("norm", ["batch", AFFINE, BARE], ids=str)
-@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize(
+    ("upsample", "norm", "deep_supervision", "training"),
+    pairs_of([UPSAMPLES, ("batch", AFFINE, BARE), (True, False), (True, False)]),
+    ids=str,
+)
 def test_2d(upsample: str, norm: Any, deep_supervision: bool, training: bool) -> None:
     theirs = monai(upsample=upsample, norm=norm, deep_supervision=deep_supervision).train(training)
     assert_converts(theirs, "monai", image())

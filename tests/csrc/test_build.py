@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import csrc
 
 import unetpp_fast as uf
 from unetpp_fast.execution import dispatch
@@ -22,10 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def builder():
-    spec = importlib.util.spec_from_file_location("unetpp_fast_build", ROOT / "csrc" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return csrc.builder()
 
 
 def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -170,7 +167,7 @@ def test_architectures(builder, monkeypatch: pytest.MonkeyPatch):
     """The requested architectures, else the defaults that the compiler knows; none older than the kernels' instructions."""
     monkeypatch.setattr(builder, "_output", lambda *command: "sm_80\nsm_90\n")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert builder.architectures("nvcc") == ["-gencode=arch=compute_80,code=[sm_80,sm_90]"]
+    assert builder.architectures("nvcc") == ["-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 12.0+PTX")
     assert builder.architectures("nvcc") == ["-gencode=arch=compute_80,code=[sm_86,sm_120,compute_80]"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import cpu_kernels
+from support.csrc import builder
 from torch import Tensor
 
 from unetpp_fast.execution.fused import libraries
@@ -42,7 +42,7 @@ def arguments(name: str) -> dict[str, object]:
     large, small, table = (lambda: ones(2, 1, 6, 10, 5)), (lambda: ones(2, 1, 3, 5, 5)), (lambda: ones(2, 5))
     weights = 8 * 2 * lanes  # of one filter and point: inputs rounded up to 4, one block of outputs
     fit: dict[str, object] = {
-        "axes": 2, "slope": 0.1, "act": True, "add": True, "phased": True, "way": 1, "linear": 0, "plain": 1, "taps": 3,
+        "axes": 2, "slope": 0.1, "act": 1, "add": True, "phased": True, "way": 1, "linear": 0, "plain": 1, "taps": 3,
         "stride": 2, "frozen": False, "chunk": 16, "bias": ones(5), "border": ones(9, 5), "weight": ones(3, 5),
         "mean": table(), "inverse": table(), "averages": ones(1, 2, 5), "ua": ones(36 * weights),
         "ub": ones(4 * 25 * weights), "result": ones(4, 4, 5, 5), "scratch": ones(25 * 2 * lanes), "dy": large(),
@@ -124,6 +124,7 @@ WHOLE = {
     "linear": (-1, 3),
     "axes": (1, 4),
     "taps": (2, 5),
+    "act": (-1, 5),
     "stride": (0, 3),
     "chunk": (0, -1),
     "phased": (False,),
@@ -213,6 +214,7 @@ import sys, torch
 load = torch.ops.load_library
 torch.ops.load_library = lambda path: load(sys.argv[1])  # in place of the library of the package
 from support import cpu_kernels
+from support.csrc import builder
 cpu_kernels.run_small_grid(sys.argv[1], getattr(cpu_kernels, sys.argv[2]))
 """
 
@@ -234,13 +236,6 @@ def test_every_instruction_set(name):
     if lanes != LANES[name]:
         pytest.skip(f"this CPU or this build has no {name}")
     assert calls > 50
-
-
-def builder():
-    spec = importlib.util.spec_from_file_location("unetpp_fast_build", SOURCES / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sanitized() -> Path:

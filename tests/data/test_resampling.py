@@ -98,6 +98,15 @@ def test_the_spacing_of_a_data_set_is_the_median_and_finer_across_thick_slices(t
     assert dataset_spacing([Sample("s", path, (path,)) for path in paths]) == (1.3, 1.0, 0.9)
 
 
+def test_headers_are_read_again_only_to_resample(tmp_path, monkeypatch):
+    ball = write(tmp_path / "b.mha", sphere(SPACINGS[0]).astype(np.uint8), SPACINGS[0])
+    monkeypatch.setattr(resampling, "checked_spacing", lambda *_: pytest.fail("not asked for"))
+    for kind in (Sample, LabelSample):
+        monkeypatch.setattr(kind, "file_spacing", lambda self: pytest.fail("not asked for"))
+    Sample("s", ball, (ball,)).load()
+    LabelSample("s", ball, ball, 2, 255).load()
+
+
 def test_only_files_that_tell_the_size_of_their_voxels_are_resampled(tmp_path):
     np.save(tmp_path / "a.npy", np.ones((4, 4, 4), np.uint8))
     nifti = write(tmp_path / "b.nii.gz", np.ones((4, 4, 4), np.uint8), (3.0, 1.0, 1.0))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from support.cpu_kernels import needs_library
 from support.helpers import FLOAT32, assert_close_relative, build, make_input
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unetpp_fast.deployment import encoder_layers
 from unetpp_fast.deployment.encoder_layers import Layer, Pass, fastest, layers_of, running, with_layers
@@ -21,7 +25,7 @@ class Same(nn.Conv2d):
     """A convolution that pads by itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, groups=self.groups)
 
 
 class Residual(nn.Module):
@@ -60,19 +64,19 @@ def test_every_layer_gives_what_the_encoder_does(inplace, inference):
     changed = with_layers(mine, x)
     layers = layers_of(changed)
     assert {name for name, module in changed.named_modules() if isinstance(module.__dict__.get("forward"), Layer)} == {
-        "same", "last", "one", "seen",
+        "stem", "same", "last", "one", "seen",
     }  # fmt: skip
-    assert {layer.rectified for layer in layers if layer.conv is changed.same} == {True}
+    assert {layer.act for layer in layers if layer.conv in (changed.same, changed.stem)} == {True}
     assert all(layer._weight is None for layer in layers)  # nothing is packed before it is used
     assert not layers_of(mine) and changed.state_dict().keys() == mine.state_dict().keys()
     exact = copy.deepcopy(mine).double()(x.double())[1].detach()
-    for kernels in (range(4), (0, 2), ()):
+    for kernels in (range(5), (0, 2, 3), ()):
         with torch.inference_mode(inference), torch.no_grad(), running(Pass(kernels)):
             assert_close_relative(copy.deepcopy(changed)(x)[1], exact, FLOAT32)
     with torch.no_grad():
         assert_close_relative(changed(x)[1], exact, FLOAT32)
     changed.load_state_dict({name: 2 * value for name, value in mine.state_dict().items()})
-    with torch.no_grad(), running(Pass(range(4))):
+    with torch.no_grad(), running(Pass(range(5))):
         doubled = changed(x)[1]
     with torch.no_grad():
         assert_close_relative(doubled, changed(x)[1], FLOAT32)
@@ -81,10 +85,116 @@ def test_every_layer_gives_what_the_encoder_does(inplace, inference):
 def test_a_rectified_map_is_not_rectified_again():
     mine, x = encoder()
     changed, calls = with_layers(mine, x), []
-    with torch.no_grad(), running(Pass(range(4))), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder_layers.F, "relu", lambda y, inplace=False: calls.append(y) or y.relu())
+    with torch.no_grad(), running(Pass(range(5))), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoder_layers.FUNCTIONS, True, lambda y, inplace=False: calls.append(y) or y.relu())
         changed(x)
-    assert len(calls) == 3 + 1  # of the module: the stem's, the sum's and the changed one's; and the encoder's own
+    assert len(calls) == 2  # of the module, the sum's and the changed one's
+
+
+class Block(nn.Module):
+    """A block of efficientnets: convolutions with an activation each, one of them with groups; `function`: not a module."""
+
+    def __init__(self, kind: type[nn.Module], inplace: bool, function: bool, pads: bool):
+        super().__init__()
+        self.act, self.function = kind(inplace=inplace), function
+        self.stem = nn.Conv2d(3, 6, 3, 2, 1)
+        self.expand, self.norm = nn.Conv2d(6, 20, 1), nn.BatchNorm2d(20)
+        self.depth = (Same if pads else nn.Conv2d)(20, 20, 3, padding=0 if pads else 1, groups=20)
+        self.reduce, self.project = nn.Conv2d(20, 2, 1), nn.Conv2d(20, 6, 1, bias=False)
+        self.halve = nn.Conv2d(6, 5, 5, 2, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        act = F.silu if self.function else self.act
+        y = act(self.stem(x))
+        z = act(self.depth(act(self.expand(y))))
+        z = z * self.reduce(z.mean((2, 3), keepdim=True)).sum(1, keepdim=True).sigmoid()
+        y = self.project(z) + y
+        return [x, y, act(self.halve(y))]
+
+
+@pytest.mark.parametrize("size", [(18, 50), (17, 31)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("kind", "inplace", "pads"), [
+    (nn.ReLU, True, False), (nn.ReLU6, True, False), (nn.SiLU, False, True), (nn.SiLU, True, False),
+    (nn.Hardswish, False, True),
+])  # fmt: skip
+def test_activations_of_every_layer(kind, inplace, pads, n, dtype, size):
+    mine, x = build(Block, kind, inplace, False, pads).eval(), make_input(n, 3, *size)
+    changed = with_layers(mine, make_input(1, 3, 16, 16))
+    found = {name: module.__dict__.get("forward") for name, module in changed.named_modules()}
+    acts = {name: layer.act for name, layer in found.items() if isinstance(layer, Layer)}
+    act = encoder_layers.MODULES[kind]
+    assert {name for name, one in acts.items() if one} == {"stem", "expand", "depth", "halve"}
+    assert {one for one in acts.values() if one} == {act} and len(layers_of(changed)) == 4
+    exact = copy.deepcopy(mine).double()(x.double())
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    for kernels, inference in itertools.product((range(4), (1,), ()), (False, True)):
+        with torch.inference_mode(inference), torch.no_grad(), running(Pass(kernels)), precision:
+            maps = changed(x)
+        for one, other in zip(maps, exact, strict=True):
+            assert_close_relative(one, other.detach(), FLOAT32 if dtype == torch.float32 else 0.05)
+
+
+def test_what_is_applied_by_a_function_stays_with_the_encoder():
+    """SiLU changes what it is applied to twice, and nothing tells a function that it was."""
+    mine, x = build(Block, nn.SiLU, False, True, False).eval(), make_input(1, 3, 16, 16)
+    changed = with_layers(mine, x)
+    assert len(layers_of(changed)) == 4 and not any(layer.act for layer in layers_of(changed))
+
+
+def test_activated_maps_allocate_nothing_more():
+    """An activation that is not in place becomes so where it alone reads a convolution; no map is copied for its border."""
+    mine, x = build(Block, nn.SiLU, False, False, True).eval(), make_input(1, 3, 16, 16)
+    changed = with_layers(mine, x)
+    with torch.no_grad(), running(Pass(range(4))), Names() as names:
+        changed(x)
+    assert names.count("silu_") == 2 and not {"silu", "constant_pad_nd"} & {*names}  # the other two in the kernels
+    with torch.no_grad(), Names() as names:
+        changed(x)
+    assert names.count("silu") == 4 and names.count("constant_pad_nd") == 1
+
+
+class Names(TorchDispatchMode, list):
+    """The names of the operators that run."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_several_threads_at_once():
+    mine, x = build(Block, nn.SiLU, False, False, True).eval(), make_input(2, 3, 32, 32)
+    changed = with_layers(mine, x)
+
+    def run(kernels) -> Tensor:
+        with torch.no_grad(), running(Pass(kernels)):
+            return changed(x)[2]
+
+    expected = [run(kernels) for kernels in ((), range(4))] * 8
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(run, [(), range(4)] * 8)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_class_that_pads_by_the_size_keeps_its_way():
+    class ByTheSize(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(F.pad(x, (x.shape[-1] % 2, 1) * 2), self.weight, self.bias, self.stride)
+
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = ByTheSize(3, 4, 3, 2)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.conv(x).relu()]
+
+    mine = build(Maps).eval()
+    changed, x = with_layers(mine, make_input(1, 3, 15, 15)), make_input(1, 3, 16, 16)
+    assert not layers_of(changed)
+    with torch.no_grad(), running(Pass(())):
+        assert torch.equal(changed(x)[0], mine(x)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,6 +216,17 @@ def test_volumes_and_bfloat16(dtype):
         found = changed(x)[0]
     assert found.dtype == dtype
     assert_close_relative(found, mine.double()(x.double()).detach(), FLOAT32 if dtype == torch.float32 else 0.02)
+
+
+def test_a_copy_and_a_pickle_of_an_encoder_with_layers():
+    mine, x = build(Block, nn.SiLU, False, False, True).eval(), make_input(1, 3, 16, 16)
+    changed = with_layers(mine, x)
+    assert changed.state_dict().keys() == mine.state_dict().keys()
+    for other in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
+        with torch.no_grad(), running(Pass(range(4))):
+            expected, found = changed(x), other(x)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert all(layer.conv in set(other.modules()) for layer in layers_of(other))
 
 
 def test_a_layer_that_something_hidden_reads_stays():

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from support.cpu_kernels import needs_library
 from support.helpers import FLOAT32, FLOAT64, assert_close_relative, build, make_input
 from torch import nn
 
@@ -120,6 +121,7 @@ def test_the_model_may_go_on_training():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@needs_library()
 def test_weights_are_composed_once(monkeypatch):
     calls, compose = [], engine.all_operands
     monkeypatch.setattr(engine, "all_operands", lambda *args: calls.append(1) or compose(*args))

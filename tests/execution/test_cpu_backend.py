@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support import cpu_kernels
+from support.grids import pairs_of
 from support.helpers import FLOAT32, LAYOUTS, assert_close_relative, build, make_input
 
 import unetpp_fast as uf
@@ -70,10 +71,7 @@ def assert_two_times_rule(model: uf.Network, x: torch.Tensor, dtype: torch.dtype
     assert acceptance.disagreement(*vectors, dtype) == ""
 
 
-@pytest.mark.parametrize("act", ["relu", LEAKY], ids=str)
-@pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize(("axes", "norm", "upsample", "act"), pairs_of([(2, 3), NORMS, UPSAMPLES, ("relu", LEAKY)]), ids=str)
 def test_every_norm_upsampling_and_activation(axes, norm, upsample, act):
     model = network(axes, norm=norm, upsample=upsample, act=act)
     assert_same(model, image(axes))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import cpu_kernels
 from support.fused_cases import run_fused
+from support.grids import pairs_of
 from support.helpers import (
     FLOAT32,
     assert_close_relative,
@@ -85,10 +86,11 @@ def assert_same(model: uf.Network, x: Tensor, heads: slice = slice(None), infere
             assert_close_relative(run_fused("cpu")(model.train(train), x), outputs, BOUND)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("upsample", UPSAMPLES, ids=str)
-@pytest.mark.parametrize("norm", [None, "batch", "instance"])
-@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize(
+    ("axes", "norm", "upsample", "train"),
+    pairs_of([(2, 3), (None, "batch", "instance"), UPSAMPLES, (True, False)]),
+    ids=str,
+)
 def test_every_norm_and_upsampling(axes, norm, upsample, train):
     model = network(axes=axes, norm=norm, upsample=upsample, act=LEAKY).train(train)
     assert_same(model, image(model))

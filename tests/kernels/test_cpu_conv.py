@@ -75,6 +75,9 @@ def test_sizes(kernel, units):
         {"affine": "image image", "slope": 0.1, "stats": True},
         {"border": True, "stats": True, "add": True},
         {"bias": True, "border": True, "act": True, "stats": True},
+        {"act": "relu6", "bias": True, "add": True},
+        {"act": "hardswish", "border": True, "stats": True},
+        {"act": "silu", "affine": "shared shared"},
     ],
     ids=lambda option: "-".join(option),
 )
@@ -112,6 +115,19 @@ def test_the_kernel_follows_the_tiles(tiles, images, channels, kernel):
     assert cpu_ops.kernel_for(out.bfloat16(), channels, 2, 3, 1, False, False) == with_tiles
 
 
+@pytest.mark.parametrize("side, channels, kernel", [
+    (16, 64, "direct"), (32, 32, "direct"), (32, 64, "winograd"), (64, 8, "direct"), (64, 16, "winograd"),
+    (16, 512, "few"),
+])  # fmt: skip
+@pytest.mark.parametrize("images", [1, 2])
+def test_narrow_bare_sums_of_small_maps_are_direct(side, channels, kernel, images):
+    out = torch.empty(images, 1, side, side, 32)
+    assert cpu_ops.kernel_for(out, channels, 2, 3, 1, False, False, bare=True) == kernel
+    usual = "few" if kernel == "few" else "winograd"
+    assert cpu_ops.kernel_for(out, channels, 2, 3, 1, False, False) == usual
+    assert cpu_ops.kernel_for(out.bfloat16(), channels, 2, 3, 1, False, False, bare=True) in (usual, "tiles")
+
+
 @each_dtype
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_transformed_as_they_are_read(dtype, form, monkeypatch):
@@ -142,6 +158,44 @@ def test_weights_of_any_strides(form, monkeypatch):
             out, a, wa = args
             results = cpu_kernels.run_op(cpu_ops, "conv", [out.clone(), a, layout(wa)], changed, True)
             assert all(torch.equal(x, y) for x, y in zip(expected, results, strict=True))
+
+
+@each_dtype
+@pytest.mark.parametrize("option", [
+    {}, {"affine": ""}, {"affine": "", "act": False, "add": True}, {"affine": "shared", "plain": 3, "act": "relu6"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("units", SIZES[2] + SIZES[3], ids=str)
+def test_one_tap(units, option, dtype):
+    for channels in CHANNELS:
+        plain = min(option.get("plain", 0), channels[0])
+        check_conv(dtype, "point", units, channels, **{**option, "plain": plain})
+
+
+def test_one_tap_of_many_pixels_and_channels():
+    for units, channels in (((61, 67), (5, 0, 33)), ((9, 43), (700, 0, 40)), ((2, 3), (1300, 0, 130))):
+        check_conv(torch.float32, "point", units, channels, affine="")
+
+
+@pytest.mark.parametrize("options", [{"b": 1}, {"border": 9}, {"stats": True}, {"stride": 2}], ids=str)
+def test_what_one_tap_does_not_know_is_named(options):
+    out, a, given = torch.ones(1, 1, 4, 6, 3), torch.ones(1, 1, 4, 6, 5), dict(options)
+    if "b" in given:
+        given |= {"b": a, "wb": torch.ones(1, 9, 5, 3)}
+    if "border" in given:
+        given["border"] = torch.ones(9, 3)
+    with pytest.raises(RuntimeError, match=r"taps|stats"):
+        cpu_ops.conv(out, a, torch.ones(1, 5, 3), axes=2, taps=1, **given)
+
+
+@pytest.mark.parametrize("act", naive.FURTHER_ACTIVATIONS)
+def test_activations_of_any_value(act):
+    """Far from zero and near it; NaN passes."""
+    x = torch.cat((torch.linspace(-120, 120, 2001), torch.linspace(-1e-3, 1e-3, 200), torch.tensor([0, math.nan, math.inf])))
+    a = x.view(1, 1, 1, -1, 1)
+    out = torch.empty(1, 1, 1, len(x), 17)
+    cpu_ops.conv(out, a, torch.ones(1, 1, 17), axes=2, taps=1, act=act)
+    exact = naive.FURTHER_ACTIVATIONS[act](a.double()).expand(out.shape)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @each_kernel
@@ -331,7 +385,7 @@ def test_memory_stays_flat_over_a_thousand_shapes():
             args, options = wgrad_of(dtypes_of(kernel)[0], units, chosen.random() < 0.5, *channels[:2])
             cpu_ops.conv_wgrad(*args, **options)
 
-    usual = cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS, cpu_ops.TILES
+    usual = {name: getattr(cpu_ops, name) for name in cpu_kernels.CHOICES}
     try:
         for _ in range(300):
             once()
@@ -339,5 +393,5 @@ def test_memory_stays_flat_over_a_thousand_shapes():
         for _ in range(1000):
             once()
     finally:
-        cpu_ops.MIN_TILES, cpu_ops.MANY_WEIGHTS, cpu_ops.TILES = usual
+        vars(cpu_ops).update(usual)
     assert resident() <= before + 8

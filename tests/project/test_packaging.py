@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
@@ -38,6 +39,17 @@ SOURCES = (
     "examples/nuclei/image.png", "examples/nuclei/LICENSE.stardist.txt",
 )  # fmt: skip
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+BOTH = COMPILER is not None and sys.platform == "linux"  # libraries are in the wheel
+# Stands in for nvcc: kernels without content, so that a wheel with both libraries is built in seconds and where there is no
+# nvcc. `test_sass.py` builds the real ones.
+NVCC = """#!/bin/sh
+for last; do :; done
+case "$*" in
+  --list-gpu-code) echo sm_80 sm_90 sm_100 sm_120 ;;
+  *" -c "*) echo | {compiler} -x c++ -fPIC -c - -o "$last" ;;
+  *) exec {compiler} $(echo "$*" | sed "s/-Xlinker=/-Wl,/") ;;
+esac
+"""
 
 
 def run(*command: str | Path, **options) -> str:
@@ -65,9 +77,15 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    """A wheel built from the source distribution, with the CPU kernels if there is a compiler."""
-    out = tmp_path_factory.mktemp("out")
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
+    """A wheel built from the source distribution: on Linux, if there is a compiler, with both libraries. The real CUDA
+    kernels take many minutes where there are nvcc and a torch with CUDA."""
+    out, home = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("cuda")
+    (home / "bin").mkdir()
+    (home / "bin" / "nvcc").write_text(NVCC.format(compiler=COMPILER))
+    (home / "bin" / "nvcc").chmod(0o755)
+    kinds = "cuda" if BOTH else "cpu" if COMPILER else "none"
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out]
+    run(*command, source, environment={"CUDA_HOME": str(home), "UNETPP_FAST_BUILD": kinds})
     (path,) = out.glob("*.whl")
     return path
 
@@ -101,9 +119,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
-@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="the CPU kernels need a compiler, auditwheel Linux")
+@pytest.mark.skipif(not BOTH, reason="the kernels need a compiler, auditwheel Linux")
 def test_the_wheel_becomes_one_for_every_linux(wheel, tmp_path):
-    """By the command of `make wheel`. The library needs torch's, which are not packed in, and is not bound to a Python."""
+    """By the command of `make wheel-cuda`. The libraries need torch's, which are not packed in, and no Python."""
     pytest.importorskip("auditwheel")
     torch_libraries = re.search(r"^TORCH_LIBRARIES := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     excluded = [part for name in torch_libraries for part in ("--exclude", name)]
@@ -111,12 +129,13 @@ def test_the_wheel_becomes_one_for_every_linux(wheel, tmp_path):
     run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tmp_path, *excluded, wheel, environment={"PATH": path})
     (repaired,) = tmp_path.glob("*.whl")
     assert "-py3-none-manylinux_" in repaired.name
-    libraries = [name for name in zipfile.ZipFile(repaired).namelist() if ".so" in name]
-    assert libraries == ["unetpp_fast/execution/fused/unetpp_fast_cpu.so"]
+    libraries = sorted(name for name in zipfile.ZipFile(repaired).namelist() if ".so" in name)
+    assert libraries == [f"unetpp_fast/execution/fused/unetpp_fast_{kind}.so" for kind in ("cpu", "cuda")]
 
 
 def test_the_wheel_runs_without_a_compiler(python, tmp_path):
-    """Its CPU kernels too, which compute what the reference does; PATH leads to this environment alone."""
+    """Its CPU kernels too, which compute what the reference does; PATH leads to this environment alone. Of the CUDA kernels
+    it says why they are off: this torch has no CUDA, or, if it has, the ones of this wheel lack their content."""
     alone = {"PATH": str(python.parent)}
     loss, gradients = {}, {}
     for backend in ("reference", "cpu") if COMPILER else ("reference",):
@@ -125,7 +144,13 @@ def test_the_wheel_runs_without_a_compiler(python, tmp_path):
         loss[backend], gradients[backend] = map(float, said[2:])
     assert list(loss.values()) == pytest.approx([loss["reference"]] * len(loss), rel=1e-5)
     assert list(gradients.values()) == pytest.approx([gradients["reference"]] * len(loss), rel=1e-3)
-    assert "reference" in run(python, "-m", "unetpp_fast.info", cwd=tmp_path, environment=alone)
+    said = run(python, "-m", "unetpp_fast.info", cwd=tmp_path, environment=alone)
+    facts = {line[:24].strip(): line[25:] for line in said.splitlines()}
+    assert "reference" in facts["backends"]
+    if BOTH:
+        assert facts["CPU kernels"].startswith("loaded")
+        why = "this torch has no CUDA" if torch.version.cuda is None else "it does not load: "
+        assert facts["CUDA kernels"].startswith(f"off: {why}")
     assert "predict" in run(python.parent / "unetpp-fast", "--help", cwd=tmp_path, environment=alone)
 
 

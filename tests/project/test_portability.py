@@ -64,11 +64,12 @@ with torch.no_grad():
     assert model(x).shape == (1, 1, 4, 6)
 print(uf.explain(model, x))
 assert main(["info"]) == 0
+print("\\u65e5")  # in the name of a file
 """
 
 
 def test_without_what_other_systems_lack(tmp_path: Path):
-    """Windows has no Triton and no modules for POSIX, macOS no Triton."""
-    environment = {"UNETPP_FAST_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": ""}
+    """Windows has no Triton and no modules for POSIX, and a code page; macOS has no Triton."""
+    environment = {"UNETPP_FAST_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": "", "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", MISSING + USE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,7 +17,7 @@ WORKFLOWS = sorted((Path(__file__).parents[2] / ".github/workflows").glob("*.yml
 ACTIONLINT = shutil.which("actionlint", path=str(Path(sys.executable).parent)) or shutil.which("actionlint")
 pytestmark = pytest.mark.skipif(ACTIONLINT is None, reason="there is no actionlint (extra test, on Linux)")
 MISTAKES = {
-    "needs: [wheel, source]": "needs: [wheel, sources]",
+    "needs: [wheel, torches, source]": "needs: [wheel, torches, sources]",
     "matrix.system }}": "matrix.sytem }}",
     "runs-on: ubuntu-latest": "runs-on: ubuntu-lates",
     "path: wheelhouse/*.whl": "paths: wheelhouse/*.whl",

@@ -18,10 +18,12 @@ from unetpp_fast.execution.fused import libraries
 from unetpp_fast.kernels import cpu_ops, naive
 
 DTYPES = [torch.float32, torch.bfloat16]
-# What selects each kernel: the least number of tiles for Winograd, and of weights that are transformed as they are read, and
-# whose matrix tiles are used.
+# What selects each kernel: the least number of tiles for Winograd, and of weights that are transformed as they are read; up
+# to how many products data gradients are direct sums; and whose matrix tiles are used.
+CHOICES = ("MIN_TILES", "MANY_WEIGHTS", "FEW_PRODUCTS", "TILES")
 KERNELS = {
-    "winograd": (0, 10**9, ()), "few": (0, 0, ()), "direct": (10**9, 0, ()), "tiles": (0, 10**9, ("cpu", "plain")),
+    "winograd": (0, 10**9, -1, ()), "few": (0, 0, -1, ()), "direct": (10**9, 0, -1, ()),
+    "tiles": (0, 10**9, -1, ("cpu", "plain")),
 }  # fmt: skip
 CHANNELS = [  # of a, b and the result: below, at and above vectors and blocks of every instruction set
     (1, 3, 7), (3, 1, 64), (7, 16, 1), (16, 31, 33), (31, 33, 16), (32, 64, 32), (33, 7, 31), (64, 32, 3),
@@ -32,6 +34,7 @@ FORMS = {
     "edges": {"kb": 1, "linear": False, "affine": "shared image", "slope": 0.1, "act": True, "stats": True},
     "corners": {"kb": 1, "linear": True, "affine": "image", "bias": True, "add": True},
     "gathered": {"taps": 4, "affine": "shared", "add": True},
+    "point": {"taps": 1, "affine": "image", "slope": 0.1, "bias": True, "act": "silu"},
     "strided": {"strided": True, "affine": "image", "bias": True, "stats": True},
     "phased": {"phased": True, "affine": "shared", "bias": True, "add": True, "stats": True},
     "node": {"phased": True, "kb": 1, "affine": "shared image", "slope": 0.1, "border": True, "act": True, "stats": True},
@@ -45,7 +48,7 @@ SIZES = {
 
 def select(kernel: str, to: Callable[[object, str, int], None] = setattr) -> None:
     """Makes `kernel` compute every convolution, whatever its size; `few` knows 2D only, `tiles` bfloat16 only."""
-    for name, value in zip(("MIN_TILES", "MANY_WEIGHTS", "TILES"), KERNELS[kernel], strict=True):
+    for name, value in zip(CHOICES, KERNELS[kernel], strict=True):
         to(cpu_ops, name, value)
 
 

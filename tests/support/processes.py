@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from support import interpreter
 
 SECONDS = 300
 
@@ -27,6 +29,8 @@ def run_processes(work, folder: Path, *args) -> list:
 
 def _process(work, rank: int, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.quicken()
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
         torch.save(work(rank, *args), f"{folder}/result{rank}")

@@ -14,14 +14,19 @@ REACH, STEPS = 0.15, 301  # by which a channel is shifted at most, and the shift
 
 @torch.no_grad()
 def randomise_norms(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
-    """Batch norms as training leaves them: statistics of their inputs, scales and shifts of all sizes. In eval mode."""
+    """Batch norms as training leaves them: statistics of their inputs, scales and shifts of all sizes. In eval mode.
+
+    Random paths of the model are those of `seed` too.
+    """
     generator = torch.Generator().manual_seed(seed)
     norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
     for norm in norms:
         norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator))
         norm.bias.copy_(0.2 * torch.randn(norm.bias.shape, generator=generator))
         norm.momentum = None
-    model.train()(x)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.train()(x)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -111,7 +112,9 @@ def test_models_come_from_a_run_a_file_and_a_saved_folder(tmp_path):
     network.save_pretrained(tmp_path / "saved")
     assert models.load([str(tmp_path / "saved")], CPU).describe().endswith("heads at L1, L2; cpu, float32")
     (tmp_path / "empty").mkdir()
-    for place, says in (("empty", "name a file in it, or the folder of a run"), ("none.pt", "does not exist")):
+    (tmp_path / "run/best.pt").unlink()
+    (tmp_path / "run/config.json").write_text("{}")  # as `train` writes it, of its settings
+    for place, says in (("empty", "holds no best.pt"), ("run", "holds no best.pt"), ("none.pt", "does not exist")):
         with pytest.raises(InputError, match=says):
             models.load([str(tmp_path / place)], CPU)
 
@@ -188,6 +191,21 @@ def test_the_small_model_learns_the_sample(monkeypatch):
     monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 1)
     model = models.train_on_sample(CPU, epochs=1)
     assert model.classes == ("nuclei",) and model.network.normalisation == STANDARD and not model.network.training
+
+
+@pytest.mark.parametrize("error", [OSError("taken"), OverflowError("bind(): port must be 0-65535.")], ids=["taken", "none"])
+def test_a_port_that_cannot_be_used(monkeypatch, error):
+    class Page:
+        def queue(self):
+            return self
+
+        def launch(self, **options):
+            raise error
+
+    monkeypatch.setattr(interface, "build", lambda app: Page())
+    monkeypatch.setattr(interface, "need", lambda *names: MagicMock())
+    with pytest.raises(InputError, match=r"the port 99999 of .* cannot be used: choose another --port"):
+        interface.launch(interface.App(None, CPU, "float32"), "127.0.0.1", 99999)
 
 
 def test_the_extra_is_named(monkeypatch, capsys):

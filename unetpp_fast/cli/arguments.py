@@ -133,7 +133,7 @@ def overlap(text: str) -> float | tuple[float, ...]:
 
 def image_size(text: str) -> tuple[int, ...]:
     """`512` as (512, 512), `64x64x64` as (64, 64, 64)."""
-    size = _integers(text, "x", "a size such as 512, 512x384 or 64x64x64")
+    size = _integers(text.replace(",", "x"), "x", "a size such as 512, 512x384 or 64x64x64")
     return size * 2 if len(size) == 1 else size
 
 

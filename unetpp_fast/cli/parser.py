@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import platform
 import sys
@@ -53,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         if unknown and command:
             alike = {near: None for name in unknown for near in difflib.get_close_matches(name, self._option_string_actions)}
             hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+            if all(name.replace(".", "", 1).isdecimal() for name in unknown):
+                hint = "; lists of numbers take commas, without spaces, such as 16,32"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options, unknown
 
@@ -90,6 +93,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the system's code page lacks, in names of files, is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     messages.set_level(messages.QUIET if options.quiet else messages.VERBOSE if options.verbose else messages.NORMAL)
     messages.detail(f"unetpp_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")

@@ -51,7 +51,9 @@ def add_parser(commands: Commands) -> None:
     predict.add_argument("--flips", action="store_true", help="mean over the mirror images too: 4 passes, of a volume 8")
     predict = command.add_argument_group("cleaning, of each mask or class")
     predict.add_argument("--min-size", type=int, default=0, help="drop connected parts of fewer pixels or voxels")
-    predict.add_argument("--keep-largest", type=int, help="keep only so many connected parts, the largest ones")
+    predict.add_argument(
+        "--keep-largest", type=int, help="keep only so many connected parts, the largest ones (default: all)"
+    )
     predict.add_argument("--fill-holes", action="store_true", help="fill the holes")
     predict = command.add_argument_group("large images")
     predict.add_argument("--tile", type=tile_size, help="predict in tiles of this size: 512, or 32,256,256 in 3D")

@@ -50,7 +50,9 @@ def _add_data(command: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, help="a folder with images/ and masks/ (docs/data.md), or the data of --task"
     )
     add_task(train)
-    train.add_argument("--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv and curves.png")
+    train.add_argument(
+        "--out", type=Path, required=True, help="folder for last.pt, best.pt, log.csv, curves.png and report.html"
+    )
     train.add_argument("--resume", action="store_true", help="continue the training in --out")
     train.add_argument("--init-from", type=Path, help="begin with the network of this checkpoint, or of another UNet++'s")
     train.add_argument("--val-fraction", type=float, default=0.2, help="share of the images for validation")
@@ -60,7 +62,9 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--fold", type=int, metavar="NUMBER", help="train only this one of the folds, or of those of the data"
     )
-    train.add_argument("--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too, beside log.csv")
+    train.add_argument(
+        "--log", nargs="+", choices=list(LOGGERS), default=[], help="log to these too (default: to log.csv alone)"
+    )
     train.add_argument("--tensorboard", action="store_true", help="the same as --log tensorboard")
 
 
@@ -174,7 +178,7 @@ def _add_network(command: argparse.ArgumentParser) -> None:
     train.add_argument("--arch", "--model", choices=list(PAPER_FEATURES), default="unet++", help="the network")
     train.add_argument(
         "--features", type=width_list, default=argparse.SUPPRESS,
-        help="widths, finest level first (default: the paper's)",
+        help="widths, finest level first, such as 32,64,128 (default: the paper's)",
     )  # fmt: skip
     train.add_argument(
         "--norm", choices=["none", *engine_options(NORMS)], default=argparse.SUPPRESS,

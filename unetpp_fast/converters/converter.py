@@ -247,11 +247,12 @@ def _weights(source: Mapping[str, Any]) -> Network | EncodedNetwork | Mapping[st
             "these are weights of this package's network, without its settings: build the network as it was and call its"
             f" load_state_dict, or give a checkpoint of `unetpp-fast train`{extra}"
         )
+    inside = [name for name in ("state_dict", "model_state_dict", "model", "net") if isinstance(source.get(name), Mapping)]
+    if found is None and inside and source[inside[0]]:
+        source = source[inside[0]]  # weights, of a network that nothing here knows
+        inside = []
     bad = next((name for name, value in source.items() if not isinstance(value, (Tensor, np.ndarray))), None)
     if bad is not None and (found is None or not found.place):
-        inside = [
-            name for name in ("state_dict", "model_state_dict", "model", "net") if isinstance(source.get(name), Mapping)
-        ]
         hint = f"give its [{inside[0]!r}]" if inside else "give only the weights"
         raise ValueError(f"this is not a state_dict: {bad!r} is a {type(source[bad]).__name__}; {hint}")
     state: Mapping[str, Tensor] = {

@@ -260,7 +260,7 @@ def find_images(folder: Path, endings: tuple[str, ...] | None = None) -> dict[st
     """
     endings = image_endings() if endings is None else endings
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder of images")
+        raise InputError(f"{folder} is not a folder of images{'' if folder.exists() else ': it does not exist'}")
     files = files_by_id(folder, endings)
     if not files:
         raise InputError(f"{folder} holds no image ({', '.join(endings)})")

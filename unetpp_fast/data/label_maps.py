@@ -45,7 +45,7 @@ class LabelSample:
         stray = labels[~one_hot.any(axis=0) & (labels != (-1 if self.ignore is None else self.ignore))]
         if stray.size:
             raise InputError(f"label map {self.labels} holds {stray[0]}: the classes are 0 to {self.classes - 1}")
-        return at_spacing(image, one_hot, self.file_spacing(), self.resampled_to, self.image, exclusive=True)
+        return at_spacing(image, one_hot, self.file_spacing, self.resampled_to, self.image, exclusive=True)
 
     def spacing(self) -> tuple[float, ...] | None:
         """As `Sample.spacing`."""
@@ -72,7 +72,7 @@ class RegionSample(LabelSample):
         drawn = read_drawn_labels(self.labels).on_grid_of(self.image)
         image = self.normalisation(read_inputs((self.image, *self.channels), drawn))
         masks = np.stack([np.isin(drawn.values, values) for values in self.regions])
-        return at_spacing(image, masks, self.file_spacing(), self.resampled_to, self.image)
+        return at_spacing(image, masks, self.file_spacing, self.resampled_to, self.image)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Both grids cover the same length along every axis, so that what was resampled ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,19 +67,21 @@ def resampled_mask(mask: np.ndarray, size: Sequence[int], exclusive: bool) -> np
 def at_spacing(
     image: np.ndarray,
     mask: np.ndarray,
-    spacing: Sequence[float] | None,
+    spacing: Callable[[], Sequence[float] | None],
     wanted: Sequence[float] | None,
     name: Any,
     exclusive: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """An image, float32 `[C, *S]`, and its mask `[classes, *S]` with voxels of `wanted` mm; as they are for None.
 
+    spacing: reads that of the volume `name`.
+
     Raises:
-        InputError: the spacing of the volume `name` is not known, or is for other axes than those wanted.
+        InputError: the spacing is not known, or is for other axes than those wanted.
     """
     if wanted is None:
         return image, mask
-    size = size_at(image.shape[1:], checked_spacing(spacing, len(wanted), name), wanted)
+    size = size_at(image.shape[1:], checked_spacing(spacing(), len(wanted), name), wanted)
     if size == image.shape[1:]:
         return image, mask
     return resampled(image[None], size), resampled_mask(mask, size, exclusive)

@@ -37,7 +37,7 @@ class Sample:
         """
         masks = [self._drawn(path) for path in self.masks]
         image = self.normalisation(read_inputs((self.image, *self.channels), masks[0]))
-        return at_spacing(image, stack_masks(masks), self.file_spacing(), self.resampled_to, self.image)
+        return at_spacing(image, stack_masks(masks), self.file_spacing, self.resampled_to, self.image)
 
     def spacing(self) -> tuple[float, ...] | None:
         """Millimetres between voxels along each axis of `*S`, if the files are volumes that tell."""

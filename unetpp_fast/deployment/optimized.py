@@ -203,7 +203,8 @@ class OptimizedModule(Engine):
     def _call(self, network: EncodedNetwork, x: Tensor) -> Call:
         x = x.to(memory_format=self.layout)
         layers = self._layers(x)
-        with encoder_layers.running(encoder_layers.Pass(layers) if layers else None):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        with encoder_layers.running(encoder_layers.Pass(layers) if layers or not traced else None):
             return Call(network.nest, network.maps(x))
 
     def _layers(self, x: Tensor) -> tuple[int, ...]:

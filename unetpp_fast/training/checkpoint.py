@@ -120,7 +120,9 @@ def checkpoints(place: Path) -> list[Path]:
     folds = [path for path in place.glob("fold*/best.pt") if path.parent.name[4:].isdecimal()]
     found = sorted(folds, key=lambda path: int(path.parent.name[4:]))
     if not found and not (place / "best.pt").exists():
-        raise InputError(f"{place} is a folder: name a file in it, or the folder of a run, with best.pt or fold*/best.pt")
+        raise InputError(
+            f"{place} holds no best.pt and no fold*/best.pt: name a checkpoint, or a folder of `unetpp-fast train`"
+        )
     return found or [place / "best.pt"]
 
 

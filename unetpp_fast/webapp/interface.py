@@ -309,14 +309,14 @@ def launch(app: App, host: str, port: int, browser: bool = False, wait: bool = T
     gr = need("gradio", EXTRA)
     theme = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue=gr.themes.colors.red
-    )
+    ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # gradio's own are hard to read
     try:
         _, address, _ = page.queue().launch(
             server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, share=False,
             theme=theme, css=STYLE, footer_links=[], ssr_mode=False, max_file_size=MOST_BYTES, show_error=True,
             allowed_paths=[str(demo.example(SAMPLE).parent)], app_kwargs={"middleware": [_policy()]},
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter: no port has this number
         raise InputError(f"the port {port} of {host} cannot be used: choose another --port") from error
     if wait:
         print(f"{address} (Ctrl-C ends it)", flush=True)

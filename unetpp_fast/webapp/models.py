@@ -15,7 +15,7 @@ from ..data.images import STANDARD
 from ..experiments import demo, pictures
 from ..models.architectures import AnyNetwork, UNetPlusPlus, parameter_count
 from ..models.ensemble import Ensemble
-from ..models.pretrained import from_pretrained
+from ..models.pretrained import WEIGHTS, from_pretrained
 from ..training.checkpoint import checkpoints, load_model, together
 from ..training.classes import class_names, palette
 
@@ -95,7 +95,7 @@ def _members(place: str, device: torch.device) -> list[Member]:
     if not (path / "best.pt").is_file():
         if (path / "last.pt").is_file():  # of a training that has no best one yet
             return [(place, *load_model(path / "last.pt", device))]
-        if (path / "config.json").is_file():
+        if (path / WEIGHTS).is_file():
             return [(place, from_pretrained(path, device=device), {})]
     found = checkpoints(path)
     names = [f"{place}/{file.parent.name}" if len(found) > 1 else place for file in found]
