@@ -10,6 +10,8 @@ import torch
 
 from .errors import InputError
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def wait(device: torch.device) -> None:
     """Returns when a CUDA device has finished all work that was queued; at once for other devices."""
@@ -45,10 +47,15 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
+    """Its name, with family and model where it has no number, as on many rented machines, and its widest vectors."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = CPUINFO.read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
     model = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
     widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
-    return " ".join([model[1] if model else platform.machine(), widest]).strip()
+    name = model[1] if model else platform.machine()
+    numbers = [re.search(rf"^{word}\s*:\s*(\d+)\s*$", text, re.MULTILINE) for word in ("cpu family", "model")]
+    if model and not re.search(r"\d", name) and all(numbers):
+        name += f" family {numbers[0][1]} model {numbers[1][1]}"
+    return f"{name} {widest}".strip()
