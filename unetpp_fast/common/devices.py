@@ -55,7 +55,7 @@ def processor() -> str:
     model = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
     widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), "")
     name = model[1] if model else platform.machine()
-    numbers = [re.search(rf"^{word}\s*:\s*(\d+)\s*$", text, re.MULTILINE) for word in ("cpu family", "model")]
-    if model and not re.search(r"\d", name) and all(numbers):
-        name += f" family {numbers[0][1]} model {numbers[1][1]}"
+    numbers = re.findall(r"^(?:cpu family|model)\s*:\s*(\d+)\s*$", text, re.MULTILINE)[:2]  # of the first core
+    if model and not re.search(r"\d", name) and len(numbers) == 2:
+        name += f" family {numbers[0]} model {numbers[1]}"
     return f"{name} {widest}".strip()
