@@ -74,7 +74,7 @@ def panels(network: AnyNetwork, sample: Sample | ArraySample, about: Mapping[str
     image, truth = sample.load()
     truth, found = truth.astype(bool), predicted(network, image, dtype, exclusive)
     if truth.ndim == 4:  # the plane with most of the foreground
-        plane = int(truth[int(exclusive) :].sum(axis=(0, 2, 3)).argmax())
+        plane = int(np.argmax(truth[int(exclusive) :].sum(axis=(0, 2, 3))))
         image, truth, found = image[:, plane], truth[:, plane], found[:, plane]
     step = max(1, max(truth.shape[1:]) // (2 * LONGEST))  # what the page shows is smaller still
     image, truth, found = (values[:, ::step, ::step] for values in (image, truth, found))
