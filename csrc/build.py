@@ -107,8 +107,9 @@ def _torch() -> Path:
 
 def machine(compiler: str) -> str:
     """The processor that a compiler compiles for, such as "x86_64" or "aarch64"; this machine's if it does not say."""
-    done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True)
-    return (done.stdout.partition("-")[0] if done.returncode == 0 else "") or platform.machine().lower()
+    done = subprocess.run([compiler, "-dumpmachine"], capture_output=True)
+    told = done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
+    return told.partition("-")[0].strip() or platform.machine().lower()
 
 
 def _bindings(source: Path, folder: Path, *options: str) -> Piece:

@@ -26,7 +26,7 @@ from torch.export import Dim
 import unetpp_fast as uf
 from unetpp_fast.execution import acceptance, dispatch
 from unetpp_fast.execution.call import Call
-from unetpp_fast.execution.fused import ops, tuning
+from unetpp_fast.execution.fused import ops, tuning, verdicts
 from unetpp_fast.execution.plan.steps import make_plan
 from unetpp_fast.models.encoder_network import EncodedNetwork
 
@@ -174,7 +174,7 @@ def test_a_measurement_checks_outputs_and_gradients_of_the_maps(training, monkey
 def test_tune_measures_the_nest(monkeypatch, tmp_path):
     monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch.ops, "INTERPRETED", False)
-    monkeypatch.setattr(tuning, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "_known", {})
     model, x = encoded(), make_input(2, 3, 16, 24)
     found = uf.tune(model, x, progress=False)
     assert set(found) == {"inference", "training"} and all(verdict["right"] for verdict in found.values())

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from support.folders import write_nuclei
 from support.helpers import FLOAT64, assert_gradients_close, build, gradients, make_input
+from support.measured import forget
 
 import unetpp_fast as uf
 from unetpp_fast.cli import parser, train
@@ -25,6 +26,7 @@ from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import BatchLoader, Patches
 from unetpp_fast.data.samples import ArraySample
 from unetpp_fast.execution import reference
+from unetpp_fast.execution.fused import verdicts
 from unetpp_fast.training import checkpoint, memory_budget, processes, run_folder
 from unetpp_fast.training.checkpoint import load_checkpoint
 from unetpp_fast.training.recipe import Recipe
@@ -320,3 +322,22 @@ def test_an_older_checkpoint_resumes(folder, tmp_path):
     assert trainer.epoch == 1
     with pytest.raises(InputError, match="another accumulate=1, now 2"):
         make_trainer(folder, tmp_path, accumulate=2).resume()
+
+
+def test_a_resumed_run_takes_the_backends_that_the_run_took(folder, tmp_path, monkeypatch):
+    """Whatever was measured since, or was lost."""
+    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path / "cache"))
+    first = make_trainer(folder, tmp_path / "run", epochs=1)
+    key, verdict = (
+        f"{first.network.structure.key} torch.float32 training 2x32x32",
+        {"backend": "cpu", "right": True, "ratio": 2.0},
+    )
+    cpu = torch.device("cpu")
+    verdicts.keep(cpu, key, verdict)
+    verdicts.keep(cpu, "another network's torch.float32 training 2x32x32", verdict)
+    first.fit(progress=False)
+    assert list(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["measured"][verdicts.setting(cpu)]) == [key]
+    verdicts.keep(cpu, key, {**verdict, "ratio": 0.5})
+    make_trainer(folder, tmp_path / "run", epochs=2).resume()
+    assert verdicts.recall(cpu, key) == (verdict, False)
+    forget()

@@ -16,14 +16,12 @@ import pytest
 import torch
 from support.command_line import run
 from support.folders import write_nuclei
-from support.measured import forget
 from torch import nn
 
 import unetpp_fast as uf
 from unetpp_fast.common.errors import InputError
 from unetpp_fast.data.pairs import find_samples
 from unetpp_fast.data.patches import Patches
-from unetpp_fast.execution.fused import verdicts
 from unetpp_fast.training import evaluation
 from unetpp_fast.training import trainer as trainer_module
 from unetpp_fast.training.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -236,26 +234,6 @@ def test_a_killed_run_resumes_to_the_same_log_and_weights(folder, whole, tmp_pat
     assert run(*arguments(folder, tmp_path), "--resume") == 0
     assert "resuming after epoch" in capsys.readouterr().out
     assert_same_run(whole, tmp_path)
-
-
-def test_a_resumed_run_takes_the_backends_that_the_run_took(folder, tmp_path, monkeypatch):
-    """Whatever was measured since, or was lost."""
-    monkeypatch.setenv("UNETPP_FAST_CACHE", str(tmp_path / "cache"))
-    first = make_trainer(folder, tmp_path / "run", epochs=1)
-    key, verdict = (
-        f"{first.network.structure.key} torch.float32 training 2x32x32",
-        {"backend": "cpu", "right": True, "ratio": 2.0},
-    )
-    cpu = torch.device("cpu")
-    verdicts.keep(cpu, key, verdict)
-    verdicts.keep(cpu, "another network's torch.float32 training 2x32x32", verdict)
-    first.fit(progress=False)
-    assert list(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["measured"][verdicts.setting(cpu)]) == [key]
-    assert "measured" not in torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    verdicts.keep(cpu, key, {**verdict, "ratio": 0.5})
-    make_trainer(folder, tmp_path / "run", epochs=2).resume()
-    assert verdicts.recall(cpu, key) == (verdict, False)
-    forget()
 
 
 def test_a_finished_run_can_be_extended(folder, tmp_path):

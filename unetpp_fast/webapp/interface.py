@@ -209,6 +209,22 @@ def _patch(colour: Iterable[float]) -> str:
     return f'<i style="background:rgb({",".join(str(int(value)) for value in colour)})"></i>'
 
 
+def _controls(gr: Any, now: Session) -> tuple[Any, ...]:
+    """The session, and what its model and image make of the controls."""
+    model, shown = now.model, now.opened
+    levels = model.levels if model else (1, 4)
+    planes = shown.planes if shown else 1
+    return (
+        now,
+        f"<p>{escape(model.describe())}</p>" if model else "",
+        gr.update(visible=model is None),
+        gr.update(minimum=levels[0], maximum=levels[-1], value=now.level, visible=len(levels) > 1 and bool(model)),
+        gr.update(visible=len(levels) > 1 and bool(model)),
+        gr.update(maximum=max(planes - 1, 1), value=now.plane, visible=planes > 1),
+        gr.update(value=now.view, visible=bool(model) and len(model.members) > 1),
+    )
+
+
 def build(app: App) -> Any:
     """The page as gradio's Blocks.
 
@@ -251,20 +267,6 @@ def build(app: App) -> Any:
             )  # fmt: skip
             choose = gr.Button("Load", elem_id="choose")
 
-        def controls(now: Session) -> tuple[Any, ...]:
-            model, shown = now.model, now.opened
-            levels = model.levels if model else (1, 4)
-            planes = shown.planes if shown else 1
-            return (
-                now,
-                f"<p>{escape(model.describe())}</p>" if model else "",
-                gr.update(visible=model is None),
-                gr.update(minimum=levels[0], maximum=levels[-1], value=now.level, visible=len(levels) > 1 and bool(model)),
-                gr.update(visible=len(levels) > 1 and bool(model)),
-                gr.update(maximum=max(planes - 1, 1), value=now.plane, visible=planes > 1),
-                gr.update(value=now.view, visible=bool(model) and len(model.members) > 1),
-            )
-
         widgets = [session, about, train, level, mode, plane, view]
         results = [session, overlay, mask, table, line]
         one = {"concurrency_limit": 1, "concurrency_id": "compute"}  # models compute one after the other
@@ -276,10 +278,10 @@ def build(app: App) -> Any:
             )
 
         def first(function: Any) -> Any:
-            return lambda *arguments: controls(function(*arguments))
+            return lambda *arguments: _controls(gr, function(*arguments))
 
         measuring = [
-            then_show(page.load(controls, [session], widgets)),
+            then_show(page.load(first(lambda now: now), [session], widgets)),
             then_show(file.upload(first(app.open), [session, file], widgets, **one)),
             then_show(file.clear(first(lambda now: app.open(now, None)), [session], widgets)),
             then_show(train.click(first(app.train), [session], widgets, show_progress_on=[train], **one)),
