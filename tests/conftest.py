@@ -53,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path, len(LONGEST)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_pauses():
+    """What is timed here is of no interest."""
+    from unetpp_fast.common import timing
+
+    timing.PAUSE = 0.001
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads, and restores it after the test."""

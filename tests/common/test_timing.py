@@ -21,6 +21,18 @@ def test_runs_are_interleaved_after_a_warm_up():
     assert len(calls) == 2 * (timing.WARM_UP + 1 + timing.LEAST_ROUNDS)
 
 
+def test_runs_of_several_libraries_pause_before_each_other(monkeypatch):
+    """Threads that spin after a run take the cores of the next one."""
+    seen = []
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: seen.append(seconds))
+    runs = {name: functools.partial(seen.append, name) for name in "ab"}
+    timing.interleaved_times(runs, CPU, rounds=2)
+    assert seen == list("aabb") + [timing.PAUSE, "a", timing.PAUSE, "b"] * 2
+    seen.clear()
+    timing.interleaved_times({"a": runs["a"]}, CPU, rounds=2)
+    assert timing.PAUSE not in seen
+
+
 def test_ratios_are_taken_round_by_round():
     """A drift that affects both sides of a round leaves the ratio unchanged."""
     times = {"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]}

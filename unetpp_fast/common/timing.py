@@ -1,6 +1,7 @@
 """Times of runs that are compared: interleaved in one loop, so that drift of the machine affects all of them alike.
 
-On a GPU times come from CUDA events, with the L2 cache overwritten before each run.
+On a GPU times come from CUDA events, with the L2 cache overwritten before each run. On a CPU each run begins after a pause:
+threads of the library before it wait for more work by spinning, OpenVINO's for up to 50 ms, and would take its cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from .devices import wait
 
 WARM_UP = 2
+PAUSE = 0.1  # seconds; of several runs on a CPU
 LEAST_ROUNDS, MOST_ROUNDS = 7, 100
 FLUSHED_BYTES = 256 * 2**20  # more than the L2 cache of any GPU
 Run = Callable[[], object]
@@ -38,8 +40,10 @@ def interleaved_times(
         took = sum(clock(run) for run in runs.values()) / 1e3 if rounds is None and runs else 0.0
         rounds = rounds or int(min(max(seconds / max(took, 1e-9), LEAST_ROUNDS), MOST_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in runs}
+        pause = PAUSE if device.type == "cpu" and len(runs) > 1 else 0.0
         for _ in range(rounds):
             for name, run in runs.items():
+                time.sleep(pause)
                 times[name].append(clock(run))
     return times
 
