@@ -63,10 +63,10 @@ def test_a_quiet_measurement_is_final(machine):
     assert chosen(machine, 0.01, 0.5)[0] == "cpu" and machine["measured"] == 1
 
 
-def test_a_busy_one_is_measured_again_by_the_next_process(machine, cache):
+def test_a_busy_one_is_measured_again_by_the_next_process(machine, cache, monkeypatch):
     name, reason = chosen(machine, 0.4, 0.5)
     assert name == "reference" and reason.endswith("while other programs used the cores")
-    assert machine["timed"] == 4  # both were timed twice
+    monkeypatch.setattr(tuning, "_is_right", None)  # times were in doubt, not results
     assert chosen(machine, 0.0, 2.0) == ("cpu", "measured: the kernels take 0.50 of the reference's time")
     assert machine["measured"] == 2
     assert chosen(machine, 0.0, 0.5)[0] == "cpu" and machine["measured"] == 2
@@ -92,23 +92,9 @@ def test_a_process_that_may_not_measure_takes_what_is_there(machine, monkeypatch
 def test_a_failure_does_not_end_a_doubtful_verdict(machine, monkeypatch):
     assert chosen(machine, 0.4, 2.0)[0] == "cpu"
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "_is_right", lambda *arguments: 1 / 0)
+        patch.setattr(tuning, "milliseconds", lambda *arguments: 1 / 0)
         assert "ZeroDivisionError" in chosen(machine, 0.0, 2.0)[1]
     assert chosen(machine, 0.0, 0.5)[0] == "reference" and machine["measured"] == 3
-
-
-def test_a_reference_without_memory_does_not_fail_when_it_is_timed_again(machine, monkeypatch):
-    def milliseconds(run, device, rounds=0):
-        run()
-        return 1.0
-
-    def too_large(network, inputs):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
-    monkeypatch.setattr(tuning, "_by", lambda *arguments: lambda network, inputs: [inputs[0]])
-    monkeypatch.setattr(tuning.reference, "forward", too_large)
-    assert chosen(machine, 0.4, 2.0)[0] == "cpu"
 
 
 def test_a_process_does_not_write_back_what_it_only_read(cache):

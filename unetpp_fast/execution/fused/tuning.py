@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,7 +130,8 @@ def judge(call: Call, kernels: Sequence[str], compute: Compute) -> dict:
             file=sys.stderr,
         )
     try:
-        verdict = _judge(_copy(call, call.network.training), kernels, compute, rounds=5 if x.is_cuda else 3)
+        before, rounds = verdicts.recall(x.device, _key(call))[0], 5 if x.is_cuda else 3
+        verdict = _judge(_copy(call, call.network.training), kernels, compute, rounds, before)
     except Exception as error:  # whatever it is, the reference takes over
         verdict = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
         place = f"{verdicts.setting(x.device)}|{_key(call)}"
@@ -186,30 +187,32 @@ def _own(network: NetworkSpec) -> Any:
     return copy.deepcopy(network)
 
 
-def _judge(call: Call, kernels: Sequence[str], compute: Compute, rounds: int = ROUNDS) -> dict:
-    """The verdict on the fastest backend that is right; one that fails is skipped, unless all fail."""
+def _judge(
+    call: Call, kernels: Sequence[str], compute: Compute, rounds: int = ROUNDS, before: Mapping | None = None
+) -> dict:
+    """The verdict on the fastest backend that is right; one that fails is skipped, unless all fail. before: a doubtful one,
+    of another process; what it found to be right or wrong is not checked again."""
     device, training = call.x.device, call.needs_gradients
     checked = _checked(call.inputs, call.network.topology.multiple)
 
     def took(forward: Callable) -> float:
         return milliseconds(lambda: _run(forward, call.network, call.inputs, training), device, rounds)
 
-    def reference_took() -> float:
-        try:
-            return took(reference.forward)
-        except torch.OutOfMemoryError:  # only the kernels, which need less memory, are left
-            return NEVER_MS
-
     found: list[dict[str, Any]] = []
     failed: Exception | None = None
     for backend in kernels:
         try:
             forward = _by(backend, call.dtype, compute)
-            right, began = _is_right(call.network, checked, call.dtype, training, forward), computed_and_waited()
-            reference_ms, fused_ms = reference_took(), took(forward)
-            doubtful = CLOSE < fused_ms / reference_ms < 1 / CLOSE or share_waited(began) > verdicts.BUSY
-            if device.type == "cpu" and doubtful:  # other programs may have slowed one of them
-                reference_ms, fused_ms = min(reference_ms, reference_took()), min(fused_ms, took(forward))
+            known = before is not None and before.get("backend") == backend
+            right = before["right"] if known else _is_right(call.network, checked, call.dtype, training, forward)
+            began = computed_and_waited()
+            try:
+                reference_ms = took(reference.forward)
+            except torch.OutOfMemoryError:  # only the kernels, which need less memory, are left
+                reference_ms = NEVER_MS
+            fused_ms = took(forward)
+            if device.type == "cpu" and CLOSE < fused_ms / reference_ms < 1 / CLOSE:  # other programs may have slowed one
+                reference_ms, fused_ms = min(reference_ms, took(reference.forward)), min(fused_ms, took(forward))
         except Exception as error:
             failed = error
             continue
